@@ -1,0 +1,82 @@
+# `make demo` and `make test` need nothing but this checkout: the rest is set up in .venv and .tox.
+
+# The interpreter; 3.11 or newer.
+PYTHON ?= python3
+
+VENV := .venv
+# One marker for each interpreter, so that another PYTHON makes another venv.
+READY := $(VENV)/.ready-$(subst /,-,$(PYTHON))
+TOX := $(VENV)/bin/tox
+# Expanded only in recipes, when the venv is there. The venv's own Python may be newer than those listed.
+this_python = $(shell $(VENV)/bin/python -c 'import sys; print("py%d%d" % sys.version_info[:2])')
+pythons = $(sort py311 py312 py313 $(this_python))
+comma := ,
+space := $() $()
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@echo "  PYTHON=python3.12 after any of them selects the interpreter"
+
+.PHONY: demo
+demo: $(READY) ## see the proxy at work, from the first connection to the last byte
+	@$(VENV)/bin/python demo/demo.py
+
+.PHONY: test
+test: $(TOX) ## run every gate: lint, types, the tests on each Python there is, the wheel
+	@$(TOX) run -q -e lint,types,$(subst $(space),$(comma),$(pythons)),wheel
+
+.PHONY: lint types coverage format
+lint: $(TOX) ## check style and likely bugs
+types: $(TOX) ## check the static types
+coverage: $(TOX) ## run the tests and show which lines they miss
+format: $(TOX) ## rewrite the code in the project's style
+lint types coverage format:
+	@$(TOX) run -q -e $@
+
+.PHONY: bench
+bench: $(READY) ## measure latency and throughput
+	@$(VENV)/bin/python -m bench
+
+.PHONY: clean
+clean: ## remove everything that these targets made
+	rm -rf .venv .tox build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage* htmlcov
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Debian's python3 has no ensurepip until python3-venv is installed.
+define install_venv_module
+set -e; \
+has_venv() { $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; }; \
+if [ "$(PYTHON)" = python3 ] && ! has_venv && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	echo "installing python3-venv"; \
+	apt-get -qq update; \
+	DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends python3-venv >/dev/null; \
+fi; \
+if ! command -v $(PYTHON) >/dev/null; then \
+	echo "$(PYTHON) is not there: install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; \
+	exit 1; \
+fi; \
+if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+	echo "cc-proxy needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1)." \
+		"Name another: make PYTHON=python3.12" >&2; \
+	exit 1; \
+fi; \
+if ! has_venv; then \
+	echo "$(PYTHON) cannot make a venv: install its venv package (Debian: apt-get install python3-venv)" >&2; \
+	exit 1; \
+fi
+endef
+
+$(READY): pyproject.toml
+	@$(install_venv_module)
+	@echo "setting up $(VENV)"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+$(TOX): $(READY)
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check 'tox>=4.21'
+	@touch $@

@@ -1,0 +1,57 @@
+"""The public API: what a program imports to be a client of cc-proxy.
+
+    from cc_proxy.api import Client
+
+    with Client(timeout=30) as client:
+        client.attach("my-container")
+        io_base, fd = client.allocate_io(2)
+
+`Client` is what most programs need. Below it, `read_message`, `write_message`, `read_fd` and `write_fd`
+move single messages and fds over a socket of yours, and the payload classes are the messages' contents.
+`encode_frame` and `FrameParser` are for what travels over the fd of `allocate_io`.
+"""
+
+from cc_proxy.api.client import DEFAULT_SOCKET, AllocatedIo, Client
+from cc_proxy.api.errors import ProtocolError, ProxyError, Refused, TimedOut
+from cc_proxy.api.fdpassing import read_fd, write_fd
+from cc_proxy.api.frames import Frame, FrameParser, encode_frame
+from cc_proxy.api.payloads import (
+    AllocateIo,
+    AllocateIoResult,
+    Attach,
+    Bye,
+    Hello,
+    Hyper,
+    Payload,
+    Request,
+    Response,
+    Version,
+)
+from cc_proxy.api.transport import read_message, write_message
+
+__all__ = [
+    "DEFAULT_SOCKET",
+    "AllocateIo",
+    "AllocateIoResult",
+    "AllocatedIo",
+    "Attach",
+    "Bye",
+    "Client",
+    "Frame",
+    "FrameParser",
+    "Hello",
+    "Hyper",
+    "Payload",
+    "ProtocolError",
+    "ProxyError",
+    "Refused",
+    "Request",
+    "Response",
+    "TimedOut",
+    "Version",
+    "encode_frame",
+    "read_fd",
+    "read_message",
+    "write_fd",
+    "write_message",
+]

@@ -1,0 +1,152 @@
+"""Client messages as bytes (protocol.md, 1): framing and JSON, no I/O.
+
+`encode` makes the bytes of one message; `MessageParser` finds the messages in what arrived, in whatever
+pieces it arrived; `decode` gives a message its type.
+"""
+
+import re
+import struct
+from typing import TypeVar
+
+import msgspec
+
+from cc_proxy.api.errors import ProtocolError
+
+#: Longest JSON text of a message, in bytes.
+MAX_TEXT = 1024 * 1024
+#: The header: length of the text, and 4 reserved bytes that are 0.
+HEADER = struct.Struct(">II")
+
+#: Arrays and objects inside each other that a text may have.
+MAX_NESTING = 200
+
+_STRINGS_AND_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+_encoder = msgspec.json.Encoder()
+
+
+def frame_text(text: bytes) -> bytes:
+    """Put the header before a JSON text. Raises `ProtocolError` if the text is over `MAX_TEXT`."""
+    if len(text) > MAX_TEXT:
+        raise ProtocolError(f"a message of {len(text)} bytes is over the limit of {MAX_TEXT}")
+    return HEADER.pack(len(text), 0) + text
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """Return one whole message, header and compact JSON."""
+    return frame_text(_encoder.encode(message))
+
+
+def text_length(header: bytes | bytearray | memoryview) -> int:
+    """Return the length of the text that follows the 8 bytes of `header`.
+
+    Raises `ProtocolError` for a length over `MAX_TEXT` or a reserved field that is not 0.
+    """
+    length, reserved = HEADER.unpack(header)
+    if length > MAX_TEXT:
+        raise ProtocolError(f"a message announces {length} bytes, the limit is {MAX_TEXT}")
+    if reserved:
+        raise ProtocolError(f"the reserved field of a message header is {reserved:#x}, not 0")
+    return int(length)
+
+
+class MemberError(ProtocolError):
+    """A JSON object, as a message has to be, but not the one that was wanted; the text names the member."""
+
+
+def decode(text: bytes, kind: type[T]) -> T:
+    """Decode the JSON text of a message.
+
+    Raises `ProtocolError` if it is not UTF-8 or not a JSON object, and its `MemberError` if it is one but
+    not what `kind` describes, or is nested deeper than `MAX_NESTING`.
+    """
+    try:
+        str(text, "utf-8")
+        if text.count(b"[") + text.count(b"{") > MAX_NESTING:
+            _check_nesting(text)
+        return msgspec.json.decode(text, type=kind)
+    except ValueError as error:
+        if _is_object(text):
+            raise MemberError(str(error)) from None
+        raise ProtocolError(f"not a JSON object: {error}") from None
+
+
+def _is_object(text: bytes) -> bool:
+    """Whether a text that was not found to be nested too deeply is a JSON object at all."""
+    try:
+        msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    except ValueError:
+        return False
+    return True
+
+
+def _check_nesting(text: bytes) -> None:
+    """Refuse what a decoder that calls itself for each level must not be given.
+
+    Raises `MemberError`, or `ProtocolError` if the brackets do not even match.
+    """
+    depth = 0
+    for token in _STRINGS_AND_BRACKETS.finditer(text):
+        first = text[token.start()]
+        depth += (first in b"[{") - (first in b"]}")
+        if depth > MAX_NESTING:
+            break
+    else:
+        return
+    pairs = ((b"[", b"]"), (b"{", b"}"))
+    if not text.lstrip().startswith(b"{") or any(
+        text.count(left) != text.count(right) for left, right in pairs
+    ):
+        raise ProtocolError("not a JSON object")
+    raise MemberError(f"nested more than {MAX_NESTING} levels deep")
+
+
+class MessageParser:
+    """Splits a byte stream into the JSON texts of its messages.
+
+    Feed it whatever arrived with `receive_data`, then take texts with `next_text` until that gives None.
+    What it holds is what has arrived and was not taken; an announced length allocates nothing.
+    """
+
+    def __init__(self) -> None:
+        self._data: bytes | bytearray = b""
+        self._pos = 0
+
+    @property
+    def missing(self) -> int:
+        """After `next_text` gave None: how many bytes the next message lacks, as far as is known by now."""
+        held = len(self._data) - self._pos
+        if held < HEADER.size:
+            return HEADER.size - held
+        return HEADER.size + text_length(self._data[self._pos : self._pos + HEADER.size]) - held
+
+    @property
+    def unfinished(self) -> bool:
+        """After `next_text` gave None: whether a message has begun to arrive."""
+        return self._pos < len(self._data)
+
+    def receive_data(self, data: bytes) -> None:
+        """Take bytes as they arrived."""
+        if self.unfinished:
+            if not isinstance(self._data, bytearray) or self._pos:
+                self._data = bytearray(self._data[self._pos :])
+            self._data += data
+        else:
+            self._data = data
+        self._pos = 0
+
+    def next_text(self) -> bytes | None:
+        """Return the next whole JSON text, or None if more has to arrive first.
+
+        Raises `ProtocolError` for a header that is not allowed; the stream is of no use after that.
+        """
+        begin = self._pos + HEADER.size
+        if len(self._data) < begin:
+            return None
+        end = begin + text_length(self._data[self._pos : begin])
+        if len(self._data) < end:
+            return None
+        self._pos = end
+        return bytes(self._data[begin:end])

@@ -1,0 +1,98 @@
+"""The requests a client may send, and what comes back: plain typed data, no I/O.
+
+Each class is one row of the payload table (protocol.md, 1). Names are Python's here and the wire's in
+JSON (`container_id` travels as `containerId`); types are strict in both directions. A member that is
+absent takes its default, which is the empty value: what the daemon makes of that is the daemon's to say.
+"""
+
+from typing import ClassVar
+
+import msgspec
+
+
+class _Payload(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """Common shape: immutable, camel case on the wire, empty optional members left out."""
+
+
+class Hello(_Payload, frozen=True):
+    """Register a VM and attach to it. Result: `Version`."""
+
+    NAME: ClassVar[str] = "hello"
+
+    container_id: str = ""
+    #: Path of the socket that carries the control channel.
+    ctl_serial: str = ""
+    #: Path of the socket that carries the I/O channel.
+    io_serial: str = ""
+    #: Path of the VM's console socket, if it has one.
+    console: str = ""
+
+
+class Attach(_Payload, frozen=True):
+    """Attach this connection to a registered VM. Result: `Version`."""
+
+    NAME: ClassVar[str] = "attach"
+
+    container_id: str = ""
+
+
+class Bye(_Payload, frozen=True):
+    """Unregister a VM. No result."""
+
+    NAME: ClassVar[str] = "bye"
+
+    container_id: str = ""
+
+
+class AllocateIo(_Payload, frozen=True):
+    """Ask for 1 or 2 stream numbers and the fd that carries them. Result: `AllocateIoResult`."""
+
+    NAME: ClassVar[str] = "allocateIO"
+
+    n_streams: int = 0
+
+
+class Hyper(_Payload, frozen=True):
+    """A command for the agent. No result.
+
+    `data` goes to the agent byte for byte as it stands here; empty means no data at all.
+    """
+
+    NAME: ClassVar[str] = "hyper"
+
+    hyper_name: str = ""
+    data: msgspec.Raw = msgspec.Raw()
+
+
+class Version(_Payload, frozen=True):
+    """What `hello` and `attach` answer with."""
+
+    version: int = 0
+
+
+class AllocateIoResult(_Payload, frozen=True):
+    """What `allocateIO` answers with; the fd follows in a message of its own (`read_fd`).
+
+    stdin and stdout are stream `io_base`, stderr is `io_base + 1` if two were asked for.
+    """
+
+    io_base: int = 0
+
+
+class Request(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a client sends: the name of a payload and its arguments, still encoded."""
+
+    id: str = ""
+    data: msgspec.Raw = msgspec.Raw()
+
+
+class Response(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the daemon answers: members in this order, `error` and `data` left out when empty."""
+
+    success: bool
+    error: str = ""
+    data: msgspec.Raw = msgspec.Raw()
+
+
+#: Anything `Client.request` can send.
+Payload = Hello | Attach | Bye | AllocateIo | Hyper

@@ -1,0 +1,75 @@
+"""Whole messages over a connected stream socket, within a deadline.
+
+A read never takes a byte beyond its message, so that an fd that follows stays with its own byte.
+The socket may be blocking or not; its mode is not changed.
+"""
+
+import socket
+from typing import TypeVar
+
+import msgspec
+
+from cc_proxy.api import messages
+from cc_proxy.api.deadline import Deadline
+from cc_proxy.api.errors import ProtocolError
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+#: Most that is asked of the kernel at once: an announced length is not trusted for an allocation.
+_PIECE = 64 * 1024
+
+
+def read_message(sock: socket.socket, kind: type[T], *, timeout: float | None = None) -> T | None:
+    """Read one message and decode it as `kind` (`Request` or `Response`).
+
+    Returns None if the peer closed the connection between two messages. `timeout` is for the whole
+    message, in seconds; None waits for ever. Raises `ProtocolError`, `TimedOut`, or `OSError`.
+    Any thread may call, one at a time for a socket.
+    """
+    deadline = Deadline(timeout)
+    header = _read_exactly(sock, messages.HEADER.size, deadline)
+    if not header:
+        return None
+    return messages.decode(_read_rest(sock, header, deadline), kind)
+
+
+def write_message(sock: socket.socket, message: msgspec.Struct, *, timeout: float | None = None) -> None:
+    """Send one message, header and text in one write where the socket takes it.
+
+    `timeout` is for the whole message, in seconds; None waits for ever. Raises `ProtocolError` if the
+    message is over 1 MiB, `TimedOut`, or `OSError` if the peer is gone.
+    Any thread may call, one at a time for a socket.
+    """
+    left = memoryview(messages.encode(message))
+    deadline = Deadline(timeout)
+    while left:
+        try:
+            left = left[sock.send(left, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+        except BlockingIOError:
+            deadline.wait_writable(sock, "room for a message")
+
+
+def _read_rest(sock: socket.socket, header: bytes, deadline: Deadline) -> bytes:
+    if len(header) < messages.HEADER.size:
+        raise ProtocolError("the connection was closed inside a message header")
+    length = messages.text_length(header)
+    text = _read_exactly(sock, length, deadline)
+    if len(text) < length:
+        raise ProtocolError(f"the connection was closed after {len(text)} of {length} bytes of a message")
+    return text
+
+
+def _read_exactly(sock: socket.socket, size: int, deadline: Deadline) -> bytes:
+    """Read `size` bytes, or fewer if the peer closed before."""
+    pieces: list[bytes] = []
+    while size:
+        deadline.wait_readable(sock, "a message")
+        try:
+            piece = sock.recv(min(size, _PIECE), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            continue
+        if not piece:
+            break
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)

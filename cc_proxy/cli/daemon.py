@@ -1,0 +1,99 @@
+"""`cc-proxy`, the daemon's command line."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import msgspec
+
+from cc_proxy import __version__, settings, systemd
+from cc_proxy.fds import raise_fd_limit
+from cc_proxy.log import LEVELS, VERBOSE, Logging, logger
+from cc_proxy.proxy import daemon
+from cc_proxy.proxy.listener import Listener, ListenError
+from cc_proxy.settings import Settings, SettingsError
+from cc_proxy.systemd import ActivationError
+
+LOG_LEVEL_VARIABLE = "CC_PROXY_LOG_LEVEL"
+
+EX_CONFIG = 78
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="cc-proxy",
+        description="Share the channels of virtual machine containers among their clients.",
+        epilog=f"The environment variable {LOG_LEVEL_VARIABLE} sets the log level if no option does.",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help=f"read the settings from FILE (default: {settings.DEFAULT_FILE} if it exists)",
+    )
+    parser.add_argument("--socket-path", metavar="PATH", help="listen on a socket at PATH")
+    level = parser.add_mutually_exclusive_group()
+    level.add_argument("--log-level", choices=LEVELS, help="log what is at this level or above")
+    level.add_argument(
+        "-v", type=int, choices=VERBOSE, dest="verbose", metavar="{1,2,3}",
+        help="log more: 1 requests and events, 2 the frames too, 3 the VMs' consoles too",
+    )  # fmt: skip
+    parser.add_argument("--check-config", action="store_true", help="check the settings, say so, and exit")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the daemon; returns its exit status."""
+    options = build_parser().parse_args(argv)
+    try:
+        chosen = choose_settings(options)
+    except SettingsError as error:
+        print(f"cc-proxy: {error}", file=sys.stderr)
+        return EX_CONFIG
+    if options.check_config:
+        print("cc-proxy: the settings are right")
+        return 0
+    log = Logging(chosen.log.level, chosen.log.format)
+    log.start()
+    try:
+        return _run(chosen)
+    finally:
+        log.stop()
+
+
+def choose_settings(options: argparse.Namespace) -> Settings:
+    """Return the settings of the file with what the command line and the environment say in their place.
+
+    Raises `SettingsError`.
+    """
+    chosen = settings.load(options.config)
+    level = options.log_level or VERBOSE.get(options.verbose) or os.environ.get(LOG_LEVEL_VARIABLE)
+    if level:
+        if level not in LEVELS:
+            raise SettingsError(f"{LOG_LEVEL_VARIABLE}: expected one of {', '.join(LEVELS)}, got {level!r}")
+        chosen = msgspec.structs.replace(chosen, log=msgspec.structs.replace(chosen.log, level=level))
+    if options.socket_path is not None:
+        path = os.path.abspath(options.socket_path)
+        chosen = msgspec.structs.replace(chosen, socket_path=path)
+    return chosen
+
+
+def _run(chosen: Settings) -> int:
+    """Serve on the socket systemd has passed, or on one of our own."""
+    try:
+        raise_fd_limit()
+        inherited = systemd.take_listener()
+        if inherited:
+            daemon.serve(inherited, chosen)
+            return 0
+        listener = Listener(chosen.socket_path)
+    except (ListenError, ActivationError) as error:
+        logger.error(str(error))
+        return 1
+    try:
+        daemon.serve(listener.socket, chosen)
+    finally:
+        listener.remove()
+    return 0

@@ -1,0 +1,62 @@
+"""What this process does to file descriptors beyond reading and writing them."""
+
+import contextlib
+import resource
+import socket
+import sys
+from collections.abc import Sequence
+
+#: Bytes on their way that are not to be copied.
+Piece = bytes | memoryview
+
+_SCRATCH = 64 * 1024
+_IOV_MAX = 1024
+
+
+def raise_fd_limit() -> int:
+    """Raise this process's soft limit of open files to the hard one; returns the limit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def close_stream(sock: socket.socket) -> None:
+    """Close a stream socket so that the peer reads what was sent and then end of file.
+
+    Closing an AF_UNIX socket on which something unread is waiting gives the peer ECONNRESET in place of end
+    of file; so nothing more is let in, and what is there is read away first. Never blocks, never raises.
+    """
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+        while sock.recv(_SCRATCH, socket.MSG_DONTWAIT):
+            pass
+    sock.close()
+
+
+def send_pieces(sock: socket.socket, pieces: Sequence[Piece]) -> Sequence[Piece]:
+    """Send pieces one after the other on a non-blocking socket; returns what it did not take.
+
+    Raises `OSError` if the peer is gone.
+    """
+    while pieces:
+        some = pieces if len(pieces) <= _IOV_MAX else pieces[:_IOV_MAX]
+        size = sum(map(len, some))
+        try:
+            sent = sock.send(some[0]) if len(some) == 1 else sock.sendmsg(some)
+        except BlockingIOError:
+            return pieces
+        if sent < size:
+            return cut(pieces, sent)
+        pieces = pieces[len(some) :]
+    return pieces
+
+
+def cut(pieces: Sequence[Piece], start: int, stop: int = sys.maxsize) -> list[Piece]:
+    """Return the bytes from `start` to `stop` of pieces that are thought of as one, without copying any."""
+    found: list[Piece] = []
+    at = 0
+    for piece in pieces:
+        if at + len(piece) > start and at < stop:
+            found.append(memoryview(piece)[max(0, start - at) : stop - at])
+        at += len(piece)
+    return found

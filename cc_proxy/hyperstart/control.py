@@ -1,0 +1,129 @@
+"""The control channel (protocol.md, 2): messages, and which answer belongs to which command. No I/O.
+
+One `ControlChannel` is the state of one connection to an agent. Commands go in and bytes to send come
+out; bytes received go in, and out come the agent's events, while answers complete their commands.
+"""
+
+import struct
+from collections import deque
+from dataclasses import dataclass, field
+
+from cc_proxy.hyperstart.codes import Code, describe
+
+#: Code and total length.
+HEADER = struct.Struct(">II")
+#: hyperstart's receive buffer: the longest message it can take, header included.
+MAX_COMMAND = 10_240
+#: The longest message believed of an agent; `readfile` answers with a whole file.
+MAX_ANSWER = 64 * 1024 * 1024
+#: As much of an answer's payload is kept.
+KEPT_PAYLOAD = 64 * 1024
+
+
+class ControlError(Exception):
+    """The agent sent what is no control message: nothing after it can be understood."""
+
+
+@dataclass(frozen=True, slots=True)
+class ControlMessage:
+    """A message of either side. `payload` is cut to `KEPT_PAYLOAD` bytes in what was received."""
+
+    code: int
+    payload: bytes = b""
+
+    def __str__(self) -> str:
+        return describe(self.code)
+
+
+@dataclass(eq=False, slots=True)
+class Command:
+    """A command on its way; `answer` is its ACK or ERROR once that has come."""
+
+    code: Code
+    answer: ControlMessage | None = field(default=None, init=False)
+
+
+def encode(code: int, payload: bytes = b"") -> bytes:
+    """Return a whole control message."""
+    return HEADER.pack(code, HEADER.size + len(payload)) + payload
+
+
+class ControlParser:
+    """Splits what one side of the channel sends into messages, in whatever pieces it comes."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._skip = 0
+
+    def receive_data(self, data: bytes) -> list[ControlMessage]:
+        """Take bytes as they arrived and return the messages they complete.
+
+        Raises `ControlError` for a length under 8 or over `MAX_ANSWER`.
+        """
+        self._buffer += data
+        messages = []
+        while (message := self._next_message()) is not None:
+            messages.append(message)
+        return messages
+
+    def _next_message(self) -> ControlMessage | None:
+        buffer = self._buffer
+        if self._skip:
+            skipped = min(self._skip, len(buffer))
+            del buffer[:skipped]
+            self._skip -= skipped
+        if len(buffer) < HEADER.size:
+            return None
+        code, length = HEADER.unpack_from(buffer)
+        if not HEADER.size <= length <= MAX_ANSWER:
+            raise ControlError(f"{describe(code)} with a total length of {length}")
+        kept = min(length, HEADER.size + KEPT_PAYLOAD)
+        if len(buffer) < kept:
+            return None
+        message = ControlMessage(code, bytes(buffer[HEADER.size : kept]))
+        del buffer[:kept]
+        self._skip = length - kept
+        return message
+
+
+class ControlChannel:
+    """The state of one control channel, seen from the host.
+
+    Answers come in the order of their commands, so each ACK or ERROR completes the oldest command that
+    has none. A command whose sender has given up stays in line: its late answer is its own and
+    never the next one's. Everything else the agent sends is an event.
+    """
+
+    def __init__(self) -> None:
+        self._parser = ControlParser()
+        self._unanswered: deque[Command] = deque()
+        #: Bytes that are to be sent; the I/O shell takes from the front what it has sent.
+        self.outgoing = bytearray()
+        #: Whether READY has come.
+        self.ready = False
+
+    @property
+    def unanswered(self) -> int:
+        """How many commands were sent and have no answer, given-up ones included."""
+        return len(self._unanswered)
+
+    def send(self, code: Code, payload: bytes = b"") -> Command:
+        """Queue a command in `outgoing`; its `answer` will be filled in by `receive_data`."""
+        command = Command(code)
+        self.outgoing += encode(code, payload)
+        self._unanswered.append(command)
+        return command
+
+    def receive_data(self, data: bytes) -> list[ControlMessage]:
+        """Take bytes as they arrived; complete commands, and return what was no answer to any.
+
+        That includes an ACK or ERROR nobody waits for. Raises `ControlError` if framing is lost.
+        """
+        events = []
+        for message in self._parser.receive_data(data):
+            if message.code in (Code.ACK, Code.ERROR) and self._unanswered:
+                self._unanswered.popleft().answer = message
+            else:
+                self.ready = self.ready or message.code == Code.READY
+                events.append(message)
+        return events

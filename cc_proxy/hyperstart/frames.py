@@ -1,0 +1,195 @@
+"""The I/O channel in batches (protocol.md, 3 and 4). No I/O.
+
+What arrived in one read is walked once and comes out as few, long slices of the same buffer: no payload
+is copied. `gather` sorts what a VM sent by the owners of its streams; `StdinSplitter` makes frames an
+agent can take of what a client sent.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from cc_proxy.api.frames import FRAME_HEADER, MAX_FRAME
+
+HEADER_SIZE = FRAME_HEADER.size
+#: Longest frame hyperstart reads on the virtio-serial I/O channel. A longer one breaks the channel.
+MAX_TO_AGENT = 4096
+#: Longest frame hyperstart writes: its buffer.
+MAX_FROM_AGENT = 10_240
+
+#: So many frames of one size have to fit into the rest of a buffer before looking for a row of them pays.
+_ROW = 32
+
+_pack = FRAME_HEADER.pack
+_unpack_from = FRAME_HEADER.unpack_from
+
+Owner = TypeVar("Owner")
+
+
+@dataclass(slots=True)
+class Batch(Generic[Owner]):
+    """What `gather` found in a buffer."""
+
+    #: For each owner, slices of whole frames in their order.
+    slices: dict[Owner, list[memoryview]] = field(default_factory=dict)
+    #: seq and total length of each frame that nobody owns.
+    strays: list[tuple[int, int]] = field(default_factory=list)
+    #: Where the first frame begins that is not whole yet.
+    stop: int = 0
+    #: What is wrong with the frame at `stop`, if framing was lost there.
+    error: str | None = None
+
+
+def gather(  # noqa: C901 - one loop, which a call a frame would slow down by half
+    buffer: bytearray, view: memoryview, start: int, stop: int, owners: Mapping[int, Owner]
+) -> Batch[Owner]:
+    """Sort the whole frames in `buffer[start:stop]` by the owner of their seq.
+
+    `view` is a memoryview of `buffer`, made once by the caller. Neighbouring frames of one owner come out
+    as one slice of it.
+    """
+    batch: Batch[Owner] = Batch()
+    slices = batch.slices
+    pos = run = start
+    owner: Owner | None = None
+    pieces: list[memoryview] = []
+    seq = last_length = -1
+    while stop - pos >= HEADER_SIZE:
+        next_seq, length = _unpack_from(buffer, pos)
+        if next_seq != seq:
+            seq = next_seq
+            next_owner = owners.get(seq)
+            if next_owner is not owner:
+                if owner is not None:
+                    pieces.append(view[run:pos])
+                owner, run = next_owner, pos
+                if owner is not None:
+                    pieces = slices.setdefault(owner, [])
+        elif length == last_length and owner is not None and stop - pos >= _ROW * length:
+            pos += length * _alike(buffer, pos, length, stop)
+            continue
+        if not HEADER_SIZE <= length <= stop - pos:
+            if not HEADER_SIZE <= length <= MAX_FRAME:
+                batch.error = f"a frame on stream {seq} with a total length of {length}"
+            break
+        if owner is None:
+            batch.strays.append((seq, length))
+        last_length = length
+        pos += length
+    if owner is not None and pos > run:
+        pieces.append(view[run:pos])
+    batch.stop = pos
+    return batch
+
+
+def _alike(buffer: bytearray, pos: int, length: int, stop: int) -> int:
+    """Return how many whole frames in a row, from `pos` on, have the very header that stands at `pos`.
+
+    The headers of frames of one length are columns of a table: comparing a column is one call, where
+    unpacking is one a frame. Streams of small writes are made of such rows.
+    """
+    count = (stop - pos) // length
+    for offset in range(HEADER_SIZE):
+        column = buffer[pos + offset : pos + count * length : length]
+        count -= len(column.lstrip(column[:1]))
+    return count
+
+
+class StdinSplitter:
+    """Turns what one client sends into frames that its agent can take in whole.
+
+    Frames of up to `MAX_TO_AGENT` bytes that arrive in one piece pass as they are. The payload of a longer
+    one, or of one that is still arriving, goes on in frames of its own, so that nothing is ever kept
+    back but an unfinished header.
+    """
+
+    def __init__(self, io_base: int) -> None:
+        self._io_base = io_base
+        self._full_header = _pack(io_base, MAX_TO_AGENT)
+        self._header = b""
+        self._missing = 0
+        #: Payload bytes handed out so far.
+        self.payload_bytes = 0
+        #: Whether the last frame handed out was end of file.
+        self.at_eof = False
+        #: What the client sent that it may not; nothing is handed out any more after that.
+        self.error: str | None = None
+
+    def split(self, buffer: bytearray, view: memoryview, start: int, stop: int) -> list[bytes | memoryview]:
+        """Return what of `buffer[start:stop]` may go to the agent, as pieces to be written in turn.
+
+        `view` is a memoryview of `buffer`. At a frame on another seq than the client's own or with a total
+        length under 12, `error` is set and nothing of it, or after it, is in the pieces.
+        """
+        pieces: list[bytes | memoryview] = []
+        pos = start
+        while pos < stop and self.error is None:
+            if self._missing:
+                pos = self._pass_payload(view, pos, stop, pieces)
+            elif self._header or stop - pos < HEADER_SIZE:
+                pos = self._collect_header(buffer, pos, stop, pieces)
+            else:
+                pos = self._pass_frames(buffer, view, pos, stop, pieces)
+        return pieces
+
+    def _pass_frames(
+        self, buffer: bytearray, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
+    ) -> int:
+        """Pass the frames that are whole and short enough; at another, begin to pass its payload."""
+        pos, frames, last_length, begun = start, 0, -1, 0
+        while stop - pos >= HEADER_SIZE:
+            seq, length = _unpack_from(buffer, pos)
+            if length == last_length and stop - pos >= _ROW * length and seq == self._io_base:
+                count = _alike(buffer, pos, length, stop)
+                pos += length * count
+                frames += count
+                continue
+            if not self._allowed(seq, length):
+                break
+            if length > stop - pos or length > MAX_TO_AGENT:
+                begun = HEADER_SIZE
+                self._missing = length - HEADER_SIZE
+                break
+            last_length = length
+            frames += 1
+            pos += length
+        if pos > start:
+            pieces.append(view[start:pos])
+            self.payload_bytes += pos - start - frames * HEADER_SIZE
+            self.at_eof = last_length == HEADER_SIZE
+        return pos + begun
+
+    def _collect_header(
+        self, buffer: bytearray, pos: int, stop: int, pieces: list[bytes | memoryview]
+    ) -> int:
+        taken = min(HEADER_SIZE - len(self._header), stop - pos)
+        self._header += buffer[pos : pos + taken]
+        if len(self._header) == HEADER_SIZE:
+            header, self._header = self._header, b""
+            seq, length = FRAME_HEADER.unpack(header)
+            if self._allowed(seq, length):
+                self._missing = length - HEADER_SIZE
+                if not self._missing:
+                    pieces.append(header)
+                    self.at_eof = True
+        return pos + taken
+
+    def _pass_payload(self, view: memoryview, pos: int, stop: int, pieces: list[bytes | memoryview]) -> int:
+        end = pos + min(self._missing, stop - pos)
+        self._missing -= end - pos
+        self.payload_bytes += end - pos
+        self.at_eof = False
+        room = MAX_TO_AGENT - HEADER_SIZE
+        while end - pos >= room:
+            pieces += (self._full_header, view[pos : pos + room])
+            pos += room
+        if pos < end:
+            pieces += (_pack(self._io_base, HEADER_SIZE + end - pos), view[pos:end])
+        return end
+
+    def _allowed(self, seq: int, length: int) -> bool:
+        if seq != self._io_base:
+            self.error = f"a frame on stream {seq}, which is not this client's"
+        elif length < HEADER_SIZE:
+            self.error = f"a frame with a total length of {length}"
+        return self.error is None

@@ -1,0 +1,150 @@
+"""Logging: what happened as a short text, and everything about it as fields of their own.
+
+Code logs with the standard library: `logger.info("VM registered", extra={"vm": …})`. A line is a JSON object;
+where stderr is the journal a `<N>` in front of it gives the priority, and on a terminal it is plain text.
+Lines are written by a thread of their own: whoever logs never waits for whoever reads the log.
+"""
+
+import json
+import logging
+import logging.handlers
+import os
+import queue
+import sys
+from typing import Any, TextIO
+
+from cc_proxy.settings import LogFormat, LogLevel
+
+try:
+    from pythonjsonlogger.json import JsonFormatter
+except ImportError:  # where it was until 3.1, which is what Debian 12 has
+    from pythonjsonlogger.jsonlogger import JsonFormatter  # type: ignore[attr-defined,no-redef,unused-ignore]
+
+#: What passes the I/O channel, shortened (`-v 2`).
+IO = 8
+#: What the VM writes to its console (`-v 3`).
+CONSOLE = 6
+
+LEVELS: dict[LogLevel, int] = {
+    "error": logging.ERROR,
+    "warning": logging.WARNING,
+    "info": logging.INFO,
+    "debug": logging.DEBUG,
+    "io": IO,
+    "console": CONSOLE,
+}
+
+#: The levels of `-v`.
+VERBOSE: dict[int, LogLevel] = {1: "debug", 2: "io", 3: "console"}
+
+#: Lines that may wait to be written; those that come on top are dropped and counted.
+_MOST_WAITING = 10_000
+#: What a LogRecord has of its own: everything else in one is a field.
+_OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))
+
+logger = logging.getLogger("cc_proxy")
+
+
+def fields_of(record: logging.LogRecord) -> dict[str, Any]:
+    """Return the fields of an event: what was given as `extra`."""
+    return {name: value for name, value in vars(record).items() if name not in _OWN}
+
+
+class _Json(JsonFormatter):
+    """A JSON object a line; with `priority`, syslog's number of it in front."""
+
+    def __init__(self, *, priority: bool) -> None:
+        super().__init__(
+            "%(levelname)s %(message)s", rename_fields={"levelname": "level"}, timestamp=not priority
+        )
+        self._priority = priority
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = str(super().format(record))
+        return f"<{priority_of(record.levelno)}>{line}" if self._priority else line
+
+
+class _Text(logging.Formatter):
+    """A line for people: time, level, what happened, and its fields as `name=value`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = self.formatTime(record, "%H:%M:%S")
+        parts = [f"{time}.{record.msecs:03.0f} {record.levelname:<7} {record.getMessage()}"]
+        # json.dumps, so that nothing a client sent can break the line or speak to the terminal.
+        parts += [f"{name}={json.dumps(value, default=str)}" for name, value in fields_of(record).items()]
+        if record.exc_info:
+            parts.append("\n" + self.formatException(record.exc_info))
+        return " ".join(parts)
+
+
+def priority_of(level: int) -> int:
+    """Return the syslog priority of a logging level."""
+    return next(priority for least, priority in _PRIORITIES if level >= least)
+
+
+class _Writer(logging.handlers.QueueHandler):
+    """Puts records into the queue; when that is full, counts them instead."""
+
+    def __init__(self, waiting: "queue.Queue[logging.LogRecord]") -> None:
+        super().__init__(waiting)
+        self._dropped = 0
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        return record
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            if self._dropped:
+                record.dropped_before = self._dropped
+            self.queue.put_nowait(record)
+            self._dropped = 0
+        except queue.Full:
+            self._dropped += 1
+
+
+class Logging:
+    """The process's log, from `start` to `stop`."""
+
+    def __init__(self, level: LogLevel, form: LogFormat, stream: TextIO | None = None) -> None:
+        stream = stream or sys.stderr
+        for name, number in (("IO", IO), ("CONSOLE", CONSOLE)):
+            logging.addLevelName(number, name)
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(_formatter(form, stream))
+        waiting: queue.Queue[logging.LogRecord] = queue.Queue(_MOST_WAITING)
+        self._front = _Writer(waiting)
+        self._listener = logging.handlers.QueueListener(waiting, handler)
+        self._level = level
+
+    def start(self) -> None:
+        """Begin to log. A log that cannot be written must not stop anything: such errors are ignored."""
+        logging.raiseExceptions = False
+        logger.propagate = False
+        logger.addHandler(self._front)
+        self.set_level(self._level)
+        self._listener.start()
+
+    def set_level(self, level: LogLevel) -> None:
+        """Log what is at `level` or above. Any thread may call."""
+        logger.setLevel(LEVELS[level])
+
+    def stop(self) -> None:
+        """Write what waits, and log no more."""
+        logger.removeHandler(self._front)
+        self._listener.stop()
+
+
+def stderr_is_journal(stream: TextIO) -> bool:
+    """Whether `stream` is the one that systemd connected to the journal (systemd.exec(5), JOURNAL_STREAM)."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def _formatter(form: LogFormat, stream: TextIO) -> logging.Formatter:
+    if form == "text" or (form == "auto" and stream.isatty()):
+        return _Text()
+    return _Json(priority=stderr_is_journal(stream))

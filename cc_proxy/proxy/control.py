@@ -1,0 +1,179 @@
+"""The control channel's socket: one transaction at a time, each within a deadline."""
+
+import errno
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from cc_proxy.hyperstart.codes import Code
+from cc_proxy.hyperstart.control import ControlChannel, ControlError, ControlMessage
+
+#: So many commands may be without an answer, their senders having given up, before no more are sent.
+_MOST_UNANSWERED = 64
+_READ_SIZE = 64 * 1024
+
+
+class ControlLost(Exception):
+    """The control channel is of no use any more; the text is the cause."""
+
+
+class NoAnswer(Exception):
+    """The deadline passed; the text says what was waited for."""
+
+
+class ControlLink:
+    """Owner of the control channel's socket.
+
+    A command is carried out by the thread that asks for it: it writes, then reads until the answer is there.
+    Between commands nobody reads, so `unasked` (an epoll instance with the socket in it) becomes readable
+    when the agent has said something or hung up; the pump then calls `read_unasked`.
+
+    Lock order: nothing else is locked while `_turn` is held, and it is held over I/O; only transactions of
+    this VM wait for it.
+    """
+
+    def __init__(self, sock: socket.socket, on_event: Callable[[ControlMessage], None]) -> None:
+        sock.setblocking(False)
+        self._turn = threading.Lock()  # guards _channel, and reading and writing _sock
+        self._sock = sock
+        self._on_event = on_event
+        self._channel = ControlChannel()
+        self._answers = select.poll()
+        self._answers.register(sock, select.POLLIN)
+        self._unasked = select.epoll()
+        self._unasked.register(sock, 0)
+
+    # Any thread -------------------------------------------------------------------------------------------
+
+    def wait_until_up(self, io: socket.socket, timeout: float, ping_after: float) -> None:
+        """Wait for READY; after `ping_after` seconds without it, take an answered ping in its place.
+
+        `io` is watched meanwhile: a VM that hangs up there is lost too. Raises `ControlLost` or `NoAnswer`.
+        """
+        begun = time.monotonic()
+        with self._turn:
+            up = select.poll()
+            up.register(self._sock, select.POLLIN)
+            up.register(io, 0)
+            ping = None
+            while not (self._channel.ready or (ping and ping.answer)):
+                now = time.monotonic() - begun
+                if now >= timeout:
+                    raise NoAnswer(f"no READY from the VM in {timeout:g} s")
+                if ping is None and now >= ping_after:
+                    ping = self._channel.send(Code.PING, b"{}")
+                until = timeout if ping or ping_after > timeout else ping_after
+                self._exchange(up, until - now)
+                if io.fileno() in dict(up.poll(0)):
+                    raise ControlLost("the VM hung up its I/O channel")
+            self._unasked.modify(self._sock, select.EPOLLIN)
+
+    def transact(self, code: Code, payload: bytes, timeout: float) -> ControlMessage:
+        """Send a command and return its ACK or ERROR.
+
+        `timeout` is in seconds and includes waiting for the commands of others. Raises `NoAnswer` (the
+        command may yet be carried out; its answer will be taken for its own) or `ControlLost`.
+        """
+        deadline = time.monotonic() + timeout
+        if not self._turn.acquire(timeout=timeout):
+            raise NoAnswer(f"no answer in {timeout:g} s: another command was in the way all the time")
+        try:
+            if self._unasked.closed:
+                raise ControlLost("its control channel is closed")
+            if self._channel.unanswered >= _MOST_UNANSWERED:
+                raise NoAnswer(f"not sent: the VM has left {self._channel.unanswered} commands unanswered")
+            self._unasked.modify(self._sock, 0)
+            command = self._channel.send(code, payload)
+            self._write()
+            while command.answer is None:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise NoAnswer(f"no answer from the VM in {timeout:g} s")
+                self._exchange(self._answers, left)
+            return command.answer
+        finally:
+            if not self._unasked.closed:
+                self._unasked.modify(self._sock, select.EPOLLIN)
+            self._turn.release()
+
+    def hang_up(self) -> None:
+        """Make everybody who waits on this channel find it lost. The socket stays open until `close`."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError as error:
+            if error.errno not in (errno.ENOTCONN, errno.EBADF):
+                raise
+
+    # Pump thread ------------------------------------------------------------------------------------------
+
+    @property
+    def unasked(self) -> select.epoll:
+        """Readable when `read_unasked` has something to do."""
+        return self._unasked
+
+    def read_unasked(self) -> None:
+        """Note the events that came between commands. Raises `ControlLost`; never waits."""
+        if not self._turn.acquire(blocking=False):
+            if self._hung_up():
+                raise ControlLost("the VM hung up its control channel")
+            return
+        try:
+            self._read()
+        except BlockingIOError:
+            pass
+        finally:
+            self._turn.release()
+
+    def close(self) -> None:
+        """Close the socket, once those who were using it have found it lost."""
+        self.hang_up()
+        with self._turn:
+            self._unasked.close()
+            self._sock.close()
+
+    # Requires holding _turn -------------------------------------------------------------------------------
+
+    def _exchange(self, ready: select.poll, timeout: float) -> None:
+        """Wait up to `timeout` seconds for the agent, and read once what it said."""
+        if self._channel.outgoing:
+            self._write()
+        ready.modify(self._sock, select.POLLIN | (select.POLLOUT if self._channel.outgoing else 0))
+        if not ready.poll(int(timeout * 1000) + 1):
+            return
+        try:
+            self._read()
+        except BlockingIOError:
+            return
+
+    def _write(self) -> None:
+        outgoing = self._channel.outgoing
+        try:
+            del outgoing[: self._sock.send(outgoing)]
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise ControlLost(f"control channel: {os.strerror(error.errno or 0)}") from None
+
+    def _read(self) -> None:
+        try:
+            data = self._sock.recv(_READ_SIZE)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise ControlLost(f"control channel: {os.strerror(error.errno or 0)}") from None
+        if not data:
+            raise ControlLost("the VM hung up its control channel")
+        try:
+            events = self._channel.receive_data(data)
+        except ControlError as error:
+            raise ControlLost(f"control channel: {error}") from None
+        for event in events:
+            self._on_event(event)
+
+    def _hung_up(self) -> bool:
+        poll = select.poll()
+        poll.register(self._sock, 0)
+        return bool(poll.poll(0))

@@ -1,0 +1,172 @@
+"""What each payload does (protocol.md, 1). No client's socket is touched here: text in, reply out."""
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from cc_proxy.api import messages
+from cc_proxy.api.messages import MemberError
+from cc_proxy.api.payloads import (
+    AllocateIo,
+    AllocateIoResult,
+    Attach,
+    Bye,
+    Hello,
+    Hyper,
+    Request,
+    Response,
+    Version,
+)
+from cc_proxy.hyperstart.codes import COMMANDS
+from cc_proxy.log import logger
+from cc_proxy.proxy.registry import Registry, RegistryError
+from cc_proxy.proxy.vm import State, Vm, VmError
+
+PROTOCOL_VERSION = 1
+#: Longest response text that the runtime in the field takes.
+MAX_RESPONSE = 1024
+
+_ELLIPSIS = "…"
+
+
+class Refusal(Exception):
+    """A request that is refused; the text is what the client is told."""
+
+
+@dataclass(slots=True)
+class Client:
+    """What is known of one connection."""
+
+    number: int
+    vm: Vm | None = field(default=None)
+
+
+@dataclass(slots=True)
+class Reply:
+    """A response as bytes, and the socket whose fd goes out behind it, which is then to be closed."""
+
+    message: bytes
+    passed: socket.socket | None = None
+
+
+_DONE = Reply(messages.encode(Response(True)))
+
+
+def success(result: msgspec.Struct) -> Reply:
+    """Return the response that carries a result."""
+    return Reply(messages.encode(Response(True, data=msgspec.Raw(msgspec.json.encode(result)))))
+
+
+_ATTACHED = success(Version(PROTOCOL_VERSION))
+
+
+def failure(text: str) -> Reply:
+    """Return the response that carries an error, shortened to what every client can take."""
+    message = messages.encode(Response(False, text))
+    if len(message) - messages.HEADER.size <= MAX_RESPONSE:
+        return Reply(message)
+    fits, too_long = 0, len(text)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        message = messages.encode(Response(False, text[:middle] + _ELLIPSIS))
+        if len(message) - messages.HEADER.size <= MAX_RESPONSE:
+            fits = middle
+        else:
+            too_long = middle
+    return Reply(messages.encode(Response(False, text[:fits] + _ELLIPSIS)))
+
+
+class Handlers:
+    """The payload table. Any thread may call, one at a time for a client."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._table: dict[str, tuple[type[msgspec.Struct], Callable[[Client, Any], Reply]]] = {
+            Hello.NAME: (Hello, self._hello),
+            Attach.NAME: (Attach, self._attach),
+            Bye.NAME: (Bye, self._bye),
+            AllocateIo.NAME: (AllocateIo, self._allocate_io),
+            Hyper.NAME: (Hyper, self._hyper),
+        }
+
+    def answer(self, client: Client, text: bytes) -> Reply:
+        """Carry out the request in a message's text; returns the one reply to it.
+
+        Raises `ProtocolError` if the text is not a JSON object.
+        """
+        name = ""
+        try:
+            request = messages.decode(text, Request)
+            name = request.id
+            reply = self._dispatch(client, request)
+        except (MemberError, Refusal, RegistryError, VmError) as error:
+            reply = failure(str(error))
+            logger.debug("request refused", extra=_fields(client, name) | {"error": str(error)[:200]})
+        else:
+            logger.debug("request", extra=_fields(client, name))
+        return reply
+
+    def _dispatch(self, client: Client, request: Request) -> Reply:
+        if not request.id:
+            raise Refusal("no 'id' field in request")
+        if request.id not in self._table:
+            raise Refusal(f"no payload named '{request.id}'")
+        kind, handler = self._table[request.id]
+        return handler(client, _arguments(request, kind))
+
+    def _hello(self, client: Client, hello: Hello) -> Reply:
+        if not (hello.container_id and hello.ctl_serial and hello.io_serial):
+            raise Refusal("malformed hello command")
+        client.vm = self._registry.register(hello)
+        return _ATTACHED
+
+    def _attach(self, client: Client, attach: Attach) -> Reply:
+        client.vm = self._registry.get(attach.container_id)
+        return _ATTACHED
+
+    def _bye(self, client: Client, bye: Bye) -> Reply:
+        self._registry.unregister(bye.container_id)
+        client.vm = None
+        return _DONE
+
+    def _allocate_io(self, client: Client, allocate: AllocateIo) -> Reply:
+        if allocate.n_streams not in (1, 2):
+            raise Refusal(f"asking for unexpected number of streams ({allocate.n_streams})")
+        vm = client.vm
+        if vm is None or vm.state not in (State.UP, State.LEAVING):
+            raise Refusal("client not attached to a vm")
+        io_base, fd = vm.open_session(allocate.n_streams)
+        reply = success(AllocateIoResult(io_base))
+        reply.passed = fd
+        return reply
+
+    def _hyper(self, client: Client, hyper: Hyper) -> Reply:
+        if client.vm is None:
+            raise Refusal("client not attached to a vm")
+        code = COMMANDS.get(hyper.hyper_name)
+        if code is None:
+            raise Refusal(f"unknown command '{hyper.hyper_name}'")
+        client.vm.command(code, bytes(hyper.data))
+        return _DONE
+
+
+def _arguments(request: Request, kind: type[msgspec.Struct]) -> Any:
+    """Decode a request's `data`. Raises `MemberError`, which names the payload."""
+    data = bytes(request.data)
+    if not data or data == b"null":
+        return kind()
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except ValueError as error:
+        raise MemberError(f"{request.id}: {error}") from None
+
+
+def _fields(client: Client, name: str) -> dict[str, Any]:
+    return {
+        "client": client.number,
+        "payload": name[:64],
+        "vm": client.vm.container_id if client.vm else None,
+    }

@@ -1,0 +1,149 @@
+"""Output: frames from one VM to its clients. Pump thread, all of it."""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+from cc_proxy.hyperstart.frames import gather
+from cc_proxy.log import logger
+from cc_proxy.proxy.counters import Counters
+from cc_proxy.proxy.dump import dump_frames
+from cc_proxy.proxy.selector import WRITE, Selector
+from cc_proxy.proxy.session import Session
+
+_BUFFER_SIZE = 256 * 1024
+#: Seconds until a spool that could not be used is tried again.
+_SPOOL_RETRY = 1.0
+
+
+class FramingLost(Exception):
+    """What the VM sent is no frame; the text says what is wrong with it."""
+
+
+class Output:
+    """Reads the I/O channel and passes frames to the sessions that own them.
+
+    `on_stray` is called with the seq of each frame that nobody owns.
+    """
+
+    def __init__(
+        self,
+        vm: str,
+        io: socket.socket,
+        selector: Selector,
+        owners: Mapping[int, Session],
+        counters: Counters,
+        on_stray: Callable[[int], None],
+    ) -> None:
+        self._vm = vm
+        self._io = io
+        self._selector = selector
+        self._owners = owners
+        self._counters = counters
+        self._on_stray = on_stray
+        self._buffer = bytearray(_BUFFER_SIZE)
+        self._view = memoryview(self._buffer)
+        # Where a frame stands in the buffer that has not arrived whole.
+        self._start = self._stop = 0
+        #: Sessions that are watched, by fd, because something waits for their clients.
+        self.waiting: dict[int, Session] = {}
+        # Those of them for which the buffer must be kept, and those of whom that was said in the log.
+        self._holding: set[Session] = set()
+        self._full: set[Session] = set()
+
+    @property
+    def paused(self) -> bool:
+        """Whether slices of the buffer are still waited for, so that the VM cannot be read."""
+        return bool(self._holding)
+
+    def read(self, most: int | None) -> int:
+        """Read once, up to `most` bytes, and deliver what came; returns how much that was, 0 at end of file.
+
+        Not while `paused`. Raises `BlockingIOError`, `FramingLost` (what came before is delivered), or
+        another `OSError`.
+        """
+        size = self._io.recv_into(self._room(most))
+        if not size:
+            return 0
+        begin, self._stop = self._start, self._stop + size
+        batch = gather(self._buffer, self._view, begin, self._stop, self._owners)
+        self._start = batch.stop
+        self._counters.bytes_to_clients += size
+        dump_frames(self._vm, "output", self._view[begin : batch.stop])
+        for session, pieces in batch.slices.items():
+            self._try(session, partial(session.deliver, pieces))
+        for seq, _ in batch.strays:
+            self._on_stray(seq)
+        if batch.error:
+            raise FramingLost(batch.error)
+        return size
+
+    def flush(self, session: Session) -> None:
+        """The session's client takes something again, or has gone."""
+        self._try(session, session.flush)
+
+    def forget(self, session: Session) -> None:
+        """The session is to be closed."""
+        self._selector.remove(session.fd)
+        self.waiting.pop(session.fd, None)
+        self._holding.discard(session)
+        self._full.discard(session)
+
+    def moments(self) -> Iterator[float]:
+        """Yield when `run_timers` has something to do."""
+        return (session.patient_until for session in self._holding if session.patient_until is not None)
+
+    def run_timers(self, now: float) -> None:
+        """Spool for those who were waited for long enough."""
+        for session in list(self._holding):
+            if session.patient_until is not None and now >= session.patient_until:
+                self._try(session, session.spill)
+
+    def _room(self, most: int | None) -> memoryview:
+        """Return the part of the buffer to read into, behind an unfinished frame if there is one."""
+        held = self._stop - self._start
+        if held and self._start:
+            self._buffer[:held] = self._buffer[self._start : self._stop]
+        self._start, self._stop = 0, held
+        return self._view[held:] if most is None else self._view[held : held + most]
+
+    def _try(self, session: Session, action: Callable[[], None]) -> None:
+        """Do something for a session that may need the spool, then watch what there is to be watched."""
+        try:
+            action()
+        except OSError as error:
+            self._spool_failed(session, error)
+        if session.waits:
+            if session.fd not in self.waiting:
+                self.waiting[session.fd] = session
+                self._selector.add(session.fd, WRITE)
+        elif session.fd in self.waiting:
+            del self.waiting[session.fd]
+            self._selector.remove(session.fd)
+        self._hold(session)
+
+    def _hold(self, session: Session) -> None:
+        if not session.pending:
+            self._holding.discard(session)
+            self._full.discard(session)
+            return
+        self._holding.add(session)
+        if session.patient_until is None and session not in self._full:
+            self._full.add(session)
+            self._counters.pauses += 1
+            logger.warning(
+                "spool full: the VM is not read until its client reads",
+                extra={"vm": self._vm, "stream": session.seqs.start, "spooled": session.spooled},
+            )
+
+    def _spool_failed(self, session: Session, error: OSError) -> None:
+        session.patient_until = time.monotonic() + _SPOOL_RETRY
+        if session not in self._full:
+            self._full.add(session)
+            self._counters.pauses += 1
+            logger.error(
+                "spool cannot be used: the VM is not read until its client reads",
+                extra={"vm": self._vm, "stream": session.seqs.start, "error": os.strerror(error.errno or 0)},
+            )

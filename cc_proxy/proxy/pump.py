@@ -1,0 +1,335 @@
+"""One VM's I/O pump: a thread that copies frames between the I/O channel and the clients' fds.
+
+Everything that is ready is read in one piece, taken apart in one walk, and written with one call for each
+receiver. Nothing is copied on the way: what is written are slices of the buffer that was read into. So a
+buffer is not read into again while slices of it wait, and that is all there is to back-pressure:
+`Stdin.blocked`, the VM takes nothing and clients are not read; `Output.paused`, a client takes nothing and
+the VM is not read.
+"""
+
+import contextlib
+import fcntl
+import os
+import socket
+import struct
+import termios
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from cc_proxy.fds import close_stream
+from cc_proxy.hyperstart.pacing import FIRST_MARKER
+from cc_proxy.log import logger
+from cc_proxy.proxy.console import Console
+from cc_proxy.proxy.control import ControlLink, ControlLost
+from cc_proxy.proxy.counters import Counters
+from cc_proxy.proxy.output import FramingLost, Output
+from cc_proxy.proxy.selector import NOTHING_ELSE, READ, WRITE, Selector
+from cc_proxy.proxy.session import Session
+from cc_proxy.proxy.stdin import Stdin
+
+
+class Owner(Protocol):
+    """Whose pump it is; called by the pump thread, with nothing locked."""
+
+    container_id: str
+
+    def lose(self, cause: str) -> None:
+        """The VM is lost. May be called again."""
+
+    def ended(self) -> None:
+        """The pump has closed everything and is about to end."""
+
+
+class Pump:
+    """Owner of the VM's I/O socket, its console and its sessions. Its thread ends when all is delivered."""
+
+    def __init__(
+        self,
+        owner: Owner,
+        io: socket.socket,
+        control: ControlLink,
+        console: Console | None,
+        echo_timeout: float,
+    ) -> None:
+        io.setblocking(False)
+        self._owner = owner
+        self._vm = vm = owner.container_id
+        self._io = io
+        self._io_fd = io.fileno()
+        self._control = control
+        self._console = console
+        self.counters = Counters()
+
+        self._mail_lock = threading.Lock()  # guards _mail and _wake against use once _wake is closed
+        self._mail: deque[Callable[[], None]] = deque()
+
+        # From here on the pump thread's.
+        self._sessions: set[Session] = set()
+        self._owners: dict[int, Session] = {}  # by seq
+        self._selector = Selector()  # the pump's own
+        self._output = Output(vm, io, self._selector, self._owners, self.counters, self._on_stray)
+        self._stdin = Stdin(vm, io, self._owners, self.counters, echo_timeout, self._drop)
+        # The last fd that is opened here, so that none is forgotten if there are not enough.
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._handlers: dict[int, Callable[[int], None]] = {
+            self._io_fd: self._on_io,
+            self._wake: self._on_wake,
+            control.unasked.fileno(): self._on_control,
+            self._stdin.clients.fileno(): self._on_clients,
+        }
+        if console:
+            self._handlers[console.fileno()] = self._on_console
+        # What is watched of the I/O channel; None: nothing, not even hang-ups.
+        self._io_events: int | None = READ
+        self._io_open = True
+        # Bytes of output that are still read before the I/O channel is closed; None: no end to it.
+        self._left_to_read: int | None = None
+        self._finish_at: float | None = None
+        self._thread = threading.Thread(target=self._run, name=f"pump {vm[:32]}", daemon=True)
+
+    # Any thread -------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to copy. Raises `RuntimeError` if there is no thread to be had; everything is closed then."""
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._close()
+            raise
+
+    def add(self, session: Session) -> bool:
+        """Take over a session: frames for its seqs reach it from now on. False if the pump has ended."""
+        return self._post(lambda: self._add(session))
+
+    def finish(self, after: float = 0.0) -> None:
+        """In `after` seconds at the latest, close the I/O channel, deliver what came by then, and end."""
+        at = time.monotonic() + after
+        self._post(lambda: self._finish_by(at))
+
+    def abort(self) -> None:
+        """End now, whatever waits."""
+        self._post(self._abort)
+
+    def join(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds for the thread's end; returns whether it has ended."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _post(self, letter: Callable[[], None]) -> bool:
+        """Have the pump thread call `letter`. False if it has ended."""
+        with self._mail_lock:
+            if self._wake < 0:
+                return False
+            self._mail.append(letter)
+            os.eventfd_write(self._wake, 1)
+        return True
+
+    # Pump thread: the loop --------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            for fd in self._handlers:
+                self._selector.add(fd, READ)
+            while self._io_open or self._sessions:
+                self._turn()
+        except Exception:
+            logger.exception("I/O pump failed", extra={"vm": self._vm})
+            self._owner.lose("internal error in its I/O pump")
+        finally:
+            self._close()
+            self._owner.ended()
+
+    def _turn(self) -> None:
+        for fd, events in self._selector.poll(self._timeout()):
+            handler = self._handlers.get(fd)
+            if handler:
+                handler(events)
+            elif fd in self._output.waiting:
+                self._on_writable(self._output.waiting[fd])
+        if self._timed:
+            self._run_timers(time.monotonic())
+        self._watch_io()
+
+    @property
+    def _timed(self) -> bool:
+        return self._finish_at is not None or self._output.paused or self._stdin.asked
+
+    def _timeout(self) -> float | None:
+        if not self._timed:
+            return None
+        moments = [*self._output.moments(), *self._stdin.moments()]
+        if self._finish_at is not None:
+            moments.append(self._finish_at)
+        return max(0.0, min(moments) - time.monotonic()) if moments else None
+
+    def _run_timers(self, now: float) -> None:
+        if self._finish_at is not None and now >= self._finish_at:
+            self._finish_at = None
+            self._finish_reading()
+        self._output.run_timers(now)
+        self._stdin.run_timers(now)
+
+    def _watch_io(self) -> None:
+        """Watch the I/O channel and the clients for what can be done about them now."""
+        if not self._io_open:
+            return
+        if self._stdin.error:
+            self._lose(self._stdin.error)
+            return
+        events = (NOTHING_ELSE if self._output.paused else READ) | (WRITE if self._stdin.blocked else 0)
+        if events == self._io_events or (self._io_events is None and not events & READ):
+            return
+        if self._io_events is None:
+            self._selector.add(self._io_fd, events)
+        else:
+            self._selector.change(self._io_fd, events)
+        self._selector.change(self._stdin.clients.fileno(), NOTHING_ELSE if self._stdin.blocked else READ)
+        self._io_events = events
+
+    # Pump thread: what is ready ---------------------------------------------------------------------------
+
+    def _on_wake(self, _events: int) -> None:
+        os.eventfd_read(self._wake)
+        self._open_mail()
+
+    def _open_mail(self) -> None:
+        while self._mail:
+            self._mail.popleft()()
+
+    def _on_control(self, _events: int) -> None:
+        try:
+            self._control.read_unasked()
+        except ControlLost as lost:
+            self._lose(str(lost))
+
+    def _on_console(self, _events: int) -> None:
+        if self._console and not self._console.read():
+            self._close_console()
+
+    def _close_console(self) -> None:
+        if self._console:
+            del self._handlers[self._console.fileno()]
+            self._selector.remove(self._console.fileno())
+            self._console.close()
+            self._console = None
+
+    def _on_io(self, events: int) -> None:
+        if events & WRITE and self._stdin.blocked:
+            self._stdin.flush()
+        if not events & ~WRITE or not self._io_open:
+            return
+        if self._output.paused:
+            # It has hung up while it could not be read: what it sent before is read later.
+            self._selector.remove(self._io_fd)
+            self._io_events = None
+            self._lose("the VM hung up its I/O channel")
+        else:
+            self._read_vm()
+
+    def _read_vm(self) -> None:
+        if self._mail:
+            # A session whose seqs a client knows by now may still be in there.
+            self._open_mail()
+        try:
+            size = self._output.read(self._left_to_read)
+        except BlockingIOError:
+            return
+        except (FramingLost, OSError) as error:
+            self._lose(f"I/O channel: {error}")
+            self._end_io()
+            return
+        if not size:
+            self._lose("the VM hung up its I/O channel")
+            self._end_io()
+        elif self._left_to_read is not None:
+            self._left_to_read -= size
+            if not self._left_to_read:
+                self._end_io()
+
+    def _on_clients(self, _events: int) -> None:
+        if self._io_open and not self._stdin.blocked:
+            self._stdin.read_clients()
+
+    def _on_writable(self, session: Session) -> None:
+        self._output.flush(session)
+        if not self._io_open and not session.waits:
+            self._drop(session, "all is delivered")
+
+    def _on_stray(self, seq: int) -> None:
+        if seq >= FIRST_MARKER:
+            self._stdin.echo(seq)
+        else:
+            self.counters.stray_frames += 1
+
+    # Pump thread: sessions --------------------------------------------------------------------------------
+
+    def _add(self, session: Session) -> None:
+        if not self._io_open:
+            session.close()
+            return
+        self._sessions.add(session)
+        self._owners.update(dict.fromkeys(session.seqs, session))
+        self._stdin.add(session)
+
+    def _drop(self, session: Session, reason: str) -> None:
+        """Close a session. Output on its streams is nobody's from now on."""
+        logger.debug("session closed", extra={"vm": self._vm, "stream": session.seqs.start, "reason": reason})
+        for seq in session.seqs:
+            del self._owners[seq]
+        self._sessions.remove(session)
+        self._stdin.forget(session)
+        self._output.forget(session)
+        session.close()
+
+    # Pump thread: the end ---------------------------------------------------------------------------------
+
+    def _lose(self, cause: str) -> None:
+        """The VM is of no use any more: deliver what it has sent, then its clients see end of file."""
+        self._owner.lose(cause)
+        self._finish_reading()
+
+    def _finish_by(self, at: float) -> None:
+        self._finish_at = at if self._finish_at is None else min(at, self._finish_at)
+
+    def _finish_reading(self) -> None:
+        """Read what has arrived by now, and then no more."""
+        if not self._io_open or self._left_to_read is not None:
+            return
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.remove(self._control.unasked.fileno())
+        (self._left_to_read,) = struct.unpack("i", fcntl.ioctl(self._io, termios.FIONREAD, bytes(4)))
+        if not self._left_to_read:
+            self._end_io()
+
+    def _end_io(self) -> None:
+        """Close the I/O channel; sessions end as soon as everything is delivered."""
+        if not self._io_open:
+            return
+        self._io_open = False
+        self._selector.remove(self._io_fd)
+        self._selector.remove(self._stdin.clients.fileno())
+        close_stream(self._io)
+        for session in list(self._sessions):
+            self._stdin.forget(session)
+            if not session.waits:
+                self._drop(session, "the VM's I/O channel is closed")
+
+    def _abort(self) -> None:
+        self._end_io()
+        for session in list(self._sessions):
+            self._drop(session, "the daemon stops")
+
+    def _close(self) -> None:
+        """Close whatever is open, in whatever state the thread has ended."""
+        with self._mail_lock:
+            os.close(self._wake)
+            self._wake = -1
+        self._abort()
+        self._open_mail()
+        self._close_console()
+        self._control.close()
+        self._stdin.clients.close()
+        self._selector.close()

@@ -1,0 +1,71 @@
+"""Which VMs there are: ids, and the VMs that clients have registered under them."""
+
+import threading
+
+from cc_proxy.api.payloads import Hello
+from cc_proxy.log import logger
+from cc_proxy.proxy.spool import SpoolSpace
+from cc_proxy.proxy.vm import State, Vm
+from cc_proxy.settings import Settings
+
+
+class RegistryError(Exception):
+    """An id that is taken, or unknown; the text is what clients are told."""
+
+
+class Registry:
+    """All VMs of the daemon. Any thread may call."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._space = SpoolSpace(settings.spool)
+        self._lock = threading.Lock()  # guards _by_id and _vms; nothing else is locked while it is held
+        self._by_id: dict[str, Vm] = {}  # from the beginning of hello until bye, or until the VM is lost
+        self._vms: set[Vm] = set()  # those that have not ended
+
+    def register(self, hello: Hello) -> Vm:
+        """Register the VM behind two sockets; returns once it is up.
+
+        The id is taken from the beginning, and free again if this fails. Raises `RegistryError` or `VmError`.
+        """
+        container_id = hello.container_id
+        vm = Vm(container_id, self._settings, self._space, self._note_change)
+        with self._lock:
+            if container_id in self._by_id:
+                raise RegistryError(f"{container_id}: container already registered")
+            if len(self._vms) >= self._settings.limits.vms:
+                raise RegistryError(f"the limit of {self._settings.limits.vms} VMs is reached")
+            self._by_id[container_id] = vm
+            self._vms.add(vm)
+        vm.start(hello)
+        return vm
+
+    def get(self, container_id: str) -> Vm:
+        """Return the VM that is registered and up under an id. Raises `RegistryError`."""
+        with self._lock:
+            vm = self._by_id.get(container_id)
+        if vm is None or vm.state is not State.UP:
+            raise RegistryError(f"unknown containerID: {container_id}")
+        return vm
+
+    def unregister(self, container_id: str) -> None:
+        """Free an id and let its VM go. Raises `RegistryError`."""
+        self.get(container_id).leave()
+
+    def vms(self) -> list[Vm]:
+        """Return all VMs that have not ended, those without an id included."""
+        with self._lock:
+            return list(self._vms)
+
+    def _note_change(self, vm: Vm) -> None:
+        state = vm.state
+        if state is State.UP:
+            logger.info("VM registered", extra={"vm": vm.container_id})
+            return
+        with self._lock:
+            if self._by_id.get(vm.container_id) is vm:
+                del self._by_id[vm.container_id]
+            if state is State.ENDED:
+                self._vms.discard(vm)
+        if state is State.LEAVING:
+            logger.info("VM unregistered", extra={"vm": vm.container_id})

@@ -1,0 +1,221 @@
+"""The clients' side: accepts connections and serves each in a thread of its own (protocol.md, 1)."""
+
+import array
+import contextlib
+import errno
+import itertools
+import os
+import socket
+import socketserver
+import struct
+import threading
+import time
+from typing import Any
+
+from cc_proxy.api.errors import ProtocolError
+from cc_proxy.api.fdpassing import TAG
+from cc_proxy.api.messages import MessageParser
+from cc_proxy.fds import close_stream
+from cc_proxy.log import logger
+from cc_proxy.proxy.handlers import Client, Handlers, Reply, failure
+from cc_proxy.proxy.registry import Registry
+from cc_proxy.settings import Limits
+
+#: Connections that may wait to be accepted.
+BACKLOG = 4096
+#: Seconds until the accept thread notices that it is to stop.
+_STOP_POLL = 0.25
+#: What accept(2) says when there is no room for another connection, and how long to wait then, in seconds.
+_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_SHORTAGE_PAUSE = 0.1
+
+_READ_SIZE = 4 * 1024
+_LARGEST_READ = 64 * 1024
+_TIMEVAL = struct.Struct("@ll")
+_CREDENTIALS = struct.Struct("3i")
+
+
+class Server(socketserver.ThreadingUnixStreamServer):
+    """Owner of the listening socket, and of the connections that are accepted on it."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, listener: socket.socket, registry: Registry, limits: Limits) -> None:
+        super().__init__(listener.getsockname(), Connection, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        self.limits = limits
+        self.handlers = Handlers(registry)
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()  # guards _connections; nothing else is locked while it is held
+        self._connections: dict[socket.socket, threading.Thread] = {}
+        self._stopping = threading.Event()
+        self._short = False
+        self._thread = threading.Thread(
+            target=self.serve_forever, args=(_STOP_POLL,), name="accept", daemon=True
+        )
+
+    # Main thread ------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to accept connections, in a thread of its own."""
+        self._thread.start()
+
+    def stop_accepting(self) -> None:
+        """Accept no more, and read no more requests; those that have arrived are still answered."""
+        self._stopping.set()
+        self.shutdown()
+        self._thread.join()
+        self._shut_down_connections(socket.SHUT_RD)
+
+    def join_connections(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds for the connections to end, then close the others.
+
+        Returns whether all had ended.
+        """
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            threads = list(self._connections.values())
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not self._shut_down_connections(socket.SHUT_RDWR)
+
+    def _shut_down_connections(self, how: int) -> int:
+        with self._lock:
+            for connection in self._connections:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(how)
+            return len(self._connections)
+
+    # Accept thread ----------------------------------------------------------------------------------------
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection. While there is no room for one, wait a little instead of spinning."""
+        if self._stopping.is_set():
+            raise OSError(errno.ESHUTDOWN, "no more connections are accepted")
+        try:
+            request: tuple[socket.socket, Any] = self.socket.accept()
+        except OSError as error:
+            if error.errno in _SHORTAGES:
+                self._wait_for_room(error)
+            raise
+        self._short = False
+        return request
+
+    def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+        """Serve a connection in a thread of its own."""
+        number = next(self._numbers)
+        thread = threading.Thread(
+            target=self.process_request_thread, args=(request, number), name=f"client {number}", daemon=True
+        )
+        with self._lock:
+            full = len(self._connections) >= self.limits.connections
+            if not full:
+                self._connections[request] = thread
+        if full:
+            self._turn_away(request, f"the limit of {self.limits.connections} connections is reached")
+            return
+        try:
+            thread.start()
+        except RuntimeError:
+            self._turn_away(request, "the daemon cannot start another thread")
+
+    def _wait_for_room(self, error: OSError) -> None:
+        if not self._short:
+            logger.error("no connection can be accepted", extra={"error": error.strerror})
+        self._short = True
+        self._stopping.wait(_SHORTAGE_PAUSE)
+
+    def _turn_away(self, request: socket.socket, why: str) -> None:
+        logger.warning("connection refused", extra={"error": why})
+        with contextlib.suppress(OSError):
+            request.send(failure(why).message, socket.MSG_DONTWAIT)
+        self.shutdown_request(request)
+
+    # Any thread -------------------------------------------------------------------------------------------
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection, which has been served or is not going to be."""
+        with self._lock:
+            self._connections.pop(request, None)
+        close_stream(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+        """Log an error that nobody expected; it costs this connection and nothing else."""
+        logger.exception("connection failed", extra={"client": client_address})
+
+
+class Connection(socketserver.BaseRequestHandler):
+    """One client's connection, in its own thread."""
+
+    server: Server
+    request: socket.socket
+    #: What the server calls an address: the connection's number, since clients' sockets have no names.
+    client_address: int
+
+    def handle(self) -> None:
+        """Answer requests, one after the other, until the client goes or breaks the protocol."""
+        client = Client(self.client_address)
+        pid, uid, _ = _CREDENTIALS.unpack(
+            self.request.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        )
+        logger.debug("client connected", extra={"client": client.number, "pid": pid, "uid": uid})
+        reason = "closed by the client"
+        try:
+            self._set_timeout(socket.SO_SNDTIMEO, self.server.limits.message_timeout)
+            self._serve(client)
+        except ProtocolError as error:
+            reason = str(error)
+            logger.warning(
+                "client broke the protocol", extra={"client": client.number, "error": reason[:200]}
+            )
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+        logger.debug("client disconnected", extra={"client": client.number, "reason": reason})
+
+    def _serve(self, client: Client) -> None:
+        parser = MessageParser()
+        while (text := self._next_text(parser)) is not None:
+            self._send(self.server.handlers.answer(client, text))
+
+    def _next_text(self, parser: MessageParser) -> bytes | None:
+        """Return the next request's text; None once the client has closed the connection.
+
+        Between messages a client may be silent for as long as it likes, but not in the middle of one.
+        """
+        deadline = None
+        while (text := parser.next_text()) is None:
+            if not parser.unfinished:
+                data = self.request.recv(_READ_SIZE)
+            else:
+                deadline = deadline or time.monotonic() + self.server.limits.message_timeout
+                data = self._receive_by(deadline, min(parser.missing, _LARGEST_READ))
+            if not data:
+                return None
+            parser.receive_data(data)
+        if deadline is not None:
+            self._set_timeout(socket.SO_RCVTIMEO, 0)
+        return text
+
+    def _receive_by(self, deadline: float, size: int) -> bytes:
+        seconds = deadline - time.monotonic()
+        if seconds > 0:
+            self._set_timeout(socket.SO_RCVTIMEO, seconds)
+            with contextlib.suppress(BlockingIOError):
+                return self.request.recv(size)
+        raise ProtocolError("a message that had begun did not arrive in time")
+
+    def _send(self, reply: Reply) -> None:
+        if reply.passed is None:
+            self.request.sendall(reply.message)
+            return
+        with reply.passed as passed:
+            self.request.sendall(reply.message)
+            rights = array.array("i", [passed.fileno()])
+            self.request.sendmsg([TAG], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+
+    def _set_timeout(self, option: int, seconds: float) -> None:
+        self.request.setsockopt(
+            socket.SOL_SOCKET, option, _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1_000_000))
+        )

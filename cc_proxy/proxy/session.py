@@ -1,0 +1,148 @@
+"""One client's streams: what waits for the client, and what its process may be sent."""
+
+import socket
+import time
+from collections.abc import Sequence
+
+from cc_proxy.fds import Piece, close_stream, cut, send_pieces
+from cc_proxy.hyperstart.frames import StdinSplitter
+from cc_proxy.hyperstart.pacing import StdinWindow
+from cc_proxy.proxy.spool import Spool, SpoolSpace
+
+#: A client whose socket is full is waited for as long as this, in seconds, before its output is spooled.
+_PATIENCE = 0.02
+#: Patience that comes back in each second: the most that one client can slow its VM down by.
+_PATIENCE_REGAINED = 0.25
+
+
+class Session:
+    """The streams that one `allocateIO` gave out, and the proxy's end of their fd, which it owns.
+
+    Output goes straight to the client while it keeps up. What its socket does not take is `pending`: slices
+    of the pump's buffer, for which the VM's reading has to pause. A client gets a moment to catch up; then
+    pending output moves to the spool, and output that follows goes behind it, until all is through.
+
+    The pump thread does everything here; others only make sessions.
+    """
+
+    def __init__(
+        self, seqs: range, sock: socket.socket, space: SpoolSpace, window: StdinWindow | None
+    ) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._spool = Spool(space)
+        self._patience = _PATIENCE
+        self._patience_at = 0.0
+        self.seqs = seqs
+        self.fd = sock.fileno()
+        self.splitter = StdinSplitter(seqs.start)
+        #: None while stdin is not paced.
+        self.window = window
+        #: Output for which the pump's buffer must be kept, in front of all that is read after it.
+        self.pending: Sequence[Piece] = ()
+        #: When patience with `pending` ends; None if the spool has refused it, or nothing is pending.
+        self.patient_until: float | None = None
+        #: Whether the client may still send stdin.
+        self.stdin_open = True
+        #: Whether the client cannot take output any more.
+        self.output_gone = False
+
+    # Output -----------------------------------------------------------------------------------------------
+
+    @property
+    def waits(self) -> bool:
+        """Whether output waits for the client to take more."""
+        return bool(self.pending or self._spool.size)
+
+    @property
+    def spooled(self) -> int:
+        """Bytes that wait in the spool."""
+        return self._spool.size
+
+    def deliver(self, pieces: Sequence[Piece]) -> None:
+        """Pass output on, behind what waits. Afterwards `pending` tells whether the buffer must be kept.
+
+        Raises `OSError` if the spool was needed and could not be used.
+        """
+        if self.output_gone:
+            return
+        if self._spool.size:
+            self.pending = pieces
+            self.spill()
+            return
+        self._write(pieces)
+        if self.pending:
+            self.patient_until = self._end_of_patience()
+
+    def flush(self) -> None:
+        """The client takes output again: pass on what waits, oldest first.
+
+        Raises `OSError` if the spool was needed and could not be used.
+        """
+        try:
+            if self._spool.size:
+                self._spool.drain_to(self.fd)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._give_up_output()
+        if self._spool.size:
+            if self.pending:
+                self.spill()
+        elif self.pending:
+            self._write(self.pending)
+
+    def spill(self) -> None:
+        """Move pending output to the spool, as much as that takes.
+
+        Raises `OSError` if the file system takes none of it; everything is still pending then.
+        """
+        self._stop_being_patient()
+        self.pending = cut(self.pending, self._spool.append(self.pending))
+
+    def _write(self, pieces: Sequence[Piece]) -> None:
+        try:
+            self.pending = send_pieces(self._sock, pieces)
+        except OSError:
+            self._give_up_output()
+            return
+        if not self.pending:
+            self._stop_being_patient()
+
+    def _give_up_output(self) -> None:
+        """The client has closed its end. What it sent before may still be on its way in."""
+        self.output_gone = True
+        self.pending = ()
+        self.patient_until = None
+        self._spool.close()
+
+    def _stop_being_patient(self) -> None:
+        if self.patient_until is not None:
+            self._patience = max(0.0, self.patient_until - time.monotonic())
+            self.patient_until = None
+
+    def _end_of_patience(self) -> float:
+        now = time.monotonic()
+        regained = (now - self._patience_at) * _PATIENCE_REGAINED
+        self._patience = min(_PATIENCE, self._patience + regained)
+        self._patience_at = now
+        return now + self._patience
+
+    # Input ------------------------------------------------------------------------------------------------
+
+    def read_into(self, view: memoryview) -> int:
+        """Read what the client sent; returns 0 at its end. Raises `BlockingIOError` if there is nothing."""
+        try:
+            return self._sock.recv_into(view)
+        except BlockingIOError:
+            raise
+        except OSError:
+            return 0
+
+    # The end ----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close the fd: the client reads what was written to it and then end of file. What waits is lost."""
+        self._spool.close()
+        self.pending = ()
+        close_stream(self._sock)

@@ -1,0 +1,202 @@
+"""Stdin: frames from the clients to one VM. Pump thread, all of it."""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from cc_proxy.api.frames import encode_frame
+from cc_proxy.fds import Piece, send_pieces
+from cc_proxy.hyperstart.pacing import marked_stream
+from cc_proxy.log import logger
+from cc_proxy.proxy.counters import Counters
+from cc_proxy.proxy.dump import dump_frames
+from cc_proxy.proxy.selector import HANG_UP, NOTHING_ELSE, READ, Selector
+from cc_proxy.proxy.session import Session
+
+_BUFFER_SIZE = 256 * 1024
+#: A client is not read any more in a turn when less than this is left of the buffer.
+_LEAST_READ = 16 * 1024
+#: An agent that has let so many markers pass, and never sent one back, is taken not to do that.
+_MARKERS_TO_TRY = 3
+
+
+class Stdin:
+    """Reads the clients and passes what they send to the I/O channel, paced for each of them.
+
+    `drop` is called with a session that is over and why.
+    """
+
+    def __init__(
+        self,
+        vm: str,
+        io: socket.socket,
+        owners: Mapping[int, Session],
+        counters: Counters,
+        echo_timeout: float,
+        drop: Callable[[Session, str], None],
+    ) -> None:
+        self._vm = vm
+        self._io = io
+        self._owners = owners
+        self._counters = counters
+        self._echo_timeout = echo_timeout
+        self._drop = drop
+        self._buffer = bytearray(_BUFFER_SIZE)
+        self._view = memoryview(self._buffer)
+        self._sessions: dict[int, Session] = {}  # by fd
+        self._asked: dict[
+            Session, float
+        ] = {}  # whose marker is on its way, and when to ask again; oldest first
+        self._to_vm: Sequence[Piece] = ()
+        self._echoed = False
+        self._paced = True
+        #: The clients' fds. It is readable when one of them has sent something or hung up.
+        self.clients = Selector()
+        #: Why the VM takes nothing any more.
+        self.error: str | None = None
+
+    @property
+    def blocked(self) -> bool:
+        """Whether slices of the buffer still wait for the VM, so that no client can be read."""
+        return bool(self._to_vm)
+
+    @property
+    def asked(self) -> bool:
+        """Whether a marker is on its way."""
+        return bool(self._asked)
+
+    def add(self, session: Session) -> None:
+        """Begin to read a client."""
+        if not self._paced:
+            session.window = None
+        self._sessions[session.fd] = session
+        self.clients.add(session.fd, READ)
+
+    def forget(self, session: Session) -> None:
+        """The session is to be closed."""
+        self._sessions.pop(session.fd, None)
+        self._asked.pop(session, None)
+        self.clients.remove(session.fd)
+
+    def read_clients(self) -> None:
+        """Read each client that has sent something, and pass it all on in one write. Not while `blocked`."""
+        pieces: list[Piece] = []
+        used = 0
+        for fd, events in self.clients.poll(0):
+            session = self._sessions[fd]
+            if not events & READ:
+                self._hung_up(session)
+            elif _BUFFER_SIZE - used >= _LEAST_READ:
+                used += self._read(session, used, events, pieces)
+        self._counters.bytes_to_vm += used
+        self._send(pieces)
+
+    def flush(self) -> None:
+        """The VM takes something again."""
+        pieces, self._to_vm = self._to_vm, ()
+        self._send(pieces)
+
+    def echo(self, seq: int) -> None:
+        """A marker came back."""
+        session = self._owners.get(marked_stream(seq))
+        if session is None or session.window is None or not session.window.echoed(seq):
+            return
+        self._echoed = True
+        del self._asked[session]
+        self._resume(session)
+
+    def moments(self) -> Iterator[float]:
+        """Yield when `run_timers` has something to do."""
+        return iter(list(self._asked.values())[:1])
+
+    def run_timers(self, now: float) -> None:
+        """Ask again where a marker did not come back."""
+        while self._asked and not self._to_vm:
+            session, ask_at = next(iter(self._asked.items()))
+            if now < ask_at:
+                break
+            self._ask_again(session)
+
+    def _read(self, session: Session, start: int, events: int, pieces: list[Piece]) -> int:
+        room = session.window.room if session.window else _BUFFER_SIZE
+        try:
+            size = session.read_into(self._view[start : start + room])
+        except BlockingIOError:
+            return 0
+        if not size:
+            self._end(session, events, pieces)
+            return 0
+        splitter = session.splitter
+        before = splitter.payload_bytes
+        good = splitter.split(self._buffer, self._view, start, start + size)
+        for piece in good:
+            dump_frames(self._vm, "stdin", memoryview(piece))
+        pieces += good
+        if splitter.error:
+            self._drop(session, splitter.error)
+        elif session.window and (marker := session.window.sent(splitter.payload_bytes - before)):
+            pieces.append(marker)
+            self.clients.change(session.fd, NOTHING_ELSE)
+            self._asked[session] = time.monotonic() + self._echo_timeout
+        return size
+
+    def _end(self, session: Session, events: int, pieces: list[Piece]) -> None:
+        """The client sends no more: it has closed that direction, or its fd.
+
+        Closing the direction is end of file. So is closing the fd in the middle of sending stdin, as it is
+        with a pipe; one that was never written to ends without a word.
+        """
+        session.stdin_open = False
+        gone = bool(events & HANG_UP) or session.output_gone
+        if not session.splitter.at_eof and (session.splitter.payload_bytes or not gone):
+            pieces.append(encode_frame(session.seqs.start))
+        if gone:
+            self._drop(session, "closed by its client")
+        else:
+            self.clients.change(session.fd, NOTHING_ELSE)
+
+    def _hung_up(self, session: Session) -> None:
+        """The client has closed its fd, while it was not being read."""
+        if session.stdin_open:
+            # What it sent last is still to be read, when there is room for it.
+            self.clients.remove(session.fd)
+        else:
+            self._drop(session, "closed by its client")
+
+    def _resume(self, session: Session) -> None:
+        """Read a client again that was not read until its marker came back."""
+        if self.clients.watches(session.fd):
+            self.clients.change(session.fd, READ)
+        else:
+            self.clients.add(session.fd, READ)
+
+    def _ask_again(self, session: Session) -> None:
+        window = session.window
+        if window is None:
+            return
+        del self._asked[session]
+        if not self._echoed and window.asked >= _MARKERS_TO_TRY:
+            self._stop_pacing()
+            self._resume(session)
+            return
+        self._asked[session] = time.monotonic() + self._echo_timeout
+        self._send([window.ask_again()])
+
+    def _stop_pacing(self) -> None:
+        logger.warning("the agent does not acknowledge stdin: it is sent unpaced", extra={"vm": self._vm})
+        self._paced = False
+        for session in self._sessions.values():
+            session.window = None
+        for session in self._asked:
+            self._resume(session)
+        self._asked.clear()
+
+    def _send(self, pieces: Sequence[Piece]) -> None:
+        if self._to_vm:
+            self._to_vm = [*self._to_vm, *pieces]
+            return
+        try:
+            self._to_vm = send_pieces(self._io, pieces)
+        except OSError as error:
+            self.error = self.error or f"I/O channel: {os.strerror(error.errno or 0)}"

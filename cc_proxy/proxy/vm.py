@@ -1,0 +1,230 @@
+"""One VM: its life from hello to the end, with its control channel and its pump."""
+
+import contextlib
+import logging
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from enum import Enum, auto
+
+from cc_proxy.api.payloads import Hello
+from cc_proxy.hyperstart.codes import Code
+from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage
+from cc_proxy.hyperstart.pacing import StdinWindow
+from cc_proxy.log import logger
+from cc_proxy.proxy.console import Console
+from cc_proxy.proxy.control import ControlLink, ControlLost, NoAnswer
+from cc_proxy.proxy.pump import Pump
+from cc_proxy.proxy.session import Session
+from cc_proxy.proxy.spool import SpoolSpace
+from cc_proxy.settings import Settings
+
+#: Longest path that fits into a socket's address, in bytes.
+MAX_PATH = 107
+
+_TIMEVAL = struct.Struct("@ll")
+
+
+class VmError(Exception):
+    """What was asked of the VM did not work; the text is the cause, as clients are told it."""
+
+
+class State(Enum):
+    """Where a VM is in its life."""
+
+    STARTING = auto()  # hello has begun
+    UP = auto()
+    LEAVING = auto()  # bye was said: the clients it has may stay until the linger is over
+    LOST = auto()  # what it has sent is still delivered
+    ENDED = auto()
+
+
+_MOVES = {
+    State.STARTING: {State.UP, State.LOST, State.ENDED},
+    State.UP: {State.LEAVING, State.LOST, State.ENDED},
+    State.LEAVING: {State.LOST, State.ENDED},
+    State.LOST: {State.ENDED},
+    State.ENDED: set[State](),
+}
+
+
+class Vm:
+    """A VM that a client has said hello for. Any thread may call.
+
+    `on_change` is called, with no lock held, when the VM has moved to another state.
+    """
+
+    def __init__(
+        self, container_id: str, settings: Settings, space: SpoolSpace, on_change: Callable[["Vm"], None]
+    ) -> None:
+        self.container_id = container_id
+        self._settings = settings
+        self._space = space
+        self._on_change = on_change
+        self._lock = threading.Lock()  # guards all that follows; nothing else is locked while it is held
+        self._state = State.STARTING
+        self._cause = ""
+        self._powering_off = False
+        self._next_seq = 1
+        self._control: ControlLink | None = None
+        self._pump: Pump | None = None
+
+    @property
+    def state(self) -> State:
+        """Where the VM is in its life."""
+        return self._state
+
+    def start(self, hello: Hello) -> None:
+        """Connect to the VM and wait until it is ready. Raises `VmError`; nothing is left open then."""
+        try:
+            with contextlib.ExitStack() as undo:
+                pump = self._connect(hello, undo)
+                undo.pop_all()
+            pump.start()
+            if not self._move(State.UP):
+                raise VmError(self._gone())
+        except BaseException as error:
+            self._move(State.ENDED)
+            if isinstance(error, ControlLost | NoAnswer):
+                raise VmError(str(error)) from None
+            if isinstance(error, OSError | RuntimeError):
+                raise VmError(f"the daemon is short of resources: {error}") from None
+            raise
+
+    def command(self, name: Code, payload: bytes) -> ControlMessage:
+        """Have the agent carry out a command; returns its ACK. Raises `VmError`."""
+        length = HEADER.size + len(payload)
+        if length > MAX_COMMAND:
+            raise VmError(f"message too long {length}")
+        control = self._control
+        if control is None or self._state not in (State.UP, State.LEAVING):
+            raise VmError(self._gone())
+        if name is Code.DESTROY_POD:
+            self._powering_off = True
+        try:
+            answer = control.transact(name, payload, self._settings.vm.command_timeout)
+        except NoAnswer as error:
+            raise VmError(str(error)) from None
+        except ControlLost as lost:
+            self.lose(str(lost))
+            raise VmError(self._gone()) from None
+        if answer.code == Code.ERROR:
+            said = answer.payload.decode(errors="replace")
+            raise VmError("ERROR received from Hyperstart" + (f": {said}" if said else ""))
+        return answer
+
+    def open_session(self, n_streams: int) -> tuple[int, socket.socket]:
+        """Allocate streams. Returns the first one's seq, and the end of their fd that is the client's.
+
+        Raises `VmError`; no seq is used up then.
+        """
+        pump = self._pump
+        if pump is None or self._state not in (State.UP, State.LEAVING):
+            raise VmError(self._gone())
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise VmError(f"the daemon is short of resources: {error.strerror}") from None
+        with self._lock:
+            seqs = range(self._next_seq, self._next_seq + n_streams)
+            self._next_seq = seqs.stop
+        window = self._settings.stdin.window
+        session = Session(seqs, ours, self._space, StdinWindow(seqs.start, window) if window else None)
+        if not pump.add(session):
+            session.close()
+            theirs.close()
+            raise VmError(self._gone())
+        return seqs.start, theirs
+
+    def leave(self) -> None:
+        """Bye was said: end when the VM hangs up, or when the linger has passed."""
+        if self._move(State.LEAVING) and self._pump:
+            self._pump.finish(self._settings.vm.bye_linger)
+
+    def lose(self, cause: str) -> None:
+        """The VM is of no use any more, because of `cause`. Who waits for its answer is told."""
+        with self._lock:
+            self._cause = self._cause or cause
+            expected = self._powering_off or self._state is State.LEAVING
+        if not self._move(State.LOST):
+            return
+        level = logging.INFO if expected else logging.WARNING
+        logger.log(level, "VM lost", extra={"vm": self.container_id, "error": cause})
+        if self._control:
+            self._control.hang_up()
+
+    def ended(self) -> None:
+        """The pump has delivered everything and closed both channels."""
+        self._move(State.ENDED)
+
+    def stop(self) -> None:
+        """The daemon stops: deliver what the VM has sent by now, and end."""
+        if self._pump:
+            self._pump.finish()
+        elif self._control:
+            self._control.hang_up()
+
+    def abort(self) -> None:
+        """End now, whatever waits."""
+        if self._pump:
+            self._pump.abort()
+
+    def join(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds for the VM's end; returns whether it has ended."""
+        return self._pump is None or self._pump.join(timeout)
+
+    def _connect(self, hello: Hello, undo: contextlib.ExitStack) -> Pump:
+        """Connect both channels and wait for READY. What is opened is closed by `undo`."""
+        limits = self._settings.vm
+        ctl = connect("ctlSerial", hello.ctl_serial, limits.ready_timeout)
+        control = ControlLink(ctl, self._note)
+        undo.callback(control.close)
+        self._control = control
+        io = undo.enter_context(connect("ioSerial", hello.io_serial, limits.ready_timeout))
+        control.wait_until_up(io, limits.ready_timeout, limits.ready_ping_after)
+        console = Console.open(self.container_id, hello.console)
+        if console:
+            undo.callback(console.close)
+        self._pump = Pump(self, io, control, console, self._settings.stdin.echo_timeout)
+        return self._pump
+
+    def _move(self, to: State) -> bool:
+        """Move to another state if that is a legal move from here."""
+        with self._lock:
+            if to not in _MOVES[self._state]:
+                return False
+            self._state = to
+        self._on_change(self)
+        return True
+
+    def _note(self, event: ControlMessage) -> None:
+        logger.debug("event from the VM", extra={"vm": self.container_id, "event": str(event)})
+
+    def _gone(self) -> str:
+        return f"VM gone: {self._cause or 'it was unregistered'}"
+
+
+def connect(member: str, path: str, timeout: float) -> socket.socket:
+    """Connect to a VM's socket, waiting `timeout` seconds if its backlog is full.
+
+    `member` is what clients call it. Raises `VmError`.
+    """
+    if not path.startswith("/") or "\0" in path:
+        raise VmError(f"{member}: not an absolute path: {path!r}")
+    if len(path.encode()) > MAX_PATH:
+        raise VmError(f"{member}: a path of {len(path.encode())} bytes, the limit is {MAX_PATH}")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # connect(2) to an AF_UNIX socket waits as long as a send would.
+        seconds = int(timeout)
+        until = _TIMEVAL.pack(seconds, int((timeout - seconds) * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, until)
+        sock.connect(path)
+    except BlockingIOError:
+        sock.close()
+        raise VmError(f"{member}: cannot connect to {path}: not accepted in {timeout:g} s") from None
+    except OSError as error:
+        sock.close()
+        raise VmError(f"{member}: cannot connect to {path}: {error.strerror}") from None
+    return sock

@@ -1,0 +1,18 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["tests.leaks"]
+
+
+@pytest.fixture
+def tmp_sock_dir() -> Iterator[Path]:
+    """A directory for sockets: pytest's tmp_path can be longer than the 107 bytes of an AF_UNIX path."""
+    with tempfile.TemporaryDirectory(prefix="ccp-", dir="/tmp") as path:
+        yield Path(path)
