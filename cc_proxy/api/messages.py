@@ -64,6 +64,9 @@ def decode(text: bytes, kind: type[T]) -> T:
     """
     try:
         str(text, "utf-8")
+    except UnicodeDecodeError as error:
+        raise ProtocolError(f"not UTF-8: {error.reason}") from None
+    try:
         if text.count(b"[") + text.count(b"{") > MAX_NESTING:
             _check_nesting(text)
         return msgspec.json.decode(text, type=kind)

@@ -85,15 +85,12 @@ def _run(chosen: Settings) -> int:
     try:
         raise_fd_limit()
         inherited = systemd.take_listener()
-        if inherited:
-            daemon.serve(inherited, chosen)
-            return 0
-        listener = Listener(chosen.socket_path)
+        listener = Listener(inherited) if inherited else Listener.bind(chosen.socket_path)
     except (ListenError, ActivationError) as error:
         logger.error(str(error))
         return 1
     try:
-        daemon.serve(listener.socket, chosen)
+        daemon.serve(listener, chosen)
     finally:
         listener.remove()
     return 0

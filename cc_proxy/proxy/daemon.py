@@ -1,12 +1,12 @@
 """The daemon as a whole: what is started, in which order, and how it stops."""
 
 import signal
-import socket
 import sys
 import threading
 import time
 
 from cc_proxy.log import logger
+from cc_proxy.proxy.listener import Listener
 from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.server import Server
 from cc_proxy.settings import Settings
@@ -21,7 +21,7 @@ _SWITCH_INTERVAL = 0.001
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
-def serve(listener: socket.socket, settings: Settings) -> None:
+def serve(listener: Listener, settings: Settings) -> None:
     """Serve clients on a listening socket until SIGTERM or SIGINT. Main thread.
 
     The signals are blocked and waited for, so nothing ever runs in a signal handler.
@@ -32,7 +32,7 @@ def serve(listener: socket.socket, settings: Settings) -> None:
     registry = Registry(settings)
     with Server(listener, registry, settings.limits) as server:
         server.start()
-        logger.info("ready", extra={"socket": listener.getsockname()})
+        logger.info("ready", extra={"socket": listener.socket.getsockname()})
         received = signal.sigwait(_STOP_SIGNALS)
         logger.info("stopping", extra={"signal": signal.Signals(received).name})
         _stop(server, registry)

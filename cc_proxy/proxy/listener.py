@@ -7,8 +7,10 @@ import socket
 import stat
 from collections.abc import Iterator
 
-from cc_proxy.proxy.server import BACKLOG
 from cc_proxy.proxy.vm import MAX_PATH
+
+#: Connections that may wait to be accepted.
+_BACKLOG = 4096
 
 _DIRECTORY_MODE = 0o750
 _SOCKET_UMASK = 0o117  # leaves 0660
@@ -19,14 +21,20 @@ class ListenError(Exception):
 
 
 class Listener:
-    """A listening socket at a path, which belongs to this process and goes with it."""
+    """Owner of the listening socket, and of its place in the file system if it was made here."""
 
-    def __init__(self, path: str) -> None:
-        """Bind and listen. Raises `ListenError`.
+    def __init__(self, sock: socket.socket, path: str | None = None) -> None:
+        """Take over a socket that listens; `path` is where it stands, if it is to go with this process."""
+        self.socket = sock
+        self._path = path
+        self._identity = _identity(path) if path else None
+
+    @classmethod
+    def bind(cls, path: str) -> "Listener":
+        """Listen at `path`. Raises `ListenError`.
 
         Changes the process's umask for a moment: to be called while there is only one thread.
         """
-        self._path = path
         if len(os.fsencode(path)) > MAX_PATH:
             raise ListenError(f"{path}: a path of {len(os.fsencode(path))} bytes, the limit is {MAX_PATH}")
         try:
@@ -36,18 +44,25 @@ class Listener:
                 os.chmod(directory, _DIRECTORY_MODE)
             with _locked(directory):
                 _remove_stale(path)
-                self.socket = _bind(path)
-                status = os.lstat(path)
+                return cls(_bind(path), path)
         except OSError as error:
             raise ListenError(f"{path}: cannot listen: {error.strerror}") from None
-        self._identity = (status.st_dev, status.st_ino)
+
+    @property
+    def own(self) -> bool:
+        """Whether the socket was made here and nobody will listen on it after this process."""
+        return self._path is not None
 
     def remove(self) -> None:
-        """Remove the socket from the file system, if what stands there is still this one. Never raises."""
+        """Remove an own socket from the file system, if what stands there is still it. Never raises."""
         with contextlib.suppress(OSError):
-            status = os.lstat(self._path)
-            if (status.st_dev, status.st_ino) == self._identity:
+            if self._path and _identity(self._path) == self._identity:
                 os.unlink(self._path)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
 
 
 @contextlib.contextmanager
@@ -86,7 +101,7 @@ def _bind(path: str) -> socket.socket:
     umask = os.umask(_SOCKET_UMASK)
     try:
         sock.bind(path)
-        sock.listen(BACKLOG)
+        sock.listen(_BACKLOG)
     except BaseException:
         sock.close()
         raise

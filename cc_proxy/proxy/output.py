@@ -71,7 +71,7 @@ class Output:
         batch = gather(self._buffer, self._view, begin, self._stop, self._owners)
         self._start = batch.stop
         self._counters.bytes_to_clients += size
-        dump_frames(self._vm, "output", self._view[begin : batch.stop])
+        dump_frames(self._vm, "output", (self._view[begin : batch.stop],))
         for session, pieces in batch.slices.items():
             self._try(session, partial(session.deliver, pieces))
         for seq, _ in batch.strays:

@@ -18,11 +18,10 @@ from cc_proxy.api.messages import MessageParser
 from cc_proxy.fds import close_stream
 from cc_proxy.log import logger
 from cc_proxy.proxy.handlers import Client, Handlers, Reply, failure
+from cc_proxy.proxy.listener import Listener
 from cc_proxy.proxy.registry import Registry
 from cc_proxy.settings import Limits
 
-#: Connections that may wait to be accepted.
-BACKLOG = 4096
 #: Seconds until the accept thread notices that it is to stop.
 _STOP_POLL = 0.25
 #: What accept(2) says when there is no room for another connection, and how long to wait then, in seconds.
@@ -41,10 +40,11 @@ class Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, listener: socket.socket, registry: Registry, limits: Limits) -> None:
-        super().__init__(listener.getsockname(), Connection, bind_and_activate=False)
+    def __init__(self, listener: Listener, registry: Registry, limits: Limits) -> None:
+        super().__init__(listener.socket.getsockname(), Connection, bind_and_activate=False)
         self.socket.close()
-        self.socket = listener
+        self.socket = listener.socket
+        self._listener = listener
         self.limits = limits
         self.handlers = Handlers(registry)
         self._numbers = itertools.count(1)
@@ -63,10 +63,18 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._thread.start()
 
     def stop_accepting(self) -> None:
-        """Accept no more, and read no more requests; those that have arrived are still answered."""
+        """Accept no more, and read no more requests; those that have arrived are still answered.
+
+        Who has connected to a socket of our own is not left to wait for nobody; who has connected to an
+        inherited one will be served by our successor.
+        """
         self._stopping.set()
         self.shutdown()
         self._thread.join()
+        self._listener.remove()
+        if self._listener.own:
+            self._accept_waiting()
+        self.socket.close()
         self._shut_down_connections(socket.SHUT_RD)
 
     def join_connections(self, timeout: float) -> bool:
@@ -80,6 +88,12 @@ class Server(socketserver.ThreadingUnixStreamServer):
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not self._shut_down_connections(socket.SHUT_RDWR)
+
+    def _accept_waiting(self) -> None:
+        self.socket.setblocking(False)
+        with contextlib.suppress(OSError):
+            while True:
+                self.process_request(*self.socket.accept())
 
     def _shut_down_connections(self, how: int) -> int:
         with self._lock:

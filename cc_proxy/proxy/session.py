@@ -86,11 +86,10 @@ class Session:
             return
         except OSError:
             self._give_up_output()
-        if self._spool.size:
-            if self.pending:
-                self.spill()
-        elif self.pending:
+        if self.pending and not self._spool.size:
             self._write(self.pending)
+        if self.pending and self.patient_until is None:
+            self.spill()
 
     def spill(self) -> None:
         """Move pending output to the spool, as much as that takes.

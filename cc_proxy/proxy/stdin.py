@@ -130,8 +130,7 @@ class Stdin:
         splitter = session.splitter
         before = splitter.payload_bytes
         good = splitter.split(self._buffer, self._view, start, start + size)
-        for piece in good:
-            dump_frames(self._vm, "stdin", memoryview(piece))
+        dump_frames(self._vm, "stdin", good)
         pieces += good
         if splitter.error:
             self._drop(session, splitter.error)

@@ -23,6 +23,9 @@ from cc_proxy.settings import Settings
 #: Longest path that fits into a socket's address, in bytes.
 MAX_PATH = 107
 
+#: A socket is writable again when three quarters of this are free: the rest must last until more is there.
+_SEND_BUFFER = 1024 * 1024
+
 _TIMEVAL = struct.Struct("@ll")
 
 
@@ -124,6 +127,7 @@ class Vm:
             raise VmError(self._gone())
         try:
             ours, theirs = socket.socketpair()
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         except OSError as error:
             raise VmError(f"the daemon is short of resources: {error.strerror}") from None
         with self._lock:
@@ -216,6 +220,7 @@ def connect(member: str, path: str, timeout: float) -> socket.socket:
         raise VmError(f"{member}: a path of {len(path.encode())} bytes, the limit is {MAX_PATH}")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         # connect(2) to an AF_UNIX socket waits as long as a send would.
         seconds = int(timeout)
         until = _TIMEVAL.pack(seconds, int((timeout - seconds) * 1e6))

@@ -1,0 +1,123 @@
+"""The main job, end to end: a daemon, VMs, processes in them, and what comes back.
+
+Everything is real but the virtual machines: the embedded agent stands in for them and runs the processes here.
+Needs no privileges; leaves nothing behind.
+"""
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MIB = 1024 * 1024
+CTL = [sys.executable, "-m", "cc_proxy.ctl"]
+
+
+class DemoError(Exception):
+    """Something did not come out as it should."""
+
+
+def main() -> int:
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="cc-proxy-demo-") as directory:
+        sock = Path(directory, "run", "proxy.sock")
+        try:
+            with daemon(sock):
+                one_process(sock)
+                two_at_once(sock)
+                a_lot_out(sock)
+                a_lot_in(sock)
+                when_it_fails(sock)
+            check("the daemon stopped, its socket is gone", not sock.exists(), True)
+        except DemoError as error:
+            print(f"\nFAILED: {error}", file=sys.stderr)
+            return 1
+    print(f"\nAll as it should be, in {time.monotonic() - begun:.1f} s.")
+    return 0
+
+
+@contextmanager
+def daemon(sock: Path) -> Iterator[None]:
+    """A daemon of our own, on a socket of our own."""
+    print(f"$ cc-proxy --socket-path {sock}")
+    command = [sys.executable, "-m", "cc_proxy", "--socket-path", sock, "--log-level", "warning"]
+    process = subprocess.Popen(command)
+    try:
+        while not sock.exists():
+            if process.poll() is not None:
+                raise DemoError(f"the daemon ended with status {process.returncode}")
+            time.sleep(0.01)
+        yield
+    finally:
+        process.terminate()
+        status = process.wait(timeout=10)
+    check("exit status of the daemon on SIGTERM", status, 0)
+
+
+def start(sock: Path, *arguments: str) -> "subprocess.Popen[bytes]":
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*CTL, "--socket-path", sock, *arguments], stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+def show(*arguments: str) -> None:
+    print("\n$ cc-proxyctl " + " ".join(repr(a) if " " in a else a for a in arguments))
+
+
+def check(what: str, found: object, expected: object) -> None:
+    print(f"  {what}: {found}")
+    if found != expected:
+        raise DemoError(f"{what}: expected {expected!r}")
+
+
+def one_process(sock: Path) -> None:
+    arguments = ["run", "--local", "-i", "--", "sh", "-c", "read name; echo hello $name; echo oops >&2; exit 7"]
+    show(*arguments)
+    process = start(sock, *arguments)
+    out, err = process.communicate(b"world\n", timeout=20)
+    check("stdin was 'world', stdout", out, b"hello world\n")
+    check("stderr, apart from it", err, b"oops\n")
+    check("exit status", process.returncode, 7)
+
+
+def two_at_once(sock: Path) -> None:
+    arguments = ["run", "--local", "--id", "first", "-i", "--", "cat"]
+    show(*arguments)
+    first = start(sock, *arguments)
+    show("run", "--local", "--", "hostname")
+    second = start(sock, "run", "--local", "--", "sh", "-c", "echo from another VM, meanwhile")
+    out, _ = second.communicate(timeout=20)
+    check("the second ends while the first still runs", (out, first.poll()), (b"from another VM, meanwhile\n", None))
+    out, _ = first.communicate(b"and the first goes on\n", timeout=20)
+    check("the first", (out, first.returncode), (b"and the first goes on\n", 0))
+
+
+def a_lot_out(sock: Path) -> None:
+    command = f"seq 1 1000000 | head -c {MIB}"
+    show("run", "--local", "--", "sh", "-c", command)
+    out, _ = start(sock, "run", "--local", "--", "sh", "-c", command).communicate(timeout=30)
+    expected = b"".join(b"%d\n" % n for n in range(1, 200_000))[:MIB]
+    check("bytes out of the process", len(out), MIB)
+    check("their SHA-256", hashlib.sha256(out).hexdigest(), hashlib.sha256(expected).hexdigest())
+
+
+def a_lot_in(sock: Path) -> None:
+    show("run", "--local", "-i", "--", "sha256sum")
+    data = hashlib.shake_128(b"cc-proxy").digest(MIB)
+    out, _ = start(sock, "run", "--local", "-i", "--", "sha256sum").communicate(data, timeout=30)
+    check("SHA-256 of 1 MiB of stdin, as the process saw it", out[:64].decode(), hashlib.sha256(data).hexdigest())
+
+
+def when_it_fails(sock: Path) -> None:
+    show("exec", "nowhere", "--", "true")
+    process = start(sock, "exec", "nowhere", "--", "true")
+    _, err = process.communicate(timeout=20)
+    print(f"  stderr: {err.decode().strip()}")
+    check("exit status", process.returncode, 125)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
