@@ -1,6 +1,6 @@
 """The main job, end to end: a daemon, VMs, processes in them, and what comes back.
 
-Everything is real but the virtual machines: the embedded agent stands in for them and runs the processes here.
+Everything is real but the virtual machines: the embedded agent stands in for them and runs their processes.
 Needs no privileges; leaves nothing behind.
 """
 
@@ -44,7 +44,7 @@ def main() -> int:
 def daemon(sock: Path) -> Iterator[None]:
     """A daemon of our own, on a socket of our own."""
     print(f"$ cc-proxy --socket-path {sock}")
-    command = [sys.executable, "-m", "cc_proxy", "--socket-path", sock, "--log-level", "warning"]
+    command = [sys.executable, "-m", "cc_proxy", "--socket-path", str(sock), "--log-level", "warning"]
     process = subprocess.Popen(command)
     try:
         while not sock.exists():
@@ -74,7 +74,15 @@ def check(what: str, found: object, expected: object) -> None:
 
 
 def one_process(sock: Path) -> None:
-    arguments = ["run", "--local", "-i", "--", "sh", "-c", "read name; echo hello $name; echo oops >&2; exit 7"]
+    arguments = [
+        "run",
+        "--local",
+        "-i",
+        "--",
+        "sh",
+        "-c",
+        "read name; echo hello $name; echo oops >&2; exit 7",
+    ]
     show(*arguments)
     process = start(sock, *arguments)
     out, err = process.communicate(b"world\n", timeout=20)
@@ -87,28 +95,38 @@ def two_at_once(sock: Path) -> None:
     arguments = ["run", "--local", "--id", "first", "-i", "--", "cat"]
     show(*arguments)
     first = start(sock, *arguments)
-    show("run", "--local", "--", "hostname")
-    second = start(sock, "run", "--local", "--", "sh", "-c", "echo from another VM, meanwhile")
+    second_arguments = ["run", "--local", "--", "echo", "from another VM, meanwhile"]
+    show(*second_arguments)
+    second = start(sock, *second_arguments)
     out, _ = second.communicate(timeout=20)
-    check("the second ends while the first still runs", (out, first.poll()), (b"from another VM, meanwhile\n", None))
+    check(
+        "the second ends while the first still runs",
+        (out, first.poll()),
+        (b"from another VM, meanwhile\n", None),
+    )
     out, _ = first.communicate(b"and the first goes on\n", timeout=20)
     check("the first", (out, first.returncode), (b"and the first goes on\n", 0))
 
 
 def a_lot_out(sock: Path) -> None:
-    command = f"seq 1 1000000 | head -c {MIB}"
-    show("run", "--local", "--", "sh", "-c", command)
-    out, _ = start(sock, "run", "--local", "--", "sh", "-c", command).communicate(timeout=30)
+    arguments = ["run", "--local", "--", "sh", "-c", f"seq 1 1000000 | head -c {MIB}"]
+    show(*arguments)
+    out, _ = start(sock, *arguments).communicate(timeout=30)
     expected = b"".join(b"%d\n" % n for n in range(1, 200_000))[:MIB]
     check("bytes out of the process", len(out), MIB)
     check("their SHA-256", hashlib.sha256(out).hexdigest(), hashlib.sha256(expected).hexdigest())
 
 
 def a_lot_in(sock: Path) -> None:
-    show("run", "--local", "-i", "--", "sha256sum")
+    arguments = ["run", "--local", "-i", "--", "sha256sum"]
+    show(*arguments)
     data = hashlib.shake_128(b"cc-proxy").digest(MIB)
-    out, _ = start(sock, "run", "--local", "-i", "--", "sha256sum").communicate(data, timeout=30)
-    check("SHA-256 of 1 MiB of stdin, as the process saw it", out[:64].decode(), hashlib.sha256(data).hexdigest())
+    out, _ = start(sock, *arguments).communicate(data, timeout=30)
+    check(
+        "SHA-256 of 1 MiB of stdin, as the process saw it",
+        out[:64].decode(),
+        hashlib.sha256(data).hexdigest(),
+    )
 
 
 def when_it_fails(sock: Path) -> None:

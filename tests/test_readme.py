@@ -1,0 +1,23 @@
+"""The README's example does what it says."""
+
+import re
+from pathlib import Path
+
+from cc_proxy import settings
+
+README = Path(__file__).parent.parent / "README.md"
+CONF = Path(__file__).parent.parent / "conf" / "cc-proxy.toml"
+
+
+def test_shipped_settings_are_the_defaults() -> None:
+    text = CONF.read_text()
+    uncommented = re.sub(r"^#([a-z_]+ = )", r"\1", text, flags=re.MULTILINE)
+    assert settings.parse(text, "conf") == settings.Settings()
+    assert settings.parse(uncommented, "conf") == settings.Settings()
+
+
+def test_shipped_settings_are_all_there_are() -> None:
+    keys = set(re.findall(r"^#([a-z_]+) = ", CONF.read_text(), flags=re.MULTILINE))
+    tables = [settings.Settings, settings.Log, settings.Vm, settings.Stdin, settings.Spool, settings.Limits]
+    every = {field for table in tables for field in table.__struct_fields__}
+    assert keys == every - {"log", "vm", "stdin", "spool", "limits"}
