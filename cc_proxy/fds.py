@@ -56,7 +56,8 @@ def cut(pieces: Sequence[Piece], start: int, stop: int = sys.maxsize) -> list[Pi
     found: list[Piece] = []
     at = 0
     for piece in pieces:
-        if at + len(piece) > start and at < stop:
-            found.append(memoryview(piece)[max(0, start - at) : stop - at])
+        begin, end = max(0, start - at), min(len(piece), stop - at)
+        if begin < end:
+            found.append(memoryview(piece)[begin:end])
         at += len(piece)
     return found

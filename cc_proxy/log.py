@@ -38,7 +38,7 @@ LEVELS: dict[LogLevel, int] = {
 VERBOSE: dict[int, LogLevel] = {1: "debug", 2: "io", 3: "console"}
 
 #: Lines that may wait to be written; those that come on top are dropped and counted.
-_MOST_WAITING = 10_000
+_MOST_WAITING = 4_096
 #: What a LogRecord has of its own: everything else in one is a field.
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))

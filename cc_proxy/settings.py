@@ -4,9 +4,8 @@ Every setting has a default, and conf/cc-proxy.toml says why it is there; what a
 before any of it counts.
 """
 
-import os
 import tomllib
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -16,8 +15,13 @@ from cc_proxy.api.client import DEFAULT_SOCKET
 #: Read if it exists and no other file was named.
 DEFAULT_FILE = "/etc/cc-proxy/cc-proxy.toml"
 
+#: Longest path that fits into a socket's address, in bytes.
+MAX_SOCKET_PATH = 107
+
 LogLevel = Literal["error", "warning", "info", "debug", "io", "console"]
 LogFormat = Literal["auto", "json", "text"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {"log.level": get_args(LogLevel), "log.format": get_args(LogFormat)}
 
 _Path = Annotated[str, Meta(pattern=r"^/[^\x00]*$", description="an absolute path")]
 _Seconds = Annotated[float, Meta(gt=0, le=86_400)]
@@ -78,7 +82,7 @@ class Limits(_Table, frozen=True):
 class Settings(_Table, frozen=True):
     """Everything that can be set."""
 
-    socket_path: _Path = DEFAULT_SOCKET
+    socket_path: Annotated[_Path, Meta(max_length=MAX_SOCKET_PATH)] = DEFAULT_SOCKET
     log: Log = Log()
     vm: Vm = Vm()
     stdin: Stdin = Stdin()
@@ -90,10 +94,10 @@ def parse(text: str, source: str) -> Settings:
     """Return the settings that a TOML text describes. Raises `SettingsError`, naming `source` and the key."""
     try:
         return msgspec.convert(tomllib.loads(text), Settings)
-    except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"{source}: not valid TOML: {error}") from None
     except msgspec.ValidationError as error:
         raise SettingsError(f"{source}: {_explain(str(error))}") from None
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, and an int of thousands of digits
+        raise SettingsError(f"{source}: not valid TOML: {error}") from None
 
 
 def load(path: str | None = None) -> Settings:
@@ -101,21 +105,26 @@ def load(path: str | None = None) -> Settings:
 
     Raises `SettingsError` if the file cannot be read or is not right.
     """
-    if path is None:
-        if not os.path.exists(DEFAULT_FILE):
-            return Settings()
-        path = DEFAULT_FILE
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path or DEFAULT_FILE, encoding="utf-8") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
+        if path is None and isinstance(error, FileNotFoundError):
+            return Settings()
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise SettingsError(f"{path}: cannot be read: {reason}") from None
-    return parse(text, path)
+        raise SettingsError(f"{path or DEFAULT_FILE}: cannot be read: {reason}") from None
+    return parse(text, path or DEFAULT_FILE)
 
 
 def _explain(error: str) -> str:
-    """Turn msgspec's `what - at `$.table.key`` into `table.key: what`."""
+    """Turn msgspec's ``what - at `$.table.key` `` into `table.key: what`, in the words of a settings file."""
     what, _, where = error.partition(" - at `$")
     key = where.strip("`").lstrip(".")
+    if key in _CHOICES and what.startswith("Invalid enum value"):
+        got = what.removeprefix("Invalid enum value")
+        what = f"expected one of {', '.join(_CHOICES[key])}, got{got}"
+    elif "regex" in what:
+        what = "expected an absolute path"
+    elif "length <=" in what:
+        what = f"expected a path of {MAX_SOCKET_PATH} bytes at most"
     return f"{key}: {what}" if key else what

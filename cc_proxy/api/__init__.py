@@ -12,6 +12,7 @@ move single messages and fds over a socket of yours, and the payload classes are
 """
 
 from cc_proxy.api.client import DEFAULT_SOCKET, AllocatedIo, Client
+from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.errors import ProtocolError, ProxyError, Refused, TimedOut
 from cc_proxy.api.fdpassing import read_fd, write_fd
 from cc_proxy.api.frames import Frame, FrameParser, encode_frame
@@ -37,6 +38,7 @@ __all__ = [
     "Attach",
     "Bye",
     "Client",
+    "Deadline",
     "Frame",
     "FrameParser",
     "Hello",

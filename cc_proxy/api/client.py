@@ -8,8 +8,10 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
 import msgspec
+from msgspec import UNSET
 
 from cc_proxy.api import messages
+from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.errors import ProtocolError, Refused
 from cc_proxy.api.fdpassing import read_fd
 from cc_proxy.api.payloads import (
@@ -24,12 +26,10 @@ from cc_proxy.api.payloads import (
     Response,
     Version,
 )
-from cc_proxy.api.transport import read_message, write_message
+from cc_proxy.api.transport import connect, read_message, write_message
 
 #: Where the daemon listens unless its settings say otherwise.
 DEFAULT_SOCKET = "/run/cc-oci-runtime/proxy.sock"
-
-_NO_DATA = msgspec.Raw()
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -61,8 +61,12 @@ class Client:
         *,
         timeout: float | None = None,
     ) -> None:
-        self._sock = connection if isinstance(connection, socket.socket) else _connect(os.fspath(connection))
         self._timeout = timeout
+        self._sock = (
+            connection
+            if isinstance(connection, socket.socket)
+            else connect(os.fspath(connection), timeout=timeout)
+        )
         self._broken = False
 
     def hello(
@@ -72,7 +76,7 @@ class Client:
         io_serial: str,
         console: str = "",
         *,
-        timeout: float | None = None,
+        timeout: float | Deadline | None = None,
     ) -> int:
         """Register the VM behind two sockets and attach to it; returns the protocol version.
 
@@ -80,43 +84,44 @@ class Client:
         """
         return self._result(Hello(container_id, ctl_serial, io_serial, console), Version, timeout).version
 
-    def attach(self, container_id: str, *, timeout: float | None = None) -> int:
+    def attach(self, container_id: str, *, timeout: float | Deadline | None = None) -> int:
         """Attach this connection to a registered VM; returns the protocol version."""
         return self._result(Attach(container_id), Version, timeout).version
 
-    def bye(self, container_id: str, *, timeout: float | None = None) -> None:
+    def bye(self, container_id: str, *, timeout: float | Deadline | None = None) -> None:
         """Unregister a VM; its id can be used again at once."""
         self.request(Bye(container_id), timeout=timeout)
 
-    def allocate_io(self, n_streams: int = 1, *, timeout: float | None = None) -> AllocatedIo:
+    def allocate_io(self, n_streams: int = 1, *, timeout: float | Deadline | None = None) -> AllocatedIo:
         """Get 1 stream number (stdin and stdout) or 2 (and stderr), and the fd that carries their frames."""
-        result = self._result(AllocateIo(n_streams), AllocateIoResult, timeout)
+        deadline = self._deadline(timeout)
+        result = self._result(AllocateIo(n_streams), AllocateIoResult, deadline)
         with self._exchange():
-            return AllocatedIo(result.io_base, read_fd(self._sock, timeout=self._seconds(timeout)))
+            return AllocatedIo(result.io_base, read_fd(self._sock, timeout=deadline))
 
-    def hyper(self, name: str, data: Any = _NO_DATA, *, timeout: float | None = None) -> None:
+    def hyper(self, name: str, data: Any = UNSET, *, timeout: float | Deadline | None = None) -> None:
         """Have the agent carry out a command and wait for its acknowledgement.
 
         `data` is any value with a JSON form; `bytes` and `msgspec.Raw` are taken as JSON text already and
-        reach the agent byte for byte. Left out, the command carries no data.
+        reach the agent byte for byte. Left out, or empty, the command carries no data.
         """
-        if isinstance(data, bytes):
-            data = msgspec.Raw(data)
-        elif not isinstance(data, msgspec.Raw):
-            data = msgspec.Raw(msgspec.json.encode(data))
-        self.request(Hyper(name, data), timeout=timeout)
+        if not isinstance(data, bytes | msgspec.Raw | msgspec.UnsetType):
+            data = msgspec.json.encode(data)
+        encoded = b"" if isinstance(data, msgspec.UnsetType) else bytes(data)
+        self.request(Hyper(name, msgspec.Raw(encoded) if encoded else UNSET), timeout=timeout)
 
-    def request(self, payload: Payload, *, timeout: float | None = None) -> msgspec.Raw:
+    def request(self, payload: Payload, *, timeout: float | Deadline | None = None) -> msgspec.Raw:
         """Send any payload and return the `data` of the response, encoded (empty if there was none)."""
+        request = Request(payload.NAME, msgspec.Raw(msgspec.json.encode(payload)))
+        deadline = self._deadline(timeout)
         with self._exchange():
-            request = Request(payload.NAME, msgspec.Raw(msgspec.json.encode(payload)))
-            write_message(self._sock, request, timeout=self._seconds(timeout))
-            response = read_message(self._sock, Response, timeout=self._seconds(timeout))
+            write_message(self._sock, request, timeout=deadline)
+            response = read_message(self._sock, Response, timeout=deadline)
             if response is None:
                 raise ProtocolError(f"the proxy closed the connection instead of answering {payload.NAME}")
         if not response.success:
             raise Refused(response.error)
-        return response.data
+        return msgspec.Raw() if isinstance(response.data, msgspec.UnsetType) else response.data
 
     def fileno(self) -> int:
         """The connection's fd, to wait on: it becomes readable when the daemon goes away."""
@@ -134,10 +139,10 @@ class Client:
     ) -> None:
         self.close()
 
-    def _seconds(self, timeout: float | None) -> float | None:
-        return self._timeout if timeout is None else timeout
+    def _deadline(self, timeout: float | Deadline | None) -> Deadline:
+        return Deadline(self._timeout if timeout is None else timeout)
 
-    def _result(self, payload: Payload, kind: type[T], timeout: float | None) -> T:
+    def _result(self, payload: Payload, kind: type[T], timeout: float | Deadline | None) -> T:
         data = self.request(payload, timeout=timeout)
         with self._exchange():
             return messages.decode(bytes(data), kind)
@@ -150,18 +155,3 @@ class Client:
         self._broken = True
         yield
         self._broken = False
-
-
-def _connect(path: str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.connect(path)
-    except OSError as error:
-        sock.close()
-        # The message of connect(2) does not say which socket it was about.
-        error.filename = path
-        raise
-    except BaseException:
-        sock.close()
-        raise
-    return sock

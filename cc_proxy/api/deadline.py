@@ -1,21 +1,33 @@
 """A moment by which something has to be through, and waiting for a socket until then."""
 
+import errno
+import math
+import os
 import select
 import socket
 import time
 
 from cc_proxy.api.errors import TimedOut
 
+#: poll(2) takes an int of milliseconds; waiting longer is done in turns.
+_LONGEST_WAIT = 86_400.0
+
 
 class Deadline:
-    """`timeout` seconds from now; None is never. A timeout of 0 is a timeout, not an absence of one."""
+    """`timeout` seconds from now; None, or infinity, is never. 0 is a timeout, not an absence of one.
 
-    def __init__(self, timeout: float | None) -> None:
-        self._end = None if timeout is None else time.monotonic() + timeout
+    Functions that take a timeout take a deadline in its place, so that several can share one.
+    """
 
-    def remaining(self) -> float | None:
-        """Seconds left, 0.0 at the least; None if there is no end."""
-        return None if self._end is None else max(0.0, self._end - time.monotonic())
+    def __init__(self, timeout: "float | Deadline | None") -> None:
+        if isinstance(timeout, Deadline):
+            self._end: float = timeout._end
+        else:
+            self._end = math.inf if timeout is None else time.monotonic() + timeout
+
+    def remaining(self) -> float:
+        """Seconds left, 0.0 at the least; infinity if there is no end."""
+        return max(0.0, self._end - time.monotonic())
 
     def wait_readable(self, sock: socket.socket, what: str) -> None:
         """Return once `sock` has something to read or is closed. Raises `TimedOut` naming `what`."""
@@ -26,9 +38,14 @@ class Deadline:
         self._wait(sock, select.POLLOUT, what)
 
     def _wait(self, sock: socket.socket, events: int, what: str) -> None:
+        if sock.fileno() < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         poll = select.poll()
         poll.register(sock, events)
-        left = self.remaining()
-        # Rounded up, so that the last millisecond is not spent spinning.
-        if not poll.poll(None if left is None else int(left * 1000) + (left > 0)):
-            raise TimedOut(f"timed out waiting for {what}")
+        while True:
+            left = min(self.remaining(), _LONGEST_WAIT)
+            # Rounded up, so that the last millisecond is not spent spinning.
+            if poll.poll(math.ceil(left * 1000)):
+                return
+            if not self.remaining():
+                raise TimedOut(f"timed out waiting for {what}")

@@ -1,6 +1,7 @@
 """An fd that travels over an AF_UNIX socket: one byte `F` with SCM_RIGHTS (protocol.md, allocateIO)."""
 
 import array
+import errno
 import os
 import socket
 
@@ -13,7 +14,7 @@ TAG = b"F"
 _INT = array.array("i").itemsize
 
 
-def write_fd(sock: socket.socket, fd: int, *, timeout: float | None = None) -> None:
+def write_fd(sock: socket.socket, fd: int, *, timeout: float | Deadline | None = None) -> None:
     """Send a duplicate of `fd` in a send of its own. `fd` itself stays open and the caller's.
 
     `timeout` is in seconds, None waits for ever. Raises `TimedOut`, or `OSError` if the peer is gone.
@@ -30,7 +31,7 @@ def write_fd(sock: socket.socket, fd: int, *, timeout: float | None = None) -> N
         return
 
 
-def read_fd(sock: socket.socket, *, timeout: float | None = None) -> int:
+def read_fd(sock: socket.socket, *, timeout: float | Deadline | None = None) -> int:
     """Receive the fd that was sent with `write_fd`. It is the caller's to close, and close-on-exec.
 
     `timeout` is in seconds, None waits for ever. Raises `ProtocolError` if something else came than one
@@ -52,6 +53,8 @@ def read_fd(sock: socket.socket, *, timeout: float | None = None) -> int:
         return fds[0]
     for fd in fds:
         os.close(fd)
+    if flags & socket.MSG_CTRUNC and not fds:
+        raise OSError(errno.EMFILE, "an fd came that could not be taken")
     if not tag:
         raise ProtocolError("the connection was closed where an fd should have come")
     raise ProtocolError(f"expected byte {TAG!r} with one fd, got {tag!r} with {len(fds)}")

@@ -4,9 +4,10 @@
 pieces it arrived; `decode` gives a message its type.
 """
 
+import functools
 import re
 import struct
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -20,7 +21,7 @@ HEADER = struct.Struct(">II")
 #: Arrays and objects inside each other that a text may have.
 MAX_NESTING = 200
 
-_STRINGS_AND_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+_STRINGS_AND_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -52,6 +53,11 @@ def text_length(header: bytes | bytearray | memoryview) -> int:
     return int(length)
 
 
+@functools.cache
+def _decoder(kind: type[Any]) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(kind)
+
+
 class MemberError(ProtocolError):
     """A JSON object, as a message has to be, but not the one that was wanted; the text names the member."""
 
@@ -67,9 +73,10 @@ def decode(text: bytes, kind: type[T]) -> T:
     except UnicodeDecodeError as error:
         raise ProtocolError(f"not UTF-8: {error.reason}") from None
     try:
-        if text.count(b"[") + text.count(b"{") > MAX_NESTING:
+        if len(text) > MAX_NESTING and text.count(b"[") + text.count(b"{") > MAX_NESTING:
             _check_nesting(text)
-        return msgspec.json.decode(text, type=kind)
+        message: T = _decoder(kind).decode(text)
+        return message
     except ValueError as error:
         if _is_object(text):
             raise MemberError(str(error)) from None
@@ -90,20 +97,16 @@ def _check_nesting(text: bytes) -> None:
 
     Raises `MemberError`, or `ProtocolError` if the brackets do not even match.
     """
-    depth = 0
+    depth = deepest = 0
     for token in _STRINGS_AND_BRACKETS.finditer(text):
         first = text[token.start()]
         depth += (first in b"[{") - (first in b"]}")
-        if depth > MAX_NESTING:
-            break
-    else:
+        deepest = max(depth, deepest)
+    if deepest <= MAX_NESTING:
         return
-    pairs = ((b"[", b"]"), (b"{", b"}"))
-    if not text.lstrip().startswith(b"{") or any(
-        text.count(left) != text.count(right) for left, right in pairs
-    ):
+    if depth or not text.lstrip().startswith(b"{"):
         raise ProtocolError("not a JSON object")
-    raise MemberError(f"nested more than {MAX_NESTING} levels deep")
+    raise MemberError(f"nested {deepest} levels deep, the limit is {MAX_NESTING}")
 
 
 class MessageParser:
@@ -151,5 +154,8 @@ class MessageParser:
         end = begin + text_length(self._data[self._pos : begin])
         if len(self._data) < end:
             return None
+        text = bytes(self._data[begin:end])
         self._pos = end
-        return bytes(self._data[begin:end])
+        if not self.unfinished:
+            self._data, self._pos = b"", 0
+        return text

@@ -1,13 +1,15 @@
 """The requests a client may send, and what comes back: plain typed data, no I/O.
 
 Each class is one row of the payload table (protocol.md, 1). Names are Python's here and the wire's in
-JSON (`container_id` travels as `containerId`); types are strict in both directions. A member that is
-absent takes its default, which is the empty value: what the daemon makes of that is the daemon's to say.
+JSON (`container_id` travels as `containerId`); types are strict when a message is decoded. An argument
+that is absent takes its default, which is the empty value: what the daemon makes of that is the daemon's to
+say. `data` that is absent is `UNSET`.
 """
 
 from typing import ClassVar
 
 import msgspec
+from msgspec import UNSET, Raw, UnsetType
 
 
 class _Payload(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
@@ -55,19 +57,19 @@ class AllocateIo(_Payload, frozen=True):
 class Hyper(_Payload, frozen=True):
     """A command for the agent. No result.
 
-    `data` goes to the agent byte for byte as it stands here; empty means no data at all.
+    `data` goes to the agent byte for byte as it stands here; `UNSET` is no data at all.
     """
 
     NAME: ClassVar[str] = "hyper"
 
     hyper_name: str = ""
-    data: msgspec.Raw = msgspec.Raw()
+    data: Raw | UnsetType = UNSET
 
 
 class Version(_Payload, frozen=True):
     """What `hello` and `attach` answer with."""
 
-    version: int = 0
+    version: int
 
 
 class AllocateIoResult(_Payload, frozen=True):
@@ -76,14 +78,14 @@ class AllocateIoResult(_Payload, frozen=True):
     stdin and stdout are stream `io_base`, stderr is `io_base + 1` if two were asked for.
     """
 
-    io_base: int = 0
+    io_base: int
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a client sends: the name of a payload and its arguments, still encoded."""
 
     id: str = ""
-    data: msgspec.Raw = msgspec.Raw()
+    data: Raw | UnsetType = UNSET
 
 
 class Response(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -91,7 +93,7 @@ class Response(msgspec.Struct, frozen=True, omit_defaults=True):
 
     success: bool
     error: str = ""
-    data: msgspec.Raw = msgspec.Raw()
+    data: Raw | UnsetType = UNSET
 
 
 #: Anything `Client.request` can send.

@@ -5,21 +5,52 @@ The socket may be blocking or not; its mode is not changed.
 """
 
 import socket
+import struct
 from typing import TypeVar
 
 import msgspec
 
 from cc_proxy.api import messages
 from cc_proxy.api.deadline import Deadline
-from cc_proxy.api.errors import ProtocolError
+from cc_proxy.api.errors import ProtocolError, TimedOut
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 #: Most that is asked of the kernel at once: an announced length is not trusted for an allocation.
 _PIECE = 64 * 1024
+_LONGEST_WAIT = 86_400.0
+_TIMEVAL = struct.Struct("@ll")
 
 
-def read_message(sock: socket.socket, kind: type[T], *, timeout: float | None = None) -> T | None:
+def connect(path: str, *, timeout: float | Deadline | None = None) -> socket.socket:
+    """Connect to the AF_UNIX stream socket at `path`; the socket returned is blocking.
+
+    `timeout` is in seconds, None waits for ever: connect(2) waits while the backlog is full. Raises
+    `TimedOut`, or an `OSError` that has the path as its `filename`. Any thread may call.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # It waits as long as a send would. 0 would be for ever, so no time left is a little time.
+        _set_send_timeout(sock, max(min(Deadline(timeout).remaining(), _LONGEST_WAIT), 1e-6))
+        sock.connect(path)
+        _set_send_timeout(sock, 0.0)
+    except BaseException as error:
+        sock.close()
+        if isinstance(error, BlockingIOError):
+            raise TimedOut(f"timed out connecting to {path}") from None
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = path
+        raise
+    return sock
+
+
+def _set_send_timeout(sock: socket.socket, seconds: float) -> None:
+    whole = int(seconds)
+    until = _TIMEVAL.pack(whole, int((seconds - whole) * 1_000_000))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, until)
+
+
+def read_message(sock: socket.socket, kind: type[T], *, timeout: float | Deadline | None = None) -> T | None:
     """Read one message and decode it as `kind` (`Request` or `Response`).
 
     Returns None if the peer closed the connection between two messages. `timeout` is for the whole
@@ -33,7 +64,9 @@ def read_message(sock: socket.socket, kind: type[T], *, timeout: float | None = 
     return messages.decode(_read_rest(sock, header, deadline), kind)
 
 
-def write_message(sock: socket.socket, message: msgspec.Struct, *, timeout: float | None = None) -> None:
+def write_message(
+    sock: socket.socket, message: msgspec.Struct, *, timeout: float | Deadline | None = None
+) -> None:
     """Send one message, header and text in one write where the socket takes it.
 
     `timeout` is for the whole message, in seconds; None waits for ever. Raises `ProtocolError` if the

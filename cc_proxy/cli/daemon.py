@@ -46,6 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon; returns its exit status."""
+    # Before there is a second thread: where a signal is not blocked it ends the process at once.
+    daemon.block_signals()
     options = build_parser().parse_args(argv)
     try:
         chosen = choose_settings(options)

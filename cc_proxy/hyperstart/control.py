@@ -20,10 +20,6 @@ MAX_ANSWER = 64 * 1024 * 1024
 KEPT_PAYLOAD = 64 * 1024
 
 
-class ControlError(Exception):
-    """The agent sent what is no control message: nothing after it can be understood."""
-
-
 @dataclass(frozen=True, slots=True)
 class ControlMessage:
     """A message of either side. `payload` is cut to `KEPT_PAYLOAD` bytes in what was received."""
@@ -52,38 +48,52 @@ class ControlParser:
     """Splits what one side of the channel sends into messages, in whatever pieces it comes."""
 
     def __init__(self) -> None:
+        #: What was received that is no message; nothing behind it can be understood.
+        self.error: str | None = None
         self._buffer = bytearray()
+        # A message of which all that is kept has come, and how much of it is still to be skipped.
+        self._begun: ControlMessage | None = None
         self._skip = 0
 
     def receive_data(self, data: bytes) -> list[ControlMessage]:
         """Take bytes as they arrived and return the messages they complete.
 
-        Raises `ControlError` for a length under 8 or over `MAX_ANSWER`.
+        At a length under 8 or over `MAX_ANSWER`, `error` is set and nothing is returned any more.
         """
-        self._buffer += data
         messages = []
-        while (message := self._next_message()) is not None:
-            messages.append(message)
+        if self.error is None:
+            self._buffer += data
+            while (message := self._next_message()) is not None:
+                messages.append(message)
         return messages
 
     def _next_message(self) -> ControlMessage | None:
-        buffer = self._buffer
-        if self._skip:
-            skipped = min(self._skip, len(buffer))
-            del buffer[:skipped]
-            self._skip -= skipped
-        if len(buffer) < HEADER.size:
+        if self._begun is None:
+            self._begin()
+        if self._begun is None:
             return None
+        skipped = min(self._skip, len(self._buffer))
+        del self._buffer[:skipped]
+        self._skip -= skipped
+        if self._skip:
+            return None
+        message, self._begun = self._begun, None
+        return message
+
+    def _begin(self) -> None:
+        buffer = self._buffer
+        if len(buffer) < HEADER.size:
+            return
         code, length = HEADER.unpack_from(buffer)
         if not HEADER.size <= length <= MAX_ANSWER:
-            raise ControlError(f"{describe(code)} with a total length of {length}")
+            self.error = f"{describe(code)} with a total length of {length}"
+            return
         kept = min(length, HEADER.size + KEPT_PAYLOAD)
         if len(buffer) < kept:
-            return None
-        message = ControlMessage(code, bytes(buffer[HEADER.size : kept]))
-        del buffer[:kept]
+            return
+        self._begun = ControlMessage(code, bytes(buffer[HEADER.size : kept]))
         self._skip = length - kept
-        return message
+        del buffer[:kept]
 
 
 class ControlChannel:
@@ -114,10 +124,15 @@ class ControlChannel:
         self._unanswered.append(command)
         return command
 
+    @property
+    def error(self) -> str | None:
+        """What the agent sent that is no message; the channel is of no use after that."""
+        return self._parser.error
+
     def receive_data(self, data: bytes) -> list[ControlMessage]:
         """Take bytes as they arrived; complete commands, and return what was no answer to any.
 
-        That includes an ACK or ERROR nobody waits for. Raises `ControlError` if framing is lost.
+        That includes an ACK or ERROR nobody waits for.
         """
         events = []
         for message in self._parser.receive_data(data):

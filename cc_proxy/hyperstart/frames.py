@@ -19,6 +19,8 @@ MAX_FROM_AGENT = 10_240
 
 #: So many frames of one size have to fit into the rest of a buffer before looking for a row of them pays.
 _ROW = 32
+#: Before the whole row, one frame so far ahead is looked at.
+_GLANCE = 7
 
 _pack = FRAME_HEADER.pack
 _unpack_from = FRAME_HEADER.unpack_from
@@ -68,9 +70,10 @@ def gather(  # noqa: C901 - one loop, which a call a frame would slow down by ha
         elif length == last_length and owner is not None and stop - pos >= _ROW * length:
             pos += length * _alike(buffer, pos, length, stop)
             continue
-        if not HEADER_SIZE <= length <= stop - pos:
-            if not HEADER_SIZE <= length <= MAX_FRAME:
-                batch.error = f"a frame on stream {seq} with a total length of {length}"
+        if not HEADER_SIZE <= length <= MAX_FRAME:
+            batch.error = f"a frame on stream {seq} with a total length of {length}"
+            break
+        if length > stop - pos:
             break
         if owner is None:
             batch.strays.append((seq, length))
@@ -78,6 +81,8 @@ def gather(  # noqa: C901 - one loop, which a call a frame would slow down by ha
         pos += length
     if owner is not None and pos > run:
         pieces.append(view[run:pos])
+    elif owner is not None and not pieces:
+        del slices[owner]
     batch.stop = pos
     return batch
 
@@ -86,13 +91,30 @@ def _alike(buffer: bytearray, pos: int, length: int, stop: int) -> int:
     """Return how many whole frames in a row, from `pos` on, have the very header that stands at `pos`.
 
     The headers of frames of one length are columns of a table: comparing a column is one call, where
-    unpacking is one a frame. Streams of small writes are made of such rows.
+    unpacking is one a frame. Streams of small writes are made of such rows. The table grows as long as all of
+    it is alike, so that the work is never out of proportion to what is found.
     """
-    count = (stop - pos) // length
+    header = buffer[pos : pos + HEADER_SIZE]
+    ahead = pos + _GLANCE * length
+    if buffer[ahead : ahead + HEADER_SIZE] != header:
+        return 1
+    found, rows = 0, _ROW
+    while True:
+        looked_at = min(rows, (stop - pos) // length)
+        alike = _rows_alike(header, buffer, pos, length, looked_at)
+        found += alike
+        if alike < rows:
+            return found
+        pos += alike * length
+        rows *= 4
+
+
+def _rows_alike(header: bytearray, buffer: bytearray, pos: int, length: int, rows: int) -> int:
+    """Return how many of `rows` headers, `length` bytes apart from `pos` on, are `header` before one is not."""
     for offset in range(HEADER_SIZE):
-        column = buffer[pos + offset : pos + count * length : length]
-        count -= len(column.lstrip(column[:1]))
-    return count
+        column = buffer[pos + offset : pos + rows * length : length]
+        rows -= len(column.lstrip(header[offset : offset + 1]))
+    return rows
 
 
 class StdinSplitter:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from cc_proxy.hyperstart.codes import Code
-from cc_proxy.hyperstart.control import ControlChannel, ControlError, ControlMessage
+from cc_proxy.hyperstart.control import Command, ControlChannel, ControlMessage
 
 #: So many commands may be without an answer, their senders having given up, before no more are sent.
 _MOST_UNANSWERED = 64
@@ -37,10 +37,11 @@ class ControlLink:
 
     def __init__(self, sock: socket.socket, on_event: Callable[[ControlMessage], None]) -> None:
         sock.setblocking(False)
-        self._turn = threading.Lock()  # guards _channel, and reading and writing _sock
+        self._turn = threading.Lock()  # guards _channel, _lost, and reading and writing _sock
         self._sock = sock
         self._on_event = on_event
         self._channel = ControlChannel()
+        self._lost: ControlLost | None = None
         self._answers = select.poll()
         self._answers.register(sock, select.POLLIN)
         self._unasked = select.epoll()
@@ -92,7 +93,7 @@ class ControlLink:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise NoAnswer(f"no answer from the VM in {timeout:g} s")
-                self._exchange(self._answers, left)
+                self._exchange_for(command, left)
             return command.answer
         finally:
             if not self._unasked.closed:
@@ -148,6 +149,16 @@ class ControlLink:
         except BlockingIOError:
             return
 
+    def _exchange_for(self, command: Command, timeout: float) -> None:
+        try:
+            self._exchange(self._answers, timeout)
+        except ControlLost as lost:
+            if command.answer is None:
+                raise
+            # The answer was in front of what ended the channel: that is for whoever comes next.
+            self._lost = lost
+            self.hang_up()
+
     def _write(self) -> None:
         outgoing = self._channel.outgoing
         try:
@@ -164,14 +175,14 @@ class ControlLink:
             raise
         except OSError as error:
             raise ControlLost(f"control channel: {os.strerror(error.errno or 0)}") from None
+        if self._lost:
+            raise self._lost
         if not data:
             raise ControlLost("the VM hung up its control channel")
-        try:
-            events = self._channel.receive_data(data)
-        except ControlError as error:
-            raise ControlLost(f"control channel: {error}") from None
-        for event in events:
+        for event in self._channel.receive_data(data):
             self._on_event(event)
+        if self._channel.error:
+            raise ControlLost(f"control channel: {self._channel.error}")
 
     def _hung_up(self) -> bool:
         poll = select.poll()

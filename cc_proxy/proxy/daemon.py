@@ -21,12 +21,16 @@ _SWITCH_INTERVAL = 0.001
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
-def serve(listener: Listener, settings: Settings) -> None:
-    """Serve clients on a listening socket until SIGTERM or SIGINT. Main thread.
-
-    The signals are blocked and waited for, so nothing ever runs in a signal handler.
-    """
+def block_signals() -> None:
+    """Keep signals until `serve` waits for them; threads made from now on never see them. Main thread."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+
+
+def serve(listener: Listener, settings: Settings) -> None:
+    """Serve clients on a listening socket until SIGTERM or SIGINT. Main thread, after `block_signals`.
+
+    The signals are waited for, so nothing ever runs in a signal handler; one more changes nothing.
+    """
     threading.stack_size(_STACK_SIZE)
     sys.setswitchinterval(_SWITCH_INTERVAL)
     registry = Registry(settings)

@@ -1,11 +1,14 @@
 """What each payload does (protocol.md, 1). No client's socket is touched here: text in, reply out."""
 
+import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from msgspec import UnsetType
+from msgspec.json import Decoder
 
 from cc_proxy.api import messages
 from cc_proxy.api.messages import MemberError
@@ -16,6 +19,7 @@ from cc_proxy.api.payloads import (
     Bye,
     Hello,
     Hyper,
+    Payload,
     Request,
     Response,
     Version,
@@ -84,13 +88,14 @@ class Handlers:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._table: dict[str, tuple[type[msgspec.Struct], Callable[[Client, Any], Reply]]] = {
-            Hello.NAME: (Hello, self._hello),
-            Attach.NAME: (Attach, self._attach),
-            Bye.NAME: (Bye, self._bye),
-            AllocateIo.NAME: (AllocateIo, self._allocate_io),
-            Hyper.NAME: (Hyper, self._hyper),
+        handlers: dict[type[Payload], Callable[[Client, Any], Reply]] = {
+            Hello: self._hello,
+            Attach: self._attach,
+            Bye: self._bye,
+            AllocateIo: self._allocate_io,
+            Hyper: self._hyper,
         }
+        self._table = {kind.NAME: (Decoder(kind), handler) for kind, handler in handlers.items()}
 
     def answer(self, client: Client, text: bytes) -> Reply:
         """Carry out the request in a message's text; returns the one reply to it.
@@ -104,9 +109,9 @@ class Handlers:
             reply = self._dispatch(client, request)
         except (MemberError, Refusal, RegistryError, VmError) as error:
             reply = failure(str(error))
-            logger.debug("request refused", extra=_fields(client, name) | {"error": str(error)[:200]})
+            _log("request refused", client, name, error=str(error)[:200])
         else:
-            logger.debug("request", extra=_fields(client, name))
+            _log("request", client, name)
         return reply
 
     def _dispatch(self, client: Client, request: Request) -> Reply:
@@ -114,8 +119,8 @@ class Handlers:
             raise Refusal("no 'id' field in request")
         if request.id not in self._table:
             raise Refusal(f"no payload named '{request.id}'")
-        kind, handler = self._table[request.id]
-        return handler(client, _arguments(request, kind))
+        decoder, handler = self._table[request.id]
+        return handler(client, _arguments(request, decoder))
 
     def _hello(self, client: Client, hello: Hello) -> Reply:
         if not (hello.container_id and hello.ctl_serial and hello.io_serial):
@@ -149,24 +154,20 @@ class Handlers:
         code = COMMANDS.get(hyper.hyper_name)
         if code is None:
             raise Refusal(f"unknown command '{hyper.hyper_name}'")
-        client.vm.command(code, bytes(hyper.data))
+        client.vm.command(code, b"" if isinstance(hyper.data, UnsetType) else bytes(hyper.data))
         return _DONE
 
 
-def _arguments(request: Request, kind: type[msgspec.Struct]) -> Any:
-    """Decode a request's `data`. Raises `MemberError`, which names the payload."""
-    data = bytes(request.data)
-    if not data or data == b"null":
-        return kind()
+def _arguments(request: Request, decoder: Decoder[Any]) -> Any:
+    """Decode a request's `data`; absent, or null, it is an empty object. Raises `MemberError`."""
+    data = b"" if isinstance(request.data, UnsetType) else bytes(request.data)
     try:
-        return msgspec.json.decode(data, type=kind)
+        return decoder.decode(b"{}" if data in (b"", b"null") else data)
     except ValueError as error:
         raise MemberError(f"{request.id}: {error}") from None
 
 
-def _fields(client: Client, name: str) -> dict[str, Any]:
-    return {
-        "client": client.number,
-        "payload": name[:64],
-        "vm": client.vm.container_id if client.vm else None,
-    }
+def _log(event: str, client: Client, name: str, **more: str) -> None:
+    if logger.isEnabledFor(logging.DEBUG):
+        vm = client.vm.container_id if client.vm else None
+        logger.debug(event, extra={"client": client.number, "payload": name[:64], "vm": vm, **more})

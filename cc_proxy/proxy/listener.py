@@ -7,7 +7,7 @@ import socket
 import stat
 from collections.abc import Iterator
 
-from cc_proxy.proxy.vm import MAX_PATH
+from cc_proxy.settings import MAX_SOCKET_PATH
 
 #: Connections that may wait to be accepted.
 _BACKLOG = 4096
@@ -35,8 +35,10 @@ class Listener:
 
         Changes the process's umask for a moment: to be called while there is only one thread.
         """
-        if len(os.fsencode(path)) > MAX_PATH:
-            raise ListenError(f"{path}: a path of {len(os.fsencode(path))} bytes, the limit is {MAX_PATH}")
+        if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+            raise ListenError(
+                f"{path}: a path of {len(os.fsencode(path))} bytes, the limit is {MAX_SOCKET_PATH}"
+            )
         try:
             directory = os.path.dirname(path)
             if not os.path.isdir(directory):

@@ -3,12 +3,13 @@
 import contextlib
 import logging
 import socket
-import struct
 import threading
 from collections.abc import Callable
 from enum import Enum, auto
 
+from cc_proxy.api.errors import TimedOut
 from cc_proxy.api.payloads import Hello
+from cc_proxy.api.transport import connect
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage
 from cc_proxy.hyperstart.pacing import StdinWindow
@@ -18,15 +19,10 @@ from cc_proxy.proxy.control import ControlLink, ControlLost, NoAnswer
 from cc_proxy.proxy.pump import Pump
 from cc_proxy.proxy.session import Session
 from cc_proxy.proxy.spool import SpoolSpace
-from cc_proxy.settings import Settings
-
-#: Longest path that fits into a socket's address, in bytes.
-MAX_PATH = 107
+from cc_proxy.settings import MAX_SOCKET_PATH, Settings
 
 #: A socket is writable again when three quarters of this are free: the rest must last until more is there.
 _SEND_BUFFER = 1024 * 1024
-
-_TIMEVAL = struct.Struct("@ll")
 
 
 class VmError(Exception):
@@ -181,11 +177,11 @@ class Vm:
     def _connect(self, hello: Hello, undo: contextlib.ExitStack) -> Pump:
         """Connect both channels and wait for READY. What is opened is closed by `undo`."""
         limits = self._settings.vm
-        ctl = connect("ctlSerial", hello.ctl_serial, limits.ready_timeout)
+        ctl = connect_to("ctlSerial", hello.ctl_serial, limits.ready_timeout)
         control = ControlLink(ctl, self._note)
         undo.callback(control.close)
         self._control = control
-        io = undo.enter_context(connect("ioSerial", hello.io_serial, limits.ready_timeout))
+        io = undo.enter_context(connect_to("ioSerial", hello.io_serial, limits.ready_timeout))
         control.wait_until_up(io, limits.ready_timeout, limits.ready_ping_after)
         console = Console.open(self.container_id, hello.console)
         if console:
@@ -209,27 +205,21 @@ class Vm:
         return f"VM gone: {self._cause or 'it was unregistered'}"
 
 
-def connect(member: str, path: str, timeout: float) -> socket.socket:
+def connect_to(member: str, path: str, timeout: float) -> socket.socket:
     """Connect to a VM's socket, waiting `timeout` seconds if its backlog is full.
 
     `member` is what clients call it. Raises `VmError`.
     """
     if not path.startswith("/") or "\0" in path:
         raise VmError(f"{member}: not an absolute path: {path!r}")
-    if len(path.encode()) > MAX_PATH:
-        raise VmError(f"{member}: a path of {len(path.encode())} bytes, the limit is {MAX_PATH}")
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    size = len(path.encode())
+    if size > MAX_SOCKET_PATH:
+        raise VmError(f"{member}: a path of {size} bytes, the limit is {MAX_SOCKET_PATH}")
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        # connect(2) to an AF_UNIX socket waits as long as a send would.
-        seconds = int(timeout)
-        until = _TIMEVAL.pack(seconds, int((timeout - seconds) * 1e6))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, until)
-        sock.connect(path)
-    except BlockingIOError:
-        sock.close()
+        sock = connect(path, timeout=timeout)
+    except TimedOut:
         raise VmError(f"{member}: cannot connect to {path}: not accepted in {timeout:g} s") from None
     except OSError as error:
-        sock.close()
         raise VmError(f"{member}: cannot connect to {path}: {error.strerror}") from None
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
     return sock

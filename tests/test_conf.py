@@ -1,11 +1,10 @@
-"""The README's example does what it says."""
+"""conf/cc-proxy.toml holds every setting with its default."""
 
 import re
 from pathlib import Path
 
 from cc_proxy import settings
 
-README = Path(__file__).parent.parent / "README.md"
 CONF = Path(__file__).parent.parent / "conf" / "cc-proxy.toml"
 
 

@@ -1,0 +1,118 @@
+"""The embedded agent: a VM, as far as its two serial ports show."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+from cc_proxy.agent.control import CommandServer
+from cc_proxy.agent.iochannel import IoChannel
+from cc_proxy.agent.loop import Loop
+from cc_proxy.agent.orphans import Orphans
+from cc_proxy.agent.pod import Pod
+from cc_proxy.agent.ports import Port
+from cc_proxy.agent.process import Process
+from cc_proxy.agent.quirks import NO_QUIRKS, Quirks
+
+log = logging.getLogger(__name__)
+
+#: Seconds that a host gets to read what was sent to it before the power went off.
+_LAST_READ = 1.0
+
+
+class Agent:
+    """Stands in for a VM with the two AF_UNIX sockets of its hypervisor.
+
+    Once made, hosts can connect; they are served while `serve` runs. The sockets are removed by `close`
+    at the latest: use it as a context manager. Raises `ListenError` if a socket cannot be had.
+
+    It is meant to have a process for itself and to run in its only thread: `run_agent` sees to that. It works
+    among other threads too, but then `orphans` must not be given, and a terminal, a user or a limit has
+    Python code run between fork and exec, which is never quite safe there.
+    """
+
+    def __init__(
+        self,
+        ctl: str | os.PathLike[str],
+        io: str | os.PathLike[str],
+        quirks: Quirks = NO_QUIRKS,
+        *,
+        orphans: Orphans | None = None,
+    ) -> None:
+        self._quirks = quirks
+        self._orphans = orphans
+        self._processes: dict[int, Process] = {}
+        with ExitStack() as made:
+            self._loop = Loop()
+            made.callback(self._loop.close)
+            self._ctl = Port(self._loop, os.fspath(ctl))
+            made.callback(self._ctl.close)
+            self._io = Port(self._loop, os.fspath(io))
+            made.callback(self._io.close)
+            self._made = made.pop_all()
+        self._channel = IoChannel(self._loop, self._io, self._processes, quirks)
+        self._pod = Pod(self._loop, self._channel, self._processes, quirks)
+        self._server = CommandServer(self._ctl, self._pod, quirks, self._power_off)
+        if orphans is not None:
+            self._pod.on_process_gone = orphans.reap
+
+    # Any thread, and signal handlers -----------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Have `serve` return soon, as if the VM's plug was pulled. Not to be called after `close`."""
+        self._loop.stop()
+
+    @property
+    def wakeup_fd(self) -> int:
+        """For `signal.set_wakeup_fd`: so that no signal comes too late to interrupt the wait for events."""
+        return self._loop.wakeup_fd
+
+    # One thread --------------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Be a VM until it powers off or `stop` is called; then nothing of it is left.
+
+        Raises `Panic` if it ended by a crash, of which there is nothing left either. Can be called once.
+        """
+        try:
+            self._ctl.serve(self._server)
+            self._io.serve(self._channel)
+            if not self._quirks.never_ready:
+                self._loop.call_later(self._quirks.ready_delay, self._boot)
+            self._loop.run()
+        finally:
+            self._end()
+
+    def close(self) -> None:
+        """End all processes, hang up and remove the sockets, whether `serve` was called or not."""
+        self._end()
+        self._made.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _boot(self) -> None:
+        log.info("up")
+        self._server.boot()
+        self._io.set_reading(True)
+
+    def _power_off(self) -> None:
+        """End once the host has taken what was sent to it, or has had the time to."""
+        log.info("power off")
+        self._loop.call_later(_LAST_READ, self._loop.stop)
+        self._ctl.when_drained(lambda: self._io.when_drained(self._loop.stop))
+
+    def _end(self) -> None:
+        self._pod.kill()
+        if self._orphans is not None:
+            self._orphans.kill()
+        self._ctl.close()
+        self._io.close()

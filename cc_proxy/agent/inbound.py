@@ -1,0 +1,121 @@
+"""What the host sends, as the agent takes it in: with its limits, and their consequences. No I/O."""
+
+import struct
+
+from cc_proxy.agent.errors import Panic
+from cc_proxy.api.errors import ProtocolError
+from cc_proxy.api.frames import FRAME_HEADER, Frame, FrameParser
+from cc_proxy.hyperstart.codes import Code
+from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage, encode
+from cc_proxy.hyperstart.frames import MAX_TO_AGENT
+
+#: Bytes of stdin that are kept for a process.
+STDIN_SIZE = 512
+
+_SIZE = struct.Struct(">I")
+
+
+def next_message(size: int) -> bytes:
+    """Return the NEXT that acknowledges one read of `size` bytes on the control channel."""
+    return encode(Code.NEXT, _SIZE.pack(size))
+
+
+class ControlReceiver:
+    """Puts the host's commands together the way the agent reads them: the header first, then the body.
+
+    The caller must not read more than `wanted` bytes at once: each read is answered with a NEXT of its size.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        #: How much the next read may bring at most; never 0.
+        self.wanted = HEADER.size
+
+    def receive_data(self, data: bytes) -> ControlMessage | None:
+        """Take the bytes of one read, and return the message if they complete it.
+
+        Raises `Panic` for a message that does not fit the agent's buffer.
+        """
+        self._buffer += data
+        self.wanted -= len(data)
+        if not self.wanted and len(self._buffer) == HEADER.size:
+            self.wanted = self._body_length()
+        return None if self.wanted else self._take_message()
+
+    def _body_length(self) -> int:
+        _, length = HEADER.unpack(self._buffer)
+        if length > MAX_COMMAND:
+            raise Panic(f"a command of {length} bytes on the control channel")
+        # Hosts give 0 or 4 for a body that is not there.
+        return int(max(0, length - HEADER.size))
+
+    def _take_message(self) -> ControlMessage:
+        code, _ = HEADER.unpack_from(self._buffer)
+        payload = bytes(self._buffer[HEADER.size :])
+        self._buffer.clear()
+        self.wanted = HEADER.size
+        return ControlMessage(code, payload)
+
+
+class HostFrames(FrameParser):
+    """Splits what the host sends on the I/O channel into frames, up to the first that is too long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: What ends the agent once the frames before it were handled.
+        self.fatal: Panic | None = None
+
+    def receive_data(self, data: bytes) -> list[Frame]:
+        """Take bytes as they arrived and return the frames they complete; `fatal` is set if one is too long.
+
+        That is known from its header: the agent does not wait for the rest.
+        """
+        try:
+            frames = super().receive_data(data)
+        except ProtocolError as error:
+            self.fatal = Panic(f"{error} on the I/O channel")
+            return []
+        for index, frame in enumerate(frames):
+            if not self._fits(frame.seq, FRAME_HEADER.size + len(frame.payload)):
+                return frames[:index]
+        if len(self._buffer) >= FRAME_HEADER.size:
+            self._fits(*FRAME_HEADER.unpack_from(self._buffer))
+        return frames
+
+    def _fits(self, seq: int, length: int) -> bool:
+        if length > MAX_TO_AGENT:
+            self.fatal = Panic(f"a frame of {length} bytes on stream {seq} of the I/O channel")
+        return self.fatal is None
+
+
+class StdinBuffer:
+    """What waits for one process to read it: 512 bytes, and whether end of file comes behind them."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+        self._ended = False
+        #: Bytes that did not fit, or came after the end.
+        self.dropped = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the end has come, and everything before it has been written."""
+        return self._ended and not self._bytes
+
+    def put(self, data: bytes) -> None:
+        """Keep as much of `data` as fits; the rest is lost, and nobody is told."""
+        room = 0 if self._ended else STDIN_SIZE - len(self._bytes)
+        self._bytes += data[:room]
+        self.dropped += max(0, len(data) - room)
+
+    def end(self) -> None:
+        """Let end of file follow what is there."""
+        self._ended = True
+
+    def peek(self) -> bytes:
+        """Return what waits."""
+        return bytes(self._bytes)
+
+    def consume(self, size: int) -> None:
+        """Take `size` bytes away from the front: they have been written."""
+        del self._bytes[:size]

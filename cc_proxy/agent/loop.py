@@ -1,0 +1,90 @@
+"""The agent's event loop: one thread, one epoll instance, a few timers."""
+
+import contextlib
+import heapq
+import itertools
+import os
+import select
+import time
+from collections.abc import Callable
+
+#: What may be waited for. Hang-ups are always reported, also where nothing else is.
+READ = select.EPOLLIN
+WRITE = select.EPOLLOUT
+HANG_UP = select.EPOLLHUP | select.EPOLLERR
+NOTHING_ELSE = 0
+
+_WAKE_READ = 4096
+
+
+class Loop:
+    """Calls back what waits for fds and for moments. Only `stop` may be used by others than its thread."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[int], None]] = {}
+        #: Watched since the last wait: what that has brought under this number was about another file.
+        self._new: set[int] = set()
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = itertools.count()
+        self._stopping = False
+        self._wake_reader, self.wakeup_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.watch(self._wake_reader, READ, self._woken)
+
+    # Any thread, and signal handlers -----------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Have `run` return. Not to be called any more once `close` has been."""
+        self._stopping = True
+        # A full pipe wakes the loop as well as one byte more would.
+        with contextlib.suppress(BlockingIOError):
+            os.write(self.wakeup_fd, b"\0")
+
+    # The loop's thread -------------------------------------------------------------------------------
+
+    def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
+        """Call `callback` with what is ready, as long as anything is. Replaces what there was for `fd`."""
+        if fd in self._callbacks:
+            self._epoll.modify(fd, events)
+        else:
+            self._epoll.register(fd, events)
+            self._new.add(fd)
+        self._callbacks[fd] = callback
+
+    def forget(self, fd: int) -> None:
+        """Watch `fd` no more; to be called before it is closed. No matter if it was not watched."""
+        if self._callbacks.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call `callback` once, in so many seconds."""
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._count), callback))
+
+    def run(self) -> None:
+        """Call back until `stop` is called. What a callback raises ends it, and comes out."""
+        while not self._stopping:
+            timeout = self._run_timers()
+            self._new.clear()
+            for fd, events in self._epoll.poll(timeout):
+                callback = self._callbacks.get(fd)
+                if callback is not None and fd not in self._new:
+                    callback(events)
+
+    def close(self) -> None:
+        """Close what the loop itself has open."""
+        self._epoll.close()
+        os.close(self._wake_reader)
+        os.close(self.wakeup_fd)
+
+    def _run_timers(self) -> float | None:
+        """Call what is due; returns the seconds until the next one is."""
+        while self._timers:
+            left = self._timers[0][0] - time.monotonic()
+            if left > 0:
+                return left
+            heapq.heappop(self._timers)[2]()
+        return None
+
+    def _woken(self, _events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_reader, _WAKE_READ)

@@ -1,0 +1,219 @@
+"""The pod: what runs in the VM, and what each command makes of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import stat
+import struct
+from collections.abc import Callable, Container, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from cc_proxy.agent import commands
+from cc_proxy.agent.commands import Command, ProcessSpec
+from cc_proxy.agent.errors import MissingBinary, Panic, Refused
+from cc_proxy.agent.loop import Loop
+from cc_proxy.agent.process import Channel, Process
+from cc_proxy.agent.quirks import Quirks
+from cc_proxy.agent.spawn import spawn
+from cc_proxy.hyperstart.control import HEADER, MAX_ANSWER
+
+log = logging.getLogger(__name__)
+
+#: What VERSION is answered with.
+PROTOCOL_VERSION = 4242
+#: The exit status of what should have run in a container that is not there.
+NO_CONTAINER = 125
+
+_U32 = struct.Struct(">I")
+_MAX_FILE = MAX_ANSWER - HEADER.size
+
+
+@dataclass(eq=False, slots=True)
+class _Container:
+    """A container lives as long as its first process does."""
+
+    id: str
+    first: Process | None = None
+    #: What was started in it afterwards.
+    others: set[Process] = field(default_factory=set)
+
+
+class Pod:
+    """Carries out commands. At most one pod lives at a time; without one, nothing can be started.
+
+    `processes` is kept up to date: the processes that run, by their stdio seq.
+    """
+
+    def __init__(self, loop: Loop, channel: Channel, processes: dict[int, Process], quirks: Quirks) -> None:
+        self._loop = loop
+        self._channel = channel
+        self._processes = processes
+        self._quirks = quirks
+        self._alive = False
+        self._containers: dict[str, _Container] = {}
+        self._destroyed: Callable[[], None] | None = None
+        #: Called when the last container is gone.
+        self.on_finished: Callable[[], None] = lambda: None
+        #: Called when a process is gone, with the pids of those that are not.
+        self.on_process_gone: Callable[[Container[int]], None] = lambda _pids: None
+
+    def carry_out(self, command: Command) -> bytes:
+        """Carry out a command; returns what its ACK carries.
+
+        Raises `Refused` for an ERROR, and nothing has changed then. `DestroyPod` is not for here.
+        """
+        match command:
+            case commands.StartPod():
+                self._start(command)
+            case commands.NewContainer():
+                self._new_container(command)
+            case commands.ExecCmd():
+                self._exec(command)
+            case commands.KillContainer():
+                self._kill(command)
+            case commands.WinSize():
+                self._resize(command)
+            case commands.ReadFile():
+                return self._read_file(command)
+            case commands.Version():
+                return _U32.pack(PROTOCOL_VERSION)
+        return b""
+
+    def destroy(self, destroyed: Callable[[], None]) -> None:
+        """Ask everything that runs to end, and call `destroyed` when all of it has: that may be never."""
+        self._destroyed = destroyed
+        _signal_all(self._processes.values(), signal.SIGTERM)
+        self._see_if_destroyed()
+
+    def kill(self) -> None:
+        """End everything that runs at once, and say nothing of it."""
+        for process in self._processes.values():
+            process.kill()
+        self._processes.clear()
+
+    # Commands ----------------------------------------------------------------------------------------
+
+    def _start(self, command: commands.StartPod) -> None:
+        if self._alive:
+            raise Refused("there is a pod already")
+        if command.containers:
+            raise Refused("containers have to be started by newcontainer")
+        self._alive = True
+
+    def _new_container(self, command: commands.NewContainer) -> None:
+        self._check_alive()
+        if command.id in self._containers:
+            raise Refused(f"there is a container {command.id} already")
+        container = _Container(command.id)
+        try:
+            container.first = self._run(command.process, container)
+        except MissingBinary as error:
+            if self._quirks.panic_on_missing_binary:
+                raise Panic(str(error)) from None
+            raise
+        self._containers[command.id] = container
+
+    def _exec(self, command: commands.ExecCmd) -> None:
+        self._check_alive()
+        container = self._containers.get(command.container)
+        if container is not None:
+            container.others.add(self._run(command.process, container))
+        else:
+            self._check_free(command.process)
+            # Not before the ACK.
+            self._loop.call_later(0, lambda: self._report(command.process.stdio, NO_CONTAINER))
+
+    def _kill(self, command: commands.KillContainer) -> None:
+        container = self._container(command.container)
+        if container.first is not None:
+            container.first.signal(command.signal, group=command.all_processes)
+        if command.all_processes:
+            for process in container.others:
+                process.signal(command.signal, group=True)
+
+    def _resize(self, command: commands.WinSize) -> None:
+        process = self._processes.get(command.seq)
+        if process is not None:
+            process.resize(command.row, command.column)
+
+    def _read_file(self, command: commands.ReadFile) -> bytes:
+        self._container(command.container)
+        try:
+            return _content(os.path.join("/", command.file))
+        except (OSError, ValueError) as error:
+            raise Refused(f"{command.file}: {error}") from None
+
+    # Processes ---------------------------------------------------------------------------------------
+
+    def _run(self, spec: ProcessSpec, container: _Container) -> Process:
+        self._check_free(spec)
+
+        def gone(process: Process) -> None:
+            self._process_gone(process, container)
+
+        process = Process(self._loop, self._channel, spec.stdio, spawn(spec), gone)
+        self._processes[spec.stdio] = process
+        return process
+
+    def _process_gone(self, process: Process, container: _Container) -> None:
+        del self._processes[process.seq]
+        container.others.discard(process)
+        self.on_process_gone({other.pid for other in self._processes.values()})
+        if process is container.first:
+            self._container_gone(container)
+        self._see_if_destroyed()
+
+    def _container_gone(self, container: _Container) -> None:
+        del self._containers[container.id]
+        if self._destroyed is None:
+            # Nothing outlives the first process of a PID namespace.
+            _signal_all(container.others, signal.SIGKILL)
+        if not self._containers:
+            self._alive = False
+            log.info("pod finished")
+            self.on_finished()
+
+    def _report(self, seq: int, status: int) -> None:
+        """Report the end of what never ran."""
+        if not self._channel.send_end(seq, status):
+            self._channel.when_drained(lambda: self._report(seq, status))
+
+    def _see_if_destroyed(self) -> None:
+        if self._destroyed is not None and not self._processes:
+            self._destroyed()
+
+    # Checks ------------------------------------------------------------------------------------------
+
+    def _check_alive(self) -> None:
+        if not self._alive:
+            raise Refused("there is no pod")
+
+    def _check_free(self, spec: ProcessSpec) -> None:
+        if spec.stdio in self._processes:
+            raise Refused(f"stream {spec.stdio} is another process's")
+
+    def _container(self, name: str) -> _Container:
+        if name not in self._containers:
+            raise Refused(f"no container {name}")
+        return self._containers[name]
+
+
+def _signal_all(processes: Iterable[Process], number: int) -> None:
+    """Send a signal to the groups of processes, as far as that is permitted."""
+    for process in processes:
+        with suppress(Refused):
+            process.signal(number, group=True)
+
+
+def _content(path: str) -> bytes:
+    """Return what is in a regular file: anything else could make the agent wait."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("not a regular file")
+        content = file.read(_MAX_FILE + 1)
+    if len(content) > _MAX_FILE:
+        raise ValueError("too long for an answer")
+    return content

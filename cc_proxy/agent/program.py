@@ -1,0 +1,93 @@
+"""The embedded agent as a program: `cc-proxyctl agent`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from cc_proxy.agent.agent import Agent
+from cc_proxy.agent.errors import ListenError, Panic
+from cc_proxy.agent.orphans import Orphans
+from cc_proxy.agent.quirks import NO_QUIRKS, Quirks
+
+EXIT_POWER_OFF = 0
+EXIT_NO_SOCKET = 1
+EXIT_PANIC = 2
+
+_STOPPING = frozenset({signal.SIGTERM, signal.SIGINT})
+# Popen gives these back to its children by itself.
+_IGNORED_BY_PYTHON = frozenset({signal.SIGPIPE, signal.SIGXFSZ})
+
+
+def run_agent(
+    ctl: str | os.PathLike[str],
+    io: str | os.PathLike[str],
+    quirks: Quirks = NO_QUIRKS,
+    *,
+    on_listening: Callable[[], None] | None = None,
+) -> int:
+    """Be a VM with these two sockets until it powers off, or SIGTERM or SIGINT comes.
+
+    Returns the exit status: 0 after any of these; 1 if a socket cannot be had and 2 after a panic, with the
+    reason on stderr. `on_listening` is called once both sockets take connections.
+    Takes the whole process for itself, its signals and its children: to be called in its main thread.
+    """
+    orphans = Orphans()
+    held_back = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        agent = Agent(ctl, io, quirks, orphans=orphans)
+    except ListenError as error:
+        return _fail(str(error), EXIT_NO_SOCKET)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
+    with agent, orphans, _signals_for(agent):
+        if on_listening is not None:
+            on_listening()
+        try:
+            agent.serve()
+        except Panic as panic:
+            return _fail(f"panic: {panic}", EXIT_PANIC)
+    return EXIT_POWER_OFF
+
+
+def _fail(reason: str, status: int) -> int:
+    print(f"cc-proxy agent: {reason}", file=sys.stderr)
+    return status
+
+
+@contextmanager
+def _signals_for(agent: Agent) -> Iterator[None]:
+    """Have SIGTERM and SIGINT stop the agent, and nothing about signals be inherited by its processes.
+
+    A signal with a handler is at its default again in a new program; one that is ignored would stay so, and
+    programs in the background are often started with SIGINT ignored.
+    """
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        agent.stop()
+
+    before = {number: signal.getsignal(number) for number in _STOPPING | _ignored()}
+    for number in before:
+        signal.signal(number, stop if number in _STOPPING else _do_nothing)
+    wakeup_before = signal.set_wakeup_fd(agent.wakeup_fd, warn_on_full_buffer=False)
+    mask_before = signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)
+        signal.set_wakeup_fd(wakeup_before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ignored() -> set[signal.Signals]:
+    numbers = {number for number in signal.valid_signals() if isinstance(number, signal.Signals)}
+    return {number for number in numbers - _IGNORED_BY_PYTHON if signal.getsignal(number) is signal.SIG_IGN}
+
+
+def _do_nothing(_number: int, _frame: FrameType | None) -> None:
+    """Stand in for SIG_IGN."""

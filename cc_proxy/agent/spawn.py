@@ -1,0 +1,183 @@
+"""Makes a process of this host out of what a command describes."""
+
+import fcntl
+import os
+import resource
+import struct
+import subprocess
+import termios
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+from cc_proxy.agent.commands import EnvVar, ProcessSpec, Rlimit
+from cc_proxy.agent.credentials import Credentials, resolve
+from cc_proxy.agent.errors import MissingBinary, Refused
+
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_WINSIZE = struct.Struct("HHHH")
+_LARGEST_LIMIT = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process that has begun to run its program, and the agent's ends of what it is connected to.
+
+    Whoever gets one closes the fds, all of them non-blocking, and waits for the process.
+    """
+
+    popen: subprocess.Popen[bytes]
+    #: Readable once the process has ended.
+    pidfd: int
+    stdin: int
+    #: The fds to read its output from, and the seqs that it goes to.
+    outputs: dict[int, int]
+    terminal: bool
+
+
+def spawn(spec: ProcessSpec) -> Child:
+    """Start a process in a session of its own.
+
+    Raises `MissingBinary`, or `Refused` for whatever else stands in the way; no process is left then.
+    """
+    workdir = spec.workdir or "/"
+    if not os.path.isdir(workdir):
+        raise Refused(f"no directory {workdir}")
+    with ExitStack() as ours, ExitStack() as theirs:
+        try:
+            return _connected(spec, workdir, resolve(spec), _Fds(ours, theirs))
+        except FileNotFoundError:
+            raise MissingBinary(f"no program {spec.args[0]}") from None
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            raise Refused(f"{spec.args[0]}: {error}") from None
+
+
+def set_size(terminal: int, rows: int, columns: int) -> None:
+    """Set the size of a terminal; whoever runs in its foreground gets a SIGWINCH."""
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, _WINSIZE.pack(rows, columns, 0, 0))
+
+
+class _Fds:
+    """Makes the two ends of things: ours are closed unless they are kept, theirs are closed in any case."""
+
+    def __init__(self, ours: ExitStack, theirs: ExitStack) -> None:
+        self._ours = ours
+        self._theirs = theirs
+
+    def output(self) -> tuple[int, int]:
+        """Return our end and theirs of a pipe that they write to."""
+        reader, writer = os.pipe()
+        return self._own(reader, writer)
+
+    def input(self) -> tuple[int, int]:
+        """Return our end and theirs of a pipe that they read from."""
+        reader, writer = os.pipe()
+        return self._own(writer, reader)
+
+    def terminal(self) -> tuple[int, int]:
+        """Return our end and theirs of a terminal."""
+        return self._own(*os.openpty())
+
+    def duplicate(self, ours: int) -> int:
+        """Return another of our fds for the same thing."""
+        copy = os.dup(ours)
+        self._ours.callback(os.close, copy)
+        return copy
+
+    def keep(self) -> None:
+        """Leave our ends open."""
+        self._ours.pop_all()
+
+    def _own(self, ours: int, theirs: int) -> tuple[int, int]:
+        self._ours.callback(os.close, ours)
+        self._theirs.callback(os.close, theirs)
+        os.set_blocking(ours, False)
+        return ours, theirs
+
+
+def _connected(spec: ProcessSpec, workdir: str, credentials: Credentials | None, fds: _Fds) -> Child:
+    if spec.terminal:
+        master, child_stdin = fds.terminal()
+        stdin, outputs, child_stdout = fds.duplicate(master), {master: spec.stdio}, child_stdin
+        _prepare_terminal(child_stdin, spec, credentials)
+    else:
+        stdin, child_stdin = fds.input()
+        reader, child_stdout = fds.output()
+        outputs = {reader: spec.stdio}
+    child_stderr = child_stdout
+    if spec.stderr:
+        reader, child_stderr = fds.output()
+        outputs[reader] = spec.stderr
+    popen = subprocess.Popen(
+        spec.args,
+        stdin=child_stdin,
+        stdout=child_stdout,
+        stderr=child_stderr,
+        cwd=workdir,
+        env=_environment(spec.envs, spec.terminal),
+        start_new_session=True,
+        # Safe where the agent is a program of its own, with one thread; left out where it can be.
+        preexec_fn=_preparation(spec, credentials),  # noqa: PLW1509
+    )
+    pidfd = _pidfd(popen)
+    fds.keep()
+    return Child(popen, pidfd, stdin, outputs, spec.terminal)
+
+
+def _pidfd(popen: subprocess.Popen[bytes]) -> int:
+    try:
+        return os.pidfd_open(popen.pid)
+    except OSError:
+        popen.kill()
+        popen.wait()
+        raise
+
+
+def _prepare_terminal(terminal: int, spec: ProcessSpec, credentials: Credentials | None) -> None:
+    if spec.rows or spec.columns:
+        set_size(terminal, spec.rows, spec.columns)
+    if credentials is not None:
+        # It has to be able to open /dev/tty and its own /dev/pts entry.
+        os.fchown(terminal, credentials.uid, -1)
+
+
+def _environment(envs: list[EnvVar], terminal: bool) -> dict[str, str]:
+    """Return what a process finds in its environment: little more than what the command gives it."""
+    base = {"PATH": _PATH, "HOME": "/"} | ({"TERM": "xterm"} if terminal else {})
+    return base | {variable.env: variable.value for variable in envs}
+
+
+def _preparation(spec: ProcessSpec, credentials: Credentials | None) -> Callable[[], None] | None:
+    """Return what the child does between fork and exec; None if it has nothing to do.
+
+    Limits come first: raising them is root's privilege.
+    """
+    steps = [_limit_setter(limit) for limit in spec.rlimits]
+    if spec.terminal:
+        steps.append(_take_terminal)
+    if credentials is not None:
+        steps.append(credentials.assume)
+    return partial(_run_all, steps) if steps else None
+
+
+def _run_all(steps: list[Callable[[], None]]) -> None:
+    for step in steps:
+        step()
+
+
+def _take_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def _limit_setter(limit: Rlimit) -> Callable[[], None]:
+    name = "RLIMIT_" + limit.type.upper().removeprefix("RLIMIT_")
+    kind = getattr(resource, name, None)
+    if not isinstance(kind, int):
+        raise Refused(f"no resource limit {limit.type!r}")
+    return partial(resource.setrlimit, kind, (_limit(limit.soft), _limit(limit.hard)))
+
+
+def _limit(value: int) -> int:
+    """Return a limit as Python has it: what is not limited is the largest number on the wire."""
+    return value if value <= _LARGEST_LIMIT else resource.RLIM_INFINITY

@@ -1,0 +1,53 @@
+"""cc-proxyctl, the command people use by hand."""
+
+import signal
+from argparse import ArgumentParser
+
+from cc_proxy.api import ProxyError
+from cc_proxy.ctl import parser
+from cc_proxy.ctl.commands import COMMANDS
+from cc_proxy.ctl.errors import (
+    STATUS_FAILED,
+    STATUS_MISUSE,
+    STATUS_SIGNALLED,
+    Failure,
+    Interrupted,
+    explain,
+    say,
+)
+from cc_proxy.ctl.stdio import guard_standard_fds, show
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of the whole command line: documentation and completion are made from it too."""
+    return parser.build(COMMANDS)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line (default: this process's) asks for; returns the exit status."""
+    try:
+        guard_standard_fds()
+        return _do(argv)
+    except Interrupted as interrupted:
+        return interrupted.status
+    except KeyboardInterrupt:
+        return STATUS_SIGNALLED + signal.SIGINT
+    except Failure as failure:
+        say(str(failure))
+        return failure.status
+    except UnicodeEncodeError as error:  # from the environment, or the path of the working directory
+        say(f"not valid UTF-8: {error.object!r}")
+        return STATUS_MISUSE
+    except (ProxyError, OSError) as error:
+        say(explain(error))
+        return STATUS_FAILED
+
+
+def _do(argv: list[str] | None) -> int:
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as end:  # argparse has helped, or complained
+        show()
+        return int(end.code or 0)
+    status: int = args.main(args)
+    return status

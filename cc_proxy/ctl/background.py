@@ -1,0 +1,76 @@
+"""Commands for the agent while a process runs: sent, not waited for."""
+
+import os
+import select
+import socket
+from collections.abc import Callable
+
+import msgspec
+
+from cc_proxy.api import Client, Hyper, Request
+from cc_proxy.api.messages import encode
+from cc_proxy.ctl.relay import NOTHING, Wanted
+from cc_proxy.ctl.signals import Signals
+
+_READ_SIZE = 64 * 1024
+
+
+class BackgroundCommands:
+    """Pipelines `hyper` commands over the connection of a client that is attached.
+
+    The answers are read and forgotten, as the shim in the field does: a window that could not be
+    resized is no reason to stop, and a container that cannot be killed has just ended. That client must
+    make no more requests.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._sock: socket.socket | None = socket.socket(fileno=os.dup(client.fileno()))
+        self._outgoing = b""
+
+    def close(self) -> None:
+        """Close this side's handle of the connection; the client keeps its own."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+    def send(self, name: str, arguments: msgspec.Struct) -> None:
+        """Have a command sent as soon as the connection takes it."""
+        payload = Hyper(name, msgspec.Raw(msgspec.json.encode(arguments)))
+        self._outgoing += encode(Request(payload.NAME, msgspec.Raw(msgspec.json.encode(payload))))
+
+    def wants(self) -> Wanted:
+        """Read answers always, send while there is something to be sent."""
+        if self._sock is None:
+            return NOTHING
+        return self._sock.fileno(), select.POLLIN | (select.POLLOUT if self._outgoing else 0)
+
+    def handle(self, events: int) -> None:
+        """Send, and drop what arrives. A connection that is lost is closed: the I/O fd tells the rest."""
+        assert self._sock is not None
+        try:
+            if self._outgoing:
+                sent = self._sock.send(self._outgoing, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                self._outgoing = self._outgoing[sent:]
+            if events & ~select.POLLOUT and not self._sock.recv(_READ_SIZE, socket.MSG_DONTWAIT):
+                self.close()
+        except BlockingIOError:
+            pass
+        except ConnectionError:
+            self.close()
+
+
+class SignalWatch:
+    """Calls `react` for each signal that comes."""
+
+    def __init__(self, signals: Signals, react: Callable[[int], None]) -> None:
+        self._signals = signals
+        self._react = react
+
+    def wants(self) -> Wanted:
+        """Signals, always."""
+        return self._signals.fileno(), select.POLLIN
+
+    def handle(self, _events: int) -> None:
+        """React to what came."""
+        for signum in self._signals.take():
+            self._react(signum)

@@ -1,0 +1,39 @@
+"""`agent`: the embedded agent in the foreground."""
+
+import fcntl
+import os
+import signal
+import stat
+
+from cc_proxy.ctl import options
+
+#: What is written to the ready fd.
+READY = b"\n"
+
+
+def agent(asked: options.Agent) -> int:
+    """Be the agent until a signal comes or the VM powers off; the exit status is `run_agent`'s."""
+    from cc_proxy.agent import run_agent  # noqa: PLC0415 - no other command needs an agent
+
+    fd = asked.ready_fd
+    if fd is not None:
+        os.set_inheritable(fd, False)
+        _end_with_peer(fd)
+
+    def announce() -> None:
+        if fd is not None:
+            os.write(fd, READY)
+
+    return run_agent(asked.vm.ctl, asked.vm.io, on_listening=announce)
+
+
+def _end_with_peer(fd: int) -> None:
+    """If `fd` is a socket, have the kernel send SIGTERM when its other end is closed.
+
+    So an agent does not outlive who has started it, even if that was killed. A thread that waits for it
+    would be in the way of the agent, which forks. Pipes are left out: some kernels signal for each read.
+    """
+    if stat.S_ISSOCK(os.fstat(fd).st_mode):
+        fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGTERM)
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)

@@ -1,0 +1,72 @@
+"""How a command ends when it does not end well: a line on stderr and an exit status."""
+
+import sys
+from contextlib import suppress
+
+from cc_proxy.api import ProxyError, Refused
+
+#: The proxy or the VM failed.
+STATUS_FAILED = 125
+#: The command line makes no sense.
+STATUS_MISUSE = 2
+#: The agent refused to start the command.
+STATUS_NOT_STARTED = 127
+#: Added to the number of the signal that ended a command, as shells do.
+STATUS_SIGNALLED = 128
+
+#: How the daemon marks what the agent itself refused (protocol.md, hyper).
+_FROM_AGENT = "received from Hyperstart"
+
+
+class Failure(Exception):
+    """Ends the command with its text, one line, and an exit status."""
+
+    def __init__(self, text: str, status: int = STATUS_FAILED) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Misuse(Failure):
+    """What the command line asks for cannot be meant."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, STATUS_MISUSE)
+
+
+class Interrupted(Exception):
+    """A signal ends the command, without a word. SIGPIPE stands for an output that nobody reads."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"signal {signum}")
+        self.signum = signum
+        self.status = STATUS_SIGNALLED + signum
+
+
+def is_from_agent(refusal: Refused) -> bool:
+    """Whether it was the agent that refused, not the proxy in its place."""
+    return _FROM_AGENT in refusal.text
+
+
+def explain(error: Exception) -> str:
+    """Say in a few words what went wrong."""
+    if isinstance(error, ConnectionError):
+        return f"the connection to cc-proxy was lost: {reason(error)}"
+    if isinstance(error, OSError) and not isinstance(error, ProxyError) and error.filename is not None:
+        return f"{error.filename}: {reason(error)}"
+    return reason(error)
+
+
+def reason(error: Exception) -> str:
+    """Return what the system or the proxy says about an error, without numbers and names of ours."""
+    strerror = error.strerror if isinstance(error, OSError) else None
+    # str() of an OSError that has a file's name but no number is all None.
+    return strerror or " ".join(map(str, error.args))
+
+
+def say(text: str) -> None:
+    """Print one line on stderr, whatever is in `text`: some of it is what a VM said."""
+    if sys.stderr is None:
+        return  # closed from the start; print() would take stdout in its place
+    line = "".join(char if char.isprintable() else " " for char in text)
+    with suppress(OSError):  # if nobody listens, the exit status still tells
+        print(f"cc-proxyctl: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,98 @@
+"""An agent of our own for one run: a child process in a private directory."""
+
+import os
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cc_proxy
+from cc_proxy.ctl.errors import Failure
+from cc_proxy.ctl.options import Vm
+from cc_proxy.ctl.signals import Signals
+
+#: Seconds until an agent has to listen, or has to have ended.
+_PATIENCE = 10.0
+#: A path of a socket has at most 107 bytes; this is what is left for the directory's parent.
+_LONGEST_PARENT = 70
+
+
+@contextmanager
+def local_agent(signals: Signals, console: str) -> Iterator[Vm]:
+    """Run an agent for as long as the context lasts; gives the VM it stands for.
+
+    Raises `Failure` if it does not come up, `Interrupted` if a signal comes first.
+    """
+    with tempfile.TemporaryDirectory(
+        prefix="cc-proxyctl-", dir=_parent(), ignore_cleanup_errors=True
+    ) as path:
+        vm = Vm(os.path.join(path, "ctl.sock"), os.path.join(path, "io.sock"), console)
+        log = Path(path, "agent.log")
+        with _running_agent(vm, log) as ready:
+            with signals.may_interrupt():
+                _wait_until_ready(ready, log)
+            yield vm
+
+
+def _parent() -> str | None:
+    """Return a directory that the proxy can see too, which may have been given a /tmp of its own."""
+    for path in (os.environ.get("TMPDIR"), "/run", os.environ.get("XDG_RUNTIME_DIR")):
+        if path and len(os.fsencode(path)) <= _LONGEST_PARENT and os.access(path, os.W_OK | os.X_OK):
+            return path
+    return "/tmp"  # noqa: S108 - the directory made in it is private
+
+
+@contextmanager
+def _running_agent(vm: Vm, log: Path) -> Iterator[socket.socket]:
+    """Gives the socket on which the agent announces that it listens. Closing that ends the agent, too."""
+    ready, announce = socket.socketpair()
+    with ready:
+        with announce:
+            process = _start(vm, log, announce.fileno())
+        try:
+            yield ready
+        finally:
+            _stop(process)
+
+
+def _start(vm: Vm, log: Path, announce: int) -> subprocess.Popen[bytes]:
+    command = ["agent", "--ctl", vm.ctl, "--io", vm.io, "--ready-fd", str(announce)]
+    with log.open("wb") as errors:
+        return subprocess.Popen(
+            [sys.executable, "-m", "cc_proxy.ctl", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            pass_fds=(announce,),
+            # Where this very package is found, and nothing that lies around in the user's directory.
+            cwd=Path(cc_proxy.__file__).parent.parent,
+            # Ctrl-C is for the process in the container, not for its agent.
+            process_group=0,
+        )
+
+
+def _wait_until_ready(ready: socket.socket, log: Path) -> None:
+    poll = select.poll()
+    poll.register(ready, select.POLLIN)
+    if not poll.poll(_PATIENCE * 1000):
+        raise Failure(f"the embedded agent does not listen after {_PATIENCE:.0f} s")
+    if not ready.recv(1):
+        raise Failure(f"the embedded agent did not start: {_last_words(log)}")
+
+
+def _last_words(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "it did not say why")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,182 @@
+"""The command line: a table of commands, and the argparse parser that is made of it. No I/O."""
+
+import argparse
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import cc_proxy
+from cc_proxy.api import DEFAULT_SOCKET
+from cc_proxy.ctl.options import SOCKET_VARIABLE
+
+#: In seconds. Longer than the daemon's own deadlines, whose errors say more.
+DEFAULT_TIMEOUT = 120.0
+_LONGEST_TIMEOUT = 86_400.0
+_LARGEST_FD = 2**31 - 1
+
+_STATUSES = f"""\
+environment:
+  {SOCKET_VARIABLE}  the proxy's socket, unless --socket-path names it
+
+exit status:
+  run and exec exit with the process's own status. Apart from that:
+  0      done
+  2      the command line makes no sense
+  125    the proxy or the VM failed
+  127    the agent refused to start the command
+  128+N  signal N ended cc-proxyctl
+"""
+
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class Command(Generic[Options]):
+    """One command: how it is asked for, and what it does."""
+
+    name: str
+    summary: str
+    description: str
+    #: Each begins after `cc-proxyctl`.
+    examples: tuple[str, ...]
+    arguments: Callable[[ArgumentParser], None]
+    #: Reads the arguments. Raises `Misuse`.
+    read: Callable[[Namespace], Options]
+    #: Returns the exit status.
+    do: Callable[[Options], int]
+    aliases: tuple[str, ...] = ()
+    #: Only where argparse cannot find the words.
+    usage: str | None = None
+
+    def main(self, args: Namespace) -> int:
+        """Do what a parsed command line asks for."""
+        return self.do(self.read(args))
+
+
+def build(commands: Sequence[Command[Any]]) -> ArgumentParser:
+    """Return the parser for a table of commands; what it parses has the command's `main` as `main`."""
+    parser = ArgumentParser(
+        prog="cc-proxyctl",
+        description="Talk to cc-proxy by hand: run processes in VMs, and ask VMs and the proxy for things.",
+        epilog=_STATUSES,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"cc-proxyctl {cc_proxy.__version__}")
+    parser.add_argument(
+        "--socket-path", metavar="PATH", help=f"the proxy's socket (default: {DEFAULT_SOCKET})"
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in commands:
+        _add_command(subparsers, command)
+    return parser
+
+
+def _add_command(subparsers: "argparse._SubParsersAction[ArgumentParser]", command: Command[Any]) -> None:
+    parser = subparsers.add_parser(
+        command.name,
+        aliases=command.aliases,
+        help=command.summary,
+        description=command.description,
+        epilog="\n".join(("examples:", *(f"  cc-proxyctl {example}" for example in command.examples))),
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage=command.usage,
+    )
+    command.arguments(parser)
+    parser.set_defaults(main=command.main)
+
+
+def add_id(parser: ArgumentParser) -> None:
+    """Add the id of a VM that is registered, or to be."""
+    parser.add_argument(
+        "id", metavar="ID", type=text, help="the container id under which the proxy knows the VM"
+    )
+
+
+def add_timeout(parser: ArgumentParser) -> None:
+    """Add the deadline of requests."""
+    parser.add_argument(
+        "--timeout",
+        metavar="S",
+        type=seconds,
+        default=DEFAULT_TIMEOUT,
+        help="seconds to wait for each answer of the proxy (default: %(default)g)",
+    )
+
+
+def add_sockets(parser: ArgumentParser, *, required: bool = True) -> None:
+    """Add the two sockets of a VM."""
+    parser.add_argument(
+        "--ctl", metavar="PATH", type=text, required=required, help="the VM's control channel, a socket"
+    )
+    parser.add_argument(
+        "--io", metavar="PATH", type=text, required=required, help="the VM's I/O channel, a socket"
+    )
+
+
+def add_console(parser: ArgumentParser) -> None:
+    """Add the socket of a VM's console."""
+    parser.add_argument(
+        "--console", metavar="PATH", type=text, help="the VM's console, a socket the proxy logs"
+    )
+
+
+def add_process(parser: ArgumentParser) -> None:
+    """Add what describes a process, and its command line, after which nothing else can come."""
+    add = parser.add_argument
+    add("-t", "--tty", dest="terminal", action="store_true", help="give the process a terminal: this one")
+    add("-i", "--interactive", action="store_true", help="pass stdin on to the process")
+    add(
+        "-e",
+        "--env",
+        metavar="K=V",
+        type=text,
+        action="append",
+        default=[],
+        help="set an environment variable; K alone takes its value from here (repeatable)",
+    )
+    add(
+        "-w",
+        "--workdir",
+        metavar="DIR",
+        type=text,
+        default="/",
+        help="working directory (default: %(default)s)",
+    )
+    add("-u", "--user", metavar="USER[:GROUP]", type=text, default="", help="user and group to be")
+    add(
+        "cmd",
+        metavar="CMD",
+        type=text,
+        nargs=argparse.REMAINDER,
+        help="the command to start, and its arguments",
+    )
+
+
+def text(value: str) -> str:
+    """Take an argument that is to travel as JSON."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("not valid UTF-8") from None
+    return value
+
+
+def seconds(value: str) -> float:
+    """Take a number of seconds."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= _LONGEST_TIMEOUT:
+        raise argparse.ArgumentTypeError(f"'{value}' is not a number of seconds up to {_LONGEST_TIMEOUT:.0f}")
+    return number
+
+
+def fd_number(value: str) -> int:
+    """Take the number of an fd."""
+    if not (value.isascii() and value.isdecimal() and int(value) <= _LARGEST_FD):
+        raise argparse.ArgumentTypeError(f"'{value}' is not the number of an fd")
+    return int(value)

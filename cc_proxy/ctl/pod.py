@@ -1,0 +1,95 @@
+"""The VM that `run` has registered, and the pod it has started there: taken back in every outcome."""
+
+import signal
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+from cc_proxy.api import Client, Hyper, ProxyError, Refused
+from cc_proxy.ctl.errors import explain, is_from_agent, say
+from cc_proxy.ctl.options import Proxy, Vm
+from cc_proxy.ctl.requests import KillContainer, StartPod
+from cc_proxy.ctl.signals import Signals
+
+#: Seconds that each step of taking back may last: a VM that hangs must not keep the user.
+_GRACE = 5.0
+
+
+class Pod:
+    """One pod with one container, both under the same id. At the context's end neither is left.
+
+    Destroying and unregistering are done over connections of their own, since a request that failed or was
+    interrupted leaves its connection in an unknown state.
+    """
+
+    def __init__(self, proxy: Proxy, container_id: str) -> None:
+        self._socket_path = proxy.socket_path
+        self._container_id = container_id
+        # What may be true counts as true: a request that was interrupted may have been carried out.
+        self._registered = False
+        self._started = False
+        self._answered = False
+        #: Whether a process may be running in the pod.
+        self.busy = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._started:
+            self._destroy()
+        if self._registered:
+            self._unregister()
+
+    def register(self, client: Client, signals: Signals, vm: Vm) -> None:
+        """Say hello. A first signal waits for the answer, which is needed to take back the right thing."""
+        try:
+            with signals.may_interrupt(tolerate=1):
+                self._registered = True
+                client.hello(self._container_id, vm.ctl, vm.io, vm.console)
+                self._answered = True
+        except Refused:
+            self._registered = False
+            raise
+
+    def start(self, client: Client, signals: Signals) -> None:
+        """Start the pod. One that the VM has already is somebody else's, and stays."""
+        try:
+            with signals.may_interrupt():
+                self._started = True
+                client.hyper("startpod", StartPod(hostname=self._container_id))
+        except Refused as refusal:
+            self._started = not is_from_agent(refusal)
+            raise
+
+    def _destroy(self) -> None:
+        """Destroy the pod, if the VM is still there and answers in time."""
+        with suppress(ProxyError, OSError), Client(self._socket_path, timeout=_GRACE) as client:
+            client.attach(self._container_id)
+            if self.busy:
+                self._kill(client)
+            client.request(Hyper("destroypod"))
+
+    def _kill(self, client: Client) -> None:
+        """Kill what runs: a process that ignores SIGTERM would keep destroypod from ever being answered."""
+        with suppress(Refused):
+            client.hyper(
+                "killcontainer", KillContainer(self._container_id, signal.SIGKILL, all_processes=True)
+            )
+
+    def _unregister(self) -> None:
+        try:
+            client = Client(self._socket_path, timeout=_GRACE)
+        except OSError:
+            return  # a proxy that is gone has forgotten its VMs
+        with client:
+            try:
+                client.bye(self._container_id)
+            except Refused:
+                # Else the VM has powered off, and with that it is unregistered.
+                if not self._answered:
+                    say(f"{self._container_id} may be registered yet: hello was not waited for")
+            except (ProxyError, OSError) as error:
+                say(f"{self._container_id} may still be registered: {explain(error)}")

@@ -1,0 +1,53 @@
+"""`run` and `exec`: a process with this command's standard streams as its own."""
+
+from contextlib import ExitStack
+
+import msgspec
+
+from cc_proxy.ctl import options
+from cc_proxy.ctl.attendance import Attendance, terminal_for
+from cc_proxy.ctl.connection import connect
+from cc_proxy.ctl.local import local_agent
+from cc_proxy.ctl.pod import Pod
+from cc_proxy.ctl.requests import ExecCmd, HyperProcess, NewContainer
+from cc_proxy.ctl.signals import Signals
+
+
+def run(asked: options.Run) -> int:
+    """Start a pod for one process and return that one's exit status. Nothing is left of the pod."""
+    container_id = asked.container_id
+
+    def new_container(process: HyperProcess) -> tuple[str, msgspec.Struct]:
+        pod.busy = True
+        return "newcontainer", NewContainer(id=container_id, image=container_id, process=process)
+
+    terminal = terminal_for(asked.process)
+    with ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        client = stack.enter_context(connect(asked.proxy))
+        vm = asked.vm or stack.enter_context(local_agent(signals, asked.console))
+        pod = stack.enter_context(Pod(asked.proxy, container_id))
+        pod.register(client, signals, vm)
+        pod.start(client, signals)
+        attendance = Attendance(client, signals, container_id, asked.process, terminal, terminal is None)
+        status = attendance.run(new_container)
+        pod.busy = False
+        return status
+
+
+def execute(asked: options.Exec) -> int:
+    """Start a process in a pod that runs and return its exit status.
+
+    Signals end this command, not the process: the agent could pass them to the container's first process
+    only. The process sees its input end.
+    """
+
+    def exec_cmd(process: HyperProcess) -> tuple[str, msgspec.Struct]:
+        return "execcmd", ExecCmd(container=asked.container_id, process=process)
+
+    terminal = terminal_for(asked.process)
+    with Signals() as signals, connect(asked.proxy) as client:
+        with signals.may_interrupt():
+            client.attach(asked.container_id)
+        attendance = Attendance(client, signals, asked.container_id, asked.process, terminal, False)
+        return attendance.run(exec_cmd)

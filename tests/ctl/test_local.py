@@ -1,0 +1,292 @@
+"""With the daemon and the embedded agent as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cc_proxy.cli.ctl import main
+from tests.ctl.fake_proxy import FakeProxy
+from tests.ctl.running import CHECKOUT, ctl, popen_piped, read_until
+from tests.ctl.test_single import error_line
+from tests.ctl.window import Window
+from tests.wire.daemon import Daemon
+
+LOCAL = ("run", "--local", "--")
+READS_ON = ("run", "--local", "--id", "pod", "-i", "--")
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Daemon]:
+    with (
+        tempfile.TemporaryDirectory(prefix="ccp-", dir="/tmp") as path,
+        Daemon.configured(Path(path)) as daemon,
+    ):
+        yield daemon
+        daemon.check()
+
+
+@pytest.fixture
+def socket_path(daemon: Daemon) -> str:
+    return str(daemon.socket_path)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(monkeypatch: pytest.MonkeyPatch, tmp_sock_dir: Path) -> Iterator[None]:
+    """Whatever happens, nothing is left of the private directory."""
+    directory = tmp_sock_dir / "tmp"
+    directory.mkdir()
+    monkeypatch.setenv("TMPDIR", str(directory))
+    yield
+    assert list(directory.iterdir()) == []
+
+
+def outcome(
+    socket_path: str, *argv: str, stdin: bytes = b"", **options: Any
+) -> tuple[bytes | None, bytes, int]:
+    """Return what a command prints, what it says on stderr, and its exit status."""
+    with popen_piped(socket_path, *argv, **options) as child:
+        output, errors = child.communicate(stdin)
+    return output, errors, child.returncode
+
+
+def test_run(socket_path: str) -> None:
+    shell = "echo out; echo err >&2; exit 9"
+    assert outcome(socket_path, *LOCAL, "sh", "-c", shell) == (b"out\n", b"err\n", 9)
+
+
+def test_run_in_this_process(socket_path: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--socket-path", socket_path, *LOCAL, "sh", "-c", "echo hello; exit 4"]) == 4
+    assert capfd.readouterr() == ("hello\n", "")
+
+
+def test_what_the_process_is_given(socket_path: str) -> None:
+    process = ["run", "--local", "-e", "A=b c", "-w", "/usr", "--", "sh", "-c", 'echo "$A"; pwd; cat']
+    assert outcome(socket_path, *process, stdin=b"not for it") == (b"b c\n/usr\n", b"", 0)
+
+
+def test_10_mib_out(socket_path: str) -> None:
+    output, errors, status = outcome(socket_path, *LOCAL, "head", "-c", "10485760", "/dev/zero")
+    assert output == bytes(10485760)
+    assert (errors, status) == (b"", 0)
+
+
+def test_there_and_back(socket_path: str) -> None:
+    data = os.urandom(60_000)  # an agent may lose what a pipe cannot hold and the process does not read yet
+    assert outcome(socket_path, *READS_ON, "cat", stdin=data) == (data, b"", 0)
+
+
+def test_what_is_not_there_cannot_be_started(socket_path: str) -> None:
+    output, errors, status = outcome(socket_path, *LOCAL, "no/such/thing")
+    assert (output, status) == (b"", 127)
+    assert errors.startswith(b"cc-proxyctl: cannot start 'no/such/thing': ERROR received from Hyperstart")
+
+
+def test_head(socket_path: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        assert outcome(socket_path, *LOCAL, "yes", stdout=writer) == (None, b"", 141)
+    finally:
+        os.close(writer)
+
+
+def test_a_signal_reaches_the_process(socket_path: str) -> None:
+    shell = 'trap "echo got it; exit 3" TERM; echo ready; while :; do sleep 0.02; done'
+    with popen_piped(socket_path, *LOCAL, "sh", "-c", shell) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        child.terminate()
+        assert child.communicate() == (b"got it\n", b"")
+        assert child.returncode == 3
+
+
+def test_exec(socket_path: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with popen_piped(socket_path, *READS_ON, "cat") as pod:
+        assert pod.stdin is not None
+        assert pod.stdout is not None
+        pod.stdin.write(b"ready\n")
+        pod.stdin.flush()
+        assert pod.stdout.readline() == b"ready\n"
+        shell = ("sh", "-c", "cat; echo err >&2; exit 5")
+        assert outcome(socket_path, "exec", "-i", "pod", *shell, stdin=b"in") == (b"in", b"err\n", 5)
+        assert outcome(socket_path, "exec", "pod", "no/such")[2] == 127
+        assert main(["--socket-path", socket_path, "ping", "pod"]) == 0
+        assert re.fullmatch(r"pod: the VM answered in .* ms\n", capfd.readouterr().out)
+        assert main(["--socket-path", socket_path, *READS_ON, "cat"]) == 125
+        assert error_line(capfd) == "pod: container already registered"
+        kill = '{"container": "pod", "signal": 1}'
+        assert main(["--socket-path", socket_path, "hyper", "pod", "killcontainer", kill]) == 0
+        assert pod.wait() == 0  # hyperstart's status of what a signal has ended
+    assert main(["--socket-path", socket_path, "ping", "pod"]) == 125
+    assert error_line(capfd) == "unknown containerID: pod"
+
+
+def test_a_terminal(socket_path: str, window: Window) -> None:
+    before = window.mode()
+    shell = (
+        'stty size; test -t 0 -a -t 1 -a -t 2 && echo "$TERM"; stty -echo; echo ready; read -r line; exit 6'
+    )
+    with window.start(socket_path, "run", "--local", "-ti", "--", "sh", "-c", shell) as child:
+        assert read_until(window.user, b"ready\r\n") == b"24 80\r\nxterm\r\nready\r\n"
+        os.write(window.user, b"typed\r")
+        assert child.wait() == 6
+    assert window.mode() == before
+
+
+def test_a_terminal_that_hangs_up(socket_path: str, window: Window) -> None:
+    shell = 'trap "" TERM HUP; echo ready; while :; do sleep 1; done'
+    with window.start(socket_path, "run", "--local", "-ti", "--", "sh", "-c", shell) as child:
+        read_until(window.user, b"ready\r\n")
+        window.hang_up()
+        assert child.wait() == 129
+
+
+def test_the_agent_goes_away(socket_path: str) -> None:
+    with popen_piped(socket_path, *READS_ON, "sh", "-c", "echo ready; cat") as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        os.kill(agent_of(child.pid), signal.SIGKILL)
+        assert child.wait() == 125
+        assert child.stderr is not None
+        assert child.stderr.read() == b"cc-proxyctl: the VM or cc-proxy went away before 'sh' had ended\n"
+
+
+def test_the_agent_does_not_outlive_a_command_that_is_killed(socket_path: str, tmp_sock_dir: Path) -> None:
+    with popen_piped(socket_path, *READS_ON, "sh", "-c", "echo ready; cat") as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        agent = os.pidfd_open(agent_of(child.pid))
+        child.kill()
+        poll = select.poll()
+        poll.register(agent, select.POLLIN)
+        assert poll.poll(20_000)
+        os.close(agent)
+    # A directory cannot remove itself.
+    for path in (tmp_sock_dir / "tmp").glob("cc-proxyctl-*"):
+        (path / "agent.log").unlink()
+        path.rmdir()
+
+
+def agent_of(pid: int) -> int:
+    """Return the process that a command has started as its agent."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if stat.read_text().rpartition(")")[2].split()[1] == str(pid):
+                return int(stat.parent.name)
+    raise AssertionError(f"{pid} has no children")
+
+
+def test_sockets_of_an_agent_that_runs_already(socket_path: str, tmp_sock_dir: Path) -> None:
+    paths = [str(tmp_sock_dir / "ctl"), str(tmp_sock_dir / "io")]
+    with running_agent(*paths) as agent:
+        argv = ["run", "--ctl", paths[0], "--io", paths[1], "--", "sh", "-c", "echo hello; exit 2"]
+        assert outcome(socket_path, *argv) == (b"hello\n", b"", 2)
+        assert agent.wait() == 0  # it was powered off
+
+
+@contextlib.contextmanager
+def running_agent(ctl_path: str, io_path: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `agent`, once it has said that it is ready."""
+    reader, writer = os.pipe()
+    command = [sys.executable, "-m", "cc_proxy.ctl", "agent", "--ctl", ctl_path, "--io", io_path]
+    with subprocess.Popen([*command, "--ready-fd", str(writer)], pass_fds=[writer], cwd=CHECKOUT) as agent:
+        os.close(writer)
+        try:
+            assert os.read(reader, 1) == b"\n"
+            yield agent
+        finally:
+            os.close(reader)
+            agent.terminate()
+
+
+def test_an_agent_that_cannot_listen(tmp_sock_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    occupied = tmp_sock_dir / "ctl"
+    occupied.touch()
+    command = ["agent", "--ctl", str(occupied), "--io", str(tmp_sock_dir / "io")]
+    child = subprocess.run([sys.executable, "-m", "cc_proxy.ctl", *command], cwd=CHECKOUT, check=False)
+    assert child.returncode == 1
+    assert f"{occupied}: is there already" in capfd.readouterr().err
+
+
+# Agents that do not come up, with something else in Python's place ---
+
+
+@pytest.fixture
+def in_pythons_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A script that is run as the agent."""
+    path = tmp_path / "python"
+    path.touch(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
+    return path
+
+
+def test_an_agent_that_fails(
+    proxy: FakeProxy, capfd: pytest.CaptureFixture[str], in_pythons_place: Path
+) -> None:
+    in_pythons_place.write_text("#!/bin/sh\necho some words >&2\necho the last words >&2\nexit 1\n")
+    assert ctl(proxy, *LOCAL, "x") == 125
+    assert error_line(capfd) == "the embedded agent did not start: the last words"
+    assert proxy.names == []
+
+
+def test_an_agent_that_fails_without_a_word(
+    proxy: FakeProxy, capfd: pytest.CaptureFixture[str], in_pythons_place: Path
+) -> None:
+    in_pythons_place.write_text("#!/bin/sh\n")
+    assert ctl(proxy, *LOCAL, "x") == 125
+    assert error_line(capfd) == "the embedded agent did not start: it did not say why"
+
+
+def test_an_agent_that_never_listens(
+    proxy: FakeProxy,
+    capfd: pytest.CaptureFixture[str],
+    in_pythons_place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cc_proxy.ctl.local._PATIENCE", 0.1)
+    in_pythons_place.write_text("#!/bin/sh\ntrap '' TERM\nexec sleep 60\n")
+    assert ctl(proxy, *LOCAL, "x") == 125
+    assert error_line(capfd).startswith("the embedded agent does not listen after")
+
+
+def test_a_signal_while_the_agent_comes_up(
+    proxy: FakeProxy, capfd: pytest.CaptureFixture[str], in_pythons_place: Path
+) -> None:
+    in_pythons_place.write_text("#!/bin/sh\nkill -INT $PPID\nexec sleep 60\n")
+    assert ctl(proxy, *LOCAL, "x") == 130
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_agent_that_cannot_be_run(
+    proxy: FakeProxy, capfd: pytest.CaptureFixture[str], in_pythons_place: Path
+) -> None:
+    in_pythons_place.unlink()
+    assert ctl(proxy, *LOCAL, "x") == 125
+    assert error_line(capfd) == f"{in_pythons_place}: No such file or directory"
+
+
+def test_the_ready_fd_of_an_agent_is_its_life_line(tmp_sock_dir: Path) -> None:
+    ours, theirs = socket.socketpair()
+    command = ["agent", "--ctl", str(tmp_sock_dir / "ctl"), "--io", str(tmp_sock_dir / "io")]
+    argv = [sys.executable, "-m", "cc_proxy.ctl", *command, "--ready-fd", str(theirs.fileno())]
+    with subprocess.Popen(argv, pass_fds=[theirs.fileno()], cwd=CHECKOUT) as agent:
+        theirs.close()
+        assert ours.recv(1) == b"\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            agent.wait(0.1)
+        ours.close()
+        assert agent.wait() == 0
+    assert [path.name for path in tmp_sock_dir.iterdir()] == ["tmp"]

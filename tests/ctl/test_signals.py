@@ -1,0 +1,199 @@
+"""Signals while a process runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+from cc_proxy.ctl.errors import Interrupted
+from cc_proxy.ctl.signals import ENDING, Signals
+from tests.ctl.fake_proxy import FakeProcess, FakeProxy
+from tests.ctl.running import RUN, popen_piped
+
+
+def ends_by_signals(count: int) -> Callable[[FakeProcess], None]:
+    """Return a process that ends when it has got `count` signals, with the last one's number."""
+
+    def script(process: FakeProcess) -> None:
+        process.out(b"ready\n")
+        for number in range(1, count + 1):
+            asked = process.proxy.wait_for("killcontainer", number).arguments
+            process.out(b"got %d\n" % asked["signal"])
+        process.exit(asked["signal"])
+
+    return script
+
+
+def line(child: subprocess.Popen[bytes]) -> bytes:
+    assert child.stdout is not None
+    return child.stdout.readline()
+
+
+@pytest.mark.parametrize("signum", ENDING, ids=lambda signum: signum.name)
+def test_a_signal_is_passed_on(proxy: FakeProxy, signum: signal.Signals) -> None:
+    proxy.script = ends_by_signals(1)
+    with popen_piped(proxy.path, *RUN, "x") as child:
+        assert line(child) == b"ready\n"
+        child.send_signal(signum)
+        assert line(child) == b"got %d\n" % signum
+        assert child.wait() == signum
+    asked = proxy.wait_for("killcontainer").arguments
+    assert asked == {"container": "pod", "signal": signum}
+    assert proxy.names[-3:] == ["attach", "destroypod", "bye"]
+
+
+def test_each_signal_is_passed_on(proxy: FakeProxy) -> None:
+    proxy.script = ends_by_signals(3)
+    with popen_piped(proxy.path, *RUN, "x") as child:
+        assert line(child) == b"ready\n"
+        for signum in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            child.send_signal(signum)
+            assert line(child) == b"got %d\n" % signum
+        assert child.wait() == signal.SIGTERM
+
+
+def test_a_signal_is_passed_on_while_nobody_reads_stdout(proxy: FakeProxy) -> None:
+    def script(process: FakeProcess) -> None:
+        process.out(b"ready\n")
+        for _ in range(100):
+            process.out(bytes(10_000))
+        process.exit(process.proxy.wait_for("killcontainer").arguments["signal"])
+
+    proxy.script = script
+    with popen_piped(proxy.path, *RUN, "x") as child:
+        assert line(child) == b"ready\n"
+        child.terminate()
+        proxy.wait_for("killcontainer")
+        child.communicate()
+        assert child.returncode == signal.SIGTERM
+
+
+def test_a_command_that_is_not_answered_does_not_stop_the_streams(proxy: FakeProxy) -> None:
+    def script(process: FakeProcess) -> None:
+        process.out(b"ready\n")
+        process.proxy.wait_for("killcontainer")
+        process.out(process.receive().payload)
+        process.exit(7)
+
+    proxy.script = script
+    proxy.hold("killcontainer")
+    with popen_piped(proxy.path, *RUN, "-i", "x") as child:
+        assert line(child) == b"ready\n"
+        child.terminate()
+        proxy.wait_for("killcontainer")
+        assert child.stdin is not None
+        child.stdin.write(b"still here\n")
+        child.stdin.flush()
+        assert line(child) == b"still here\n"
+        assert child.wait() == 7
+
+
+def test_a_command_that_is_refused_or_lost_does_not_stop_the_streams(proxy: FakeProxy) -> None:
+    def script(process: FakeProcess) -> None:
+        process.out(b"ready\n")
+        process.proxy.wait_for("killcontainer", 2)
+        process.out(b"still here\n")
+        process.proxy.wait_for("go")
+        process.exit(7)
+
+    proxy.script = script
+    proxy.refused["killcontainer"] = "no"
+    with popen_piped(proxy.path, *RUN, "x") as child:
+        assert line(child) == b"ready\n"
+        child.send_signal(signal.SIGUSR1)
+        proxy.wait_for("killcontainer")
+        proxy.hangs_up_on.add("killcontainer")
+        child.send_signal(signal.SIGUSR2)
+        assert line(child) == b"still here\n"
+        child.send_signal(signal.SIGUSR1)
+        proxy.record("go")
+        assert child.wait() == 7
+        assert child.stderr is not None
+        assert child.stderr.read() == b""
+
+
+def test_a_signal_when_the_process_has_ended_ends_the_writing_of_its_output(proxy: FakeProxy) -> None:
+    """Nobody is left to pass it on to."""
+
+    def script(process: FakeProcess) -> None:
+        process.out(b"ready\n")
+        process.out(bytes(60_000))
+        process.out(bytes(60_000))
+        process.exit(0)
+        process.proxy.record("ended")
+
+    proxy.script = script
+    with popen_piped(proxy.path, *RUN, "x") as child:
+        assert line(child) == b"ready\n"
+        proxy.wait_for("ended")
+        child.terminate()
+        assert child.wait() == 128 + signal.SIGTERM
+    assert proxy.names_but("ended")[-2:] == ["destroypod", "bye"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_exec_and_not_the_container(proxy: FakeProxy, signum: signal.Signals) -> None:
+    proxy.script = lambda process: process.out(b"ready\n")
+    with popen_piped(proxy.path, "exec", "pod", "x") as child:
+        assert line(child) == b"ready\n"
+        child.send_signal(signum)
+        assert child.wait() == 128 + signum
+    assert proxy.names == ["attach", "allocateIO", "execcmd"]
+
+
+# Signals ---
+
+
+def test_signals_wait_until_they_are_taken() -> None:
+    with Signals() as signals:
+        assert signals.take() == []
+        for signum in (signal.SIGUSR1, signal.SIGWINCH, signal.SIGUSR1, signal.SIGINT):
+            signal.raise_signal(signum)
+        assert signals.take() == [signal.SIGUSR1, signal.SIGWINCH, signal.SIGINT]
+        assert signals.take() == []
+
+
+def test_a_signal_interrupts_only_where_it_may() -> None:
+    with Signals() as signals:
+        signal.raise_signal(signal.SIGWINCH)
+        with signals.may_interrupt():
+            signal.raise_signal(signal.SIGWINCH)
+        with pytest.raises(Interrupted) as caught, signals.may_interrupt():
+            signal.raise_signal(signal.SIGTERM)
+        assert caught.value.status == 143
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_that_came_before_interrupts_too() -> None:
+    reached = []
+    with Signals() as signals:
+        signal.raise_signal(signal.SIGTERM)
+        with signals.may_interrupt(tolerate=1):
+            reached.append("tolerated")
+        with pytest.raises(Interrupted), signals.may_interrupt():
+            reached.append("not tolerated")
+    assert reached == ["tolerated"]
+
+
+def test_interrupting_is_not_interrupted_again() -> None:
+    def clear_up_when_interrupted(signals: Signals) -> None:
+        with signals.may_interrupt():
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                signal.raise_signal(signal.SIGINT)
+
+    with Signals() as signals, pytest.raises(Interrupted) as caught:
+        clear_up_when_interrupted(signals)
+    assert caught.value.signum == signal.SIGTERM
+
+
+def test_a_flood_of_signals_does_not_block() -> None:
+    with Signals() as signals:
+        for _ in range(70_000):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert set(signals.take()) == {signal.SIGUSR1}

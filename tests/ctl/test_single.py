@@ -1,0 +1,177 @@
+"""Commands that are one request or two, and what is said when they fail."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from cc_proxy.api import ProtocolError, TimedOut
+from cc_proxy.cli.ctl import main
+from cc_proxy.ctl.errors import explain, say
+from tests.ctl.fake_proxy import ERROR, FakeProxy
+from tests.ctl.running import ctl, interrupt
+
+
+def error_line(capfd: pytest.CaptureFixture[str]) -> str:
+    """Return the one line on stderr; nothing is on stdout."""
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    prefix, text, rest = re.split(r"^cc-proxyctl: |\n", captured.err, maxsplit=2)
+    assert (prefix, rest) == ("", "")
+    return text
+
+
+def test_hello(proxy: FakeProxy) -> None:
+    assert ctl(proxy, "hello", "ID", "--ctl", "/c", "--io", "/i") == 0
+    assert proxy.wait_for("hello").arguments == {"containerId": "ID", "ctlSerial": "/c", "ioSerial": "/i"}
+
+
+def test_hello_with_a_console_and_relative_paths(
+    proxy: FakeProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ctl(proxy, "hello", "ID", "--ctl", "c", "--io", "./i", "--console", "con") == 0
+    assert proxy.wait_for("hello").arguments == {
+        "containerId": "ID",
+        "ctlSerial": f"{tmp_path}/c",
+        "ioSerial": f"{tmp_path}/i",
+        "console": f"{tmp_path}/con",
+    }
+
+
+@pytest.mark.parametrize("name", ["attach", "ping"])
+def test_attach(proxy: FakeProxy, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    assert ctl(proxy, name, "ID") == 0
+    assert proxy.names == ["attach", "ping"]
+    assert re.fullmatch(r"ID: the VM answered in \d+\.\d ms\n", capfd.readouterr().out)
+
+
+def test_bye(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
+    assert ctl(proxy, "bye", "ID") == 0
+    assert proxy.names == ["bye"]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{ "a" :1e2,\t"a":"\\u0041" }', " [] ", "1.0", '"äöü"', "null", '""'],
+)
+def test_hyper_sends_json_byte_for_byte(proxy: FakeProxy, text: str) -> None:
+    assert ctl(proxy, "hyper", "ID", "testcmd", text) == 0
+    assert proxy.names == ["attach", "testcmd"]
+    assert proxy.wait_for("testcmd").data == text.strip().encode()
+
+
+def test_hyper_without_data(proxy: FakeProxy) -> None:
+    assert ctl(proxy, "hyper", "ID", "testcmd") == 0
+    assert proxy.wait_for("testcmd").data == b""
+
+
+def test_hyper_reads_stdin(proxy: FakeProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"a": 1}\n')))
+    assert ctl(proxy, "hyper", "ID", "testcmd", "-") == 0
+    assert proxy.wait_for("testcmd").data == b'{"a": 1}'
+
+
+@pytest.mark.parametrize(
+    ("refused", "argv"),
+    [
+        ("hello", ["hello", "ID", "--ctl", "/c", "--io", "/i"]),
+        ("attach", ["attach", "ID"]),
+        ("ping", ["attach", "ID"]),
+        ("attach", ["hyper", "ID", "ping"]),
+        ("ping", ["hyper", "ID", "ping"]),
+        ("bye", ["bye", "ID"]),
+        ("attach", ["exec", "ID", "true"]),
+        ("allocateIO", ["exec", "ID", "true"]),
+        ("execcmd", ["exec", "ID", "true"]),
+    ],
+)
+def test_what_the_daemon_refuses(
+    proxy: FakeProxy, capfd: pytest.CaptureFixture[str], refused: str, argv: list[str]
+) -> None:
+    proxy.refused[refused] = "because of\nthat \x1b[1m"
+    assert ctl(proxy, *argv) == 125
+    assert error_line(capfd) == "because of that  [1m"
+
+
+@pytest.mark.parametrize("argv", [["bye", "ID"], ["run", "--local", "true"], ["exec", "ID", "true"]])
+def test_no_proxy(tmp_path: Path, capfd: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    path = str(tmp_path / "nothing")
+    assert main(["--socket-path", path, *argv]) == 125
+    assert error_line(capfd) == f"cannot reach cc-proxy at {path}: No such file or directory"
+
+
+def test_a_socket_path_that_is_too_long(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--socket-path", "/" + "x" * 200, "bye", "ID"]) == 125
+    assert error_line(capfd).endswith("x: AF_UNIX path too long")
+
+
+def test_a_proxy_that_hangs_up(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
+    proxy.hangs_up_on.add("bye")
+    assert ctl(proxy, "bye", "ID") == 125
+    assert error_line(capfd) == "the proxy closed the connection instead of answering bye"
+
+
+def test_a_proxy_that_does_not_answer(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
+    held = proxy.hold("ping")
+    assert ctl(proxy, "attach", "ID", "--timeout", "0.05") == 125
+    assert error_line(capfd) == "timed out waiting for a message"
+    held.set()
+
+
+def test_the_agents_own_error(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
+    proxy.refused["testcmd"] = ERROR
+    assert ctl(proxy, "hyper", "ID", "testcmd") == 125
+    assert error_line(capfd) == ERROR
+
+
+def test_what_is_not_utf_8(
+    proxy: FakeProxy, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(os.environ, "ODD", os.fsdecode(b"\xff"))
+    assert ctl(proxy, "exec", "-e", "ODD", "pod", "true") == 2
+    assert error_line(capfd) == "not valid UTF-8: '\\udcff'"
+
+
+def test_ctrl_c(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
+    proxy.hold("bye")
+    proxy.when_asked["bye"] = interrupt(signal.SIGINT)
+    assert ctl(proxy, "bye", "ID") == 130
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ProtocolError("odd"), "odd"),
+        (TimedOut("timed out waiting for x"), "timed out waiting for x"),
+        (BrokenPipeError(32, "Broken pipe"), "the connection to cc-proxy was lost: Broken pipe"),
+        (ConnectionResetError(104, "reset"), "the connection to cc-proxy was lost: reset"),
+        (OSError(24, "Too many open files"), "Too many open files"),
+        (OSError(28, "No space left on device", "/tmp/x"), "/tmp/x: No space left on device"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_explanations(error: Exception, text: str) -> None:
+    assert explain(error) == text
+
+
+class Full(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("stderr", [None, Full()], ids=["closed", "full"])
+def test_nobody_listens(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], stderr: io.StringIO | None
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stderr)
+    say("hello")
+    assert capfd.readouterr() == ("", "")

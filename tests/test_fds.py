@@ -1,0 +1,135 @@
+"""Closing streams, sending pieces without copying them, and the limit of open files."""
+
+from __future__ import annotations
+
+import random
+import resource
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from cc_proxy.fds import Piece, close_stream, cut, raise_fd_limit, send_pieces
+from tests.wire.support import WAIT, at_end
+
+Ends = tuple[socket.socket, socket.socket]
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    far.settimeout(WAIT)
+    with near, far:
+        yield near, far
+
+
+def receive(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        piece = sock.recv(size - len(data))
+        assert piece
+        data += piece
+    return data
+
+
+def test_the_soft_limit_becomes_the_hard_one() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, before[1]), before[1]))
+        assert raise_fd_limit() == before[1]
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("unread", [0, 1, 200_000])
+def test_who_is_closed_reads_what_was_sent_and_then_the_end(ends: Ends, unread: int) -> None:
+    near, far = ends
+    near.setblocking(True)
+    near.sendall(b"the last words")
+    if unread:
+        far.setblocking(False)
+        far.send(bytes(unread))
+        far.settimeout(WAIT)
+    near.setblocking(False)
+    close_stream(near)
+    assert near.fileno() == -1
+    assert receive(far, 14) == b"the last words"
+    assert at_end(far)
+
+
+def test_who_has_hung_up_or_is_closed_already_is_no_error(ends: Ends) -> None:
+    near, far = ends
+    far.send(b"x")
+    far.close()
+    close_stream(near)
+    assert near.fileno() == -1
+    close_stream(near)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 1_023, 1_024, 1_025, 5_000])
+def test_pieces_arrive_one_behind_the_other(ends: Ends, count: int) -> None:
+    near, far = ends
+    data = random.Random(count).randbytes(count * 2)
+    pieces = [memoryview(data)[at : at + 2] for at in range(0, len(data), 2)]
+    assert not send_pieces(near, pieces)
+    assert receive(far, len(data)) == data
+
+
+def test_what_a_socket_does_not_take_comes_back_uncopied(ends: Ends) -> None:
+    near, far = ends
+    rng = random.Random(4)
+    buffer = bytearray(rng.randbytes(3_000_000))
+    view = memoryview(buffer)
+    pieces: list[Piece] = []
+    at = 0
+    while at < len(buffer):
+        size = rng.randrange(1, 2_000)
+        pieces.append(view[at : at + size])
+        at += size
+    received = b""
+    rest = send_pieces(near, pieces)
+    assert rest
+    assert all(isinstance(piece, memoryview) and piece.obj is buffer for piece in rest)
+    while True:
+        left = sum(map(len, rest))
+        received += receive(far, len(buffer) - left - len(received))
+        if not rest:
+            break
+        rest = send_pieces(near, rest)
+    assert received == buffer
+
+
+def test_socket_that_takes_nothing_gets_nothing(ends: Ends) -> None:
+    near, _ = ends
+    left = send_pieces(near, [bytes(10_000_000)])
+    pieces = [b"one", b"two"]
+    assert sum(map(len, left)) > 0
+    assert send_pieces(near, pieces) == pieces
+
+
+def test_peer_that_is_gone_is_an_error(ends: Ends) -> None:
+    near, far = ends
+    far.close()
+    for pieces in ([b"one"], [b"one", b"two"]):
+        with pytest.raises(BrokenPipeError):
+            send_pieces(near, pieces)
+
+
+def test_cut_is_a_slice_of_the_whole() -> None:
+    rng = random.Random(5)
+    for _ in range(300):
+        data = rng.randbytes(rng.randrange(30))
+        pieces: list[Piece] = []
+        at = 0
+        while at < len(data):
+            size = rng.randrange(0, 6)
+            pieces.append(data[at : at + size])
+            at += size
+        for start in range(len(data) + 2):
+            assert b"".join(cut(pieces, start)) == data[start:]
+            for stop in (start, start + 1, start + 3, len(data)):
+                found = cut(pieces, start, stop)
+                assert b"".join(found) == data[start:stop]
+                assert start >= stop or all(len(piece) for piece in found)

@@ -1,0 +1,1 @@
+"""The daemon as a process, over raw sockets: none of the project's own protocol code takes part."""

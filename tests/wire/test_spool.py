@@ -1,0 +1,107 @@
+"""The bound that the settings put on what waits for clients that do not read."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.wire.daemon import PATIENT, Daemon, Wire
+from tests.wire.support import MIB, frame, in_background, read_exact
+
+COUNT = 800
+CHUNK = b"0123456789" * 1_000
+
+
+def everything(base: int) -> bytes:
+    return b"".join(frame(base, b"%08d" % number + CHUNK) for number in range(COUNT))
+
+
+@contextmanager
+def running(directory: Path, spool: str) -> Iterator[Wire]:
+    with Daemon.configured(directory, PATIENT + spool) as daemon:
+        wire = Wire(daemon, directory)
+        try:
+            yield wire
+        finally:
+            wire.close()
+        daemon.check()
+        assert daemon.stop() == 0
+
+
+@pytest.fixture(params=["session_limit = 500_000", "session_limit = 0", "total_limit = 500_000"])
+def tight(request: pytest.FixtureRequest, tmp_sock_dir: Path) -> Iterator[Wire]:
+    with running(tmp_sock_dir, f'[spool]\ndirectory = "{tmp_sock_dir}"\n{request.param}\n') as wire:
+        yield wire
+
+
+def test_over_the_limit_nothing_is_lost_and_commands_and_other_vms_go_on(tight: Wire) -> None:
+    pod, other = tight.pod(), tight.pod()
+    slow, quick = pod.client.allocate(), other.client.allocate()
+    sent = everything(1)
+    before = tight.daemon.resident_bytes()
+    with in_background(lambda: pod.vm.io.sendall(sent)):
+        slow.sock.recv(1, socket.MSG_PEEK)  # it is on its way
+        for number in range(20):
+            assert pod.pings()
+            other.vm.send_frame(1, b"%d" % number)
+            assert quick.read_frame() == (1, b"%d" % number)
+        assert tight.daemon.resident_bytes() - before < 4 * MIB
+        assert read_exact(slow.sock, len(sent)) == sent
+    pod.vm.send_frame(1, b"and on")
+    assert slow.read_frame() == (1, b"and on")
+
+
+def test_over_the_limit_a_client_that_goes_lets_its_vm_go_on(tight: Wire) -> None:
+    pod = tight.pod()
+    slow, other = tight.attached(pod).allocate(), tight.attached(pod).allocate()
+    with in_background(lambda: pod.vm.io.sendall(everything(1) + frame(other.base, b"out"))):
+        slow.sock.recv(1, socket.MSG_PEEK)
+        slow.close()
+        assert other.read_frame() == (other.base, b"out")
+
+
+def test_over_the_limit_a_vm_that_dies_loses_only_itself_and_its_client_gets_all(tight: Wire) -> None:
+    pod, other = tight.pod(), tight.pod()
+    slow = pod.client.allocate()
+    pod.vm.io.setblocking(False)
+    sent = everything(1)
+    size = 0
+    with suppress(BlockingIOError):
+        while True:
+            size += pod.vm.io.send(sent[size:])
+    assert size < len(sent)
+    pod.vm.hang_up()
+    assert other.pings()
+    whole = size - size % len(frame(1, b"%08d" % 0 + CHUNK))
+    assert read_exact(slow.sock, whole) == sent[:whole]
+    while rest := slow.sock.recv(100_000):
+        assert len(rest) < len(CHUNK) + 20
+
+
+def test_directory_that_is_gone_costs_no_byte(tmp_sock_dir: Path) -> None:
+    directory = tmp_sock_dir / "spool"
+    directory.mkdir()
+    with running(tmp_sock_dir, f'[spool]\ndirectory = "{directory}"\n') as wire:
+        directory.rmdir()
+        pod, other = wire.pod(), wire.pod()
+        slow = pod.client.allocate()
+        sent = everything(1)
+        with in_background(lambda: pod.vm.io.sendall(sent)):
+            slow.sock.recv(1, socket.MSG_PEEK)
+            assert pod.pings()
+            assert other.pings()
+            assert read_exact(slow.sock, len(sent)) == sent
+
+
+def test_nothing_is_ever_seen_in_the_directory(tmp_sock_dir: Path) -> None:
+    directory = tmp_sock_dir / "spool"
+    directory.mkdir()
+    with running(tmp_sock_dir, f'[spool]\ndirectory = "{directory}"\n') as wire:
+        pod = wire.pod()
+        pod.client.allocate()
+        pod.vm.io.sendall(everything(1))
+        assert list(directory.iterdir()) == []

@@ -1,0 +1,265 @@
+"""Stdin is paced so that hyperstart's 512 bytes of buffer lose nothing (hyperstart.md, lossless stdin)."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from contextlib import suppress
+
+import pytest
+
+from tests.wire.daemon import Pod, Wire
+from tests.wire.support import MARKER, Frame, Stream, frame, in_background
+
+WINDOW = 512
+
+
+class Agent:
+    """Counts what it would have to keep, as hyperstart does; echoes markers when the test says."""
+
+    def __init__(self, pod: Pod) -> None:
+        self.vm = pod.vm
+        self.taken: dict[int, bytearray] = {}
+        self.ended: set[int] = set()
+        self.held: dict[int, int] = {}
+        self.markers: deque[tuple[int, int, int]] = deque()  # seq, the stream it is for, bytes before it
+        self._last_base = 0
+
+    def read(self) -> Frame:
+        taken = self.vm.read_frame()
+        if taken.seq >= MARKER:
+            assert taken.payload == b"", "a marker is an empty frame"
+            base = (taken.seq & 0xFFFFFFFF) or self._last_base
+            self.markers.append((taken.seq, base, self.held.get(base, 0)))
+        elif taken.payload:
+            assert taken.seq not in self.ended, "data behind the end of file"
+            self.taken.setdefault(taken.seq, bytearray()).extend(taken.payload)
+            self.held[taken.seq] = self.held.get(taken.seq, 0) + len(taken.payload)
+            assert self.held[taken.seq] <= WINDOW, "hyperstart would have lost some"
+            self._last_base = taken.seq
+        else:
+            self.ended.add(taken.seq)
+        return taken
+
+    def read_marker(self) -> None:
+        while self.read().seq < MARKER:
+            pass
+
+    def echo(self) -> None:
+        """Of the oldest marker: what came before it has been handled."""
+        seq, base, before = self.markers.popleft()
+        self.held[base] -= before
+        self.markers = deque((s, b, n - before if b == base else n) for s, b, n in self.markers)
+        self.vm.send_frame(seq)
+
+
+def probe(agent: Agent, other: Stream) -> None:
+    """Nothing was sent in between: what another stream sends is what comes next."""
+    other.send(b"?")
+    assert agent.read() == (other.base, b"?")
+
+
+def test_no_more_than_512_bytes_go_out_before_the_marker_came_back(wire: Wire) -> None:
+    pod = wire.pod()
+    stream, other = pod.client.allocate(), wire.attached(pod).allocate()
+    agent = Agent(pod)
+    data = random.Random(3).randbytes(4_000)
+    stream.send(data)
+    for _ in range(3):
+        agent.read_marker()
+        probe(agent, other)
+        agent.echo()
+    while len(agent.taken[stream.base]) < len(data):
+        agent.read()
+        if agent.markers:
+            agent.echo()
+    assert agent.taken[stream.base] == data
+
+
+def test_marker_is_on_a_seq_that_is_never_allocated_and_its_echo_reaches_no_client(wire: Wire) -> None:
+    pod = wire.pod()
+    streams = [pod.client.allocate(), wire.attached(pod).allocate()]
+    agent = Agent(pod)
+    streams[0].send(b"x" * 600)
+    agent.read_marker()
+    assert agent.markers[0][0] >= MARKER
+    agent.echo()
+    while len(agent.taken[1]) < 600:
+        agent.read()
+    for stream in streams:
+        pod.vm.send_frame(stream.base, b"out")
+        assert stream.read_frame() == (stream.base, b"out")
+
+
+@pytest.mark.parametrize("payload", [b"", b"x"])
+def test_marker_seqs_that_the_vm_makes_up_harm_nobody(wire: Wire, payload: bytes) -> None:
+    pod = wire.pod()
+    stream = pod.client.allocate()
+    for offset in (0, 1, 2, 3, 100, 2**63 - 1):
+        pod.vm.send_frame(MARKER + offset, payload)
+    pod.vm.send_frame(1, b"out")
+    assert stream.read_frame() == (1, b"out")
+    stream.send(b"in")
+    assert pod.vm.read_frame() == (1, b"in")
+    assert pod.pings()
+
+
+def test_echoes_that_nobody_asked_for_do_not_widen_the_window(wire: Wire) -> None:
+    pod = wire.pod()
+    stream, other = pod.client.allocate(), wire.attached(pod).allocate()
+    for _ in range(20):
+        pod.vm.send_frame(MARKER + 1)
+    pod.vm.send_frame(1, b"those have been read")
+    stream.read_frame()
+    agent = Agent(pod)
+    stream.send(b"x" * 2_000)
+    agent.read_marker()
+    probe(agent, other)
+
+
+def test_typing_costs_nothing(wire: Wire) -> None:
+    pod = wire.pod()
+    stream = pod.client.allocate()
+    for number in range(100):
+        stream.send(b"k")
+        assert pod.vm.read_frame() == (1, b"k"), number
+
+
+def test_sessions_do_not_wait_for_each_other(wire: Wire) -> None:
+    pod = wire.pod()
+    streams = [wire.attached(pod).allocate() for _ in range(4)]
+    agent = Agent(pod)
+    for stream in streams:
+        stream.send(b"x" * 2_000)
+    while len({base for _, base, _ in agent.markers}) < 4:
+        agent.read()  # all of them get that far without a single echo
+    other = wire.attached(pod).allocate()
+    probe(agent, other)
+
+
+@pytest.mark.parametrize("size", [1, 100, 400, 512, 513, 8_180])
+def test_everything_arrives_in_order_whatever_the_frames(wire: Wire, size: int) -> None:
+    pod = wire.pod()
+    stream = pod.client.allocate()
+    data = random.Random(size).randbytes(20_000 if size > 1 else 2_000)
+    agent = Agent(pod)
+
+    def send() -> None:
+        for start in range(0, len(data), size):
+            stream.send(data[start : start + size])
+        stream.send()
+
+    with in_background(send):
+        while not agent.ended:
+            agent.read()
+            if agent.markers:
+                agent.echo()
+    assert agent.taken[1] == data
+
+
+def test_end_of_file_waits_for_the_data_before_it(wire: Wire) -> None:
+    pod = wire.pod()
+    stream = pod.client.allocate()
+    agent = Agent(pod)
+    stream.send(b"x" * 1_000)
+    stream.send()
+    agent.read_marker()
+    agent.echo()
+    while not agent.ended:
+        assert not agent.markers
+        agent.read()
+        if agent.markers:
+            agent.echo()
+    assert len(agent.taken[1]) == 1_000
+
+
+def test_agent_that_is_slow_to_echo_holds_the_data_back_not_the_commands(wire: Wire) -> None:
+    pod = wire.pod()
+    stream = pod.client.allocate()
+    agent = Agent(pod)
+    stream.send(b"x" * 5_000)
+    agent.read_marker()
+    assert pod.pings()
+    pod.vm.send_frame(1, b"out")
+    assert stream.read_frame() == (1, b"out")
+
+
+def test_client_that_goes_while_its_stdin_waits_leaves_the_others_alone(wire: Wire) -> None:
+    """Whether the rest of it is still sent is open."""
+    pod = wire.pod()
+    gone, stays = wire.attached(pod).allocate(), wire.attached(pod).allocate()
+    agent = Agent(pod)
+    gone.send(b"x" * 5_000)
+    agent.read_marker()
+    gone.close()
+    probe(agent, stays)
+    agent.echo()
+    stays.send(b"here")
+    while (taken := agent.read()).seq != stays.base:
+        if agent.markers:
+            agent.echo()
+    assert taken.payload == b"here"
+
+
+def test_client_that_sends_without_end_is_held_back(wire: Wire) -> None:
+    pod = wire.pod()
+    stream, other = pod.client.allocate(), wire.attached(pod).allocate()
+    agent = Agent(pod)
+    before = wire.daemon.resident_bytes()
+    stream.sock.setblocking(False)
+    rest = memoryview(frame(1, b"x" * 8_000) * 2_000)
+    with suppress(BlockingIOError):
+        while rest:
+            rest = rest[stream.sock.send(rest) :]
+    assert rest
+    agent.read_marker()
+    probe(agent, other)
+    with suppress(BlockingIOError):
+        while rest:
+            rest = rest[stream.sock.send(rest) :]
+    assert rest
+    assert wire.daemon.resident_bytes() - before < 4_000_000
+
+
+def test_agent_that_lost_the_echo_is_asked_again(hasty: Wire) -> None:
+    pod = hasty.pod()
+    stream = pod.client.allocate()
+    agent = Agent(pod)
+    stream.send(b"x" * 1_000)
+    agent.read_marker()
+    agent.markers.clear()  # dropped: its output buffer was full
+    agent.read_marker()  # once more
+    assert len(agent.taken[1]) <= WINDOW
+    agent.echo()
+    while len(agent.taken[1]) < 1_000:
+        agent.read()
+        if agent.markers:
+            agent.echo()
+
+
+def test_agent_that_never_echoes_gets_plain_sending_after_a_warning(hasty: Wire) -> None:
+    pod = hasty.pod()
+    stream = pod.client.allocate()
+    data = random.Random(4).randbytes(6_000)
+    stream.send(data)
+    taken = bytearray()
+    while len(taken) < len(data):
+        seq, payload = pod.vm.read_frame()
+        assert seq in {1} or seq >= MARKER
+        taken += payload
+    assert taken == data
+    assert "warning" in hasty.daemon.log().lower()
+
+
+def test_window_of_0_turns_it_off(unpaced: Wire) -> None:
+    pod = unpaced.pod()
+    stream = pod.client.allocate()
+    for _ in range(10):
+        stream.send(b"x" * 4_084)
+    taken = 0
+    while taken < 40_840:
+        seq, payload = pod.vm.read_frame()
+        assert seq == 1
+        taken += len(payload)
+    stream.send()
+    assert pod.vm.read_frame() == (1, b"")
