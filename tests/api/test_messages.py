@@ -26,6 +26,12 @@ def texts_of(pieces: list[bytes]) -> tuple[list[bytes], MessageParser]:
     return texts, parser
 
 
+def data_of(text: bytes, kind: type[Request | Hyper] = Request) -> bytes:
+    data = decode(text, kind).data
+    assert isinstance(data, msgspec.Raw)
+    return bytes(data)
+
+
 # Bytes out --------------------------------------------------------------------------------------------------
 
 
@@ -392,13 +398,13 @@ def test_data_stays_as_it_was_written() -> None:
         b"[[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]]",
     ):
         for text in (b'{"id":"hyper","data":%b}', b'{ "data" : %b , "id" : "hyper" }'):
-            assert bytes(decode(text % data, Request).data) == data
-        assert bytes(decode(b'{"hyperName":"ping","data":%b}' % data, Hyper).data) == data
+            assert data_of(text % data) == data
+        assert data_of(b'{"hyperName":"ping","data":%b}' % data, Hyper) == data
 
 
 def test_data_of_nearly_1_mib_stays_as_it_was_written() -> None:
     data = b'["' + b"x" * (MIB - 100) + b'"]'
-    assert bytes(decode(b'{"id":"hyper","data":%b}' % data, Request).data) == data
+    assert data_of(b'{"id":"hyper","data":%b}' % data) == data
 
 
 def test_absent_data_is_unset() -> None:
@@ -407,12 +413,6 @@ def test_absent_data_is_unset() -> None:
 
 
 # What texts cost --------------------------------------------------------------------------------------------
-
-
-def data_of(text: bytes) -> bytes:
-    data = decode(text, Request).data
-    assert isinstance(data, msgspec.Raw)
-    return bytes(data)
 
 
 DEEP = b"[" * 200_000 + b"]" * 200_000

@@ -215,9 +215,11 @@ class FakeProxy:
                     self._carry_out(sock, asked, ends)
 
     def _note(self, request: Request) -> Asked:
-        asked = Asked(request.id, bytes(request.data))
+        assert isinstance(request.data, msgspec.Raw)
+        data = bytes(request.data)
+        asked = Asked(request.id, data)
         if request.id == "hyper":
-            arguments = msgspec.json.decode(request.data, type=dict[str, msgspec.Raw])
+            arguments = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
             name = msgspec.json.decode(arguments["hyperName"], type=str)
             asked = Asked(name, bytes(arguments.get("data", b"")))
         with self._news:
