@@ -110,7 +110,7 @@ def _alike(buffer: bytearray, pos: int, length: int, stop: int) -> int:
 
 
 def _rows_alike(header: bytearray, buffer: bytearray, pos: int, length: int, rows: int) -> int:
-    """Return how many of `rows` headers, `length` bytes apart from `pos` on, are `header` before one is not."""
+    """Return how many of `rows` headers, `length` bytes apart, are `header` before one is not."""
     for offset in range(HEADER_SIZE):
         column = buffer[pos + offset : pos + rows * length : length]
         rows -= len(column.lstrip(header[offset : offset + 1]))

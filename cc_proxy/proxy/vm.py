@@ -177,7 +177,7 @@ class Vm:
     def _connect(self, hello: Hello, undo: contextlib.ExitStack) -> Pump:
         """Connect both channels and wait for READY. What is opened is closed by `undo`."""
         limits = self._settings.vm
-        ctl = connect_to("ctlSerial", hello.ctl_serial, limits.ready_timeout)
+        ctl = undo.enter_context(connect_to("ctlSerial", hello.ctl_serial, limits.ready_timeout))
         control = ControlLink(ctl, self._note)
         undo.callback(control.close)
         self._control = control

@@ -95,7 +95,9 @@ def test_processes_begin_with_default_signals(tmp_sock_dir: Path) -> None:
         with connected(program.ctl, program.io) as host:
             host.start("sh", "-c", "grep -E 'Sig(Blk|Ign)' /proc/self/status; exit 3")
             output, status = host.run_to_end()
-            assert {line.split()[1] for line in output[1].splitlines()} == {b"0" * 16}
+            masks = {int(line.split()[1], 16) for line in output[1].splitlines()}
+            # 32 and 33 are the C library's own; whatever was inherited of them cannot be changed.
+            assert {mask & ~(0b11 << 31) for mask in masks} == {0}
             assert status == 3
         program.popen.send_signal(signal.SIGHUP)
         program.popen.send_signal(signal.SIGINT)
