@@ -37,8 +37,9 @@ lint types coverage format:
 	@$(TOX) run -q -e $@
 
 .PHONY: bench
-bench: $(READY) ## measure latency and throughput
-	@$(VENV)/bin/python -m bench
+bench: $(READY) ## measure latency and throughput against a plain relay; a few minutes
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[bench]'
+	@$(VENV)/bin/python -m bench $(BENCH)
 
 .PHONY: clean
 clean: ## remove everything that these targets made

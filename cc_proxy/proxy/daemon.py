@@ -1,7 +1,6 @@
 """The daemon as a whole: what is started, in which order, and how it stops."""
 
 import signal
-import sys
 import threading
 import time
 
@@ -15,8 +14,6 @@ from cc_proxy.settings import Settings
 STOP_TIMEOUT = 5.0
 #: Address space of each thread's stack. Little of it is ever touched, and there may be thousands.
 _STACK_SIZE = 512 * 1024
-#: Threads that compete for the interpreter hand it over this often, in seconds.
-_SWITCH_INTERVAL = 0.001
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
@@ -32,7 +29,6 @@ def serve(listener: Listener, settings: Settings) -> None:
     The signals are waited for, so nothing ever runs in a signal handler; one more changes nothing.
     """
     threading.stack_size(_STACK_SIZE)
-    sys.setswitchinterval(_SWITCH_INTERVAL)
     registry = Registry(settings)
     with Server(listener, registry, settings.limits) as server:
         server.start()

@@ -8,6 +8,7 @@ import os
 import socket
 import socketserver
 import struct
+import sys
 import threading
 import time
 from typing import Any
@@ -22,13 +23,19 @@ from cc_proxy.proxy.listener import Listener
 from cc_proxy.proxy.registry import Registry
 from cc_proxy.settings import Limits
 
+#: Threads that wait for the interpreter ask for it this often, in seconds: at the least, and for each
+#: connection. All of them asking every millisecond, when thousands have something to do at once (their
+#: clients all go, say), leaves no time for doing it.
+_SWITCH_INTERVAL = 0.001
+_SWITCH_INTERVAL_EACH = 0.000_02
 #: Seconds until the accept thread notices that it is to stop.
 _STOP_POLL = 0.25
 #: What accept(2) says when there is no room for another connection, and how long to wait then, in seconds.
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _SHORTAGE_PAUSE = 0.1
 
-_READ_SIZE = 4 * 1024
+#: Fits most requests and, as a bytes object, Python's own small blocks: thousands of threads wait with one.
+_READ_SIZE = 448
 _LARGEST_READ = 64 * 1024
 _TIMEVAL = struct.Struct("@ll")
 _CREDENTIALS = struct.Struct("3i")
@@ -127,6 +134,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             full = len(self._connections) >= self.limits.connections
             if not full:
                 self._connections[request] = thread
+                self._adjust_switch_interval()
         if full:
             self._turn_away(request, f"the limit of {self.limits.connections} connections is reached")
             return
@@ -153,7 +161,12 @@ class Server(socketserver.ThreadingUnixStreamServer):
         """Close a connection, which has been served or is not going to be."""
         with self._lock:
             self._connections.pop(request, None)
+            self._adjust_switch_interval()
         close_stream(request)
+
+    def _adjust_switch_interval(self) -> None:
+        """Requires holding _lock."""
+        sys.setswitchinterval(max(_SWITCH_INTERVAL, len(self._connections) * _SWITCH_INTERVAL_EACH))
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         """Log an error that nobody expected; it costs this connection and nothing else."""

@@ -1,0 +1,195 @@
+"""The processes that are measured and those that do the work: started, watched, ended."""
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+_CHECKOUT = Path(__file__).parent.parent
+_START_TIMEOUT = 20.0
+_STOP_TIMEOUT = 10.0
+#: No order takes longer; generators give up before that.
+_ORDER_TIMEOUT = 120.0
+#: What would change the daemon if it were set.
+_FOREIGN = ("LISTEN_", "NOTIFY_SOCKET", "CC_PROXY_", "JOURNAL_STREAM")
+
+
+class BenchError(Exception):
+    """A measurement that failed, or could not be made; the text says which and why."""
+
+
+class Child:
+    """A Python program of its own, which ends with the benchmark at the latest."""
+
+    def __init__(self, name: str, module: str, *arguments: str, **options: Any) -> None:
+        self.name = name
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
+        self.process: subprocess.Popen[bytes] = subprocess.Popen(
+            [sys.executable, "-m", "bench.launch", str(os.getpid()), module, *arguments],
+            cwd=_CHECKOUT,
+            env=environment,
+            process_group=0,  # Ctrl-C is for the benchmark, which then ends the others in order
+            **options,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End it. May be called again."""
+        self.process.terminate()
+        try:
+            self.process.wait(_STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe:
+                pipe.close()
+
+    def cpu_seconds(self) -> float:
+        return cpu_seconds(self.process.pid)
+
+    def wait_for_socket(self, path: str) -> None:
+        deadline = time.monotonic() + _START_TIMEOUT
+        while not _is_served(path):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise BenchError(f"{self.name} does not start")
+            time.sleep(0.01)
+
+
+class Service(Child):
+    """A process that serves on a socket, and logs to a file."""
+
+    def __init__(self, name: str, directory: Path, module: str, *arguments: str) -> None:
+        self._log = directory / f"{name}.log"
+        with self._log.open("wb") as log:
+            super().__init__(
+                name, module, *arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def complaints(self, lines: int = 12) -> list[str]:
+        """End it, and return the last of what it has logged beyond mere information."""
+        self.stop()
+        log = self._log.read_text(errors="replace").splitlines()
+        return [line for line in log if '"level": "INFO"' not in line][-lines:]
+
+
+class Daemon(Service):
+    """A cc-proxy with the default settings, except for its paths, and `window` if that is given."""
+
+    def __init__(self, name: str, directory: Path, window: int | None = None) -> None:
+        self.path = str(directory / f"{name}.sock")
+        config = directory / f"{name}.toml"
+        stdin = "" if window is None else f"[stdin]\nwindow = {window}\n"
+        config.write_text(f'{stdin}[spool]\ndirectory = "{directory}"\n')
+        super().__init__(name, directory, "cc_proxy", "--config", str(config), "--socket-path", self.path)
+        try:
+            self.wait_for_socket(self.path)
+        except BaseException:
+            self.stop()
+            raise
+        self._threads = self._count_threads()
+
+    def resident_bytes(self) -> int:
+        # `statm` is quicker, but off by up to some hundred kB on newer kernels.
+        for line in self._proc("smaps_rollup").read_text().splitlines():
+            if line.startswith("Rss:"):
+                return int(line.split()[1]) * 1024
+        raise BenchError("no Rss in smaps_rollup")
+
+    def settle(self, seconds: float = 5.0) -> None:
+        """Wait until what was closed is gone, so that its end is no part of the next measurement."""
+        deadline = time.monotonic() + seconds
+        while self._count_threads() > self._threads and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+    def _count_threads(self) -> int:
+        return len(os.listdir(self._proc("task")))
+
+    def _proc(self, name: str) -> Path:
+        return Path(f"/proc/{self.process.pid}/{name}")
+
+
+class Relay(Service):
+    """The yardstick."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = str(directory / "relay.sock")
+        super().__init__("relay", directory, "bench.relay", self.path)
+        try:
+            self.wait_for_socket(self.path)
+        except BaseException:
+            self.stop()
+            raise
+
+
+class Worker(Child):
+    """A generator process. Orders are given with `begin` and their results taken with `gather`."""
+
+    def __init__(self, name: str, module: str, *arguments: str) -> None:
+        super().__init__(name, module, *arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def begin(self, order: str, **arguments: Any) -> None:
+        assert self.process.stdin
+        try:
+            self.process.stdin.write(json.dumps({"do": order, "with": arguments}).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise BenchError(f"{self.name} has ended") from None
+
+    def call(self, order: str, **arguments: Any) -> Any:
+        """Give an order and wait for its result. Raises `BenchError`."""
+        self.begin(order, **arguments)
+        return gather(self)[0]
+
+    def take_answer(self) -> Any:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise BenchError(f"{self.name} has ended")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise BenchError(f"{self.name}: {answer['error']}")
+        return answer["result"]
+
+
+def gather(*workers: Worker) -> Sequence[Any]:
+    """Return the results of what the workers were told to do, as soon as all have them.
+
+    The first that failed raises `BenchError`, without waiting for others that now wait for it.
+    """
+    waiting = {worker.process.stdout.fileno(): worker for worker in workers if worker.process.stdout}
+    results: dict[Worker, Any] = {}
+    poll = select.poll()
+    for fd in waiting:
+        poll.register(fd, select.POLLIN)
+    while waiting:
+        ready = poll.poll(_ORDER_TIMEOUT * 1000)
+        if not ready:
+            raise BenchError(f"{', '.join(worker.name for worker in waiting.values())}: no answer")
+        for fd, _ in ready:
+            worker = waiting.pop(fd)
+            poll.unregister(fd)
+            results[worker] = worker.take_answer()
+    return [results[worker] for worker in workers]
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time of all threads of a process, those that have ended too."""
+    # The number of a process's CPU clock, as clock_getcpuclockid(3) makes it.
+    return time.clock_gettime(~pid << 3 | 2)
+
+
+def _is_served(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        return not sock.connect_ex(path)

@@ -1,0 +1,252 @@
+"""How a row is carried out, once: with the daemon, and with its yardstick."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+
+from bench.processes import Child, Daemon, Relay, Service, Worker, gather
+from bench.rows import Kind, Row
+from bench.streams import NEIGHBOUR_FRAMES, NEIGHBOUR_RATE, frames_in_cycle
+
+#: What one measurement gives: figures by their keys.
+Figures = dict[str, float]
+Way = Callable[[Row], Figures]
+Streams = list[list[int]]
+
+#: Bytes of the first transfer of a row, which only tells how much to transfer in those that count.
+_FIRST_TRANSFER = 8_000_000
+_IDLE_CONNECTIONS = 1000
+#: Seconds of round trips from which a p99.9 can be taken.
+_LEAST_ROUND_TRIPS = 0.15
+#: The kernel's limit for a socket's path is 107, and names are added.
+_LONGEST_DIRECTORY = 60
+
+
+class Stage(AbstractContextManager["Stage"]):
+    """All processes there are. `seconds` is how long one measurement is to take."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._round_trip_seconds = max(seconds, _LEAST_ROUND_TRIPS)
+        self._numbers = count(1)
+        #: Bytes a second that a row's last transfer reached, and that of its yardstick.
+        self._rates: dict[tuple[str, bool], float] = {}
+        with ExitStack() as stack:
+            start = stack.enter_context
+            self._directory = Path(start(_directory()))
+            self._daemon = start(Daemon("daemon", self._directory))
+            self._unpaced = start(Daemon("unpaced", self._directory, window=0))
+            self._relay = start(Relay(self._directory))
+            self._vms = start(Worker("VMs", "bench.vms", str(self._directory)))
+            self._clients = start(Worker("clients", "bench.clients"))
+            self._neighbour = start(Worker("neighbour", "bench.clients"))
+            self._stack = stack.pop_all()
+        self._ways: dict[Kind, tuple[Way, Way]] = {
+            Kind.OUTPUT: (self._transfer, self._relay_transfer),
+            Kind.INPUT: (self._transfer, self._relay_transfer),
+            Kind.ECHO: (self._echo, self._relay_echo),
+            Kind.NEIGHBOUR: (self._beside_stalled, self._beside_quiet),
+            Kind.ATTACH: (self._attach, self._hop),
+            Kind.PING: (self._ping, self._hop),
+            Kind.CONNECT: (self._connect, self._hop_connect),
+            Kind.MEMORY: (self._memory, _nothing),
+        }
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    @property
+    def children(self) -> list[Child]:
+        """What runs all the time."""
+        return [self._daemon, self._unpaced, self._relay, self._vms, self._clients, self._neighbour]
+
+    def complaints(self) -> list[str]:
+        """End the measured processes, and return what they have complained about, to explain a failure."""
+        services: list[Service] = [self._daemon, self._unpaced, self._relay]
+        return [f"{service.name}: {line}" for service in services for line in service.complaints()]
+
+    def measure(self, row: Row) -> Figures:
+        """Measure a row. Raises `BenchError`, also if a single byte was wrong."""
+        return self._ways[row.kind][0](row)
+
+    def measure_yardstick(self, row: Row) -> Figures:
+        """Measure what the row is compared with; no figures if that is nothing. Raises `BenchError`."""
+        return self._ways[row.kind][1](row) if row.against else {}
+
+    # Throughput -------------------------------------------------------------------------------------------
+
+    def _transfer(self, row: Row) -> Figures:
+        daemon = self._daemon if row.paced else self._unpaced
+        with self._sessions(daemon, row.vms, row.sessions):
+            return self._timed_transfer(row, daemon)
+
+    def _relay_transfer(self, row: Row) -> Figures:
+        per_vm = row.sessions // row.vms
+        with self._relayed([list(range(1, per_vm + 1)) for _ in range(row.vms)]):
+            return self._timed_transfer(row, self._relay)
+
+    def _timed_transfer(self, row: Row, through: Child) -> Figures:
+        frames = frames_in_cycle(row.sessions, row.payload)
+        for worker in (self._vms, self._clients):
+            worker.call("prepare", payload=row.payload, frames=frames)
+        size = row.sessions * row.payload * frames
+        rate = self._rates.get((row.key, through is self._relay))
+        if rate is None:
+            cycles = max(1, _FIRST_TRANSFER // size)
+            rate = size * cycles / self._move(row, through, frames, cycles)[0]
+        cycles = max(1, round(rate * self._seconds / size))
+        seconds, cpu = self._move(row, through, frames, cycles)
+        self._rates[row.key, through is self._relay] = size * cycles / seconds
+        megabytes = size * cycles / 1e6
+        return {"mb_per_s": megabytes / seconds, "cpu": cpu * 1000 / megabytes, "mb": megabytes}
+
+    def _move(self, row: Row, through: Child, frames: int, cycles: int) -> tuple[float, float]:
+        """Move so many cycles; returns the seconds and the CPU seconds that took."""
+        before = through.cpu_seconds()
+        if row.kind is Kind.OUTPUT:
+            sender, receiver = self._vms, self._clients
+        else:
+            sender, receiver = self._clients, self._vms
+        if receiver is self._vms and through is not self._relay:
+            receiver.begin("receive_stdin", payload=row.payload, frames=frames, cycles=cycles)
+        else:
+            receiver.begin("receive", cycles=cycles)
+        sender.begin("send", cycles=cycles)
+        begun, ended = gather(sender, receiver)
+        return ended - begun, through.cpu_seconds() - before
+
+    # Round trips ------------------------------------------------------------------------------------------
+
+    def _echo(self, row: Row) -> Figures:
+        with self._sessions(self._daemon, 1, row.sessions):
+            return self._timed_echo()
+
+    def _relay_echo(self, _row: Row) -> Figures:
+        with self._relayed([[1]]):
+            return self._timed_echo()
+
+    def _timed_echo(self) -> Figures:
+        self._vms.begin("echo")
+        self._clients.begin("echo", seconds=self._round_trip_seconds)
+        return _first_of(self._clients, self._vms)
+
+    def _beside_stalled(self, _row: Row) -> Figures:
+        cycles = max(1, round(self._round_trip_seconds * NEIGHBOUR_RATE / NEIGHBOUR_FRAMES))
+        return self._beside_neighbour(cycles)
+
+    def _beside_quiet(self, _row: Row) -> Figures:
+        return self._beside_neighbour(0)
+
+    def _beside_neighbour(self, cycles: int) -> Figures:
+        """Time echoes while another client on the same VM gets so much and does not read it."""
+        with self._sessions(self._daemon, 1, 1) as containers:
+            self._neighbour.call("attach", proxy=self._daemon.path, containers=containers, connections=1)
+            [[seq]] = self._neighbour.call("allocate", vms=1)
+            self._vms.begin("echo_beside", seq=seq, cycles=cycles)
+            found: Figures = self._clients.call("echo", seconds=self._round_trip_seconds)
+            # It reads at last, and all of it has to be there.
+            self._neighbour.begin("receive_neighbour", cycles=cycles)
+            gather(self._vms, self._neighbour)
+            self._neighbour.call("close")
+        return found
+
+    def _attach(self, _row: Row) -> Figures:
+        return self._timed_commands("time_attach")
+
+    def _connect(self, _row: Row) -> Figures:
+        return self._timed_commands("time_connections")
+
+    def _timed_commands(self, order: str) -> Figures:
+        with self._attached(self._daemon, 1, 1) as [container]:
+            self._clients.begin(order, container=container, seconds=self._round_trip_seconds)
+            return _first_of(self._clients)
+
+    def _ping(self, _row: Row) -> Figures:
+        with self._attached(self._daemon, 1, 1):
+            self._vms.begin("answer_pings")
+            self._clients.begin("time_ping", seconds=self._round_trip_seconds)
+            return _first_of(self._clients, self._vms)
+
+    def _hop(self, _row: Row) -> Figures:
+        return self._timed_hop("time_hop")
+
+    def _hop_connect(self, _row: Row) -> Figures:
+        return self._timed_hop("time_hop_connections")
+
+    def _timed_hop(self, order: str) -> Figures:
+        path = self._vms.call("open_hop")
+        self._vms.begin("hop")
+        self._clients.begin(order, path=path, container="bench", seconds=self._round_trip_seconds)
+        found = _first_of(self._clients, self._vms)
+        self._vms.call("close")
+        return found
+
+    # Memory -----------------------------------------------------------------------------------------------
+
+    def _memory(self, row: Row) -> Figures:
+        """Take a daemon that has not seen anything yet: memory that was used once is used again."""
+        with Daemon("fresh", self._directory) as daemon, self._attached(daemon, 1, 0) as containers:
+            before = daemon.resident_bytes()
+            many = {"containers": containers, "connections": _IDLE_CONNECTIONS}
+            self._clients.call("attach", proxy=daemon.path, **many)
+            if row.sessions:
+                self._clients.call("allocate", vms=1)
+            return {"kb_each": (daemon.resident_bytes() - before) / _IDLE_CONNECTIONS / 1000}
+
+    # The scenery ------------------------------------------------------------------------------------------
+    # What fails in here is not tidied up: it ends the run, and that ends all processes.
+
+    @contextmanager
+    def _sessions(self, daemon: Daemon, vms: int, sessions: int) -> Iterator[list[str]]:
+        """Have sessions, each over a connection of its own, on VMs in turn; yields the VMs' containers."""
+        with self._attached(daemon, vms, sessions) as containers:
+            self._vms.call("assign", streams=self._clients.call("allocate", vms=vms))
+            yield containers
+
+    @contextmanager
+    def _attached(self, daemon: Daemon, vms: int, connections: int) -> Iterator[list[str]]:
+        """Have VMs registered, and connections attached to them in turn; yields the VMs' containers."""
+        vm_paths: list[list[str]] = self._vms.call("open", count=vms)
+        containers = [f"bench-{next(self._numbers)}" for _ in vm_paths]
+        self._vms.begin("boot")
+        self._clients.begin("hello", proxy=daemon.path, vms=dict(zip(containers, vm_paths, strict=True)))
+        gather(self._vms, self._clients)
+        self._clients.call("attach", proxy=daemon.path, containers=containers, connections=connections)
+        yield containers
+        self._clients.call("close")
+        self._vms.call("close")
+        daemon.settle()
+
+    @contextmanager
+    def _relayed(self, streams: Streams) -> Iterator[None]:
+        """Have a connection through the relay to each VM, whose streams all go over it."""
+        paths = [io for _, io in self._vms.call("open", count=len(streams))]
+        self._vms.begin("accept")
+        self._clients.begin("connect_relay", relay=self._relay.path, streams=streams, destinations=paths)
+        gather(self._vms, self._clients)
+        self._vms.call("assign", streams=streams)
+        yield
+        self._clients.call("close")
+        self._vms.call("close")
+
+
+def _directory() -> tempfile.TemporaryDirectory[str]:
+    """Make a place for sockets and the spool, with a path short enough for sockets."""
+    base = tempfile.gettempdir()
+    return tempfile.TemporaryDirectory(
+        prefix="cc-proxy-bench-", dir=base if len(base) <= _LONGEST_DIRECTORY else "/tmp"
+    )
+
+
+def _first_of(*workers: Worker) -> Figures:
+    found: Figures = gather(*workers)[0]
+    return found
+
+
+def _nothing(_row: Row) -> Figures:
+    return {}

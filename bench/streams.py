@@ -1,0 +1,188 @@
+"""What the generators send, and the check of what arrives. No I/O.
+
+A stream is one cycle of frames over and over. No two frames of a cycle are alike, and none is like another
+stream's; so a chunk that arrives is right if, and only if, it is what stands in the cycle at that place. That
+is one `memcmp` a chunk, whatever the size of its frames, and leaves no byte unchecked.
+"""
+
+import random
+import struct
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from cc_proxy.api import encode_frame
+from cc_proxy.api.frames import FRAME_HEADER
+
+#: Most that is read or sent at once.
+BUFFER_SIZE = 256 * 1024
+#: Seqs from here on are the proxy's questions whether stdin was taken in, to be sent back (hyperstart.md).
+FIRST_MARKER = 1 << 63
+#: Longest frame that an agent takes (protocol.md, 3).
+MAX_TO_AGENT = 4096
+#: What a neighbour is sent while echoes are timed: frames as long as hyperstart's, and how many a second.
+NEIGHBOUR_PAYLOAD = 10_228
+NEIGHBOUR_FRAMES = 64
+NEIGHBOUR_RATE = 1000
+
+_CYCLE_SIZE = 1024 * 1024
+_LEAST_READ = 16 * 1024
+_STAMP = struct.Struct(">HHI")
+_NOISE = random.Random(1).randbytes(64 * 1024)
+
+
+class WrongBytesError(Exception):
+    """What arrived is not what was sent. The text says where."""
+
+
+def frames_in_cycle(streams: int, payload: int) -> int:
+    """Return how many frames each of so many streams has in a cycle."""
+    return max(4, _CYCLE_SIZE // (streams * (payload + FRAME_HEADER.size)))
+
+
+def payload_of(vm: int, seq: int, number: int, size: int) -> bytes:
+    """Return the payload of frame `number` of a stream, like no other's if it has 8 bytes or more."""
+    start = (vm * 31 + seq * 7919 + number * 104_729) % (len(_NOISE) - size)
+    return (_STAMP.pack(vm, seq, number) + _NOISE[start : start + size])[:size]
+
+
+@lru_cache(maxsize=64)
+def cycle_of(vm: int, seqs: tuple[int, ...], payload: int, frames: int) -> bytes:
+    """Return one cycle of the streams `seqs` of a VM, in turn: `frames` of each."""
+    return b"".join(
+        encode_frame(seq, payload_of(vm, seq, number, payload)) for number in range(frames) for seq in seqs
+    )
+
+
+class StreamCheck:
+    """Checks a stream that comes unchanged: one cycle, so many times."""
+
+    def __init__(self, name: str, cycle: bytes, cycles: int) -> None:
+        self._name = name
+        self._period = len(cycle)
+        self._total = self.left = len(cycle) * cycles
+        #: How much may be read at once.
+        self.read_size = min(max(len(cycle), _LEAST_READ), BUFFER_SIZE)
+        # So long that whatever is read at once stands somewhere in it as a whole.
+        self._expected = repeated(cycle, self.read_size)
+
+    def take(self, data: memoryview) -> None:
+        """Take the next bytes, `read_size` at the most. Raises `WrongBytesError`."""
+        at = self._total - self.left
+        if len(data) > self.left:
+            raise WrongBytesError(f"{self._name}: more than the {self._total} bytes that were sent")
+        if not self._expected.startswith(data, at % self._period):
+            at += matching(self._expected, at % self._period, data, 1)
+            raise WrongBytesError(f"{self._name}: byte {at} of {self._total} is not what was sent")
+        self.left -= len(data)
+
+
+class _Stdin:
+    """What one client sends, as it may come out behind a proxy: the same payload, perhaps in other frames."""
+
+    def __init__(self, name: str, cycle: bytes, payload: int, cycles: int) -> None:
+        self._name = name
+        frames = range(0, len(cycle), payload + FRAME_HEADER.size)
+        payloads = [cycle[at + FRAME_HEADER.size : at + FRAME_HEADER.size + payload] for at in frames]
+        seq, _ = FRAME_HEADER.unpack_from(cycle)
+        self._size = payload
+        self._payload = repeated(b"".join(payloads), MAX_TO_AGENT)
+        self._period = payload * len(payloads)
+        wire = [b"".join(split(seq, piece)) for piece in payloads]
+        #: Length of one of the client's frames if it arrived whole and was split only because it is long.
+        self._unit = len(wire[0])
+        self._wire = repeated(b"".join(wire), BUFFER_SIZE)
+        self._total = self.left = self._period * cycles
+
+    def run(self, view: memoryview) -> int:
+        """Return how many bytes at the beginning of `view` are whole frames of the client, as expected."""
+        at = self._total - self.left
+        if at % self._size:
+            return 0
+        most = min(len(view), self.left // self._size * self._unit)
+        begin = at % self._period // self._size * self._unit
+        same = matching(self._wire, begin, view[: most - most % self._unit], self._unit)
+        self.left -= same // self._unit * self._size
+        return same
+
+    def take(self, payload: memoryview) -> None:
+        at = self._total - self.left
+        if len(payload) > self.left:
+            raise WrongBytesError(f"{self._name}: more than the {self._total} bytes that were sent")
+        if not self._payload.startswith(payload, at % self._period):
+            raise WrongBytesError(f"{self._name}: wrong bytes between {at} and {at + len(payload)}")
+        self.left -= len(payload)
+
+
+class StdinCheck:
+    """Checks what a VM gets from all its clients at once, in frames that an agent can take."""
+
+    def __init__(self, cycles_of: Mapping[int, bytes], payload: int, cycles: int) -> None:
+        self._streams = {
+            seq: _Stdin(f"stdin of stream {seq}", cycle, payload, cycles) for seq, cycle in cycles_of.items()
+        }
+        #: Markers that came, to be sent back.
+        self.markers: list[bytes] = []
+
+    @property
+    def left(self) -> int:
+        """Payload bytes that are still to come."""
+        return sum(stream.left for stream in self._streams.values())
+
+    def take(self, buffer: bytearray, view: memoryview, stop: int) -> int:
+        """Check the whole frames in `buffer[:stop]`, of which `view` is a view; returns where they end.
+
+        Raises `WrongBytesError`.
+        """
+        at = 0
+        while stop - at >= FRAME_HEADER.size:
+            seq, length = FRAME_HEADER.unpack_from(buffer, at)
+            size = self._run(seq, view[at:stop]) or self._single(seq, length, view[at:stop])
+            if not size:
+                break
+            at += size
+        return at
+
+    def _run(self, seq: int, view: memoryview) -> int:
+        stream = self._streams.get(seq)
+        return stream.run(view) if stream else 0
+
+    def _single(self, seq: int, length: int, view: memoryview) -> int:
+        """Check one frame; returns its size, or 0 if it has not arrived whole."""
+        if not FRAME_HEADER.size <= length <= MAX_TO_AGENT:
+            raise WrongBytesError(f"stdin: a frame with a total length of {length}")
+        if length > len(view):
+            return 0
+        if seq >= FIRST_MARKER and length == FRAME_HEADER.size:
+            self.markers.append(bytes(view[:length]))
+        elif seq in self._streams:
+            self._streams[seq].take(view[FRAME_HEADER.size : length])
+        else:
+            raise WrongBytesError(f"stdin: a frame on stream {seq}, which is nobody's")
+        return length
+
+
+def split(seq: int, payload: bytes) -> Sequence[bytes]:
+    """Return the frames in which a client's frame reaches the agent, if the proxy had all of it at once."""
+    room = MAX_TO_AGENT - FRAME_HEADER.size
+    return [encode_frame(seq, payload[at : at + room]) for at in range(0, len(payload), room)]
+
+
+def repeated(cycle: bytes, size: int) -> bytes:
+    """Return the cycle so often that any `size` bytes of the stream stand in it in one piece."""
+    return cycle * (1 + -(-size // len(cycle)))
+
+
+def matching(expected: bytes, begin: int, view: memoryview, unit: int) -> int:
+    """Return how much of `view` is as expected from `begin` on, in whole units."""
+    if not expected.startswith(view[:unit], begin):
+        return 0
+    if expected.startswith(view, begin):
+        return len(view)
+    good, bad = 1, len(view) // unit + 1
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if expected.startswith(view[good * unit : middle * unit], begin + good * unit):
+            good = middle
+        else:
+            bad = middle
+    return good * unit

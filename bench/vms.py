@@ -1,0 +1,173 @@
+"""The VMs: a process that plays the agents of all of them."""
+
+import os
+import select
+import socket
+import struct
+import sys
+import time
+
+from bench.flow import End, Generator, expect_silence, make_blocking, receive_into, receive_some
+from bench.streams import (
+    BUFFER_SIZE,
+    FIRST_MARKER,
+    NEIGHBOUR_FRAMES,
+    NEIGHBOUR_PAYLOAD,
+    NEIGHBOUR_RATE,
+    StdinCheck,
+    cycle_of,
+)
+from bench.worker import serve
+from cc_proxy.api.frames import FRAME_HEADER
+from cc_proxy.hyperstart.codes import Code
+
+_MESSAGE = struct.Struct(">II")
+_READY = _MESSAGE.pack(Code.READY, _MESSAGE.size)
+_ACK = _MESSAGE.pack(Code.ACK, _MESSAGE.size)
+_PING = _MESSAGE.pack(Code.PING, _MESSAGE.size)
+
+
+class Vms(Generator):
+    """The VMs' ends of their I/O channels are `ends`. Orders are the public methods."""
+
+    def __init__(self, directory: str) -> None:
+        super().__init__()
+        self._directory = directory
+        self._listeners: list[socket.socket] = []
+        self._controls: list[socket.socket] = []
+
+    def open(self, count: int) -> list[list[str]]:
+        """Listen for so many VMs; returns the paths of each one's control and I/O channel."""
+        paths = [[f"{self._directory}/vm{vm}.{channel}" for channel in ("ctl", "io")] for vm in range(count)]
+        self._listeners = [_listen(path) for pair in paths for path in pair]
+        return paths
+
+    def boot(self) -> None:
+        """Have the proxy connect to each VM, and say READY."""
+        for control, io in zip(self._listeners[::2], self._listeners[1::2], strict=True):
+            self._controls.append(make_blocking(control.accept()[0]))
+            self._accept(io)
+            self._controls[-1].sendall(_READY)
+
+    def accept(self) -> None:
+        """Have the relay connect to the I/O channel of each VM."""
+        for io in self._listeners[1::2]:
+            self._accept(io)
+
+    def assign(self, streams: list[list[int]]) -> None:
+        """Take note of the streams of each VM."""
+        for end, seqs in zip(self.ends, streams, strict=True):
+            end.seqs = tuple(seqs)
+
+    def receive_stdin(self, payload: int, frames: int, cycles: int) -> float:
+        """Receive what all clients of the first VM send; returns when that was done."""
+        io = make_blocking(self.ends[0].sock)
+        cycles_of = {seq: cycle_of(0, (seq,), payload, frames) for seq in self.ends[0].seqs}
+        check = StdinCheck(cycles_of, payload, cycles)
+        buffer = bytearray(BUFFER_SIZE)
+        view = memoryview(buffer)
+        held = 0
+        while check.left:
+            size = receive_into(io, view[held:])
+            used = check.take(buffer, view, held + size)
+            if check.markers:
+                io.sendall(b"".join(check.markers))
+                check.markers.clear()
+            held += size - used
+            buffer[:held] = buffer[used : used + held]
+        ended = time.monotonic()
+        if not held:
+            expect_silence(self.ends[0])
+        return ended
+
+    def echo(self) -> None:
+        """Send back what comes, markers too, until a client's end of file."""
+        io = make_blocking(self.ends[0].sock)
+        while not _is_end(data := receive_some(io)):
+            io.sendall(data)
+
+    def echo_beside(self, seq: int, cycles: int) -> None:
+        """Do as `echo`, and meanwhile send a neighbour a frame each millisecond, so many cycles of them."""
+        io = make_blocking(self.ends[0].sock)
+        cycle = memoryview(cycle_of(0, (seq,), NEIGHBOUR_PAYLOAD, NEIGHBOUR_FRAMES))
+        size = len(cycle) // NEIGHBOUR_FRAMES
+        frames = [cycle[at : at + size] for at in range(0, len(cycle), size)] * cycles
+        frames.reverse()
+        poll = select.poll()
+        poll.register(io, select.POLLIN)
+        due = time.monotonic()
+        data = b""
+        while not _is_end(data):
+            if frames and time.monotonic() >= due:
+                io.sendall(frames.pop())
+                due += 1 / NEIGHBOUR_RATE
+            data = b""
+            if poll.poll(max(0.0, due - time.monotonic()) * 1000 if frames else None):
+                data = receive_some(io)
+                if not _is_end(data):
+                    io.sendall(data)
+        for frame in reversed(frames):
+            io.sendall(frame)
+
+    def answer_pings(self) -> None:
+        """Acknowledge each command, until one that is no ping."""
+        control = self._controls[0]
+        command = _PING
+        while command == _PING:
+            command = receive_some(control)
+            control.sendall(_ACK)
+
+    def open_hop(self) -> str:
+        """Listen for `hop`; returns the path."""
+        path = f"{self._directory}/hop"
+        self._listeners = [_listen(path)]
+        return path
+
+    def hop(self) -> None:
+        """Send back what comes on each connection, one after the other, until one that sends nothing."""
+        while self._serve_hop(self._listeners[0]):
+            pass
+
+    def close(self) -> None:
+        """Hang up."""
+        self.close_ends()
+        for sock in self._controls:
+            sock.close()
+        for listener in self._listeners:
+            path = listener.getsockname()
+            listener.close()
+            os.unlink(path)
+        self._controls.clear()
+        self._listeners.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        self.ends.append(End(make_blocking(listener.accept()[0]), len(self.ends), ()))
+
+    def _serve_hop(self, listener: socket.socket) -> bool:
+        with listener.accept()[0] as sock:
+            data = sock.recv(BUFFER_SIZE)
+            if not data:
+                return False
+            while data:
+                sock.sendall(data)
+                data = sock.recv(BUFFER_SIZE)
+            return True
+
+
+def _is_end(data: bytes) -> bool:
+    """Whether this is a client's end of file; clients in `echo` send it behind everything else."""
+    if len(data) != FRAME_HEADER.size:
+        return False
+    seq, length = FRAME_HEADER.unpack(data)
+    return bool(seq < FIRST_MARKER and length == FRAME_HEADER.size)
+
+
+def _listen(path: str) -> socket.socket:
+    listener = make_blocking(socket.socket(socket.AF_UNIX))
+    listener.bind(path)
+    listener.listen(64)
+    return listener
+
+
+if __name__ == "__main__":
+    serve(Vms(sys.argv[1]))
