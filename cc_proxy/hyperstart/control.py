@@ -7,6 +7,7 @@ out; bytes received go in, and out come the agent's events, while answers comple
 import struct
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cc_proxy.hyperstart.codes import Code, describe
 
@@ -20,8 +21,7 @@ MAX_ANSWER = 64 * 1024 * 1024
 KEPT_PAYLOAD = 64 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class ControlMessage:
+class ControlMessage(NamedTuple):
     """A message of either side. `payload` is cut to `KEPT_PAYLOAD` bytes in what was received."""
 
     code: int

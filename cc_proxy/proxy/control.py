@@ -1,9 +1,11 @@
 """The control channel's socket: one transaction at a time, each within a deadline."""
 
+import contextlib
 import errno
 import os
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +15,8 @@ from cc_proxy.hyperstart.control import Command, ControlChannel, ControlMessage
 
 #: So many commands may be without an answer, their senders having given up, before no more are sent.
 _MOST_UNANSWERED = 64
-_READ_SIZE = 64 * 1024
+_READ_SIZE = 4 * 1024
+_TIMEVAL = struct.Struct("@ll")
 
 
 class ControlLost(Exception):
@@ -36,14 +39,12 @@ class ControlLink:
     """
 
     def __init__(self, sock: socket.socket, on_event: Callable[[ControlMessage], None]) -> None:
-        sock.setblocking(False)
         self._turn = threading.Lock()  # guards _channel, _lost, and reading and writing _sock
         self._sock = sock
         self._on_event = on_event
         self._channel = ControlChannel()
         self._lost: ControlLost | None = None
-        self._answers = select.poll()
-        self._answers.register(sock, select.POLLIN)
+        self._receive_ticks = 0
         self._unasked = select.epoll()
         self._unasked.register(sock, 0)
 
@@ -67,7 +68,7 @@ class ControlLink:
                 if ping is None and now >= ping_after:
                     ping = self._channel.send(Code.PING, b"{}")
                 until = timeout if ping or ping_after > timeout else ping_after
-                self._exchange(up, until - now)
+                self._exchange_when_ready(up, until - now)
                 if io.fileno() in dict(up.poll(0)):
                     raise ControlLost("the VM hung up its I/O channel")
             self._unasked.modify(self._sock, select.EPOLLIN)
@@ -122,9 +123,8 @@ class ControlLink:
                 raise ControlLost("the VM hung up its control channel")
             return
         try:
-            self._read()
-        except BlockingIOError:
-            pass
+            with contextlib.suppress(BlockingIOError):
+                self._read(socket.MSG_DONTWAIT)
         finally:
             self._turn.release()
 
@@ -137,21 +137,37 @@ class ControlLink:
 
     # Requires holding _turn -------------------------------------------------------------------------------
 
-    def _exchange(self, ready: select.poll, timeout: float) -> None:
+    def _exchange(self, timeout: float) -> None:
         """Wait up to `timeout` seconds for the agent, and read once what it said."""
+        if self._channel.outgoing:
+            ready = select.poll()
+            ready.register(self._sock)
+            self._exchange_when_ready(ready, timeout)
+            return
+        # One call that waits and reads: this is where most of the time of a command goes.
+        self._limit_receive(timeout)
+        with contextlib.suppress(BlockingIOError):
+            self._read(0)
+
+    def _exchange_when_ready(self, ready: select.poll, timeout: float) -> None:
         if self._channel.outgoing:
             self._write()
         ready.modify(self._sock, select.POLLIN | (select.POLLOUT if self._channel.outgoing else 0))
-        if not ready.poll(int(timeout * 1000) + 1):
-            return
-        try:
-            self._read()
-        except BlockingIOError:
-            return
+        if ready.poll(int(timeout * 1000) + 1):
+            with contextlib.suppress(BlockingIOError):
+                self._read(socket.MSG_DONTWAIT)
+
+    def _limit_receive(self, timeout: float) -> None:
+        """Have recv(2) wait `timeout` seconds at the most, rounded up to a hundredth."""
+        ticks = int(timeout * 100) + 1
+        if ticks != self._receive_ticks:
+            self._receive_ticks = ticks
+            until = _TIMEVAL.pack(ticks // 100, ticks % 100 * 10_000)
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, until)
 
     def _exchange_for(self, command: Command, timeout: float) -> None:
         try:
-            self._exchange(self._answers, timeout)
+            self._exchange(timeout)
         except ControlLost as lost:
             if command.answer is None:
                 raise
@@ -162,15 +178,15 @@ class ControlLink:
     def _write(self) -> None:
         outgoing = self._channel.outgoing
         try:
-            del outgoing[: self._sock.send(outgoing)]
+            del outgoing[: self._sock.send(outgoing, socket.MSG_DONTWAIT)]
         except BlockingIOError:
             return
         except OSError as error:
             raise ControlLost(f"control channel: {os.strerror(error.errno or 0)}") from None
 
-    def _read(self) -> None:
+    def _read(self, flags: int) -> None:
         try:
-            data = self._sock.recv(_READ_SIZE)
+            data = self._sock.recv(_READ_SIZE, flags)
         except BlockingIOError:
             raise
         except OSError as error:

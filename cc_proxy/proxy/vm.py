@@ -199,7 +199,8 @@ class Vm:
         return True
 
     def _note(self, event: ControlMessage) -> None:
-        logger.debug("event from the VM", extra={"vm": self.container_id, "event": str(event)})
+        if logger.isEnabledFor(logging.DEBUG):  # an agent sends two of them for each command
+            logger.debug("event from the VM", extra={"vm": self.container_id, "event": str(event)})
 
     def _gone(self) -> str:
         return f"VM gone: {self._cause or 'it was unregistered'}"
