@@ -38,6 +38,10 @@ class Command:
     code: Code
     answer: ControlMessage | None = field(default=None, init=False)
 
+    def is_answered(self) -> bool:
+        """Whether its ACK or ERROR has come."""
+        return self.answer is not None
+
 
 def encode(code: int, payload: bytes = b"") -> bytes:
     """Return a whole control message."""

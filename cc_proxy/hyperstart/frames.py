@@ -5,7 +5,7 @@ is copied. `gather` sorts what a VM sent by the owners of its streams; `StdinSpl
 agent can take of what a client sent.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -51,40 +51,49 @@ def gather(  # noqa: C901 - one loop, which a call a frame would slow down by ha
     as one slice of it.
     """
     batch: Batch[Owner] = Batch()
-    slices = batch.slices
+    nobodys: list[memoryview] = []
+    lists: dict[int, list[memoryview]] = {}  # by seq; two seqs of one owner have the same
+    pieces = nobodys
     pos = run = start
-    owner: Owner | None = None
-    pieces: list[memoryview] = []
     seq = last_length = -1
     while stop - pos >= HEADER_SIZE:
         next_seq, length = _unpack_from(buffer, pos)
+        end = pos + length
+        if not HEADER_SIZE <= length <= MAX_FRAME:
+            batch.error = f"a frame on stream {next_seq} with a total length of {length}"
+            break
+        if end > stop:
+            break
         if next_seq != seq:
             seq = next_seq
-            next_owner = owners.get(seq)
-            if next_owner is not owner:
-                if owner is not None:
+            next_pieces = lists.get(seq)
+            if next_pieces is None:
+                owner = owners.get(seq)
+                next_pieces = nobodys if owner is None else batch.slices.setdefault(owner, [])
+                lists[seq] = next_pieces
+            if next_pieces is not pieces:
+                if run < pos:
                     pieces.append(view[run:pos])
-                owner, run = next_owner, pos
-                if owner is not None:
-                    pieces = slices.setdefault(owner, [])
-        elif length == last_length and owner is not None and stop - pos >= _ROW * length:
-            pos += length * _alike(buffer, pos, length, stop)
-            continue
-        if not HEADER_SIZE <= length <= MAX_FRAME:
-            batch.error = f"a frame on stream {seq} with a total length of {length}"
-            break
-        if length > stop - pos:
-            break
-        if owner is None:
-            batch.strays.append((seq, length))
+                pieces, run = next_pieces, pos
+        elif length == last_length and stop - pos >= _ROW * length:
+            end = pos + length * _alike(buffer, pos, length, stop)
         last_length = length
-        pos += length
-    if owner is not None and pos > run:
+        pos = end
+    if run < pos:
         pieces.append(view[run:pos])
-    elif owner is not None and not pieces:
-        del slices[owner]
+    for piece in nobodys:
+        batch.strays += _headers(piece)
     batch.stop = pos
     return batch
+
+
+def _headers(frames: memoryview) -> Iterator[tuple[int, int]]:
+    """Yield seq and total length of each of some whole frames."""
+    pos = 0
+    while pos < len(frames):
+        seq, length = _unpack_from(frames, pos)
+        yield seq, length
+        pos += length
 
 
 def _alike(buffer: bytearray, pos: int, length: int, stop: int) -> int:

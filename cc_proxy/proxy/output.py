@@ -1,10 +1,7 @@
 """Output: frames from one VM to its clients. Pump thread, all of it."""
 
-import os
 import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 
 from cc_proxy.hyperstart.frames import gather
 from cc_proxy.log import logger
@@ -14,8 +11,6 @@ from cc_proxy.proxy.selector import WRITE, Selector
 from cc_proxy.proxy.session import Session
 
 _BUFFER_SIZE = 256 * 1024
-#: Seconds until a spool that could not be used is tried again.
-_SPOOL_RETRY = 1.0
 
 
 class FramingLost(Exception):
@@ -51,7 +46,7 @@ class Output:
         self.waiting: dict[int, Session] = {}
         # Those of them for which the buffer must be kept, and those of whom that was said in the log.
         self._holding: set[Session] = set()
-        self._full: set[Session] = set()
+        self._stuck: set[Session] = set()
 
     @property
     def paused(self) -> bool:
@@ -73,7 +68,8 @@ class Output:
         self._counters.bytes_to_clients += size
         dump_frames(self._vm, "output", (self._view[begin : batch.stop],))
         for session, pieces in batch.slices.items():
-            self._try(session, partial(session.deliver, pieces))
+            if session.deliver(pieces):
+                self._settle(session)
         for seq, _ in batch.strays:
             self._on_stray(seq)
         if batch.error:
@@ -82,14 +78,15 @@ class Output:
 
     def flush(self, session: Session) -> None:
         """The session's client takes something again, or has gone."""
-        self._try(session, session.flush)
+        session.flush()
+        self._settle(session)
 
     def forget(self, session: Session) -> None:
         """The session is to be closed."""
         self._selector.remove(session.fd)
         self.waiting.pop(session.fd, None)
         self._holding.discard(session)
-        self._full.discard(session)
+        self._stuck.discard(session)
 
     def moments(self) -> Iterator[float]:
         """Yield when `run_timers` has something to do."""
@@ -99,7 +96,8 @@ class Output:
         """Spool for those who were waited for long enough."""
         for session in list(self._holding):
             if session.patient_until is not None and now >= session.patient_until:
-                self._try(session, session.spill)
+                session.spill()
+                self._settle(session)
 
     def _room(self, most: int | None) -> memoryview:
         """Return the part of the buffer to read into, behind an unfinished frame if there is one."""
@@ -109,12 +107,8 @@ class Output:
         self._start, self._stop = 0, held
         return self._view[held:] if most is None else self._view[held : held + most]
 
-    def _try(self, session: Session, action: Callable[[], None]) -> None:
-        """Do something for a session that may need the spool, then watch what there is to be watched."""
-        try:
-            action()
-        except OSError as error:
-            self._spool_failed(session, error)
+    def _settle(self, session: Session) -> None:
+        """Watch the session's client for as long as something waits for it."""
         if session.waits:
             if session.fd not in self.waiting:
                 self.waiting[session.fd] = session
@@ -125,25 +119,16 @@ class Output:
         self._hold(session)
 
     def _hold(self, session: Session) -> None:
+        """Keep the buffer for as long as the session needs it."""
         if not session.pending:
             self._holding.discard(session)
-            self._full.discard(session)
+            self._stuck.discard(session)
             return
         self._holding.add(session)
-        if session.patient_until is None and session not in self._full:
-            self._full.add(session)
+        if session.stuck and session not in self._stuck:
+            self._stuck.add(session)
             self._counters.pauses += 1
             logger.warning(
-                "spool full: the VM is not read until its client reads",
-                extra={"vm": self._vm, "stream": session.seqs.start, "spooled": session.spooled},
-            )
-
-    def _spool_failed(self, session: Session, error: OSError) -> None:
-        session.patient_until = time.monotonic() + _SPOOL_RETRY
-        if session not in self._full:
-            self._full.add(session)
-            self._counters.pauses += 1
-            logger.error(
-                "spool cannot be used: the VM is not read until its client reads",
-                extra={"vm": self._vm, "stream": session.seqs.start, "error": os.strerror(error.errno or 0)},
+                "the VM is not read until its client reads",
+                extra={"vm": self._vm, "stream": session.seqs.start, "reason": session.stuck},
             )

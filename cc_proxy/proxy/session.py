@@ -13,6 +13,8 @@ from cc_proxy.proxy.spool import Spool, SpoolSpace
 _PATIENCE = 0.02
 #: Patience that comes back in each second: the most that one client can slow its VM down by.
 _PATIENCE_REGAINED = 0.25
+#: Seconds until a spool that could not be used is tried again.
+_SPOOL_RETRY = 1.0
 
 
 class Session:
@@ -40,8 +42,10 @@ class Session:
         self.window = window
         #: Output for which the pump's buffer must be kept, in front of all that is read after it.
         self.pending: Sequence[Piece] = ()
-        #: When patience with `pending` ends; None if the spool has refused it, or nothing is pending.
+        #: When `pending` is to be spilled; None if nothing is pending, or the spool is full.
         self.patient_until: float | None = None
+        #: Why the spool has not taken what is pending.
+        self.stuck = ""
         #: Whether the client may still send stdin.
         self.stdin_open = True
         #: Whether the client cannot take output any more.
@@ -59,26 +63,28 @@ class Session:
         """Bytes that wait in the spool."""
         return self._spool.size
 
-    def deliver(self, pieces: Sequence[Piece]) -> None:
-        """Pass output on, behind what waits. Afterwards `pending` tells whether the buffer must be kept.
+    def deliver(self, pieces: Sequence[Piece]) -> bool:
+        """Pass output on, behind what waits; returns whether anything waits afterwards.
 
-        Raises `OSError` if the spool was needed and could not be used.
+        If that is `pending`, it has to stay where it is.
         """
         if self.output_gone:
-            return
+            return False
         if self._spool.size:
             self.pending = pieces
             self.spill()
-            return
-        self._write(pieces)
+            return True
+        try:
+            self.pending = send_pieces(self._sock, pieces)
+        except OSError:
+            self._give_up_output()
         if self.pending:
             self.patient_until = self._end_of_patience()
+            return True
+        return False
 
     def flush(self) -> None:
-        """The client takes output again: pass on what waits, oldest first.
-
-        Raises `OSError` if the spool was needed and could not be used.
-        """
+        """The client takes output again, or has gone: pass on what waits, oldest first."""
         try:
             if self._spool.size:
                 self._spool.drain_to(self.fd)
@@ -88,16 +94,22 @@ class Session:
             self._give_up_output()
         if self.pending and not self._spool.size:
             self._write(self.pending)
-        if self.pending and self.patient_until is None:
+        if self.pending and (self.stuck or self.patient_until is None):
             self.spill()
 
     def spill(self) -> None:
         """Move pending output to the spool, as much as that takes.
 
-        Raises `OSError` if the file system takes none of it; everything is still pending then.
+        If something is left, `stuck` says why; where it was the file system's fault, `patient_until` is when
+        to try again.
         """
         self._stop_being_patient()
-        self.pending = cut(self.pending, self._spool.append(self.pending))
+        try:
+            self.pending = cut(self.pending, self._spool.append(self.pending))
+            self.stuck = "the spool is full" if self.pending else ""
+        except OSError as error:
+            self.stuck = f"the spool cannot be used: {error.strerror}"
+            self.patient_until = time.monotonic() + _SPOOL_RETRY
 
     def _write(self, pieces: Sequence[Piece]) -> None:
         try:
@@ -106,18 +118,20 @@ class Session:
             self._give_up_output()
             return
         if not self.pending:
+            self.stuck = ""
             self._stop_being_patient()
 
     def _give_up_output(self) -> None:
         """The client has closed its end. What it sent before may still be on its way in."""
         self.output_gone = True
         self.pending = ()
+        self.stuck = ""
         self.patient_until = None
         self._spool.close()
 
     def _stop_being_patient(self) -> None:
         if self.patient_until is not None:
-            self._patience = max(0.0, self.patient_until - time.monotonic())
+            self._patience = min(_PATIENCE, max(0.0, self.patient_until - time.monotonic()))
             self.patient_until = None
 
     def _end_of_patience(self) -> float:

@@ -23,6 +23,7 @@ from cc_proxy.settings import MAX_SOCKET_PATH, Settings
 
 #: A socket is writable again when three quarters of this are free: the rest must last until more is there.
 _SEND_BUFFER = 1024 * 1024
+_SESSION_SEND_BUFFER = 256 * 1024
 
 
 class VmError(Exception):
@@ -123,7 +124,8 @@ class Vm:
             raise VmError(self._gone())
         try:
             ours, theirs = socket.socketpair()
-            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+            for end in (ours, theirs):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SESSION_SEND_BUFFER)
         except OSError as error:
             raise VmError(f"the daemon is short of resources: {error.strerror}") from None
         with self._lock:
