@@ -78,12 +78,14 @@ class Pump:
             self._io_fd: self._on_io,
             self._wake: self._on_wake,
             control.unasked.fileno(): self._on_control,
-            self._stdin.clients.fileno(): self._on_clients,
+            self._selector.fileno(): self._on_others,
         }
         if console:
             self._handlers[console.fileno()] = self._on_console
-        # What is watched of the I/O channel; None: nothing, not even hang-ups.
-        self._io_events: int | None = READ
+        # What is watched of the I/O channel, reading and writing; nothing at all while it is paused and has
+        # hung up already.
+        self._io_events = (READ, NOTHING_ELSE)
+        self._io_hung_up = False
         self._io_open = True
         # Bytes of output that are still read before the I/O channel is closed; None: no end to it.
         self._left_to_read: int | None = None
@@ -131,8 +133,7 @@ class Pump:
 
     def _run(self) -> None:
         try:
-            for fd in self._handlers:
-                self._selector.add(fd, READ)
+            self._watch()
             while self._io_open or self._sessions:
                 self._turn()
         except Exception:
@@ -142,16 +143,49 @@ class Pump:
             self._close()
             self._owner.ended()
 
+    def _watch(self) -> None:
+        """Wait for everything, in two epoll instances.
+
+        `Stdin.clients` has the clients, the I/O channel, and the other instance as one of its fds; it is what
+        is waited on, but not while the VM takes nothing. The I/O channel is in both, because to be woken
+        through one instance inside the other takes longer.
+        """
+        for fd in self._handlers:
+            if fd != self._selector.fileno():
+                self._selector.add(fd, READ)
+        self._selector.change(self._io_fd, NOTHING_ELSE)
+        self._stdin.clients.add(self._selector.fileno(), READ)
+        self._stdin.clients.add(self._io_fd, READ)
+
     def _turn(self) -> None:
-        for fd, events in self._selector.poll(self._timeout()):
+        if self._stdin.blocked or not self._io_open:
+            self._serve(self._selector.poll(self._timeout()))
+        else:
+            self._serve_all(self._stdin.clients.poll(self._timeout()))
+        if self._timed:
+            self._run_timers(time.monotonic())
+        self._watch_io()
+
+    def _serve_all(self, ready: list[tuple[int, int]]) -> None:
+        """Serve what is ready, the clients all together."""
+        clients = []
+        for fd, events in ready:
+            handler = self._handlers.get(fd)
+            if handler:
+                handler(events)
+            else:
+                clients.append((fd, events))
+        if clients and self._io_open and not self._stdin.blocked:
+            self._stdin.read_clients(clients)
+
+    def _serve(self, ready: list[tuple[int, int]]) -> None:
+        """Serve what is ready of all but what clients send."""
+        for fd, events in ready:
             handler = self._handlers.get(fd)
             if handler:
                 handler(events)
             elif fd in self._output.waiting:
                 self._on_writable(self._output.waiting[fd])
-        if self._timed:
-            self._run_timers(time.monotonic())
-        self._watch_io()
 
     @property
     def _timed(self) -> bool:
@@ -174,20 +208,26 @@ class Pump:
 
     def _watch_io(self) -> None:
         """Watch the I/O channel and the clients for what can be done about them now."""
-        if not self._io_open:
-            return
         if self._stdin.error:
             self._lose(self._stdin.error)
+        if not self._io_open:
             return
-        events = (NOTHING_ELSE if self._output.paused else READ) | (WRITE if self._stdin.blocked else 0)
-        if events == self._io_events or (self._io_events is None and not events & READ):
+        reading = NOTHING_ELSE if self._output.paused else READ
+        writing = WRITE if self._stdin.blocked else NOTHING_ELSE
+        if self._io_hung_up and reading:
+            self._io_hung_up = False
+            self._selector.add(self._io_fd, NOTHING_ELSE)
+            self._stdin.clients.add(self._io_fd, READ)
+        if self._io_hung_up or (reading, writing) == self._io_events:
             return
-        if self._io_events is None:
-            self._selector.add(self._io_fd, events)
-        else:
-            self._selector.change(self._io_fd, events)
-        self._selector.change(self._stdin.clients.fileno(), NOTHING_ELSE if self._stdin.blocked else READ)
-        self._io_events = events
+        self._io_events = (reading, writing)
+        # While the VM takes nothing only _selector is waited on, so that is where it has to be seen.
+        self._selector.change(self._io_fd, reading | writing if writing else NOTHING_ELSE)
+        self._stdin.clients.change(self._io_fd, reading)
+
+    def _unwatch_io(self) -> None:
+        self._selector.remove(self._io_fd)
+        self._stdin.clients.remove(self._io_fd)
 
     # Pump thread: what is ready ---------------------------------------------------------------------------
 
@@ -223,8 +263,8 @@ class Pump:
             return
         if self._output.paused:
             # It has hung up while it could not be read: what it sent before is read later.
-            self._selector.remove(self._io_fd)
-            self._io_events = None
+            self._io_hung_up = True
+            self._unwatch_io()
             self._lose("the VM hung up its I/O channel")
         else:
             self._read_vm()
@@ -249,9 +289,8 @@ class Pump:
             if not self._left_to_read:
                 self._end_io()
 
-    def _on_clients(self, _events: int) -> None:
-        if self._io_open and not self._stdin.blocked:
-            self._stdin.read_clients()
+    def _on_others(self, _events: int) -> None:
+        self._serve(self._selector.poll(0))
 
     def _on_writable(self, session: Session) -> None:
         self._output.flush(session)
@@ -309,8 +348,7 @@ class Pump:
         if not self._io_open:
             return
         self._io_open = False
-        self._selector.remove(self._io_fd)
-        self._selector.remove(self._stdin.clients.fileno())
+        self._unwatch_io()
         close_stream(self._io)
         for session in list(self._sessions):
             self._stdin.forget(session)

@@ -51,7 +51,7 @@ class Stdin:
         self._to_vm: Sequence[Piece] = ()
         self._echoed = False
         self._paced = True
-        #: The clients' fds. It is readable when one of them has sent something or hung up.
+        #: Where the clients' fds are watched.
         self.clients = Selector()
         #: Why the VM takes nothing any more.
         self.error: str | None = None
@@ -79,12 +79,17 @@ class Stdin:
         self._asked.pop(session, None)
         self.clients.remove(session.fd)
 
-    def read_clients(self) -> None:
-        """Read each client that has sent something, and pass it all on in one write. Not while `blocked`."""
+    def read_clients(self, ready: list[tuple[int, int]]) -> None:
+        """Read the clients that have sent something or hung up, and pass it all on in one write.
+
+        `ready` are their fds with the events of each. Not while `blocked`.
+        """
         pieces: list[Piece] = []
         used = 0
-        for fd, events in self.clients.poll(0):
-            session = self._sessions[fd]
+        for fd, events in ready:
+            session = self._sessions.get(fd)
+            if session is None:
+                continue
             if not events & READ:
                 self._hung_up(session)
             elif _BUFFER_SIZE - used >= _LEAST_READ:
