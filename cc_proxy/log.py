@@ -103,6 +103,13 @@ class _Writer(logging.handlers.QueueHandler):
             self._dropped += 1
 
 
+class _Listener(logging.handlers.QueueListener):
+    """Ends when it has written what waits, even if the queue is full."""
+
+    def enqueue_sentinel(self) -> None:
+        self.queue.put(self._sentinel)  # type: ignore[attr-defined,unused-ignore]
+
+
 class Logging:
     """The process's log, from `start` to `stop`."""
 
@@ -114,7 +121,7 @@ class Logging:
         handler.setFormatter(_formatter(form, stream))
         waiting: queue.Queue[logging.LogRecord] = queue.Queue(_MOST_WAITING)
         self._front = _Writer(waiting)
-        self._listener = logging.handlers.QueueListener(waiting, handler)
+        self._listener = _Listener(waiting, handler)
         self._level = level
 
     def start(self) -> None:

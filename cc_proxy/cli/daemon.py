@@ -89,7 +89,7 @@ def _run(chosen: Settings) -> int:
         inherited = systemd.take_listener()
         listener = Listener(inherited) if inherited else Listener.bind(chosen.socket_path)
     except (ListenError, ActivationError) as error:
-        logger.error(str(error))
+        logger.error("cannot start", extra={"error": str(error)})
         return 1
     try:
         daemon.serve(listener, chosen)

@@ -19,11 +19,14 @@ class LineSplitter:
 
     def receive_data(self, data: bytes) -> list[str]:
         """Take bytes as they arrived and return the lines they complete; empty ones are left out."""
-        *lines, self._rest = _LINE_END.split(self._rest + data)
-        while len(self._rest) >= _LONGEST_LINE:
-            lines.append(self._rest[:_LONGEST_LINE])
-            self._rest = self._rest[_LONGEST_LINE:]
-        return [line.decode(errors="backslashreplace") for line in lines if line]
+        *lines, rest = _LINE_END.split(self._rest + data)
+        cut = len(rest) - len(rest) % _LONGEST_LINE
+        self._rest = rest[cut:]
+        return [
+            line[start : start + _LONGEST_LINE].decode(errors="backslashreplace")
+            for line in (*lines, rest[:cut])
+            for start in range(0, len(line), _LONGEST_LINE)
+        ]
 
     def finish(self) -> list[str]:
         """Return the last line, if it has no end."""

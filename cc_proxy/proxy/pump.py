@@ -69,11 +69,14 @@ class Pump:
         # From here on the pump thread's.
         self._sessions: set[Session] = set()
         self._owners: dict[int, Session] = {}  # by seq
-        self._selector = Selector()  # the pump's own
-        self._output = Output(vm, io, self._selector, self._owners, self.counters, self._on_stray)
-        self._stdin = Stdin(vm, io, self._owners, self.counters, echo_timeout, self._drop)
-        # The last fd that is opened here, so that none is forgotten if there are not enough.
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        with contextlib.ExitStack() as undo:
+            self._selector = Selector()  # for all but the clients
+            undo.callback(self._selector.close)
+            self._output = Output(vm, io, self._selector, self._owners, self.counters, self._on_stray)
+            self._stdin = Stdin(vm, io, self._owners, self.counters, echo_timeout, self._drop)
+            undo.callback(self._stdin.clients.close)
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            undo.pop_all()
         self._handlers: dict[int, Callable[[int], None]] = {
             self._io_fd: self._on_io,
             self._wake: self._on_wake,
@@ -117,6 +120,8 @@ class Pump:
 
     def join(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds for the thread's end; returns whether it has ended."""
+        if self._thread.ident is None:
+            return False  # it is about to be started
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
@@ -140,7 +145,10 @@ class Pump:
             logger.exception("I/O pump failed", extra={"vm": self._vm})
             self._owner.lose("internal error in its I/O pump")
         finally:
-            self._close()
+            try:
+                self._close()
+            except Exception:
+                logger.exception("I/O pump failed at its end", extra={"vm": self._vm})
             self._owner.ended()
 
     def _watch(self) -> None:
@@ -314,14 +322,16 @@ class Pump:
         self._stdin.add(session)
 
     def _drop(self, session: Session, reason: str) -> None:
-        """Close a session. Output on its streams is nobody's from now on."""
+        """Close a session if it is not closed yet. Output on its streams is nobody's from now on."""
+        if session not in self._sessions:
+            return
         logger.debug("session closed", extra={"vm": self._vm, "stream": session.seqs.start, "reason": reason})
-        for seq in session.seqs:
-            del self._owners[seq]
         self._sessions.remove(session)
-        self._stdin.forget(session)
-        self._output.forget(session)
-        session.close()
+        with contextlib.closing(session):
+            for seq in session.seqs:
+                del self._owners[seq]
+            self._stdin.forget(session)
+            self._output.forget(session)
 
     # Pump thread: the end ---------------------------------------------------------------------------------
 
@@ -356,18 +366,23 @@ class Pump:
                 self._drop(session, "the VM's I/O channel is closed")
 
     def _abort(self) -> None:
-        self._end_io()
-        for session in list(self._sessions):
-            self._drop(session, "the daemon stops")
+        with contextlib.ExitStack() as every_one:
+            for session in self._sessions:
+                every_one.callback(self._drop, session, "the daemon stops")
+            every_one.callback(self._end_io)
 
     def _close(self) -> None:
-        """Close whatever is open, in whatever state the thread has ended."""
+        """Close whatever is open, in whatever state the thread has ended and whatever else fails now."""
+        with contextlib.ExitStack() as last_first:
+            last_first.callback(self._selector.close)
+            last_first.callback(self._stdin.clients.close)
+            last_first.callback(self._control.close)
+            last_first.callback(self._close_console)
+            last_first.callback(self._open_mail)
+            last_first.callback(self._abort)
+            last_first.callback(self._close_mailbox)
+
+    def _close_mailbox(self) -> None:
         with self._mail_lock:
             os.close(self._wake)
             self._wake = -1
-        self._abort()
-        self._open_mail()
-        self._close_console()
-        self._control.close()
-        self._stdin.clients.close()
-        self._selector.close()

@@ -4,6 +4,7 @@ import array
 import contextlib
 import errno
 import itertools
+import math
 import os
 import socket
 import socketserver
@@ -244,5 +245,8 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _set_timeout(self, option: int, seconds: float) -> None:
         self.request.setsockopt(
-            socket.SOL_SOCKET, option, _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1_000_000))
+            # Rounded up, because 0 is for ever.
+            socket.SOL_SOCKET,
+            option,
+            _TIMEVAL.pack(int(seconds), math.ceil(seconds % 1 * 1_000_000)),
         )

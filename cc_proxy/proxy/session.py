@@ -105,7 +105,8 @@ class Session:
         """
         self._stop_being_patient()
         try:
-            self.pending = cut(self.pending, self._spool.append(self.pending))
+            while self.pending and (stored := self._spool.append(self.pending)):
+                self.pending = cut(self.pending, stored)
             self.stuck = "the spool is full" if self.pending else ""
         except OSError as error:
             self.stuck = f"the spool cannot be used: {error.strerror}"

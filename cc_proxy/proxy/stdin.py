@@ -48,6 +48,7 @@ class Stdin:
         self._asked: dict[
             Session, float
         ] = {}  # whose marker is on its way, and when to ask again; oldest first
+        self._left_out: dict[int, None] = {}  # fds that were ready when the buffer was full, in their order
         self._to_vm: Sequence[Piece] = ()
         self._echoed = False
         self._paced = True
@@ -77,6 +78,7 @@ class Stdin:
         """The session is to be closed."""
         self._sessions.pop(session.fd, None)
         self._asked.pop(session, None)
+        self._left_out.pop(session.fd, None)
         self.clients.remove(session.fd)
 
     def read_clients(self, ready: list[tuple[int, int]]) -> None:
@@ -86,6 +88,10 @@ class Stdin:
         """
         pieces: list[Piece] = []
         used = 0
+        if self._left_out:
+            # epoll names them in the same order each time: those at the end would never have their turn.
+            turn = {fd: number for number, fd in enumerate(self._left_out)}
+            ready = sorted(ready, key=lambda fd_and_events: turn.get(fd_and_events[0], len(turn)))
         for fd, events in ready:
             session = self._sessions.get(fd)
             if session is None:
@@ -93,7 +99,10 @@ class Stdin:
             if not events & READ:
                 self._hung_up(session)
             elif _BUFFER_SIZE - used >= _LEAST_READ:
+                self._left_out.pop(fd, None)
                 used += self._read(session, used, events, pieces)
+            else:
+                self._left_out[fd] = None
         self._counters.bytes_to_vm += used
         self._send(pieces)
 
@@ -113,7 +122,7 @@ class Stdin:
 
     def moments(self) -> Iterator[float]:
         """Yield when `run_timers` has something to do."""
-        return iter(list(self._asked.values())[:1])
+        return iter([] if self._to_vm else list(self._asked.values())[:1])
 
     def run_timers(self, now: float) -> None:
         """Ask again where a marker did not come back."""

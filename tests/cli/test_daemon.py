@@ -1,0 +1,263 @@
+"""`cc-proxy`, the command line: which of option, environment and file counts, and how it fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cc_proxy import __version__, settings
+from cc_proxy.cli import daemon as cli
+from cc_proxy.cli.daemon import build_parser, choose_settings, main
+from cc_proxy.log import LEVELS
+from cc_proxy.settings import Settings, SettingsError
+from tests.wire.support import WAIT
+
+CHECKOUT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No settings but those of a test."""
+    monkeypatch.delenv(cli.LOG_LEVEL_VARIABLE, raising=False)
+    monkeypatch.setattr(settings, "DEFAULT_FILE", str(tmp_path / "default.toml"))
+    # The test process keeps its own signals.
+    monkeypatch.setattr(signal, "pthread_sigmask", lambda how, signals: set())
+
+
+def chosen(*arguments: str) -> Settings:
+    return choose_settings(build_parser().parse_args(arguments))
+
+
+def config(directory: Path, text: str) -> str:
+    path = directory / "given.toml"
+    path.write_text(text)
+    return str(path)
+
+
+# Which counts ---------------------------------------------------------------------------------------------
+
+
+def test_without_anything_said_the_defaults_count() -> None:
+    assert chosen() == Settings()
+
+
+@pytest.mark.parametrize(
+    ("option", "variable", "file", "level"),
+    [
+        ((), None, None, "info"),
+        ((), None, "warning", "warning"),
+        ((), "error", "warning", "error"),
+        ((), "error", None, "error"),
+        ((), "", "warning", "warning"),
+        (("--log-level", "debug"), "error", "warning", "debug"),
+        (("--log-level=console",), None, None, "console"),
+        (("-v", "1"), "error", "warning", "debug"),
+        (("-v2",), "error", None, "io"),
+        (("-v", "3"), None, "warning", "console"),
+    ],
+)
+def test_log_level(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    option: tuple[str, ...],
+    variable: str | None,
+    file: str | None,
+    level: str,
+) -> None:
+    """The option, then the environment, then the file, then the default."""
+    if variable is not None:
+        monkeypatch.setenv("CC_PROXY_LOG_LEVEL", variable)
+    arguments = list(option)
+    if file is not None:
+        arguments += ["--config", config(tmp_path, f'[log]\nlevel = "{file}"\nformat = "text"\n')]
+    found = chosen(*arguments)
+    assert found.log.level == level
+    assert found.log.format == ("auto" if file is None else "text"), "the rest stays as the file says"
+
+
+def test_socket_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = config(tmp_path, 'socket_path = "/from/file"\n[vm]\ncommand_timeout = 7\n')
+    assert chosen("--config", given).socket_path == "/from/file"
+    found = chosen("--config", given, "--socket-path", "/from/option")
+    assert found.socket_path == "/from/option"
+    assert found.vm.command_timeout == 7
+    monkeypatch.chdir(tmp_path)
+    assert chosen("--socket-path", "relative/sock").socket_path == str(tmp_path / "relative/sock")
+
+
+def test_default_file_counts_if_it_is_there_and_no_other_is_given(tmp_path: Path) -> None:
+    (tmp_path / "default.toml").write_text("[limits]\nvms = 5\n")
+    assert chosen().limits.vms == 5
+    assert (
+        chosen("--config", config(tmp_path, "[limits]\nconnections = 6\n")).limits.vms
+        == Settings().limits.vms
+    )
+
+
+def test_variable_that_is_no_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC_PROXY_LOG_LEVEL", "loud")
+    with pytest.raises(
+        SettingsError,
+        match="CC_PROXY_LOG_LEVEL: expected one of error, warning, info, debug, io, console, got 'loud'",
+    ):
+        chosen()
+    assert chosen("--log-level", "error").log.level == "error", "an option comes before it"
+
+
+# How it fails ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("[limits]\nvms = 0\n", "limits.vms"),
+        ("[log]\nlevel = 'loud'\n", "log.level"),
+        ("nonsense = 1\n", "nonsense"),
+        ("[vm\n", "not valid TOML"),
+        ("socket_path = 'relative'\n", "socket_path"),
+    ],
+)
+def test_file_that_is_not_right_is_one_line_that_names_file_and_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, key: str
+) -> None:
+    path = config(tmp_path, text)
+    for more in ([], ["--check-config"], ["--socket-path", "/never/made"]):
+        assert main(["--config", path, *more]) == 78
+        output, error = capsys.readouterr()
+        assert output == ""
+        assert error.startswith(f"cc-proxy: {path}: ")
+        assert key in error
+        assert error.count("\n") == 1
+
+
+def test_file_that_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", str(tmp_path / "missing"), "--check-config"]) == 78
+    assert (
+        capsys.readouterr().err
+        == f"cc-proxy: {tmp_path}/missing: cannot be read: No such file or directory\n"
+    )
+
+
+def test_variable_that_is_wrong_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CC_PROXY_LOG_LEVEL", "loud\n")
+    assert main(["--check-config"]) == 78
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-v", "0"],
+        ["-v", "4"],
+        ["-v"],
+        ["-v", "x"],
+        ["--log-level", "loud"],
+        ["-v", "1", "--log-level", "debug"],
+        ["--config"],
+        ["--nonsense"],
+        ["nonsense"],
+    ],
+)
+def test_usage_that_is_wrong(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        main(arguments)
+    assert status.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: cc-proxy")
+
+
+def test_check_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is made or listened on."""
+    path = tmp_path / "never" / "made"
+    assert main(["--check-config", "--socket-path", str(path)]) == 0
+    assert capsys.readouterr() == ("cc-proxy: the settings are right\n", "")
+    assert not path.parent.exists()
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        main(["--version"])
+    assert status.value.code == 0
+    assert capsys.readouterr().out == f"cc-proxy {__version__}\n"
+
+
+def test_help_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        main(["--help"])
+    assert status.value.code == 0
+    text = capsys.readouterr().out
+    for name in ("--config", "--socket-path", "--log-level", "-v", "--check-config", "--version", *LEVELS):
+        assert name in text
+    assert "CC_PROXY_LOG_LEVEL" in text
+
+
+# As a process ---------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("CC_PROXY_", "LISTEN_"))
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "cc_proxy", *arguments],
+        cwd=CHECKOUT,
+        env=kept | variables,
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+        check=False,
+    )
+
+
+def test_bad_file_ends_the_process_with_78(tmp_path: Path) -> None:
+    path = config(tmp_path, "[limits]\nvms = 'many'\n")
+    ended = run("--config", path, "--socket-path", str(tmp_path / "sock"))
+    assert ended.returncode == 78
+    assert ended.stdout == ""
+    assert ended.stderr.startswith(f"cc-proxy: {path}: limits.vms: ")
+    assert ended.stderr.count("\n") == 1
+    assert not (tmp_path / "sock").exists()
+
+
+def test_place_that_is_taken_ends_the_process_with_1_and_one_line(tmp_path: Path) -> None:
+    (tmp_path / "sock").write_text("precious")
+    ended = run(
+        "--config", config(tmp_path, "[log]\nformat = 'text'\n"), "--socket-path", str(tmp_path / "sock")
+    )
+    assert ended.returncode == 1
+    assert ended.stdout == ""
+    assert "there is something that is not a socket; it was left alone" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert (tmp_path / "sock").read_text() == "precious"
+
+
+def test_path_from_the_command_line_does_not_break_the_log(tmp_path: Path) -> None:
+    ended = run(
+        "--config",
+        config(tmp_path, "[log]\nformat = 'text'\n"),
+        "--socket-path",
+        f"{tmp_path}/a\n\x1b[31mb" + "c" * 200,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1
+    assert "\x1b" not in ended.stderr
+
+
+def test_nonsense_from_the_service_manager_ends_the_process_with_1(tmp_path: Path) -> None:
+    """A shell, so that the pid is known before the process is there."""
+    ended = subprocess.run(
+        ["sh", "-c", 'LISTEN_PID=$$ LISTEN_FDS=2 exec "$@"', "sh", sys.executable, "-m", "cc_proxy"],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert "LISTEN_FDS=2: expected exactly one socket" in ended.stderr

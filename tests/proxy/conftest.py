@@ -1,0 +1,70 @@
+"""What these tests are given: the log as records, a spool directory, a pump."""
+
+from __future__ import annotations
+
+import logging
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cc_proxy.log import fields_of, logger
+from cc_proxy.proxy.spool import SpoolSpace
+from tests.proxy.support import Rig, spool_space
+
+
+class Logged(logging.Handler):
+    """The project's log, as records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def at(self, level: int) -> list[str]:
+        """The texts of what was logged at `level` or above."""
+        return [record.getMessage() for record in self.records if record.levelno >= level]
+
+    def fields(self, text: str) -> list[dict[str, object]]:
+        """The fields of each event with this text."""
+        return [fields_of(record) for record in self.records if record.getMessage() == text]
+
+
+@pytest.fixture
+def logged() -> Iterator[Logged]:
+    """What is logged at debug and above."""
+    handler = Logged()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield handler
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> SpoolSpace:
+    """A spool that nobody fills up."""
+    return spool_space(tmp_path)
+
+
+@pytest.fixture
+def rig(space: SpoolSpace) -> Iterator[Rig]:
+    """A pump that runs, without pacing."""
+    with Rig(space) as rig:
+        yield rig
+
+
+@pytest.fixture
+def file_limit() -> Iterator[int]:
+    """A disk that is full once a file has this many bytes."""
+    limit = 65_536
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,0 +1,234 @@
+"""A pump with the test at all of its ends, and other things that these tests share."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Self, TypeVar
+
+from cc_proxy.hyperstart.control import ControlMessage
+from cc_proxy.hyperstart.pacing import StdinWindow
+from cc_proxy.proxy.console import Console
+from cc_proxy.proxy.control import ControlLink
+from cc_proxy.proxy.pump import Pump
+from cc_proxy.proxy.session import Session
+from cc_proxy.proxy.spool import SpoolSpace
+from cc_proxy.settings import Spool as SpoolSettings
+from tests.wire.support import (
+    FRAME,
+    READY,
+    WAIT,
+    Frame,
+    Stream,
+    command,
+    is_silent,
+    read_exact,
+    unread_by_peer,
+    wait_until,
+)
+
+T = TypeVar("T")
+
+#: Too long for any test, so that what waits for it shows.
+NEVER = 3_600.0
+
+
+def spool_space(
+    directory: Path | str, session_limit: int = 64 << 20, total_limit: int = 1 << 30
+) -> SpoolSpace:
+    return SpoolSpace(
+        SpoolSettings(directory=str(directory), session_limit=session_limit, total_limit=total_limit)
+    )
+
+
+def pair(buffer: int | None = None) -> tuple[socket.socket, socket.socket]:
+    """Two ends of a stream. What the first one may have on its way is `buffer` bytes, the kernel's way."""
+    near, far = socket.socketpair()
+    if buffer is not None:
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+    far.settimeout(WAIT)
+    return near, far
+
+
+def read_now(sock: socket.socket) -> bytes:
+    """All that has arrived."""
+    data = bytearray()
+    while not is_silent(sock) and (piece := sock.recv(1 << 20)):
+        data += piece
+    return bytes(data)
+
+
+def read_to_end(sock: socket.socket) -> bytes:
+    """Everything up to the end of file. A reset is no end of file."""
+    data = bytearray()
+    while piece := sock.recv(1 << 20):
+        data += piece
+    return bytes(data)
+
+
+def frames_of(data: bytes) -> list[Frame]:
+    """Takes apart what has to be whole frames."""
+    frames = []
+    while data:
+        seq, length = FRAME.unpack_from(data)
+        assert FRAME.size <= length <= len(data), "not a whole frame"
+        frames.append(Frame(seq, data[FRAME.size : length]))
+        data = data[length:]
+    return frames
+
+
+def fill(sock: socket.socket) -> int:
+    """Sends until nothing more fits, on a socket without a timeout; returns how much that was."""
+    sent = 0
+    with suppress(BlockingIOError):
+        while True:
+            sent += sock.send(bytes(4096), socket.MSG_DONTWAIT)
+    return sent
+
+
+def open_fds() -> dict[int, str]:
+    fds = {}
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            fds[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+    return fds
+
+
+def spool_files(directory: Path) -> int:
+    """How many files without a name are open that were made in `directory`."""
+    return sum(
+        target.startswith(f"{directory}/") and target.endswith("(deleted)") for target in open_fds().values()
+    )
+
+
+class FakeOwner:
+    """Whose pump it is: notes what it is told."""
+
+    def __init__(self, container_id: str) -> None:
+        self.container_id = container_id
+        self.causes: list[str] = []
+        self.over = threading.Event()
+
+    def lose(self, cause: str) -> None:
+        self.causes.append(cause)
+
+    def ended(self) -> None:
+        assert not self.over.is_set()
+        self.over.set()
+
+
+class Rig:
+    """A pump that runs, and the far ends of all its sockets."""
+
+    def __init__(
+        self,
+        space: SpoolSpace,
+        *,
+        window: int = 0,
+        echo_timeout: float = NEVER,
+        io_buffer: int | None = None,
+        console: Console | None = None,
+        started: bool = True,
+    ) -> None:
+        self.space = space
+        self.owner = FakeOwner("vm")
+        self.events: list[ControlMessage] = []
+        self._window = window
+        self._next_seq = 1
+        self._streams: list[Stream] = []
+        io, self.io = pair(io_buffer)
+        ctl, self.ctl = pair()
+        self.control = ControlLink(ctl, self.events.append)
+        self.ctl.sendall(command(READY))
+        self.control.wait_until_up(io, WAIT, WAIT)
+        self.pump = Pump(self.owner, io, self.control, console, echo_timeout)
+        if started:
+            self.pump.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def session(self, streams: int = 2, *, buffer: int | None = None) -> tuple[Session, Stream]:
+        """A session for the pump, and its client's end."""
+        near, far = pair(buffer)
+        seqs = range(self._next_seq, self._next_seq + streams)
+        self._next_seq = seqs.stop
+        stream = Stream(far, seqs.start)
+        self._streams.append(stream)
+        window = StdinWindow(seqs.start, self._window) if self._window else None
+        return Session(seqs, near, self.space, window), stream
+
+    def open(self, streams: int = 2, *, buffer: int | None = None) -> Stream:
+        session, stream = self.session(streams, buffer=buffer)
+        assert self.pump.add(session)
+        return stream
+
+    def call(self, question: Callable[[], T]) -> T:
+        """What the pump thread answers, after all that it was doing."""
+        answers: list[T] = []
+        done = threading.Event()
+
+        def ask() -> None:
+            try:
+                answers.append(question())
+            finally:
+                done.set()
+
+        assert self.pump._post(ask)
+        assert done.wait(WAIT)
+        return answers[0]
+
+    def wait_for_turn(self) -> None:
+        """Until the pump has done all that it was doing, or has ended."""
+        done = threading.Event()
+        if self.pump._post(done.set):
+            wait_until(lambda: done.is_set() or self.owner.over.is_set(), "a turn of the pump")
+
+    def wait(self, condition: Callable[[Pump], bool], what: str) -> None:
+        """Until it is so, as the pump thread sees it."""
+        wait_until(lambda: self.call(lambda: condition(self.pump)), what)
+
+    def settle(self) -> None:
+        """Until the pump has read all that the VM and the clients sent."""
+        wait_until(lambda: unread_by_peer(self.io) == 0, "the VM is read")
+        self.call(lambda: None)
+
+    def wait_ended(self) -> None:
+        assert self.owner.over.wait(WAIT)
+        assert self.pump.join(WAIT)
+
+    def close(self) -> None:
+        for stream in self._streams:
+            stream.close()
+        self.io.close()
+        self.ctl.close()
+        if self.pump._thread.ident is not None:
+            self.pump.abort()
+            assert self.pump.join(WAIT)
+
+
+@contextmanager
+def running(threads: list[threading.Thread]) -> Iterator[None]:
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        for thread in threads:
+            thread.join(WAIT)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def read_frames(sock: socket.socket, count: int) -> list[Frame]:
+    frames = []
+    for _ in range(count):
+        seq, length = FRAME.unpack(read_exact(sock, FRAME.size))
+        frames.append(Frame(seq, read_exact(sock, length - FRAME.size)))
+    return frames

@@ -1,0 +1,131 @@
+"""Sockets from systemd: what is taken, what is refused, and what is none of this process's business."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cc_proxy import systemd
+from cc_proxy.systemd import ActivationError, take_listener
+from tests.proxy.support import open_fds
+
+VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def listener(tmp_sock_dir: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_sock_dir / "sock"))
+        listener.listen()
+        yield listener
+
+
+def activate(
+    monkeypatch: pytest.MonkeyPatch, fd: int, *, pid: str | None = None, count: str | None = "1"
+) -> None:
+    """The first fd passed is `fd`, not 3, which is somebody else's here."""
+    monkeypatch.setattr(systemd, "_FIRST_FD", fd)
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()) if pid is None else pid)
+    if count is not None:
+        monkeypatch.setenv("LISTEN_FDS", count)
+    monkeypatch.setenv("LISTEN_FDNAMES", "cc-proxy.socket")
+
+
+def test_first_fd_is_the_one_of_the_protocol() -> None:
+    assert systemd._FIRST_FD == 3
+
+
+def test_process_that_was_not_activated() -> None:
+    assert take_listener() is None
+
+
+def test_the_socket_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, listener: socket.socket) -> None:
+    passed = os.dup(listener.fileno())
+    os.set_inheritable(passed, True)
+    os.set_blocking(passed, False)
+    activate(monkeypatch, passed)
+    sock = take_listener()
+    assert sock
+    with sock:
+        assert sock.fileno() == passed
+        assert not sock.get_inheritable()
+        assert sock.getblocking()
+        assert os.get_blocking(passed)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(listener.getsockname())
+            sock.accept()[0].close()
+    assert not any(name in os.environ for name in VARIABLES), "no child is to believe them"
+    assert take_listener() is None
+
+
+@pytest.mark.parametrize(
+    ("pid", "count"), [("1", "1"), ("", "1"), ("nonsense", "1"), ("-1", "1"), (None, None), (None, "")]
+)
+def test_what_is_meant_for_another_process_is_not_touched(
+    monkeypatch: pytest.MonkeyPatch, listener: socket.socket, pid: str | None, count: str | None
+) -> None:
+    before = open_fds()
+    activate(monkeypatch, listener.fileno(), pid=pid, count=count)
+    assert take_listener() is None
+    assert open_fds() == before
+    assert not any(name in os.environ for name in VARIABLES)
+
+
+@pytest.mark.parametrize("count", ["2", "0", "-1", "nonsense", "1.0", "99999999999999999999"])
+def test_other_than_one_socket(monkeypatch: pytest.MonkeyPatch, listener: socket.socket, count: str) -> None:
+    activate(monkeypatch, listener.fileno(), count=count)
+    with pytest.raises(ActivationError, match=f"LISTEN_FDS={count}: expected exactly one socket"):
+        take_listener()
+    assert not any(name in os.environ for name in VARIABLES)
+
+
+@pytest.mark.parametrize("kind", ["stream that does not listen", "datagram", "TCP", "connected"])
+def test_socket_of_another_kind_is_refused_and_closed(
+    monkeypatch: pytest.MonkeyPatch, tmp_sock_dir: Path, kind: str
+) -> None:
+    family = socket.AF_INET if kind == "TCP" else socket.AF_UNIX
+    kinds = socket.SOCK_DGRAM if kind == "datagram" else socket.SOCK_STREAM
+    before = set(open_fds())
+    if kind == "connected":
+        sock, peer = socket.socketpair()
+        peer.close()
+    else:
+        sock = socket.socket(family, kinds)
+    if kind == "TCP":
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+    activate(monkeypatch, sock.detach())
+    with pytest.raises(ActivationError, match="not a listening AF_UNIX stream socket"):
+        take_listener()
+    assert set(open_fds()) == before
+
+
+def test_fd_that_is_no_socket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file:
+        activate(monkeypatch, file.fileno())
+        with pytest.raises(
+            ActivationError, match="passed as a socket, is none: Socket operation on non-socket"
+        ):
+            take_listener()
+        assert os.fstat(file.fileno())
+
+
+def test_fd_that_is_not_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    near, far = socket.socketpair()
+    near.close()
+    far.close()
+    fd = os.dup(0)
+    os.close(fd)
+    activate(monkeypatch, fd)
+    with pytest.raises(ActivationError, match=f"fd {fd}, passed as a socket, is none: Bad file descriptor"):
+        take_listener()
