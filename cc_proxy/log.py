@@ -5,6 +5,7 @@ where stderr is the journal a `<N>` in front of it gives the priority, and on a 
 Lines are written by a thread of their own: whoever logs never waits for whoever reads the log.
 """
 
+import io
 import json
 import logging
 import logging.handlers
@@ -39,6 +40,8 @@ VERBOSE: dict[int, LogLevel] = {1: "debug", 2: "io", 3: "console"}
 
 #: Lines that may wait to be written; those that come on top are dropped and counted.
 _MOST_WAITING = 4_096
+#: Seconds that the last lines get to be written.
+_LAST_LINES = 1.0
 #: What a LogRecord has of its own: everything else in one is a field.
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))
@@ -104,17 +107,25 @@ class _Writer(logging.handlers.QueueHandler):
 
 
 class _Listener(logging.handlers.QueueListener):
-    """Ends when it has written what waits, even if the queue is full."""
+    """Ends when it has written what waits, if it can be written."""
 
-    def enqueue_sentinel(self) -> None:
-        self.queue.put(self._sentinel)  # type: ignore[attr-defined,unused-ignore]
+    def finish(self) -> bool:
+        """Have it end; returns whether it has, in a second."""
+        thread = self._thread
+        try:
+            self.queue.put(self._sentinel, timeout=_LAST_LINES)  # type: ignore[attr-defined,unused-ignore]
+        except queue.Full:
+            return False
+        if thread:
+            thread.join(_LAST_LINES)
+        return not (thread and thread.is_alive())
 
 
 class Logging:
     """The process's log, from `start` to `stop`."""
 
     def __init__(self, level: LogLevel, form: LogFormat, stream: TextIO | None = None) -> None:
-        stream = stream or sys.stderr
+        stream = stream or sys.stderr or io.StringIO()
         for name, number in (("IO", IO), ("CONSOLE", CONSOLE)):
             logging.addLevelName(number, name)
         handler = logging.StreamHandler(stream)
@@ -136,10 +147,14 @@ class Logging:
         """Log what is at `level` or above. Any thread may call."""
         logger.setLevel(LEVELS[level])
 
-    def stop(self) -> None:
-        """Write what waits, and log no more."""
+    def stop(self) -> bool:
+        """Write what waits, and log no more.
+
+        Returns False if nobody takes it: then a thread still waits to write to stderr, which the interpreter
+        must not try to flush.
+        """
         logger.removeHandler(self._front)
-        self._listener.stop()
+        return self._listener.finish()
 
 
 def stderr_is_journal(stream: TextIO) -> bool:

@@ -18,6 +18,7 @@ from cc_proxy.systemd import ActivationError
 LOG_LEVEL_VARIABLE = "CC_PROXY_LOG_LEVEL"
 
 EX_CONFIG = 78
+EXIT_FAILED = 1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,10 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     log = Logging(chosen.log.level, chosen.log.format)
     log.start()
+    status = EXIT_FAILED
     try:
-        return _run(chosen)
+        status = _run(chosen)
     finally:
-        log.stop()
+        if not log.stop():
+            os._exit(status)
+    return status
 
 
 def choose_settings(options: argparse.Namespace) -> Settings:
@@ -90,7 +94,7 @@ def _run(chosen: Settings) -> int:
         listener = Listener(inherited) if inherited else Listener.bind(chosen.socket_path)
     except (ListenError, ActivationError) as error:
         logger.error("cannot start", extra={"error": str(error)})
-        return 1
+        return EXIT_FAILED
     try:
         daemon.serve(listener, chosen)
     finally:

@@ -60,9 +60,13 @@ class StdinWindow:
         """Take a marker that came back. Returns whether there is room again because of it."""
         if not self.asked or seq != self._seq:
             return False
+        self.reset()
+        return True
+
+    def reset(self) -> None:
+        """Forget what is on its way."""
         self.asked = 0
         self._unacknowledged = 0
-        return True
 
     @property
     def _seq(self) -> int:

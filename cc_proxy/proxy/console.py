@@ -7,7 +7,8 @@ from typing import Self
 from cc_proxy.log import CONSOLE, logger
 
 _LONGEST_LINE = 1024
-_READ_SIZE = 16 * 1024
+#: Little at once: a console that floods must not hold up the VM's streams.
+_READ_SIZE = 512
 _LINE_END = re.compile(rb"[\r\n]+")
 
 

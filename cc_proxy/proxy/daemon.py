@@ -12,6 +12,8 @@ from cc_proxy.settings import Settings
 
 #: Seconds that what is in flight gets to finish when the daemon stops.
 STOP_TIMEOUT = 5.0
+#: So much of it is left for what VMs have sent, however long requests take.
+_DELIVERY_TIME = 1.0
 #: Address space of each thread's stack. Little of it is ever touched, and there may be thousands.
 _STACK_SIZE = 512 * 1024
 
@@ -42,7 +44,7 @@ def _stop(server: Server, registry: Registry) -> None:
     """Stop accepting; let requests in flight finish, then what VMs have sent; give up when time is over."""
     deadline = time.monotonic() + STOP_TIMEOUT
     server.stop_accepting()
-    server.join_connections(deadline - time.monotonic())
+    server.join_connections(STOP_TIMEOUT - _DELIVERY_TIME)
     vms = registry.vms()
     for vm in vms:
         vm.stop()

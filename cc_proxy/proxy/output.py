@@ -1,9 +1,12 @@
 """Output: frames from one VM to its clients. Pump thread, all of it."""
 
+import fcntl
 import socket
+import struct
+import termios
 from collections.abc import Callable, Iterator, Mapping
 
-from cc_proxy.hyperstart.frames import gather
+from cc_proxy.hyperstart.frames import Batch, gather
 from cc_proxy.log import logger
 from cc_proxy.proxy.counters import Counters
 from cc_proxy.proxy.dump import dump_frames
@@ -53,28 +56,45 @@ class Output:
         """Whether slices of the buffer are still waited for, so that the VM cannot be read."""
         return bool(self._holding)
 
-    def read(self, most: int | None) -> int:
-        """Read once, up to `most` bytes, and deliver what came; returns how much that was, 0 at end of file.
+    def read(self) -> int:
+        """Read once and deliver what came; returns how many bytes that was, 0 at end of file.
 
         Not while `paused`. Raises `BlockingIOError`, `FramingLost` (what came before is delivered), or
         another `OSError`.
         """
-        size = self._io.recv_into(self._room(most))
-        if not size:
-            return 0
-        begin, self._stop = self._start, self._stop + size
-        batch = gather(self._buffer, self._view, begin, self._stop, self._owners)
-        self._start = batch.stop
-        self._counters.bytes_to_clients += size
-        dump_frames(self._vm, "output", (self._view[begin : batch.stop],))
+        size = self._io.recv_into(self._room())
+        if size:
+            self._stop += size
+            batch = self._deliver(self._buffer, self._view, self._start, self._stop)
+            self._start = batch.stop
+            if batch.error:
+                raise FramingLost(batch.error)
+        return size
+
+    def read_rest(self) -> None:
+        """Read what has arrived by now, for the last time, even while `paused`: into a buffer of its own.
+
+        Raises `OSError`.
+        """
+        (size,) = struct.unpack("i", fcntl.ioctl(self._io, termios.FIONREAD, bytes(4)))
+        rest = self._buffer[self._start : self._stop]
+        while size > 0 and (piece := self._io.recv(size)):
+            rest += piece
+            size -= len(piece)
+        self._start = self._stop
+        self._deliver(rest, memoryview(rest), 0, len(rest))
+
+    def _deliver(self, buffer: bytearray, view: memoryview, start: int, stop: int) -> Batch[Session]:
+        """Pass on the whole frames there."""
+        batch = gather(buffer, view, start, stop, self._owners)
+        self._counters.bytes_to_clients += batch.stop - start
+        dump_frames(self._vm, "output", (view[start : batch.stop],))
         for session, pieces in batch.slices.items():
             if session.deliver(pieces):
                 self._settle(session)
         for seq, _ in batch.strays:
             self._on_stray(seq)
-        if batch.error:
-            raise FramingLost(batch.error)
-        return size
+        return batch
 
     def flush(self, session: Session) -> None:
         """The session's client takes something again, or has gone."""
@@ -99,13 +119,13 @@ class Output:
                 session.spill()
                 self._settle(session)
 
-    def _room(self, most: int | None) -> memoryview:
+    def _room(self) -> memoryview:
         """Return the part of the buffer to read into, behind an unfinished frame if there is one."""
         held = self._stop - self._start
         if held and self._start:
             self._buffer[:held] = self._buffer[self._start : self._stop]
         self._start, self._stop = 0, held
-        return self._view[held:] if most is None else self._view[held : held + most]
+        return self._view[held:]
 
     def _settle(self, session: Session) -> None:
         """Watch the session's client for as long as something waits for it."""

@@ -8,11 +8,8 @@ the VM is not read.
 """
 
 import contextlib
-import fcntl
 import os
 import socket
-import struct
-import termios
 import threading
 import time
 from collections import deque
@@ -85,14 +82,10 @@ class Pump:
         }
         if console:
             self._handlers[console.fileno()] = self._on_console
-        # What is watched of the I/O channel, reading and writing; nothing at all while it is paused and has
-        # hung up already.
-        self._io_events = (READ, NOTHING_ELSE)
-        self._io_hung_up = False
+        self._io_events = (READ, NOTHING_ELSE)  # what the I/O channel is watched for
         self._io_open = True
-        # Bytes of output that are still read before the I/O channel is closed; None: no end to it.
-        self._left_to_read: int | None = None
         self._finish_at: float | None = None
+        self._finish_cause = ""
         self._thread = threading.Thread(target=self._run, name=f"pump {vm[:32]}", daemon=True)
 
     # Any thread -------------------------------------------------------------------------------------------
@@ -109,10 +102,10 @@ class Pump:
         """Take over a session: frames for its seqs reach it from now on. False if the pump has ended."""
         return self._post(lambda: self._add(session))
 
-    def finish(self, after: float = 0.0) -> None:
-        """In `after` seconds at the latest, close the I/O channel, deliver what came by then, and end."""
+    def finish(self, cause: str, after: float = 0.0) -> None:
+        """In `after` seconds at the latest, close both channels, deliver what came by then, and end."""
         at = time.monotonic() + after
-        self._post(lambda: self._finish_by(at))
+        self._post(lambda: self._finish_by(at, cause))
 
     def abort(self) -> None:
         """End now, whatever waits."""
@@ -202,7 +195,9 @@ class Pump:
     def _timeout(self) -> float | None:
         if not self._timed:
             return None
-        moments = [*self._output.moments(), *self._stdin.moments()]
+        moments = [*self._output.moments()]
+        if not self._output.paused:
+            moments += self._stdin.moments()
         if self._finish_at is not None:
             moments.append(self._finish_at)
         return max(0.0, min(moments) - time.monotonic()) if moments else None
@@ -210,9 +205,12 @@ class Pump:
     def _run_timers(self, now: float) -> None:
         if self._finish_at is not None and now >= self._finish_at:
             self._finish_at = None
-            self._finish_reading()
+            self._lose(self._finish_cause)
         self._output.run_timers(now)
-        self._stdin.run_timers(now)
+        if self._output.paused:
+            self._stdin.put_off(now)
+        else:
+            self._stdin.run_timers(now)
 
     def _watch_io(self) -> None:
         """Watch the I/O channel and the clients for what can be done about them now."""
@@ -222,20 +220,12 @@ class Pump:
             return
         reading = NOTHING_ELSE if self._output.paused else READ
         writing = WRITE if self._stdin.blocked else NOTHING_ELSE
-        if self._io_hung_up and reading:
-            self._io_hung_up = False
-            self._selector.add(self._io_fd, NOTHING_ELSE)
-            self._stdin.clients.add(self._io_fd, READ)
-        if self._io_hung_up or (reading, writing) == self._io_events:
+        if (reading, writing) == self._io_events:
             return
         self._io_events = (reading, writing)
         # While the VM takes nothing only _selector is waited on, so that is where it has to be seen.
         self._selector.change(self._io_fd, reading | writing if writing else NOTHING_ELSE)
         self._stdin.clients.change(self._io_fd, reading)
-
-    def _unwatch_io(self) -> None:
-        self._selector.remove(self._io_fd)
-        self._stdin.clients.remove(self._io_fd)
 
     # Pump thread: what is ready ---------------------------------------------------------------------------
 
@@ -270,9 +260,7 @@ class Pump:
         if not events & ~WRITE or not self._io_open:
             return
         if self._output.paused:
-            # It has hung up while it could not be read: what it sent before is read later.
-            self._io_hung_up = True
-            self._unwatch_io()
+            # A hang-up is noticed even while it is not read.
             self._lose("the VM hung up its I/O channel")
         else:
             self._read_vm()
@@ -282,7 +270,7 @@ class Pump:
             # A session whose seqs a client knows by now may still be in there.
             self._open_mail()
         try:
-            size = self._output.read(self._left_to_read)
+            size = self._output.read()
         except BlockingIOError:
             return
         except (FramingLost, OSError) as error:
@@ -292,10 +280,6 @@ class Pump:
         if not size:
             self._lose("the VM hung up its I/O channel")
             self._end_io()
-        elif self._left_to_read is not None:
-            self._left_to_read -= size
-            if not self._left_to_read:
-                self._end_io()
 
     def _on_others(self, _events: int) -> None:
         self._serve(self._selector.poll(0))
@@ -340,17 +324,15 @@ class Pump:
         self._owner.lose(cause)
         self._finish_reading()
 
-    def _finish_by(self, at: float) -> None:
+    def _finish_by(self, at: float, cause: str) -> None:
+        self._finish_cause = cause
         self._finish_at = at if self._finish_at is None else min(at, self._finish_at)
 
     def _finish_reading(self) -> None:
-        """Read what has arrived by now, and then no more."""
-        if not self._io_open or self._left_to_read is not None:
-            return
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.remove(self._control.unasked.fileno())
-        (self._left_to_read,) = struct.unpack("i", fcntl.ioctl(self._io, termios.FIONREAD, bytes(4)))
-        if not self._left_to_read:
+        """Deliver what has arrived by now, and close both channels."""
+        if self._io_open:
+            with contextlib.suppress(OSError):
+                self._output.read_rest()
             self._end_io()
 
     def _end_io(self) -> None:
@@ -358,7 +340,11 @@ class Pump:
         if not self._io_open:
             return
         self._io_open = False
-        self._unwatch_io()
+        self._selector.remove(self._io_fd)
+        self._stdin.clients.remove(self._io_fd)
+        self._selector.remove(self._control.unasked.fileno())
+        del self._handlers[self._control.unasked.fileno()]
+        self._control.close()
         close_stream(self._io)
         for session in list(self._sessions):
             self._stdin.forget(session)

@@ -50,7 +50,8 @@ class Registry:
 
     def unregister(self, container_id: str) -> None:
         """Free an id and let its VM go. Raises `RegistryError`."""
-        self.get(container_id).leave()
+        if not self.get(container_id).leave():
+            raise RegistryError(f"unknown containerID: {container_id}")
 
     def vms(self) -> list[Vm]:
         """Return all VMs that have not ended, those without an id included."""

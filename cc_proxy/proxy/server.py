@@ -244,9 +244,6 @@ class Connection(socketserver.BaseRequestHandler):
             self.request.sendmsg([TAG], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
 
     def _set_timeout(self, option: int, seconds: float) -> None:
-        self.request.setsockopt(
-            # Rounded up, because 0 is for ever.
-            socket.SOL_SOCKET,
-            option,
-            _TIMEVAL.pack(int(seconds), math.ceil(seconds % 1 * 1_000_000)),
-        )
+        # Rounded up, because 0 is for ever.
+        whole, micro = divmod(math.ceil(seconds * 1_000_000), 1_000_000)
+        self.request.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(whole, micro))

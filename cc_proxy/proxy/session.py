@@ -13,7 +13,7 @@ from cc_proxy.proxy.spool import Spool, SpoolSpace
 _PATIENCE = 0.02
 #: Patience that comes back in each second: the most that one client can slow its VM down by.
 _PATIENCE_REGAINED = 0.25
-#: Seconds until a spool that could not be used is tried again.
+#: Seconds until a spool that was full, or could not be used, is tried again.
 _SPOOL_RETRY = 1.0
 
 
@@ -42,7 +42,7 @@ class Session:
         self.window = window
         #: Output for which the pump's buffer must be kept, in front of all that is read after it.
         self.pending: Sequence[Piece] = ()
-        #: When `pending` is to be spilled; None if nothing is pending, or the spool is full.
+        #: When `pending` is to be spilled; None if nothing is pending.
         self.patient_until: float | None = None
         #: Why the spool has not taken what is pending.
         self.stuck = ""
@@ -70,6 +70,9 @@ class Session:
         """
         if self.output_gone:
             return False
+        if self.pending:
+            self.pending = [*self.pending, *pieces]
+            return True
         if self._spool.size:
             self.pending = pieces
             self.spill()
@@ -94,14 +97,14 @@ class Session:
             self._give_up_output()
         if self.pending and not self._spool.size:
             self._write(self.pending)
-        if self.pending and (self.stuck or self.patient_until is None):
+        if self.pending and (self.stuck or self._spool.size):
             self.spill()
 
     def spill(self) -> None:
         """Move pending output to the spool, as much as that takes.
 
-        If something is left, `stuck` says why; where it was the file system's fault, `patient_until` is when
-        to try again.
+        If something is left, `stuck` says why, and `patient_until` is when to try again: others may have made
+        room by then.
         """
         self._stop_being_patient()
         try:
@@ -110,6 +113,7 @@ class Session:
             self.stuck = "the spool is full" if self.pending else ""
         except OSError as error:
             self.stuck = f"the spool cannot be used: {error.strerror}"
+        if self.stuck:
             self.patient_until = time.monotonic() + _SPOOL_RETRY
 
     def _write(self, pieces: Sequence[Piece]) -> None:

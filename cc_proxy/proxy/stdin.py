@@ -15,6 +15,8 @@ from cc_proxy.proxy.selector import HANG_UP, NOTHING_ELSE, READ, Selector
 from cc_proxy.proxy.session import Session
 
 _BUFFER_SIZE = 256 * 1024
+#: So many clients share the buffer in a turn, if so many have sent something.
+_MOST_SHARES = 4
 #: A client is not read any more in a turn when less than this is left of the buffer.
 _LEAST_READ = 16 * 1024
 #: An agent that has let so many markers pass, and never sent one back, is taken not to do that.
@@ -69,8 +71,6 @@ class Stdin:
 
     def add(self, session: Session) -> None:
         """Begin to read a client."""
-        if not self._paced:
-            session.window = None
         self._sessions[session.fd] = session
         self.clients.add(session.fd, READ)
 
@@ -88,6 +88,7 @@ class Stdin:
         """
         pieces: list[Piece] = []
         used = 0
+        share = _BUFFER_SIZE // min(len(ready), _MOST_SHARES)
         if self._left_out:
             # epoll names them in the same order each time: those at the end would never have their turn.
             turn = {fd: number for number, fd in enumerate(self._left_out)}
@@ -100,7 +101,7 @@ class Stdin:
                 self._hung_up(session)
             elif _BUFFER_SIZE - used >= _LEAST_READ:
                 self._left_out.pop(fd, None)
-                used += self._read(session, used, events, pieces)
+                used += self._read(session, used, share, events, pieces)
             else:
                 self._left_out[fd] = None
         self._counters.bytes_to_vm += used
@@ -113,6 +114,9 @@ class Stdin:
 
     def echo(self, seq: int) -> None:
         """A marker came back."""
+        if not self._paced:
+            self._start_pacing()
+            return
         session = self._owners.get(marked_stream(seq))
         if session is None or session.window is None or not session.window.echoed(seq):
             return
@@ -124,6 +128,10 @@ class Stdin:
         """Yield when `run_timers` has something to do."""
         return iter([] if self._to_vm else list(self._asked.values())[:1])
 
+    def put_off(self, now: float) -> None:
+        """The VM is not read: no marker can have come back, so their time begins anew."""
+        self._asked = dict.fromkeys(self._asked, now + self._echo_timeout)
+
     def run_timers(self, now: float) -> None:
         """Ask again where a marker did not come back."""
         while self._asked and not self._to_vm:
@@ -132,8 +140,10 @@ class Stdin:
                 break
             self._ask_again(session)
 
-    def _read(self, session: Session, start: int, events: int, pieces: list[Piece]) -> int:
-        room = session.window.room if session.window else _BUFFER_SIZE
+    def _read(self, session: Session, start: int, room: int, events: int, pieces: list[Piece]) -> int:
+        window = session.window if self._paced else None
+        if window:
+            room = min(room, window.room)
         try:
             size = session.read_into(self._view[start : start + room])
         except BlockingIOError:
@@ -148,7 +158,7 @@ class Stdin:
         pieces += good
         if splitter.error:
             self._drop(session, splitter.error)
-        elif session.window and (marker := session.window.sent(splitter.payload_bytes - before)):
+        elif window and (marker := window.sent(splitter.payload_bytes - before)):
             pieces.append(marker)
             self.clients.change(session.fd, NOTHING_ELSE)
             self._asked[session] = time.monotonic() + self._echo_timeout
@@ -199,11 +209,16 @@ class Stdin:
     def _stop_pacing(self) -> None:
         logger.warning("the agent does not acknowledge stdin: it is sent unpaced", extra={"vm": self._vm})
         self._paced = False
-        for session in self._sessions.values():
-            session.window = None
         for session in self._asked:
             self._resume(session)
         self._asked.clear()
+
+    def _start_pacing(self) -> None:
+        logger.info("the agent acknowledges stdin after all: it is sent paced", extra={"vm": self._vm})
+        self._paced = self._echoed = True
+        for session in self._sessions.values():
+            if session.window:
+                session.window.reset()
 
     def _send(self, pieces: Sequence[Piece]) -> None:
         if self._to_vm:

@@ -139,10 +139,13 @@ class Vm:
             raise VmError(self._gone())
         return seqs.start, theirs
 
-    def leave(self) -> None:
-        """Bye was said: end when the VM hangs up, or when the linger has passed."""
-        if self._move(State.LEAVING) and self._pump:
-            self._pump.finish(self._settings.vm.bye_linger)
+    def leave(self) -> bool:
+        """Bye was said: end when the VM hangs up, or when the linger has passed. False if it is not up."""
+        pump = self._pump
+        if pump is None or not self._move(State.LEAVING):
+            return False
+        pump.finish("it has lingered long enough after bye", self._settings.vm.bye_linger)
+        return True
 
     def lose(self, cause: str) -> None:
         """The VM is of no use any more, because of `cause`. Who waits for its answer is told."""
@@ -159,22 +162,29 @@ class Vm:
     def ended(self) -> None:
         """The pump has delivered everything and closed both channels."""
         self._move(State.ENDED)
+        # A client that stays attached must not keep the pump's buffers.
+        with self._lock:
+            self._pump = None
 
     def stop(self) -> None:
         """The daemon stops: deliver what the VM has sent by now, and end."""
-        if self._pump:
-            self._pump.finish()
-        elif self._control:
-            self._control.hang_up()
+        pump, control = self._pump, self._control
+        self._powering_off = True
+        if pump:
+            pump.finish("the daemon stops")
+        elif control:
+            control.hang_up()
 
     def abort(self) -> None:
         """End now, whatever waits."""
-        if self._pump:
-            self._pump.abort()
+        pump = self._pump
+        if pump:
+            pump.abort()
 
     def join(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds for the VM's end; returns whether it has ended."""
-        return self._pump is None or self._pump.join(timeout)
+        pump = self._pump
+        return pump is None or pump.join(timeout)
 
     def _connect(self, hello: Hello, undo: contextlib.ExitStack) -> Pump:
         """Connect both channels and wait for READY. What is opened is closed by `undo`."""

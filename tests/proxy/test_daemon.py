@@ -90,7 +90,7 @@ def test_requests_finish_before_vms_are_stopped(monkeypatch: pytest.MonkeyPatch,
     ("takes", "left"),
     [
         ({"vm1": 60.0, "vm2": 0.0}, ["vm1"]),
-        ({"connections": 60.0, "vm1": 0.0, "vm2": 1.0}, ["vm2"]),
+        ({"connections": 60.0, "vm1": 0.0, "vm2": 1.1}, ["vm2"]),
         ({"connections": 4.0, "vm1": 0.9, "vm2": 0.2}, ["vm2"]),
     ],
 )

@@ -416,7 +416,7 @@ def talk_nonsense(rig: Rig) -> None:
 
 
 def finish(rig: Rig) -> None:
-    rig.pump.finish()
+    rig.pump.finish("the test ends")
 
 
 ENDS = [close_io, send_no_more, lose_framing, close_control, talk_nonsense, finish]
@@ -444,7 +444,7 @@ def test_clients_get_all_that_was_sent_and_then_its_end(
     assert at_end(idle.sock)
     assert at_end(typist.sock)
     rig.wait_ended()
-    assert bool(rig.owner.causes) == (end is not finish)
+    assert rig.owner.causes
     assert (rig.space.used, spool_files(tmp_path)) == (0, 0)
     assert not rig.pump.add(rig_session(rig))
 
@@ -552,22 +552,22 @@ def test_client_that_goes_while_the_rest_is_delivered_ends_the_pump(small_rig: R
 
 def test_finish_waits_for_its_moment(rig: Rig) -> None:
     stream = rig.open()
-    rig.pump.finish(NEVER)
+    rig.pump.finish("over", NEVER)
     rig.io.sendall(frame(1, b"goes on"))
     assert stream.read_frame().payload == b"goes on"
     stream.send(b"goes on")
     assert read_frames(rig.io, 1) == [(1, b"goes on")]
-    rig.pump.finish(2 * NEVER)
-    rig.pump.finish(0.01)
-    rig.pump.finish(NEVER)
+    rig.pump.finish("over", 2 * NEVER)
+    rig.pump.finish("over", 0.01)
+    rig.pump.finish("over", NEVER)
     assert at_end(stream.sock)
     assert at_end(rig.io)
     rig.wait_ended()
-    assert rig.owner.causes == []
+    assert rig.owner.causes == ["over"]
 
 
 def test_vm_that_hangs_up_does_not_wait_for_that_moment(rig: Rig) -> None:
-    rig.pump.finish(NEVER)
+    rig.pump.finish("over", NEVER)
     rig.io.close()
     rig.wait_ended()
 
@@ -589,7 +589,7 @@ def test_abort_waits_for_nothing(small_rig: Rig, state: str, tmp_path: Path) -> 
     assert sent.startswith(read_to_end(stream.sock))
     assert (rig.space.used, spool_files(tmp_path)) == (0, 0)
     rig.pump.abort()
-    rig.pump.finish()
+    rig.pump.finish("the test ends")
 
 
 def test_session_that_comes_while_the_rest_is_delivered_sees_the_end_at_once(
@@ -651,7 +651,7 @@ def test_thread_that_cannot_be_had_leaves_nothing_open(
         assert at_end(rig.io)
         assert at_end(rig.ctl)
         assert not rig.pump.add(rig_session(rig))
-        rig.pump.finish()
+        rig.pump.finish("the test ends")
         rig.pump.abort()
 
 

@@ -295,9 +295,22 @@ def test_agent_that_never_echoes_gets_plain_sending_after_a_warning(bench: Bench
             client.sendall(frame(session.seqs.start, bytes(5_000)))
             frames += bench.turns()
         assert data_of(frames, session.seqs.start) == bytes(5_000)
-        bench.stdin.echo(MARKER + session.seqs.start)  # much too late
     assert logged.at(logging.WARNING) == [UNPACED]
     assert len(markers_of(frames)) <= 3 * stdin_module._MARKERS_TO_TRY
+
+
+def test_agent_that_echoes_after_all_is_paced_again(bench: Bench) -> None:
+    session, client = bench.open()
+    client.sendall(frame(session.seqs.start, bytes(5_000)))
+    bench.turns()
+    for _ in range(stdin_module._MARKERS_TO_TRY):
+        bench.pass_time(ECHO_TIMEOUT)
+    bench.turns()
+    bench.stdin.echo(MARKER + session.seqs.start)
+    client.sendall(frame(session.seqs.start, bytes(5_000)))
+    frames = bench.turns()
+    assert len(markers_of(frames)) == 1
+    assert len(data_of(frames, session.seqs.start)) <= 512
 
 
 def test_agent_that_has_ever_echoed_is_asked_for_ever(bench: Bench, logged: Logged) -> None:

