@@ -15,9 +15,9 @@ from cc_proxy.api.frames import FRAME_HEADER
 
 #: Most that is read or sent at once.
 BUFFER_SIZE = 256 * 1024
-#: Seqs from here on are the proxy's questions whether stdin was taken in, to be sent back (hyperstart.md).
+#: Seqs from here on are the proxy's questions whether stdin was taken in, to be sent back (docs/protocol.md).
 FIRST_MARKER = 1 << 63
-#: Longest frame that an agent takes (protocol.md, 3).
+#: Longest frame that an agent takes (docs/protocol.md, 3).
 MAX_TO_AGENT = 4096
 #: What a neighbour is sent while echoes are timed: frames as long as hyperstart's, and how many a second.
 NEIGHBOUR_PAYLOAD = 10_228

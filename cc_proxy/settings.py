@@ -54,12 +54,12 @@ class Vm(_Table, frozen=True):
 
 
 class Stdin(_Table, frozen=True):
-    """How stdin is paced (hyperstart.md, lossless stdin)."""
+    """How stdin is paced (docs/protocol.md, the agent's stdin)."""
 
     #: Payload bytes a process may be sent before its agent has to say that it took them; 0: no pacing.
     window: Annotated[int, Meta(ge=0, le=1_048_576)] = 512
     #: Seconds until an agent that has not said so is asked again.
-    echo_timeout: _Seconds = 1.0
+    echo_timeout: _Seconds = 0.1
 
 
 class Spool(_Table, frozen=True):

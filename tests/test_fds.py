@@ -59,6 +59,13 @@ def test_who_is_closed_reads_what_was_sent_and_then_the_end(ends: Ends, unread: 
     assert at_end(far)
 
 
+def test_who_is_closed_sees_the_end_though_somebody_else_holds_the_fd(ends: Ends) -> None:
+    near, far = ends
+    with near.dup():
+        close_stream(near)
+        assert at_end(far)
+
+
 def test_who_has_hung_up_or_is_closed_already_is_no_error(ends: Ends) -> None:
     near, far = ends
     far.send(b"x")

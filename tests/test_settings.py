@@ -37,7 +37,7 @@ DEFAULTS = {
     "vm.command_timeout": 60.0,
     "vm.bye_linger": 10.0,
     "stdin.window": 512,
-    "stdin.echo_timeout": 1.0,
+    "stdin.echo_timeout": 0.1,
     "spool.directory": "/var/tmp",
     "spool.session_limit": 64 * 1024 * 1024,
     "spool.total_limit": 1024 * 1024 * 1024,

@@ -1,4 +1,4 @@
-"""The embedded agent: stands in for a VM, to try and to test the proxy without one (hyperstart.md).
+"""The embedded agent: stands in for a VM, to try and to test the proxy without one (docs/protocol.md).
 
 It listens on a control and an I/O socket as a hypervisor would, answers like the agent in a VM, with its
 limits, and runs the containers' processes as processes of this host.

@@ -1,4 +1,4 @@
-"""The commands a pod needs, as typed values (hyperstart.md). No I/O.
+"""The commands a pod needs, as typed values (docs/protocol.md). No I/O.
 
 Like the real agent, decoding is strict: a member nobody knows is as wrong as one of the wrong type.
 """

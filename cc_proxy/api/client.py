@@ -42,7 +42,7 @@ class AllocatedIo(NamedTuple):
 
 
 class Client:
-    """One connection to the proxy, and the requests one can make over it (protocol.md, 1).
+    """One connection to the proxy, and the requests one can make over it (docs/protocol.md, 1).
 
     `connection` is the path of the proxy's socket, or a stream socket that is connected already (which
     then belongs to the client and is closed with it). `timeout` is the deadline of each request in

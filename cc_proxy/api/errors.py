@@ -12,7 +12,7 @@ class ProxyError(Exception):
 class Refused(ProxyError):
     """The daemon answered a request with `"success":false`.
 
-    `text` is the daemon's own error text (protocol.md, 1). The connection stays usable.
+    `text` is the daemon's own error text (docs/protocol.md, 1). The connection stays usable.
     """
 
     def __init__(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""An fd that travels over an AF_UNIX socket: one byte `F` with SCM_RIGHTS (protocol.md, allocateIO)."""
+"""An fd that travels over an AF_UNIX socket: one byte `F` with SCM_RIGHTS (docs/protocol.md, allocateIO)."""
 
 import array
 import errno

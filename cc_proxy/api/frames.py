@@ -1,4 +1,4 @@
-"""I/O frames, `[u64 seq][u32 total length][payload]`, as clients meet them on their I/O fd (protocol.md)."""
+"""I/O frames, `[u64 seq][u32 total length][payload]`, as clients meet them (docs/protocol.md, 3)."""
 
 import struct
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Client messages as bytes (protocol.md, 1): framing and JSON, no I/O.
+"""Client messages as bytes (docs/protocol.md, 1): framing and JSON, no I/O.
 
 `encode` makes the bytes of one message; `MessageParser` finds the messages in what arrived, in whatever
 pieces it arrived; `decode` gives a message its type.

@@ -1,6 +1,6 @@
 """The requests a client may send, and what comes back: plain typed data, no I/O.
 
-Each class is one row of the payload table (protocol.md, 1). Names are Python's here and the wire's in
+Each class is one row of the payload table (docs/protocol.md, 1). Names are Python's here and the wire's in
 JSON (`container_id` travels as `containerId`); types are strict when a message is decoded. An argument
 that is absent takes its default, which is the empty value: what the daemon makes of that is the daemon's to
 say. `data` that is absent is `UNSET`.

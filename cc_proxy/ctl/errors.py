@@ -14,7 +14,7 @@ STATUS_NOT_STARTED = 127
 #: Added to the number of the signal that ended a command, as shells do.
 STATUS_SIGNALLED = 128
 
-#: How the daemon marks what the agent itself refused (protocol.md, hyper).
+#: How the daemon marks what the agent itself refused (docs/protocol.md, hyper).
 _FROM_AGENT = "received from Hyperstart"
 
 

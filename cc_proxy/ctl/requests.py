@@ -1,4 +1,4 @@
-"""What the agent is asked for, as the JSON it expects (hyperstart.md, commands a pod needs). No I/O."""
+"""What the agent is asked for, as the JSON it expects (docs/protocol.md, commands a pod needs). No I/O."""
 
 import msgspec
 

@@ -1,4 +1,4 @@
-"""A process's streams as frames (protocol.md, 3), and how its end shows in them. No I/O."""
+"""A process's streams as frames (docs/protocol.md, 3), and how its end shows in them. No I/O."""
 
 from enum import Enum
 

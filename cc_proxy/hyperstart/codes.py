@@ -1,4 +1,4 @@
-"""The codes of the control channel and the names clients use for them (protocol.md, 2)."""
+"""The codes of the control channel and the names clients use for them (docs/protocol.md, 2)."""
 
 from enum import IntEnum
 

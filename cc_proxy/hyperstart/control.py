@@ -1,4 +1,4 @@
-"""The control channel (protocol.md, 2): messages, and which answer belongs to which command. No I/O.
+"""The control channel (docs/protocol.md, 2): messages, and which answer belongs to which command. No I/O.
 
 One `ControlChannel` is the state of one connection to an agent. Commands go in and bytes to send come
 out; bytes received go in, and out come the agent's events, while answers complete their commands.

@@ -1,4 +1,4 @@
-"""The I/O channel in batches (protocol.md, 3 and 4). No I/O.
+"""The I/O channel in batches (docs/protocol.md, 3 and 4). No I/O.
 
 What arrived in one read is walked once and comes out as few, long slices of the same buffer: no payload
 is copied. `gather` sorts what a VM sent by the owners of its streams; `StdinSplitter` makes frames an

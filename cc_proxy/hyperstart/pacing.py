@@ -1,4 +1,4 @@
-"""Lossless stdin (hyperstart.md): how much of a process's stdin may be on its way at once. No I/O.
+"""Lossless stdin (docs/protocol.md): how much of a process's stdin may be on its way at once. No I/O.
 
 An agent keeps 512 bytes of stdin for each process and throws away what does not fit. A frame on a seq that
 no process owns comes back as an empty frame once everything before it was handled: sent behind the

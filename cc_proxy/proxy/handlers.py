@@ -1,4 +1,4 @@
-"""What each payload does (protocol.md, 1). No client's socket is touched here: text in, reply out."""
+"""What each payload does (docs/protocol.md, 1). No client's socket is touched here: text in, reply out."""
 
 import logging
 import socket

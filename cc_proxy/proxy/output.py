@@ -133,16 +133,16 @@ class Output:
             if session.fd not in self.waiting:
                 self.waiting[session.fd] = session
                 self._selector.add(session.fd, WRITE)
-        elif session.fd in self.waiting:
-            del self.waiting[session.fd]
-            self._selector.remove(session.fd)
+        else:
+            self._stuck.discard(session)
+            if self.waiting.pop(session.fd, None):
+                self._selector.remove(session.fd)
         self._hold(session)
 
     def _hold(self, session: Session) -> None:
         """Keep the buffer for as long as the session needs it."""
         if not session.pending:
             self._holding.discard(session)
-            self._stuck.discard(session)
             return
         self._holding.add(session)
         if session.stuck and session not in self._stuck:

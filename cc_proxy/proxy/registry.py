@@ -5,7 +5,7 @@ import threading
 from cc_proxy.api.payloads import Hello
 from cc_proxy.log import logger
 from cc_proxy.proxy.spool import SpoolSpace
-from cc_proxy.proxy.vm import State, Vm
+from cc_proxy.proxy.vm import State, Vm, VmError
 from cc_proxy.settings import Settings
 
 
@@ -37,7 +37,11 @@ class Registry:
                 raise RegistryError(f"the limit of {self._settings.limits.vms} VMs is reached")
             self._by_id[container_id] = vm
             self._vms.add(vm)
-        vm.start(hello)
+        try:
+            vm.start(hello)
+        except VmError as error:
+            logger.warning("VM not registered", extra={"vm": container_id, "error": str(error)})
+            raise
         return vm
 
     def get(self, container_id: str) -> Vm:

@@ -1,4 +1,4 @@
-"""The clients' side: accepts connections and serves each in a thread of its own (protocol.md, 1)."""
+"""The clients' side: accepts connections and serves each in a thread of its own (docs/protocol.md, 1)."""
 
 import array
 import contextlib

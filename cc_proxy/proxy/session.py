@@ -123,8 +123,8 @@ class Session:
             self._give_up_output()
             return
         if not self.pending:
-            self.stuck = ""
             self._stop_being_patient()
+            self.stuck = ""
 
     def _give_up_output(self) -> None:
         """The client has closed its end. What it sent before may still be on its way in."""
@@ -136,7 +136,8 @@ class Session:
 
     def _stop_being_patient(self) -> None:
         if self.patient_until is not None:
-            self._patience = min(_PATIENCE, max(0.0, self.patient_until - time.monotonic()))
+            if not self.stuck:  # else it is no patience, but the time until the spool is tried again
+                self._patience = max(0.0, self.patient_until - time.monotonic())
             self.patient_until = None
 
     def _end_of_patience(self) -> float:

@@ -20,7 +20,7 @@ _MOST_SHARES = 4
 #: A client is not read any more in a turn when less than this is left of the buffer.
 _LEAST_READ = 16 * 1024
 #: An agent that has let so many markers pass, and never sent one back, is taken not to do that.
-_MARKERS_TO_TRY = 3
+_MARKERS_TO_TRY = 10
 
 
 class Stdin:

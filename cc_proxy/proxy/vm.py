@@ -105,6 +105,8 @@ class Vm:
         try:
             answer = control.transact(name, payload, self._settings.vm.command_timeout)
         except NoAnswer as error:
+            fields = {"vm": self.container_id, "command": name.hyper_name, "error": str(error)}
+            logger.warning("command not answered", extra=fields)
             raise VmError(str(error)) from None
         except ControlLost as lost:
             self.lose(str(lost))
@@ -154,8 +156,10 @@ class Vm:
             expected = self._powering_off or self._state is State.LEAVING
         if not self._move(State.LOST):
             return
-        level = logging.INFO if expected else logging.WARNING
-        logger.log(level, "VM lost", extra={"vm": self.container_id, "error": cause})
+        if expected:
+            logger.info("VM gone", extra={"vm": self.container_id, "reason": cause})
+        else:
+            logger.warning("VM lost", extra={"vm": self.container_id, "error": cause})
         if self._control:
             self._control.hang_up()
 

@@ -1,4 +1,4 @@
-"""The control channel: the bytes of hyperstart.md, and who may talk when."""
+"""The control channel: the bytes of docs/protocol.md, and who may talk when."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The I/O channel: the bytes of hyperstart.md, its limits, and what is lost by them."""
+"""The I/O channel: the bytes of docs/protocol.md, its limits, and what is lost by them."""
 
 from __future__ import annotations
 

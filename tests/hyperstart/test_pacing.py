@@ -107,6 +107,18 @@ def test_a_late_echo_of_an_older_marker_is_none_of_a_newer_one() -> None:
     assert window.echoed(third)
 
 
+def test_after_a_reset_no_older_marker_counts() -> None:
+    """Its echo may only be late."""
+    window = StdinWindow(1, WINDOW)
+    late = [seq_of(window.sent(WINDOW)), seq_of(window.ask_again()), seq_of(window.ask_again())]
+    window.reset()
+    assert (window.room, window.asked) == (WINDOW, 0)
+    marker = seq_of(window.sent(WINDOW))
+    assert not any(window.echoed(seq) for seq in late)
+    assert window.room == 0
+    assert window.echoed(marker)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 511, 512, 1_048_576])
 def test_windows_of_any_size_let_everything_through(size: int) -> None:
     window = StdinWindow(1, size)

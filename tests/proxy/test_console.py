@@ -103,7 +103,9 @@ def test_console_is_not_dialled_unless_the_log_wants_it(listener: socket.socket,
     assert logged.records == []
 
 
-@pytest.mark.parametrize("path", ["/nowhere/console", "/with\0nul", "/" + "x" * 200, "relative"])
+@pytest.mark.parametrize(
+    "path", ["/nowhere/console", "/with\0nul", "/with\ud800half", "/" + "x" * 200, "relative"]
+)
 def test_console_that_cannot_be_reached_is_a_warning(logged: Logged, path: str) -> None:
     logger.setLevel(CONSOLE)
     before = set(open_fds())

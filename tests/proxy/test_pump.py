@@ -874,6 +874,21 @@ def vm_that_reads_nothing_with_a_marker_due(rig: Rig) -> None:
     rig.wait(blocked, "it is asked for again in vain")
 
 
+def vm_that_reads_nothing_while_clients_send(rig: Rig) -> None:
+    streams = [rig.open() for _ in range(3)]
+    fill(rig.pump._io)
+    streams[0].send(b"x")
+    rig.wait(blocked, "the VM takes nothing")
+    streams[1].send(b"x")
+    streams[2].close()
+
+
+def lost_control_channel_behind_a_client_that_reads_nothing(rig: Rig) -> None:
+    stall(rig, rig.open(buffer=SMALL))
+    rig.ctl.close()
+    wait_until(lambda: bool(rig.owner.causes), "it is noticed")
+
+
 def client_that_reads_nothing(rig: Rig) -> None:
     stall(rig, rig.open(buffer=SMALL))
 
@@ -918,7 +933,9 @@ def control_channel_in_use(rig: Rig) -> None:
     "wait_for",
     [
         vm_that_reads_nothing_with_a_marker_due,
+        vm_that_reads_nothing_while_clients_send,
         client_that_reads_nothing,
+        lost_control_channel_behind_a_client_that_reads_nothing,
         full_spool,
         vm_that_hung_up_behind_a_full_spool,
         vm_that_takes_no_more_behind_a_full_spool,
@@ -965,9 +982,10 @@ def test_console_is_logged_until_it_ends_and_the_pump_goes_on(space: SpoolSpace,
         far.close()
         wait_until(lambda: near.fileno() == -1, "the console is closed")
         assert [fields["line"] for fields in logged.fields("console")] == ["booting", "login: ", "# "]
-        stream = rig.open()
-        rig.io.sendall(frame(1, b"out"))
-        assert stream.read_frame().payload == b"out"
+        # Its fd is the next session's, which is watched like any other.
+        stream = rig.open(buffer=SMALL)
+        sent = stall(rig, stream)
+        assert read_exact(stream.sock, len(sent)) == sent
 
 
 # Many threads ---------------------------------------------------------------------------------------------

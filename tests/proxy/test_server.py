@@ -459,6 +459,7 @@ def test_error_that_nobody_expects_costs_its_connection_alone(
     other.send(message("x"))
     assert other.receive() == b"answer"
     assert logged.fields("connection failed") == [{"client": 2}]
+    assert logged.at(logging.ERROR) == ["connection failed"]
     assert len(house.server._connections) == 1
 
 

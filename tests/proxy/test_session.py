@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cc_proxy.proxy import session as session_module
+from cc_proxy.proxy import spool as spool_module
 from cc_proxy.proxy.session import Session
 from cc_proxy.proxy.spool import SpoolSpace
 from tests.proxy.support import NEVER, pair, read_now, read_to_end, spool_files, spool_space
@@ -72,6 +73,9 @@ class Case:
         """Direct output until the client's socket is full."""
         while not self.session.pending:
             self.deliver(random.Random(len(self.sent)).randbytes(2_000))
+
+    def deliver_more_than_fits(self) -> None:
+        self.deliver(random.Random(7).randbytes(50_000))
 
     def close(self) -> None:
         self.session.close()
@@ -160,6 +164,50 @@ def test_what_the_spool_does_not_take_stays_pending_in_front(tight_case: Case) -
     case.take_all()
     case.deliver(b"direct again")
     assert not case.waits()
+    case.take_all()
+
+
+def test_pending_output_follows_into_the_spool_as_that_gets_room(
+    make_case: CaseMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the VM is read again long before its client has read everything."""
+    monkeypatch.setattr(spool_module, "_DRAIN_AT_ONCE", 1_000)
+    case = make_case(spool_space(tmp_path, session_limit=20_000))
+    case.make_full()
+    case.session.spill()
+    case.deliver(random.Random(1).randbytes(25_000))
+    assert case.session.spooled == 20_000
+    held = sum(map(len, case.session.pending))
+    while case.pending():
+        case.take()
+        case.session.flush()
+        left = sum(map(len, case.session.pending))
+        assert left in {held - 1_000, 0}
+        held = left
+    assert case.session.spooled > 15_000
+    case.take_all()
+
+
+def test_who_takes_a_little_in_time_has_its_whole_patience(case: Case, clock: Clock) -> None:
+    case.make_full()
+    until = case.session.patient_until
+    case.deliver_more_than_fits()
+    case.read += case.client.recv(100_000)
+    case.session.flush()
+    assert case.pending()
+    assert case.session.spooled == 0
+    assert case.session.patient_until == until
+    case.take_all()
+
+
+def test_output_behind_pending_output_waits_with_it(case: Case) -> None:
+    """As the last of a VM does."""
+    case.make_full()
+    until = case.session.patient_until
+    for number in range(3):
+        case.deliver(b"%d" % number * 3_000)
+    assert case.session.patient_until == until
+    assert case.session.spooled == 0
     case.take_all()
 
 
@@ -343,6 +391,8 @@ def test_every_byte_in_order_whatever_happens(
 ) -> None:
     """As `Output` drives it: nothing is delivered while something is pending, whose memory is used again."""
     monkeypatch.setattr(session_module, "_PATIENCE", NEVER)
+    monkeypatch.setattr(spool_module, "_DRAIN_AT_ONCE", 700)
+    monkeypatch.setattr(spool_module, "_FILE_SIZE", 3_000)
     rng = random.Random(f"{seed} {limit}")
     case = make_case(spool_space(tmp_path, session_limit=limit))
     session = case.session

@@ -199,7 +199,7 @@ def test_no_more_than_a_window_is_on_its_way(bench: Bench) -> None:
         assert len(set(unechoed)) == len(unechoed), "one marker of a session at a time"
         if unechoed and (rng.random() < 0.5 or not bench.stdin.clients.poll(0)):
             echo = unechoed.pop(rng.randrange(len(unechoed)))
-            kept[echo - MARKER] = 0
+            kept[echo & 0xFFFF] = 0
             bench.stdin.echo(echo)
     assert taken == sent
     assert bench.dropped == []
@@ -311,6 +311,28 @@ def test_agent_that_echoes_after_all_is_paced_again(bench: Bench) -> None:
     frames = bench.turns()
     assert len(markers_of(frames)) == 1
     assert len(data_of(frames, session.seqs.start)) <= 512
+
+
+def test_late_echoes_of_an_agent_that_is_paced_again_make_no_room(bench: Bench) -> None:
+    """All its markers come back late: each is only of what was sent before it."""
+    session, client = bench.open()
+    base = session.seqs.start
+    client.sendall(frame(base, bytes(5_000)))
+    markers = markers_of(bench.turns())
+    for _ in range(stdin_module._MARKERS_TO_TRY):
+        markers += markers_of(bench.pass_time(ECHO_TIMEOUT))
+    bench.turns()
+    assert len(markers) == stdin_module._MARKERS_TO_TRY
+    bench.stdin.echo(markers[0])
+    client.sendall(frame(base, bytes(5_000)))
+    frames = bench.turns()
+    for late in markers[1:]:
+        bench.stdin.echo(late)
+        frames += bench.turns()
+    assert len(data_of(frames, base)) <= WINDOW
+    (marker,) = markers_of(frames)
+    bench.stdin.echo(marker)
+    assert data_of(bench.turns(), base)
 
 
 def test_agent_that_has_ever_echoed_is_asked_for_ever(bench: Bench, logged: Logged) -> None:

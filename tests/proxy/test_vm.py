@@ -159,8 +159,11 @@ def test_of_many_threads_that_move_it_one_does(space: SpoolSpace) -> None:
 def test_from_hello_to_the_end(life: Life) -> None:
     life.start()
     assert life.states == [State.UP]
-    life.vm.leave()
+    assert life.vm.leave()
+    assert not life.vm.leave()
     assert life.states == [State.UP, State.LEAVING]
+    with in_background(life.take_command):
+        life.vm.command(Code.PING, b"")
     base, client = life.open()
     life.agent.send_frame(base, b"still delivered")
     assert client.recv(100) == frame(base, b"still delivered")
@@ -198,7 +201,9 @@ def test_losing_it_is_told_once_and_as_loudly_as_it_is_unexpected(
     assert life.agent.is_hung_up()
     life.wait_for(State.ENDED)
     life.vm.lose("much later")
-    assert logged.fields("VM lost") == [{"vm": "pod", "error": "the first cause"}]
+    expected = say_bye or power_off
+    said = {"vm": "pod", "reason" if expected else "error": "the first cause"}
+    assert logged.fields("VM gone" if expected else "VM lost") == [said]
     assert bool(logged.at(logging.WARNING)) != (say_bye or power_off)
     with pytest.raises(VmError, match="VM gone: the first cause"):
         life.vm.command(Code.PING, b"")
@@ -454,16 +459,23 @@ def test_command_without_an_answer(hasty_life: Life) -> None:
     hasty_life.agent.say(ACK)
 
 
-@pytest.mark.parametrize("channel", ["ctl", "io"])
-def test_command_in_flight_when_it_is_lost(life: Life, channel: str) -> None:
+@pytest.mark.parametrize("how", ["hangs up", "hangs up its I/O channel", "talks nonsense"])
+def test_command_in_flight_when_it_is_lost(life: Life, how: str) -> None:
     life.start()
 
     def die() -> None:
         life.agent.read_command()
-        getattr(life.agent, channel).close()
+        if how == "talks nonsense":
+            life.agent.ctl.sendall(command(ACK, length=3))
+        else:
+            (life.agent.ctl if how == "hangs up" else life.agent.io).close()
 
-    with in_background(die), pytest.raises(VmError, match="VM gone: the VM hung up its"):
+    with (
+        in_background(die),
+        pytest.raises(VmError, match=r"VM gone: (the VM hung up its|control channel: ack)"),
+    ):
         life.vm.command(Code.PING, b"")
+    assert State.LOST in life.states, "whoever finds out says so"
     life.wait_for(State.ENDED)
 
 

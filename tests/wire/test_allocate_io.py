@@ -1,4 +1,4 @@
-"""allocateIO hands out stream numbers and an fd (protocol.md, 1)."""
+"""allocateIO hands out stream numbers and an fd (docs/protocol.md, 1)."""
 
 from __future__ import annotations
 

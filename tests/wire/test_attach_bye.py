@@ -1,4 +1,4 @@
-"""attach and bye (protocol.md, 1)."""
+"""attach and bye (docs/protocol.md, 1)."""
 
 from __future__ import annotations
 

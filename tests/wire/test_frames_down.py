@@ -1,4 +1,4 @@
-"""Frames from VM to client (protocol.md, 3 and 4)."""
+"""Frames from VM to client (docs/protocol.md, 3 and 4)."""
 
 from __future__ import annotations
 

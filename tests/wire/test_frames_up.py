@@ -1,4 +1,4 @@
-"""Frames from client to VM (protocol.md, 3 and 4)."""
+"""Frames from client to VM (docs/protocol.md, 3 and 4)."""
 
 from __future__ import annotations
 

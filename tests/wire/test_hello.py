@@ -1,4 +1,4 @@
-"""hello registers a VM (protocol.md, 1 and 2)."""
+"""hello registers a VM (docs/protocol.md, 1 and 2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""hello when the VM cannot be reached, hangs up or talks nonsense (protocol.md, 1 and 2)."""
+"""hello when the VM cannot be reached, hangs up or talks nonsense (docs/protocol.md, 1 and 2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""hyper forwards a command and waits for its answer (protocol.md, 1 and 2)."""
+"""hyper forwards a command and waits for its answer (docs/protocol.md, 1 and 2)."""
 
 from __future__ import annotations
 

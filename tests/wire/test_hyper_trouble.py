@@ -1,4 +1,4 @@
-"""Commands that are not answered, answered late, or cut off (protocol.md, 2)."""
+"""Commands that are not answered, answered late, or cut off (docs/protocol.md, 2)."""
 
 from __future__ import annotations
 

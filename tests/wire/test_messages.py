@@ -1,4 +1,4 @@
-"""Client messages: the header, the text, and whatever else may come (protocol.md, 1)."""
+"""Client messages: the header, the text, and whatever else may come (docs/protocol.md, 1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What requests hold and what responses look like (protocol.md, 1)."""
+"""What requests hold and what responses look like (docs/protocol.md, 1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stdin is paced so that hyperstart's 512 bytes of buffer lose nothing (hyperstart.md, lossless stdin)."""
+"""Stdin, client to VM: splitting, pacing, half-close (docs/protocol.md, 3 and the agent's stdin)."""
 
 from __future__ import annotations
 

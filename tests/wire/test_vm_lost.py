@@ -1,4 +1,4 @@
-"""A VM that dies or talks nonsense loses only itself (protocol.md, 4)."""
+"""A VM that dies or talks nonsense loses only itself (docs/protocol.md, 4)."""
 
 from __future__ import annotations
 
