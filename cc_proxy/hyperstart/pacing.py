@@ -60,11 +60,13 @@ class StdinWindow:
         """Take a marker that came back. Returns whether there is room again because of it."""
         if not self.asked or seq != self._seq:
             return False
-        self.reset()
+        self.asked = 0
+        self._unacknowledged = 0
         return True
 
     def reset(self) -> None:
-        """Forget what is on its way."""
+        """Begin anew; a marker that is still on its way does not count any more."""
+        self._generation = (self._generation + 1) % _GENERATIONS
         self.asked = 0
         self._unacknowledged = 0
 
