@@ -23,7 +23,9 @@ class FramingLost(Exception):
 class Output:
     """Reads the I/O channel and passes frames to the sessions that own them.
 
-    `on_stray` is called with the seq of each frame that nobody owns.
+    `before_delivery` is called when something was read, and is the last chance to make known who owns it:
+    a client that knew its seqs before the VM sent this has its session in the pump's mailbox by now, which it
+    may not have had before the read. `on_stray` is called with the seq of each frame that nobody owns.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Output:
         selector: Selector,
         owners: Mapping[int, Session],
         counters: Counters,
+        before_delivery: Callable[[], None],
         on_stray: Callable[[int], None],
     ) -> None:
         self._vm = vm
@@ -40,6 +43,7 @@ class Output:
         self._selector = selector
         self._owners = owners
         self._counters = counters
+        self._before_delivery = before_delivery
         self._on_stray = on_stray
         self._buffer = bytearray(_BUFFER_SIZE)
         self._view = memoryview(self._buffer)
@@ -86,6 +90,7 @@ class Output:
 
     def _deliver(self, buffer: bytearray, view: memoryview, start: int, stop: int) -> Batch[Session]:
         """Pass on the whole frames there."""
+        self._before_delivery()
         batch = gather(buffer, view, start, stop, self._owners)
         self._counters.bytes_to_clients += batch.stop - start
         dump_frames(self._vm, "output", (view[start : batch.stop],))

@@ -69,7 +69,9 @@ class Pump:
         with contextlib.ExitStack() as undo:
             self._selector = Selector()  # for all but the clients
             undo.callback(self._selector.close)
-            self._output = Output(vm, io, self._selector, self._owners, self.counters, self._on_stray)
+            self._output = Output(
+                vm, io, self._selector, self._owners, self.counters, self._open_mail, self._on_stray
+            )
             self._stdin = Stdin(vm, io, self._owners, self.counters, echo_timeout, self._drop)
             undo.callback(self._stdin.clients.close)
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -266,9 +268,6 @@ class Pump:
             self._read_vm()
 
     def _read_vm(self) -> None:
-        if self._mail:
-            # A session whose seqs a client knows by now may still be in there.
-            self._open_mail()
         try:
             size = self._output.read()
         except BlockingIOError:

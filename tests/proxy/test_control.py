@@ -470,6 +470,27 @@ def test_unasked_is_readable_between_commands_alone(agent: Agent) -> None:
     assert unasked.poll(0)
 
 
+def test_what_a_command_waits_for_is_nothing_to_wake_the_pump_for(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proceed = threading.Event()
+    read = agent.link._read
+
+    def read_late(flags: int) -> None:
+        assert proceed.wait(WAIT)
+        read(flags)
+
+    agent.say(READY)
+    agent.link.wait_until_up(agent.io, WAIT, WAIT)
+    monkeypatch.setattr(agent.link, "_read", read_late)
+    with agent.asking():
+        agent.read()
+        agent.say(ACK)
+        assert agent.link.unasked.poll(0) == []
+        proceed.set()
+    assert agent.result() == ControlMessage(ACK)
+
+
 @pytest.mark.parametrize("timeout", [0.0, 0.02])
 def test_unasked_is_watched_again_after_a_command_that_failed(agent: Agent, timeout: float) -> None:
     agent.say(READY)

@@ -10,7 +10,7 @@ from tests.wire.support import frame
 
 
 def test_nothing_is_dumped_unless_the_log_wants_it(logged: Logged) -> None:
-    dump_frames("vm", "output", [frame(1, b"x"), b"nor even looked at"])
+    dump_frames("vm", "output", [frame(1, b"x"), b"short"])
     assert logged.records == []
 
 

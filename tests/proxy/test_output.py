@@ -45,7 +45,9 @@ class Bench:
         near.setblocking(False)
         self.vm.setblocking(False)
         self.vm.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        self.output = Output("vm", near, self.selector, self.owners, self.counters, self.strays.append)
+        self.output = Output(
+            "vm", near, self.selector, self.owners, self.counters, lambda: None, self.strays.append
+        )
         for sock in (near, self.vm, self.selector):
             self._stack.callback(sock.close)
 

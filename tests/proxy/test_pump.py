@@ -41,6 +41,7 @@ from tests.wire.support import (
     ASYNC_EVENT,
     FRAME,
     MARKER,
+    WAIT,
     Frame,
     Stream,
     at_end,
@@ -121,6 +122,37 @@ def test_session_is_known_to_the_pump_before_what_the_vm_sends_for_it_is_read(ri
         rig.io.sendall(frame(stream.base, b"at once"))
         assert stream.read_frame() == (stream.base, b"at once")
         stream.close()
+
+
+class SlowToRead:
+    """The I/O channel as the pump reads it, with something that happens just before it does."""
+
+    def __init__(self, sock: socket.socket, happens: Callable[[], None]) -> None:
+        self._sock = sock
+        self._happens: Callable[[], None] | None = happens
+
+    def recv_into(self, view: memoryview) -> int:
+        happens, self._happens = self._happens, None
+        if happens:
+            happens()
+        return self._sock.recv_into(view)
+
+
+def test_session_that_comes_while_the_vm_is_about_to_be_read_gets_its_frames(rig: Rig) -> None:
+    first = rig.open()
+    session, second = rig.session()
+
+    def be_quick() -> None:
+        assert rig.pump.add(session)
+        rig.io.sendall(frame(second.base, b"at once"))
+
+    slow = SlowToRead(rig.pump._io, be_quick)
+    rig.call(lambda: setattr(rig.pump._output, "_io", slow))
+    rig.io.sendall(frame(first.base, b"first"))
+    assert first.read_frame().payload == b"first"
+    rig.settle()
+    assert rig.call(lambda: rig.pump.counters.stray_frames) == 0
+    assert second.read_frame().payload == b"at once"
 
 
 def test_markers_that_nobody_waits_for_and_frames_that_nobody_owns_are_told_apart(rig: Rig) -> None:
@@ -308,18 +340,20 @@ def bring_into(state: str, rig: Rig, stream: Stream) -> bytes:
         rig.io.sendall(sent)
         rig.settle()
         return sent
-    sent = numbered(stream.base, 30)
-    rig.io.sendall(sent)
+    sent = numbered(stream.base, 50)
+    # The pump has read a part of a frame, and the rest of it may be in the socket.
+    rig.io.sendall(sent[:60_007])
     if state == "spooled":
+        rig.io.sendall(sent[60_007:])
         rig.settle()
         assert rig.call(lambda: rig.pump._owners[stream.base].spooled and not paused(rig.pump))
         return sent
     rig.wait(paused, "the VM waits")
     assert rig.call(lambda: rig.pump._owners[stream.base].spooled) == (20_000 if state == "full" else 0)
-    more = numbered(stream.base, 20)
-    rig.io.sendall(more)
+    assert unread_by_peer(rig.io) == 0
+    rig.io.sendall(sent[60_007:])
     assert unread_by_peer(rig.io)
-    return sent + more
+    return sent
 
 
 @pytest.fixture(params=STATES)
@@ -529,6 +563,32 @@ def test_vm_that_sends_without_end_ends_all_the_same(rig: Rig, end: Callable[[Ri
         received += read_to_end(stream.sock)
     rig.wait_ended()
     assert all(payload for _, payload in frames_of(bytes(received))), "whole frames, up to the end"
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_both_channels_are_closed_while_the_rest_is_delivered(
+    rig: Rig, impatient: None, end: Callable[[Rig], None]
+) -> None:
+    """A guest whose host has gone half spins: so it is not left to wait for a client that does not read."""
+    stream = rig.open(buffer=SMALL)
+    sent = stall(rig, stream)
+    ctl, io = rig.ctl.dup(), rig.io.dup()
+    with ctl, io:
+        # What is shut down here in place of closing it can still be read.
+        if end is close_io:
+            rig.io.shutdown(socket.SHUT_RDWR)
+        elif end is close_control:
+            rig.ctl.shutdown(socket.SHUT_RDWR)
+        else:
+            end(rig)
+        wait_until(lambda: bool(rig.owner.causes), "it is noticed")
+        for far in (ctl, io):
+            far.settimeout(WAIT)
+            assert at_end(far)
+            with pytest.raises(BrokenPipeError):
+                far.send(b"x")
+    assert not rig.owner.over.is_set()
+    assert read_to_end(stream.sock) == sent
 
 
 def test_unfinished_frame_at_the_end_is_dropped(rig: Rig) -> None:
@@ -848,6 +908,22 @@ def test_markers_are_asked_for_again_on_time_and_never_for_who_has_gone(space: S
         assert rig.call(lambda: rig.pump._timeout() is None)
 
 
+def test_markers_that_cannot_have_come_back_are_not_asked_for_again(space: SpoolSpace, patient: None) -> None:
+    """The VM is not read, because of a slow client."""
+    with Rig(space, window=512, echo_timeout=0.02) as rig:
+        rig.call(lambda: setattr(rig.pump._stdin, "_echoed", True))
+        slow, typist = rig.open(buffer=SMALL), rig.open()
+        sent = numbered(slow.base, 30)
+        rig.io.sendall(sent)
+        rig.wait(paused, "the VM waits")
+        typist.send(bytes(400))
+        assert read_frames(rig.io, 1) == [Frame(typist.base, bytes(400))]
+        threading.Event().wait(0.2)
+        assert len(frames_of(read_now(rig.io))) <= 1, "one marker"
+        assert read_exact(slow.sock, len(sent)) == sent
+        assert read_frames(rig.io, 1)[0].seq >= MARKER, "now it is"
+
+
 def test_agent_that_never_echoes(space: SpoolSpace, logged: Logged) -> None:
     with Rig(space, window=512, echo_timeout=0.01) as rig:
         stream = rig.open()
@@ -952,14 +1028,14 @@ def test_waiting_for_it_takes_no_turns(
         wait_for(rig)
         rig.call(lambda: None)
         turns = 0
-        poll = rig.pump._selector.poll
+        turn = rig.pump._turn
 
-        def counted(timeout: float | None) -> list[tuple[int, int]]:
+        def counted() -> None:
             nonlocal turns
             turns += 1
-            return poll(timeout)
+            turn()
 
-        rig.pump._selector.poll = counted  # type: ignore[method-assign]  # of this one alone
+        rig.pump._turn = counted  # type: ignore[method-assign]  # of this one alone
         rig.call(lambda: None)
         threading.Event().wait(0.2)
         if rig.control._turn.locked():

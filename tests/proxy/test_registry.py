@@ -56,9 +56,10 @@ class Office:
 
     def knows(self, name: str) -> bool:
         try:
-            return self.registry.get(name).state is State.UP
+            self.registry.get(name)
         except RegistryError:
             return False
+        return True
 
     def close(self) -> None:
         vms = self.registry.vms()

@@ -299,7 +299,7 @@ def test_agent_that_never_echoes_gets_plain_sending_after_a_warning(bench: Bench
     assert len(markers_of(frames)) <= 3 * stdin_module._MARKERS_TO_TRY
 
 
-def test_agent_that_echoes_after_all_is_paced_again(bench: Bench) -> None:
+def test_agent_that_echoes_after_all_is_paced_again(bench: Bench, logged: Logged) -> None:
     session, client = bench.open()
     client.sendall(frame(session.seqs.start, bytes(5_000)))
     bench.turns()
@@ -310,7 +310,10 @@ def test_agent_that_echoes_after_all_is_paced_again(bench: Bench) -> None:
     client.sendall(frame(session.seqs.start, bytes(5_000)))
     frames = bench.turns()
     assert len(markers_of(frames)) == 1
-    assert len(data_of(frames, session.seqs.start)) <= 512
+    assert len(data_of(frames, session.seqs.start)) <= WINDOW
+    for _ in range(10):
+        assert len(bench.pass_time(ECHO_TIMEOUT)) == 1
+    assert logged.at(logging.WARNING) == [UNPACED], "from now on it is known to echo"
 
 
 def test_late_echoes_of_an_agent_that_is_paced_again_make_no_room(bench: Bench) -> None:
