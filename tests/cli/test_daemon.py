@@ -249,7 +249,7 @@ def test_path_from_the_command_line_does_not_break_the_log(tmp_path: Path) -> No
     assert "\x1b" not in ended.stderr
 
 
-def test_nonsense_from_the_service_manager_ends_the_process_with_1(tmp_path: Path) -> None:
+def test_nonsense_from_the_service_manager_ends_the_process_with_78(tmp_path: Path) -> None:
     """A shell, so that the pid is known before the process is there."""
     ended = subprocess.run(
         ["sh", "-c", 'LISTEN_PID=$$ LISTEN_FDS=2 exec "$@"', "sh", sys.executable, "-m", "cc_proxy"],
@@ -259,5 +259,5 @@ def test_nonsense_from_the_service_manager_ends_the_process_with_1(tmp_path: Pat
         timeout=WAIT,
         check=False,
     )
-    assert ended.returncode == 1
-    assert "LISTEN_FDS=2: expected exactly one socket" in ended.stderr
+    assert ended.returncode == 78
+    assert "LISTEN_FDS=2, but cc-proxy takes exactly one socket: leave one ListenStream=" in ended.stderr

@@ -26,7 +26,7 @@ from cc_proxy.proxy.handlers import Client, Handlers, Reply
 from cc_proxy.proxy.listener import Listener
 from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.server import Connection, Server
-from cc_proxy.settings import Limits, Settings
+from cc_proxy.settings import Limits, LiveSettings, Settings
 from tests.proxy.conftest import Logged
 from tests.proxy.support import open_fds, read_to_end
 from tests.wire.support import (
@@ -60,7 +60,8 @@ class House:
             self._stack.callback(self.kept.close)
             listener = Listener(sock)
         self._listener = listener
-        self.server = Server(listener, Registry(Settings()), limits)
+        live = LiveSettings(Settings(limits=limits))
+        self.server = Server(listener, Registry(live), live)
         self.server.start()
         self._stopped = False
 
