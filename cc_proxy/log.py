@@ -173,6 +173,11 @@ class _Journal(_Sink):
 class _Listener(logging.handlers.QueueListener):
     """Ends when it has written what waits, if it can be written."""
 
+    def start(self) -> None:
+        super().start()
+        assert self._thread
+        self._thread.name = "log"
+
     def finish(self) -> bool:
         """Have it end; returns whether it has, in a second."""
         thread = self._thread

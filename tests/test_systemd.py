@@ -84,7 +84,9 @@ def test_what_is_meant_for_another_process_is_not_touched(
 @pytest.mark.parametrize("count", ["2", "0", "-1", "nonsense", "1.0", "99999999999999999999"])
 def test_other_than_one_socket(monkeypatch: pytest.MonkeyPatch, listener: socket.socket, count: str) -> None:
     activate(monkeypatch, listener.fileno(), count=count)
-    with pytest.raises(ActivationError, match=rf"LISTEN_FDS={count} \(cc-proxy\.socket\), .* exactly one socket: leave"):
+    with pytest.raises(
+        ActivationError, match=rf"LISTEN_FDS={count} \(cc-proxy\.socket\), .* exactly one socket: leave"
+    ):
         take_listener()
     assert not any(name in os.environ for name in VARIABLES)
 

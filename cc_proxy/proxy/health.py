@@ -9,6 +9,8 @@ from cc_proxy.stacks import log_stacks
 
 #: Seconds in which a lock must be free: nobody holds one for longer than a few steps.
 _LOCK_TIMEOUT = 0.5
+#: Seconds that the accept thread may sleep, however little the service manager allows.
+_SLEEP = 1.0
 
 
 class Health:
@@ -40,7 +42,7 @@ class Health:
 
     def _find_stuck(self, patience: float) -> list[str]:
         stuck = []
-        if time.monotonic() - self._server.turned_at > patience:
+        if time.monotonic() - self._server.turned_at > max(patience, _SLEEP):
             stuck.append("the accept thread")
         if not self._server.is_free(_LOCK_TIMEOUT):
             stuck.append("the lock of the connections")
