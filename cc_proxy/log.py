@@ -97,8 +97,9 @@ def _shortened(record: logging.LogRecord) -> logging.LogRecord:
     """Return a record whose line is not too long, with as much as there is room for."""
     short = logging.makeLogRecord(vars(record))
     for name, value in fields_of(record).items():
-        text = value if isinstance(value, str) else json.dumps(value, default=str)
-        setattr(short, name, ascii(text)[1 : _LONGEST_VALUE + 1] + "…")
+        text = json.dumps(value, default=str)
+        if len(text) > _LONGEST_VALUE:
+            setattr(short, name, text[:_LONGEST_VALUE] + "…")
     if record.exc_info:
         short.exc_info = None
         short.exc_text = logging.Formatter().formatException(record.exc_info)[-_LONGEST_TRACE:]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cc_proxy import settings
-from cc_proxy.settings import Settings, SettingsError, load, parse
+from cc_proxy.settings import LiveSettings, Settings, SettingsError, load, parse
 
 FILE = "/etc/here.toml"
 LEVELS = ["error", "warning", "info", "debug", "io", "console"]
@@ -342,3 +342,49 @@ def test_a_file_may_have_other_line_ends_and_letters(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     path.write_bytes("# é\r\n[spool]\r\ndirectory = '/é'\r\n".encode())
     assert load(str(path)).spool.directory == "/é"
+
+
+# While the daemon runs --------------------------------------------------------------------------------------
+
+#: Another value for each setting.
+OTHERS: dict[str, str] = {
+    **dict.fromkeys(SECONDS, "7"),
+    **dict.fromkeys(INTEGERS, "7"),
+    **dict.fromkeys(PATHS, '"/other"'),
+    "log.level": '"debug"',
+    "log.format": '"text"',
+}
+
+
+def test_each_setting_changes_or_waits_for_a_restart() -> None:
+    waiting = {"socket_path", "log.format", "spool.directory"}
+    for key, written in OTHERS.items():
+        live = LiveSettings(Settings())
+        new = parse(f"{key} = {written}", FILE)
+        reload = live.replace(new)
+        change = {key: (DEFAULTS[key], value(new, key))}
+        if key in waiting:
+            assert (reload.changed, reload.waiting) == ({}, change)
+            assert values(live.current) == DEFAULTS
+        else:
+            assert (reload.changed, reload.waiting) == (change, {})
+            assert live.current == new
+
+
+def test_what_waits_is_said_each_time_and_what_has_changed_once() -> None:
+    live = LiveSettings(Settings())
+    new = parse('limits.vms = 5\nspool = { directory = "/other", total_limit = 3 }', FILE)
+    assert live.replace(new).changed == {"limits.vms": (1024, 5), "spool.total_limit": (1 << 30, 3)}
+    again = live.replace(new)
+    assert again.changed == {}
+    assert again.waiting == {"spool.directory": ("/var/tmp", "/other")}
+    assert live.replace(Settings()).waiting == {}
+    assert live.current == Settings()
+
+
+def test_settings_that_were_taken_do_not_change() -> None:
+    live = LiveSettings(Settings())
+    taken = live.current
+    live.replace(parse("limits.vms = 5", FILE))
+    assert taken == Settings()
+    assert live.current.limits.vms == 5
