@@ -1,7 +1,8 @@
 """Logging: what happened as a short text, and everything about it as fields of their own.
 
 Code logs with the standard library: `logger.info("VM registered", extra={"vm": …})`. A line is a JSON object;
-where stderr is the journal a `<N>` in front of it gives the priority, and on a terminal it is plain text.
+where stderr is the journal a `<N>` in front of it gives the priority, or it goes there with native fields
+(cc_proxy/journal.py); on a terminal it is plain text.
 Lines are written by a thread of their own: whoever logs never waits for whoever reads the log.
 """
 
@@ -12,8 +13,11 @@ import logging.handlers
 import os
 import queue
 import sys
+import time
 from typing import Any, TextIO
 
+from cc_proxy import journal
+from cc_proxy.ratelimit import RateLimit
 from cc_proxy.settings import LogFormat, LogLevel
 
 try:
@@ -42,6 +46,12 @@ VERBOSE: dict[int, LogLevel] = {1: "debug", 2: "io", 3: "console"}
 _MOST_WAITING = 4_096
 #: Seconds that the last lines get to be written.
 _LAST_LINES = 1.0
+#: Seconds between two reports of what was suppressed.
+_REPORT_INTERVAL = 30.0
+#: Longest line, in characters: the journal splits those over 48 KiB. In longer ones values are cut.
+_LONGEST_LINE = 32_768
+_LONGEST_VALUE = 1_000
+_LONGEST_TRACE = 8_000
 #: What a LogRecord has of its own: everything else in one is a field.
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))
@@ -57,14 +67,16 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
 class _Json(JsonFormatter):
     """A JSON object a line; with `priority`, syslog's number of it in front."""
 
-    def __init__(self, *, priority: bool) -> None:
+    def __init__(self, *, timestamp: bool, priority: bool = False) -> None:
         super().__init__(
-            "%(levelname)s %(message)s", rename_fields={"levelname": "level"}, timestamp=not priority
+            "%(levelname)s %(message)s", rename_fields={"levelname": "level"}, timestamp=timestamp
         )
         self._priority = priority
 
     def format(self, record: logging.LogRecord) -> str:
         line = str(super().format(record))
+        if len(line) > _LONGEST_LINE:
+            line = str(super().format(_shortened(record)))
         return f"<{priority_of(record.levelno)}>{line}" if self._priority else line
 
 
@@ -79,6 +91,19 @@ class _Text(logging.Formatter):
         if record.exc_info:
             parts.append("\n" + self.formatException(record.exc_info))
         return " ".join(parts)
+
+
+def _shortened(record: logging.LogRecord) -> logging.LogRecord:
+    """Return a record whose line is not too long, with as much as there is room for."""
+    short = logging.makeLogRecord(vars(record))
+    for name, value in fields_of(record).items():
+        text = json.dumps(value, default=str)
+        if len(text) > _LONGEST_VALUE:
+            setattr(short, name, text[:_LONGEST_VALUE] + "…")
+    if record.exc_info:
+        short.exc_info = None
+        short.exc_text = logging.Formatter().formatException(record.exc_info)[-_LONGEST_TRACE:]
+    return short
 
 
 def priority_of(level: int) -> int:
@@ -106,8 +131,53 @@ class _Writer(logging.handlers.QueueHandler):
             self._dropped += 1
 
 
+class _Sink(logging.Handler):
+    """A handler that says with the next record how many before it could not be written. Its own thread."""
+
+    def __init__(self, formatter: logging.Formatter) -> None:
+        super().__init__()
+        self.setFormatter(formatter)
+        self.lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.lost:
+            record.lost_before = self.lost
+        failed, self.lost = self.lost + 1, 0
+        try:
+            self._write(record)
+        except Exception:  # whatever it is, a log that cannot be written must not stop anything
+            self.lost = failed
+
+    def _write(self, record: logging.LogRecord) -> None:
+        raise NotImplementedError
+
+
+class _Stream(_Sink):
+    """Writes lines."""
+
+    def __init__(self, stream: TextIO, formatter: logging.Formatter) -> None:
+        super().__init__(formatter)
+        self._stream = stream
+
+    def _write(self, record: logging.LogRecord) -> None:
+        self._stream.write(self.format(record) + "\n")
+        self._stream.flush()
+
+
+class _Journal(_Sink):
+    """Sends events to the journal, with native fields."""
+
+    def _write(self, record: logging.LogRecord) -> None:
+        journal.send(self.format(record), priority_of(record.levelno), record, fields_of(record))
+
+
 class _Listener(logging.handlers.QueueListener):
     """Ends when it has written what waits, if it can be written."""
+
+    def start(self) -> None:
+        super().start()
+        assert self._thread
+        self._thread.name = "log"
 
     def finish(self) -> bool:
         """Have it end; returns whether it has, in a second."""
@@ -128,12 +198,14 @@ class Logging:
         stream = stream or sys.stderr or io.StringIO()
         for name, number in (("IO", IO), ("CONSOLE", CONSOLE)):
             logging.addLevelName(number, name)
-        handler = logging.StreamHandler(stream)
-        handler.setFormatter(_formatter(form, stream))
         waiting: queue.Queue[logging.LogRecord] = queue.Queue(_MOST_WAITING)
         self._front = _Writer(waiting)
-        self._listener = _Listener(waiting, handler)
+        self._rate = RateLimit()
+        self._front.addFilter(self._rate)
+        self._sink = _sink(form, stream)
+        self._listener = _Listener(waiting, self._sink)
         self._level = level
+        self._reported_at = time.monotonic()
 
     def start(self) -> None:
         """Begin to log. A log that cannot be written must not stop anything: such errors are ignored."""
@@ -147,14 +219,25 @@ class Logging:
         """Log what is at `level` or above. Any thread may call."""
         logger.setLevel(LEVELS[level])
 
+    def report_suppressed(self) -> None:
+        """Log what was suppressed, if it is time to; to be called now and then, by one thread."""
+        if time.monotonic() - self._reported_at >= _REPORT_INTERVAL:
+            self._report()
+
     def stop(self) -> bool:
         """Write what waits, and log no more.
 
-        Returns False if nobody takes it: then a thread still waits to write to stderr, which the interpreter
-        must not try to flush.
+        Returns False if nobody takes it: then there is something in stderr that the interpreter must not try
+        to flush, and maybe a thread that waits to write it.
         """
+        self._report()
         logger.removeHandler(self._front)
-        return self._listener.finish()
+        return self._listener.finish() and not self._sink.lost
+
+    def _report(self) -> None:
+        self._reported_at = time.monotonic()
+        for (level, event), count in self._rate.take_suppressed().items():
+            logger.log(level, "log lines suppressed", extra={"event": event, "count": count})
 
 
 def stderr_is_journal(stream: TextIO) -> bool:
@@ -166,7 +249,11 @@ def stderr_is_journal(stream: TextIO) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-def _formatter(form: LogFormat, stream: TextIO) -> logging.Formatter:
+def _sink(form: LogFormat, stream: TextIO) -> _Sink:
     if form == "text" or (form == "auto" and stream.isatty()):
-        return _Text()
-    return _Json(priority=stderr_is_journal(stream))
+        return _Stream(stream, _Text())
+    if not stderr_is_journal(stream):
+        return _Stream(stream, _Json(timestamp=True))
+    if journal.is_native_possible():
+        return _Journal(_Json(timestamp=False))
+    return _Stream(stream, _Json(timestamp=False, priority=True))

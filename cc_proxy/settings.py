@@ -4,8 +4,10 @@ Every setting has a default, and conf/cc-proxy.toml says why it is there; what a
 before any of it counts.
 """
 
+import re
 import tomllib
-from typing import Annotated, Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -22,6 +24,17 @@ LogLevel = Literal["error", "warning", "info", "debug", "io", "console"]
 LogFormat = Literal["auto", "json", "text"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {"log.level": get_args(LogLevel), "log.format": get_args(LogFormat)}
+
+#: What TOML calls the types that msgspec names.
+_TYPES = {
+    "int": "an integer",
+    "float": "a number",
+    "str": "a string",
+    "bool": "true or false",
+    "array": "an array",
+    "object": "a table",
+    "null": "nothing",
+}
 
 _Path = Annotated[str, Meta(pattern=r"^/[^\x00]*$", description="an absolute path")]
 _Seconds = Annotated[float, Meta(gt=0, le=86_400)]
@@ -90,6 +103,53 @@ class Settings(_Table, frozen=True):
     limits: Limits = Limits()
 
 
+#: Old and new value, by the name of the setting.
+Changes = dict[str, tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Reload:
+    """What came of replacing settings: those that count from now on, and those that wait for a restart."""
+
+    changed: Changes
+    waiting: Changes
+
+
+class LiveSettings:
+    """The settings that count now: whoever uses one asks for `current` each time it matters.
+
+    `current` is a value that is replaced as a whole, by one thread; any may read it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.current = settings
+
+    def replace(self, new: Settings) -> Reload:
+        """Have `new` count, but for what is only looked at when the daemon starts."""
+        old = self.current
+        replace = msgspec.structs.replace
+        self.current = replace(
+            new,
+            socket_path=old.socket_path,
+            log=replace(new.log, format=old.log.format),
+            spool=replace(new.spool, directory=old.spool.directory),
+        )
+        return Reload(differences(old, self.current), differences(self.current, new))
+
+
+def differences(old: Settings, new: Settings) -> Changes:
+    """Return the settings that are not the same in both."""
+    before, after = _flatten(old), _flatten(new)
+    return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+
+
+def _flatten(table: msgspec.Struct, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in msgspec.structs.asdict(table).items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, _Table) else {prefix + name: value}
+    return flat
+
+
 def parse(text: str, source: str) -> Settings:
     """Return the settings that a TOML text describes. Raises `SettingsError`, naming `source` and the key."""
     try:
@@ -127,4 +187,12 @@ def _explain(error: str) -> str:
         what = "expected an absolute path"
     elif "length <=" in what:
         what = f"expected a path of {MAX_SOCKET_PATH} bytes at most"
+    else:
+        what = _in_words(what)
     return f"{key}: {what}" if key else what
+
+
+def _in_words(what: str) -> str:
+    """Turn ``Expected `int` >= 1, got `str` `` into words that a settings file has."""
+    what = what.replace("Object contains unknown field", "unknown setting").replace("Expected", "expected")
+    return re.sub(r"`(\w+)`(?=[ ,]|$)", lambda name: _TYPES.get(name[1], name[0]), what)

@@ -1,13 +1,16 @@
-"""What systemd passes to a service it has activated (sd_listen_fds(3))."""
+"""What a service and its manager tell each other: sd_listen_fds(3) and sd_notify(3)."""
 
 import os
 import socket
+import time
 
 _FIRST_FD = 3
+#: Seconds that a manager gets to take what it is told, before that is given up.
+_SEND_TIMEOUT = 1.0
 
 
 class ActivationError(Exception):
-    """What was passed is not one listening AF_UNIX stream socket; the text says what it is."""
+    """What was passed is not one listening AF_UNIX stream socket; the text says what to do."""
 
 
 def take_listener() -> socket.socket | None:
@@ -17,19 +20,93 @@ def take_listener() -> socket.socket | None:
     Raises `ActivationError`.
     """
     pid, count = os.environ.pop("LISTEN_PID", None), os.environ.pop("LISTEN_FDS", None)
-    os.environ.pop("LISTEN_FDNAMES", None)
+    names = os.environ.pop("LISTEN_FDNAMES", "")
     if pid != str(os.getpid()) or not count:
         return None
-    if count != "1":
-        raise ActivationError(f"LISTEN_FDS={count}: expected exactly one socket")
+    if count != "1" or ":" in names:
+        which = f" ({names.replace(':', ', ')})" if names else ""
+        raise ActivationError(
+            f"LISTEN_FDS={count}{which}, but cc-proxy takes exactly one socket: "
+            "leave one ListenStream= in cc-proxy.socket, and no other socket unit for this service"
+        )
     try:
         sock = socket.socket(fileno=_FIRST_FD)
     except OSError as error:
-        raise ActivationError(f"fd {_FIRST_FD}, passed as a socket, is none: {error.strerror}") from None
-    kind = (sock.family, sock.type, sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-    if kind != (socket.AF_UNIX, socket.SOCK_STREAM, 1):
+        raise ActivationError(
+            f"fd {_FIRST_FD}, passed as a socket, is none: {error.strerror}; "
+            "start the service with ListenStream= in cc-proxy.socket, or without any socket unit"
+        ) from None
+    wrong = _what_is_wrong(sock)
+    if wrong:
         sock.close()
-        raise ActivationError("the socket passed is not a listening AF_UNIX stream socket")
+        raise ActivationError(f"the socket passed is not a listening AF_UNIX stream socket: {wrong}")
     sock.set_inheritable(False)
     sock.setblocking(True)
     return sock
+
+
+def _what_is_wrong(sock: socket.socket) -> str:
+    """Say what a socket is instead, and what to do; nothing if it is right."""
+    if sock.family != socket.AF_UNIX:
+        return "it is a network socket; give ListenStream= in cc-proxy.socket a path"
+    if sock.type != socket.SOCK_STREAM:
+        return "it is for datagrams or packets; use ListenStream= in cc-proxy.socket"
+    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return "it does not listen; set Accept=no in cc-proxy.socket"
+    return ""
+
+
+class Notifier:
+    """Tells the service manager how this process is, or nobody if none wants to know.
+
+    Takes NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID out of the environment. One thread.
+    """
+
+    def __init__(self) -> None:
+        address = os.environ.pop("NOTIFY_SOCKET", "")
+        #: Seconds in which the manager has to hear from this process; None if it does not mind.
+        self.watchdog = _watchdog_seconds()
+        #: Why the last message did not get through.
+        self.error = ""
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        # Kept, so that there is one even when there are no fds left.
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address[:1] in ("@", "/") else None
+        if self._sock:
+            self._sock.settimeout(_SEND_TIMEOUT)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody wants to know."""
+        return self._sock is not None
+
+    def tell(self, *assignments: str) -> bool:
+        """Send `NAME=value` assignments; returns whether they got through. Waits a second at the most."""
+        if self._sock is None:
+            return False
+        try:
+            # One a line: a value cannot hold a line's end.
+            text = "\n".join(assignment.replace("\n", " ") for assignment in assignments)
+            self._sock.sendto(text.encode(errors="replace"), self._address)
+        except (OSError, ValueError) as error:
+            self.error = str(error)
+            return False
+        self.error = ""
+        return True
+
+    def close(self) -> None:
+        """Tell no more."""
+        if self._sock:
+            self._sock.close()
+            self._sock = None
+
+
+def monotonic_usec() -> str:
+    """Return the assignment that has to come with RELOADING=1."""
+    return f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}"
+
+
+def _watchdog_seconds() -> float | None:
+    usec, pid = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", None)
+    if pid not in (None, str(os.getpid())) or not usec.isdecimal() or not int(usec):
+        return None
+    return int(usec) / 1_000_000

@@ -329,7 +329,7 @@ def test_events_of_many_threads_are_lines_of_their_own() -> None:
 
     def log_many(sender: str) -> None:
         for _ in range(200):
-            logger.info("event", extra={"sender": sender})
+            logger.debug("event", extra={"sender": sender})
 
     with running(stream, form="json"), ExitStack() as stack:
         for sender in "abcd":

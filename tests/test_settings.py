@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cc_proxy import settings
-from cc_proxy.settings import Settings, SettingsError, load, parse
+from cc_proxy.settings import LiveSettings, Settings, SettingsError, load, parse
 
 FILE = "/etc/here.toml"
 LEVELS = ["error", "warning", "info", "debug", "io", "console"]
@@ -157,7 +157,7 @@ def test_an_unknown_key_is_named_with_its_table() -> None:
         message = refusal(f'[{table}]\n"{name}" = 1' if table else f'"{name}" = 1')
         assert f"`{name}`" in message
         assert "unknown" in message
-        assert message.startswith(f"{table}: " if table else "Object")
+        assert message.startswith(f"{table}: unknown setting" if table else "unknown setting")
 
 
 def test_an_unknown_table_is_named() -> None:
@@ -180,11 +180,11 @@ TYPES = {
 @pytest.mark.parametrize(
     ("keys", "right", "expected"),
     [
-        (SECONDS, {"integer", "float"}, "float"),
-        (INTEGERS, {"integer"}, "int"),
-        (PATHS, {"string"}, "str"),
-        (CHOICES, {"string"}, "str"),
-        (TABLES, {"table"}, "object"),
+        (SECONDS, {"integer", "float"}, "a number"),
+        (INTEGERS, {"integer"}, "an integer"),
+        (PATHS, {"string"}, "a string"),
+        (CHOICES, {"string"}, "a string"),
+        (TABLES, {"table"}, "a table"),
     ],
     ids=["seconds", "integers", "paths", "choices", "tables"],
 )
@@ -193,12 +193,12 @@ def test_a_value_of_another_type_is_named_with_the_type_that_was_expected(
 ) -> None:
     for key in keys:
         for kind in TYPES.keys() - right:
-            assert refusal(f"{key} = {TYPES[kind]}").startswith(f"{key}: Expected `{expected}`")
+            assert refusal(f"{key} = {TYPES[kind]}").startswith(f"{key}: expected {expected}, got ")
 
 
 def test_a_table_is_one_table() -> None:
     for table in TABLES:
-        assert refusal(f"[[{table}]]").startswith(f"{table}: Expected `object`")
+        assert refusal(f"[[{table}]]").startswith(f"{table}: expected a table, got an array")
 
 
 OUT_OF_RANGE: list[tuple[list[str], list[str], str]] = [
@@ -217,7 +217,7 @@ def test_a_number_out_of_range_is_named_with_the_limit() -> None:
     for keys, spellings, expected in OUT_OF_RANGE:
         for key, written in itertools.product(keys, spellings):
             message = refusal(f"{key} = {written}")
-            assert message.startswith(f"{key}: Expected `")
+            assert message.startswith(f"{key}: expected a")
             assert expected in message
 
 
@@ -312,7 +312,7 @@ def test_the_default_file_counts_if_no_other_was_named(default_file: Path, tmp_p
 
 def test_a_default_file_that_is_not_right_is_an_error(default_file: Path) -> None:
     default_file.write_text("limits.vms = 0")
-    with pytest.raises(SettingsError, match=r"^.*default\.toml: limits\.vms: Expected `int` >= 1$"):
+    with pytest.raises(SettingsError, match=r"^.*default\.toml: limits\.vms: expected an integer >= 1$"):
         load()
 
 
@@ -342,3 +342,49 @@ def test_a_file_may_have_other_line_ends_and_letters(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     path.write_bytes("# é\r\n[spool]\r\ndirectory = '/é'\r\n".encode())
     assert load(str(path)).spool.directory == "/é"
+
+
+# While the daemon runs --------------------------------------------------------------------------------------
+
+#: Another value for each setting.
+OTHERS: dict[str, str] = {
+    **dict.fromkeys(SECONDS, "7"),
+    **dict.fromkeys(INTEGERS, "7"),
+    **dict.fromkeys(PATHS, '"/other"'),
+    "log.level": '"debug"',
+    "log.format": '"text"',
+}
+
+
+def test_each_setting_changes_or_waits_for_a_restart() -> None:
+    waiting = {"socket_path", "log.format", "spool.directory"}
+    for key, written in OTHERS.items():
+        live = LiveSettings(Settings())
+        new = parse(f"{key} = {written}", FILE)
+        reload = live.replace(new)
+        change = {key: (DEFAULTS[key], value(new, key))}
+        if key in waiting:
+            assert (reload.changed, reload.waiting) == ({}, change)
+            assert values(live.current) == DEFAULTS
+        else:
+            assert (reload.changed, reload.waiting) == (change, {})
+            assert live.current == new
+
+
+def test_what_waits_is_said_each_time_and_what_has_changed_once() -> None:
+    live = LiveSettings(Settings())
+    new = parse('limits.vms = 5\nspool = { directory = "/other", total_limit = 3 }', FILE)
+    assert live.replace(new).changed == {"limits.vms": (1024, 5), "spool.total_limit": (1 << 30, 3)}
+    again = live.replace(new)
+    assert again.changed == {}
+    assert again.waiting == {"spool.directory": ("/var/tmp", "/other")}
+    assert live.replace(Settings()).waiting == {}
+    assert live.current == Settings()
+
+
+def test_settings_that_were_taken_do_not_change() -> None:
+    live = LiveSettings(Settings())
+    taken = live.current
+    live.replace(parse("limits.vms = 5", FILE))
+    assert taken == Settings()
+    assert live.current.limits.vms == 5

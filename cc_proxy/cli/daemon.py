@@ -1,6 +1,7 @@
 """`cc-proxy`, the daemon's command line."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -9,11 +10,13 @@ import msgspec
 
 from cc_proxy import __version__, settings, systemd
 from cc_proxy.fds import raise_fd_limit
-from cc_proxy.log import LEVELS, VERBOSE, Logging, logger
+from cc_proxy.log import LEVELS, VERBOSE, Logging, logger, stderr_is_journal
 from cc_proxy.proxy import daemon
+from cc_proxy.proxy.daemon import Host
 from cc_proxy.proxy.listener import Listener, ListenError
+from cc_proxy.proxy.spool import check_directory
 from cc_proxy.settings import Settings, SettingsError
-from cc_proxy.systemd import ActivationError
+from cc_proxy.systemd import ActivationError, Notifier
 
 LOG_LEVEL_VARIABLE = "CC_PROXY_LOG_LEVEL"
 
@@ -53,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         chosen = choose_settings(options)
     except SettingsError as error:
-        print(f"cc-proxy: {error}", file=sys.stderr)
-        return EX_CONFIG
+        return _refuse(error)
     if options.check_config:
         print("cc-proxy: the settings are right")
         return 0
@@ -62,11 +64,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.start()
     status = EXIT_FAILED
     try:
-        status = _run(chosen)
+        host = Host(lambda: choose_settings(options), Notifier(), log)
+        status = _run(chosen, host)
     finally:
         if not log.stop():
             os._exit(status)
     return status
+
+
+def _refuse(error: SettingsError) -> int:
+    """Say in one line why the daemon does not start: for people, or as what the journal takes."""
+    if sys.stderr and stderr_is_journal(sys.stderr):
+        log = Logging("info", "auto")
+        log.start()
+        logger.error("cannot start", extra={"error": str(error)})
+        log.stop()
+    else:
+        print(f"cc-proxy: {error}", file=sys.stderr)
+    return EX_CONFIG
 
 
 def choose_settings(options: argparse.Namespace) -> Settings:
@@ -86,17 +101,30 @@ def choose_settings(options: argparse.Namespace) -> Settings:
     return chosen
 
 
-def _run(chosen: Settings) -> int:
+def _run(chosen: Settings, host: Host) -> int:
     """Serve on the socket systemd has passed, or on one of our own."""
+    with contextlib.closing(host.notifier):
+        try:
+            raise_fd_limit()
+            _check_spool(chosen.spool.directory)
+            inherited = systemd.take_listener()
+            listener = Listener(inherited) if inherited else Listener.bind(chosen.socket_path)
+        except (SettingsError, ListenError, ActivationError) as error:
+            logger.error("cannot start", extra={"error": str(error)})
+            host.notifier.tell(f"STATUS=Cannot start: {error}")
+            return EXIT_FAILED if isinstance(error, ListenError) else EX_CONFIG
+        try:
+            daemon.serve(listener, chosen, host)
+        finally:
+            listener.remove()
+        return 0
+
+
+def _check_spool(directory: str) -> None:
     try:
-        raise_fd_limit()
-        inherited = systemd.take_listener()
-        listener = Listener(inherited) if inherited else Listener.bind(chosen.socket_path)
-    except (ListenError, ActivationError) as error:
-        logger.error("cannot start", extra={"error": str(error)})
-        return EXIT_FAILED
-    try:
-        daemon.serve(listener, chosen)
-    finally:
-        listener.remove()
-    return 0
+        check_directory(directory)
+    except OSError as error:
+        raise SettingsError(
+            f"spool.directory: no file can be made in {directory}: {error.strerror}; "
+            "make it a directory that the daemon may write to, or name another"
+        ) from None

@@ -1,14 +1,19 @@
-"""The daemon as a whole: what is started, in which order, and how it stops."""
+"""The daemon as a whole: what is started, in which order, what signals do, and how it stops."""
 
 import signal
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from cc_proxy.log import logger
+from cc_proxy.log import Logging, logger
+from cc_proxy.proxy.health import Health
 from cc_proxy.proxy.listener import Listener
 from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.server import Server
-from cc_proxy.settings import Settings
+from cc_proxy.settings import LiveSettings, Settings, SettingsError
+from cc_proxy.stacks import log_stacks
+from cc_proxy.systemd import Notifier, monotonic_usec
 
 #: Seconds that what is in flight gets to finish when the daemon stops.
 STOP_TIMEOUT = 5.0
@@ -16,28 +21,119 @@ STOP_TIMEOUT = 5.0
 _DELIVERY_TIME = 1.0
 #: Address space of each thread's stack. Little of it is ever touched, and there may be thousands.
 _STACK_SIZE = 512 * 1024
+#: Seconds between two looks at what the service manager, or the log, is to be told.
+_TICK = 1.0
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+_SIGNALS = {*_STOP_SIGNALS, signal.SIGHUP, signal.SIGUSR1}
 
 
 def block_signals() -> None:
     """Keep signals until `serve` waits for them; threads made from now on never see them. Main thread."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
-def serve(listener: Listener, settings: Settings) -> None:
-    """Serve clients on a listening socket until SIGTERM or SIGINT. Main thread, after `block_signals`.
+@dataclass(frozen=True)
+class Host:
+    """What the daemon is given by the process it runs in. Main thread."""
 
-    The signals are waited for, so nothing ever runs in a signal handler; one more changes nothing.
-    """
+    #: Reads the settings again; raises `SettingsError`.
+    read_settings: Callable[[], Settings]
+    notifier: Notifier
+    log: Logging
+
+
+def serve(listener: Listener, settings: Settings, host: Host) -> None:
+    """Serve clients on a listening socket until SIGTERM or SIGINT. Main thread, after `block_signals`."""
     threading.stack_size(_STACK_SIZE)
-    registry = Registry(settings)
-    with Server(listener, registry, settings.limits) as server:
+    live = LiveSettings(settings)
+    registry = Registry(live)
+    with Server(listener, registry, live) as server:
         server.start()
         logger.info("ready", extra={"socket": listener.socket.getsockname()})
-        received = signal.sigwait(_STOP_SIGNALS)
-        logger.info("stopping", extra={"signal": signal.Signals(received).name})
+        supervisor = Supervisor(live, host, registry, Health(server, registry))
+        received = supervisor.run()
+        logger.info("stopping", extra={"signal": received.name})
+        host.notifier.tell("STOPPING=1", "STATUS=Stopping")
         _stop(server, registry)
+
+
+class Supervisor:
+    """The main thread while the daemon serves: does what signals ask for, and tells the service manager.
+
+    Signals are waited for, so nothing ever runs in a signal handler.
+    """
+
+    def __init__(self, live: LiveSettings, host: Host, registry: Registry, health: Health) -> None:
+        self._live = live
+        self._host = host
+        self._registry = registry
+        self._health = health
+        self._actions = {signal.SIGHUP: self._reload, signal.SIGUSR1: log_stacks}
+        self._status = "STATUS=Ready"
+        # Half of what the manager allows, so that one message may be late.
+        self._interval = host.notifier.watchdog / 2 if host.notifier.watchdog else None
+        self._served_at = time.monotonic()
+
+    def run(self) -> signal.Signals:
+        """Work until a signal says stop; returns that."""
+        self._tell("READY=1", self._new_status())
+        tick = min(_TICK, (self._interval or _TICK) / 2)
+        next_tick = time.monotonic() + tick
+        while True:
+            info = signal.sigtimedwait(_SIGNALS, max(0.0, next_tick - time.monotonic()))
+            if info and info.si_signo in _STOP_SIGNALS:
+                return signal.Signals(info.si_signo)
+            if info:
+                self._actions[signal.Signals(info.si_signo)]()
+            if time.monotonic() >= next_tick:
+                self._tick()
+                next_tick = time.monotonic() + tick
+
+    def _tick(self) -> None:
+        self._serve_watchdog()
+        self._host.log.report_suppressed()
+        before = self._status
+        if self._host.notifier.wanted and self._new_status() != before:
+            self._tell(self._status)
+
+    def _serve_watchdog(self) -> None:
+        now = time.monotonic()
+        if self._interval is None or now - self._served_at < self._interval:
+            return
+        if self._health.is_good(self._interval):
+            self._served_at = now
+            self._tell("WATCHDOG=1")
+
+    def _new_status(self) -> str:
+        if self._registry.is_free(0.1):  # whatever happens, this thread is not to get stuck too
+            vms = self._registry.vms()
+            sessions = sum(vm.sessions for vm in vms)
+            self._status = f"STATUS={_count(len(vms), 'VM')}, {_count(sessions, 'session')}"
+        return self._status
+
+    def _reload(self) -> None:
+        self._tell("RELOADING=1", monotonic_usec(), "STATUS=Reading the settings again")
+        try:
+            reload = self._live.replace(self._host.read_settings())
+        except SettingsError as error:
+            logger.error("settings not reloaded: the old ones stay", extra={"error": str(error)})
+        else:
+            # Also back to what the settings say if it was changed since.
+            self._host.log.set_level(self._live.current.log.level)
+            logger.info("settings reloaded", extra={"changed": reload.changed})
+            if reload.waiting:
+                logger.warning("settings that take effect after a restart", extra={"waiting": reload.waiting})
+        self._tell("READY=1", self._new_status())
+
+    def _tell(self, *assignments: str) -> None:
+        notifier = self._host.notifier
+        if notifier.wanted and not notifier.tell(*assignments):
+            logger.warning("the service manager cannot be told", extra={"error": notifier.error})
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _stop(server: Server, registry: Registry) -> None:

@@ -63,6 +63,8 @@ class Pump:
         self._mail_lock = threading.Lock()  # guards _mail and _wake against use once _wake is closed
         self._mail: deque[Callable[[], None]] = deque()
 
+        self._asked = False  # the pump thread has been asked whether it is alive; it takes that back
+
         # From here on the pump thread's.
         self._sessions: set[Session] = set()
         self._owners: dict[int, Session] = {}  # by seq
@@ -119,6 +121,26 @@ class Pump:
             return False  # it is about to be started
         self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    @property
+    def session_count(self) -> int:
+        """How many sessions there are."""
+        return len(self._sessions)
+
+    def answers(self) -> bool:
+        """Whether the thread has answered the last call of this, and ask it again. One thread at a time.
+
+        One that waits for the VM, or for clients, answers at once; one that has not begun, or has ended,
+        needs not.
+        """
+        if self._asked and self._thread.is_alive():
+            return False
+        self._asked = True
+        self._post(self._answer)
+        return True
+
+    def _answer(self) -> None:
+        self._asked = False
 
     def _post(self, letter: Callable[[], None]) -> bool:
         """Have the pump thread call `letter`. False if it has ended."""

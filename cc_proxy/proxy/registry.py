@@ -6,7 +6,7 @@ from cc_proxy.api.payloads import Hello
 from cc_proxy.log import logger
 from cc_proxy.proxy.spool import SpoolSpace
 from cc_proxy.proxy.vm import State, Vm, VmError
-from cc_proxy.settings import Settings
+from cc_proxy.settings import LiveSettings
 
 
 class RegistryError(Exception):
@@ -16,9 +16,9 @@ class RegistryError(Exception):
 class Registry:
     """All VMs of the daemon. Any thread may call."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._space = SpoolSpace(settings.spool)
+    def __init__(self, live: LiveSettings) -> None:
+        self._live = live
+        self._space = SpoolSpace(live)
         self._lock = threading.Lock()  # guards _by_id and _vms; nothing else is locked while it is held
         self._by_id: dict[str, Vm] = {}  # from the beginning of hello until bye, or until the VM is lost
         self._vms: set[Vm] = set()  # those that have not ended
@@ -29,12 +29,13 @@ class Registry:
         The id is taken from the beginning, and free again if this fails. Raises `RegistryError` or `VmError`.
         """
         container_id = hello.container_id
-        vm = Vm(container_id, self._settings, self._space, self._note_change)
+        vm = Vm(container_id, self._live, self._space, self._note_change)
         with self._lock:
             if container_id in self._by_id:
                 raise RegistryError(f"{container_id}: container already registered")
-            if len(self._vms) >= self._settings.limits.vms:
-                raise RegistryError(f"the limit of {self._settings.limits.vms} VMs is reached")
+            most = self._live.current.limits.vms
+            if len(self._vms) >= most:
+                raise RegistryError(f"the limit of {most} VMs is reached")
             self._by_id[container_id] = vm
             self._vms.add(vm)
         try:
@@ -61,6 +62,13 @@ class Registry:
         """Return all VMs that have not ended, those without an id included."""
         with self._lock:
             return list(self._vms)
+
+    def is_free(self, timeout: float) -> bool:
+        """Whether its lock can be had within `timeout` seconds."""
+        free = self._lock.acquire(timeout=timeout)
+        if free:
+            self._lock.release()
+        return free
 
     def _note_change(self, vm: Vm) -> None:
         state = vm.state

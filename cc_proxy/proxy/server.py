@@ -22,7 +22,7 @@ from cc_proxy.log import logger
 from cc_proxy.proxy.handlers import Client, Handlers, Reply, failure
 from cc_proxy.proxy.listener import Listener
 from cc_proxy.proxy.registry import Registry
-from cc_proxy.settings import Limits
+from cc_proxy.settings import Limits, LiveSettings
 
 #: Threads that wait for the interpreter ask for it this often, in seconds: at the least, and for each
 #: connection. All of them asking every millisecond, when thousands have something to do at once (their
@@ -48,18 +48,20 @@ class Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, listener: Listener, registry: Registry, limits: Limits) -> None:
+    def __init__(self, listener: Listener, registry: Registry, live: LiveSettings) -> None:
         super().__init__(listener.socket.getsockname(), Connection, bind_and_activate=False)
         self.socket.close()
         self.socket = listener.socket
         self._listener = listener
-        self.limits = limits
+        self._live = live
         self.handlers = Handlers(registry)
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()  # guards _connections; nothing else is locked while it is held
         self._connections: dict[socket.socket, threading.Thread] = {}
         self._stopping = threading.Event()
         self._short = False
+        #: When the accept thread has last finished what it had to do; time.monotonic's.
+        self.turned_at = 0.0
         self._thread = threading.Thread(
             target=self.serve_forever, args=(_STOP_POLL,), name="accept", daemon=True
         )
@@ -68,6 +70,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def start(self) -> None:
         """Begin to accept connections, in a thread of its own."""
+        self.turned_at = time.monotonic()
         self._thread.start()
 
     def stop_accepting(self) -> None:
@@ -132,17 +135,22 @@ class Server(socketserver.ThreadingUnixStreamServer):
             target=self.process_request_thread, args=(request, number), name=f"client {number}", daemon=True
         )
         with self._lock:
-            full = len(self._connections) >= self.limits.connections
+            most = self.limits.connections
+            full = len(self._connections) >= most
             if not full:
                 self._connections[request] = thread
                 self._adjust_switch_interval()
         if full:
-            self._turn_away(request, f"the limit of {self.limits.connections} connections is reached")
+            self._turn_away(request, f"the limit of {most} connections is reached")
             return
         try:
             thread.start()
         except RuntimeError:
             self._turn_away(request, "the daemon cannot start another thread")
+
+    def service_actions(self) -> None:
+        """Called after each look for connections, whether there was one or not."""
+        self.turned_at = time.monotonic()
 
     def _wait_for_room(self, error: OSError) -> None:
         if not self._short:
@@ -157,6 +165,18 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.shutdown_request(request)
 
     # Any thread -------------------------------------------------------------------------------------------
+
+    @property
+    def limits(self) -> Limits:
+        """What the settings say now."""
+        return self._live.current.limits
+
+    def is_free(self, timeout: float) -> bool:
+        """Whether its lock can be had within `timeout` seconds."""
+        free = self._lock.acquire(timeout=timeout)
+        if free:
+            self._lock.release()
+        return free
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection, which has been served or is not going to be."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cc_proxy.fds import Piece, cut
+from cc_proxy.settings import LiveSettings
 from cc_proxy.settings import Spool as SpoolSettings
 
 #: The most `sendfile` is asked to move at once, so that one client's backlog does not hold up the others.
@@ -21,10 +22,15 @@ _FILE_SIZE = 8 * 1024 * 1024
 class SpoolSpace:
     """How much may wait in total, and where. Any thread may call."""
 
-    def __init__(self, settings: SpoolSettings) -> None:
+    def __init__(self, live: LiveSettings) -> None:
         self._lock = threading.Lock()  # guards _used
         self._used = 0
-        self.settings = settings
+        self._live = live
+
+    @property
+    def settings(self) -> SpoolSettings:
+        """What the settings say of it now."""
+        return self._live.current.spool
 
     @property
     def used(self) -> int:
@@ -55,7 +61,6 @@ class Spool:
 
     def __init__(self, space: SpoolSpace) -> None:
         self._space = space
-        self._limit = space.settings.session_limit
         self._files: deque[_File] = deque()
         #: Bytes that wait.
         self.size = 0
@@ -65,7 +70,7 @@ class Spool:
 
         Raises `OSError` if the file system takes nothing at all: no space, no fd, no directory.
         """
-        wanted = self._space.take(min(sum(map(len, pieces)), self._limit - self.size))
+        wanted = self._space.take(min(sum(map(len, pieces)), self._space.settings.session_limit - self.size))
         done = 0
         try:
             while done < wanted:
@@ -120,6 +125,11 @@ class _File:
     fd: int
     start: int = 0
     stop: int = 0
+
+
+def check_directory(directory: str) -> None:
+    """Find out whether files can be made in `directory`. Raises `OSError` if not."""
+    os.close(_open_unnamed(directory))
 
 
 def _open_unnamed(directory: str) -> int:

@@ -19,7 +19,7 @@ from cc_proxy.proxy.control import ControlLink, ControlLost, NoAnswer
 from cc_proxy.proxy.pump import Pump
 from cc_proxy.proxy.session import Session
 from cc_proxy.proxy.spool import SpoolSpace
-from cc_proxy.settings import MAX_SOCKET_PATH, Settings
+from cc_proxy.settings import MAX_SOCKET_PATH, LiveSettings
 
 #: A socket is writable again when three quarters of this are free: the rest must last until more is there.
 _SEND_BUFFER = 1024 * 1024
@@ -56,10 +56,10 @@ class Vm:
     """
 
     def __init__(
-        self, container_id: str, settings: Settings, space: SpoolSpace, on_change: Callable[["Vm"], None]
+        self, container_id: str, live: LiveSettings, space: SpoolSpace, on_change: Callable[["Vm"], None]
     ) -> None:
         self.container_id = container_id
-        self._settings = settings
+        self._live = live
         self._space = space
         self._on_change = on_change
         self._lock = threading.Lock()  # guards all that follows; nothing else is locked while it is held
@@ -103,7 +103,7 @@ class Vm:
         if name is Code.DESTROY_POD:
             self._powering_off = True
         try:
-            answer = control.transact(name, payload, self._settings.vm.command_timeout)
+            answer = control.transact(name, payload, self._live.current.vm.command_timeout)
         except NoAnswer as error:
             fields = {"vm": self.container_id, "command": name.hyper_name, "error": str(error)}
             logger.warning("command not answered", extra=fields)
@@ -133,7 +133,7 @@ class Vm:
         with self._lock:
             seqs = range(self._next_seq, self._next_seq + n_streams)
             self._next_seq = seqs.stop
-        window = self._settings.stdin.window
+        window = self._live.current.stdin.window
         session = Session(seqs, ours, self._space, StdinWindow(seqs.start, window) if window else None)
         if not pump.add(session):
             session.close()
@@ -146,7 +146,7 @@ class Vm:
         pump = self._pump
         if pump is None or not self._move(State.LEAVING):
             return False
-        pump.finish("it has lingered long enough after bye", self._settings.vm.bye_linger)
+        pump.finish("it has lingered long enough after bye", self._live.current.vm.bye_linger)
         return True
 
     def lose(self, cause: str) -> None:
@@ -190,9 +190,20 @@ class Vm:
         pump = self._pump
         return pump is None or pump.join(timeout)
 
+    @property
+    def sessions(self) -> int:
+        """How many sessions its clients have."""
+        pump = self._pump
+        return pump.session_count if pump else 0
+
+    def answers(self) -> bool:
+        """Whether its pump has answered the last call of this. One thread at a time."""
+        pump = self._pump
+        return pump is None or pump.answers()
+
     def _connect(self, hello: Hello, undo: contextlib.ExitStack) -> Pump:
         """Connect both channels and wait for READY. What is opened is closed by `undo`."""
-        limits = self._settings.vm
+        limits = self._live.current.vm
         ctl = undo.enter_context(connect_to("ctlSerial", hello.ctl_serial, limits.ready_timeout))
         control = ControlLink(ctl, self._note)
         undo.callback(control.close)
@@ -202,7 +213,7 @@ class Vm:
         console = Console.open(self.container_id, hello.console)
         if console:
             undo.callback(console.close)
-        self._pump = Pump(self, io, control, console, self._settings.stdin.echo_timeout)
+        self._pump = Pump(self, io, control, console, self._live.current.stdin.echo_timeout)
         return self._pump
 
     def _move(self, to: State) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -249,7 +250,7 @@ def test_path_from_the_command_line_does_not_break_the_log(tmp_path: Path) -> No
     assert "\x1b" not in ended.stderr
 
 
-def test_nonsense_from_the_service_manager_ends_the_process_with_1(tmp_path: Path) -> None:
+def test_nonsense_from_the_service_manager_ends_the_process_with_78(tmp_path: Path) -> None:
     """A shell, so that the pid is known before the process is there."""
     ended = subprocess.run(
         ["sh", "-c", 'LISTEN_PID=$$ LISTEN_FDS=2 exec "$@"', "sh", sys.executable, "-m", "cc_proxy"],
@@ -259,5 +260,41 @@ def test_nonsense_from_the_service_manager_ends_the_process_with_1(tmp_path: Pat
         timeout=WAIT,
         check=False,
     )
-    assert ended.returncode == 1
-    assert "LISTEN_FDS=2: expected exactly one socket" in ended.stderr
+    assert ended.returncode == 78
+    assert "LISTEN_FDS=2, but cc-proxy takes exactly one socket: leave one ListenStream=" in ended.stderr
+
+
+@pytest.mark.parametrize("what", ["missing", "a file"])
+def test_spool_directory_that_cannot_be_used_ends_the_process_with_78(tmp_path: Path, what: str) -> None:
+    spool = tmp_path / "spool"
+    if what == "a file":
+        spool.write_text("")
+    text = f'[log]\nformat = "text"\n[spool]\ndirectory = "{spool}"\n'
+    ended = run("--config", config(tmp_path, text), "--socket-path", str(tmp_path / "sock"))
+    assert ended.returncode == 78
+    assert f"spool.directory: no file can be made in {spool}: " in ended.stderr
+    assert "or name another" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert not (tmp_path / "sock").exists()
+
+
+def test_bad_file_has_its_priority_in_the_journal(tmp_path: Path) -> None:
+    """A pipe stands for the journal here; what is read is what it would be sent."""
+    near, far = os.pipe()
+    status = os.fstat(far)
+    with os.fdopen(near) as journal:
+        ended = subprocess.run(
+            [sys.executable, "-m", "cc_proxy", "--config", config(tmp_path, "nonsense = 1\n")],
+            cwd=CHECKOUT,
+            env=os.environ | {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
+            stderr=far,
+            timeout=WAIT,
+            check=False,
+        )
+        os.close(far)
+        (line,) = journal.read().splitlines()
+    assert ended.returncode == 78
+    assert line.startswith("<3>")
+    event = json.loads(line[3:])
+    assert event["message"] == "cannot start"
+    assert event["error"].endswith("given.toml: unknown setting `nonsense`")

@@ -17,6 +17,7 @@ from cc_proxy.proxy.control import ControlLink
 from cc_proxy.proxy.pump import Pump
 from cc_proxy.proxy.session import Session
 from cc_proxy.proxy.spool import SpoolSpace
+from cc_proxy.settings import LiveSettings, Settings
 from cc_proxy.settings import Spool as SpoolSettings
 from tests.wire.support import (
     FRAME,
@@ -40,9 +41,8 @@ NEVER = 3_600.0
 def spool_space(
     directory: Path | str, session_limit: int = 64 << 20, total_limit: int = 1 << 30
 ) -> SpoolSpace:
-    return SpoolSpace(
-        SpoolSettings(directory=str(directory), session_limit=session_limit, total_limit=total_limit)
-    )
+    spool = SpoolSettings(directory=str(directory), session_limit=session_limit, total_limit=total_limit)
+    return SpoolSpace(LiveSettings(Settings(spool=spool)))
 
 
 def pair(buffer: int | None = None) -> tuple[socket.socket, socket.socket]:

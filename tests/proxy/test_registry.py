@@ -14,7 +14,7 @@ from cc_proxy.api.payloads import Hello
 from cc_proxy.proxy import vm as vm_module
 from cc_proxy.proxy.registry import Registry, RegistryError
 from cc_proxy.proxy.vm import State, Vm, VmError
-from cc_proxy.settings import Limits, Settings, Spool
+from cc_proxy.settings import Limits, LiveSettings, Settings, Spool
 from cc_proxy.settings import Vm as VmSettings
 from tests.proxy.conftest import Logged
 from tests.wire.support import READY, WAIT, FakeVm, at_end, frame, in_background, is_silent, wait_until
@@ -30,10 +30,12 @@ class Office:
         self._stack = ExitStack()
         self._count = 0
         self.registry = Registry(
-            Settings(
-                vm=VmSettings(ready_timeout=60, ready_ping_after=50, bye_linger=3_600),
-                limits=Limits(vms=LIMIT),
-                spool=Spool(directory=str(directory)),
+            LiveSettings(
+                Settings(
+                    vm=VmSettings(ready_timeout=60, ready_ping_after=50, bye_linger=3_600),
+                    limits=Limits(vms=LIMIT),
+                    spool=Spool(directory=str(directory)),
+                )
             )
         )
 
@@ -220,7 +222,7 @@ def test_vm_that_is_lost_as_it_comes_up_stays_unregistered(
         real(registry, vm)
 
     monkeypatch.setattr(Registry, "_note_change", note_late)
-    office.registry = Registry(Settings())
+    office.registry = Registry(LiveSettings(Settings()))
     vm, _ = office.register("pod")
     assert vm.state is State.ENDED
     assert told[-1] is State.ENDED

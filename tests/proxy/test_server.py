@@ -26,7 +26,7 @@ from cc_proxy.proxy.handlers import Client, Handlers, Reply
 from cc_proxy.proxy.listener import Listener
 from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.server import Connection, Server
-from cc_proxy.settings import Limits, Settings
+from cc_proxy.settings import Limits, LiveSettings, Settings
 from tests.proxy.conftest import Logged
 from tests.proxy.support import open_fds, read_to_end
 from tests.wire.support import (
@@ -60,7 +60,8 @@ class House:
             self._stack.callback(self.kept.close)
             listener = Listener(sock)
         self._listener = listener
-        self.server = Server(listener, Registry(Settings()), limits)
+        live = LiveSettings(Settings(limits=limits))
+        self.server = Server(listener, Registry(live), live)
         self.server.start()
         self._stopped = False
 
@@ -560,3 +561,18 @@ def test_responses_are_written_whole(house: House, monkeypatch: pytest.MonkeyPat
     client.send(request("x") * 3)
     for _ in range(3):
         assert len(client.receive()) == len(text) - 8
+
+
+# What the watchdog looks at -------------------------------------------------------------------------------
+
+
+def test_accept_thread_takes_its_turns_while_nobody_connects(house: House) -> None:
+    before = house.server.turned_at
+    wait_until(lambda: house.server.turned_at > before, "a turn")
+
+
+def test_lock_is_free_unless_somebody_holds_it(house: House) -> None:
+    assert house.server.is_free(WAIT)
+    assert not house.server._lock.locked()
+    with house.server._lock:
+        assert not house.server.is_free(0.01)

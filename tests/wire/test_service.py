@@ -1,0 +1,255 @@
+"""The daemon as a service: what its manager hears of it, and what signals make it do."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.wire.daemon import PATIENT, Daemon, Wire, write_config
+from tests.wire.support import VERSIONED, WAIT, error_of, wait_until
+
+# The pump of a VM hangs as soon as a client wants a session.
+HANGS = """
+import sys, threading
+from cc_proxy.cli.daemon import main
+from cc_proxy.proxy.pump import Pump
+Pump._add = lambda pump, session: threading.Event().wait()
+sys.exit(main(sys.argv[4:]))
+"""
+
+
+class Manager:
+    """A service manager's end of sd_notify."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._sock.bind(address.replace("@", "\0"))
+        self._sock.settimeout(WAIT)
+
+    def next(self) -> list[str]:
+        return self._sock.recv(4096).decode().split("\n")
+
+    def read_all(self) -> None:
+        """What has been sent by now."""
+        self._sock.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                self.next()
+        self._sock.settimeout(WAIT)
+
+    def hears_no_watchdog_for(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        heard = []
+        while (left := deadline - time.monotonic()) > 0:
+            self._sock.settimeout(left)
+            try:
+                heard.append(self.next())
+            except TimeoutError:
+                break
+        self._sock.settimeout(WAIT)
+        return ["WATCHDOG=1"] not in heard
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+@pytest.fixture
+def manager(tmp_sock_dir: Path) -> Iterator[Manager]:
+    manager = Manager(f"@{tmp_sock_dir}/notify")
+    yield manager
+    manager.close()
+
+
+@contextmanager
+def managed(
+    directory: Path, manager: Manager, *, watchdog: float | None = None, prefix: Sequence[str] = ()
+) -> Iterator[Wire]:
+    variables = [f"NOTIFY_SOCKET={manager.address}"]
+    if watchdog:
+        variables.append(f"WATCHDOG_USEC={int(watchdog * 1_000_000)}")
+    with running(directory, prefix=["env", *variables, *prefix]) as wire:
+        yield wire
+
+
+@contextmanager
+def running(directory: Path, tables: str = PATIENT, *, prefix: Sequence[str] = ()) -> Iterator[Wire]:
+    with Daemon.configured(directory, tables, prefix=prefix) as daemon:
+        wire = Wire(daemon, directory)
+        try:
+            yield wire
+        finally:
+            wire.close()
+
+
+def events(daemon: Daemon, text: str) -> list[dict[str, object]]:
+    lines = daemon.log().splitlines()
+    return [event for event in map(json.loads, lines) if event["message"] == text]
+
+
+def logs(daemon: Daemon, text: str, times: int = 1) -> dict[str, object]:
+    wait_until(lambda: len(events(daemon, text)) >= times, f"the log says: {text}")
+    return events(daemon, text)[-1]
+
+
+def configure(daemon: Daemon, tables: str) -> None:
+    """Other settings, which count after a reload."""
+    write_config(daemon.socket_path.parent, daemon.socket_path, tables)
+    daemon.process.send_signal(signal.SIGHUP)
+
+
+def test_what_the_manager_hears(tmp_sock_dir: Path, manager: Manager) -> None:
+    """From the beginning to the end, in order; and how much there is to do."""
+    with managed(tmp_sock_dir, manager) as wire:
+        assert manager.next() == ["READY=1", "STATUS=0 VMs, 0 sessions"]
+        pod = wire.pod()
+        pod.client.allocate()
+        pod.client.allocate()
+        wait_until(lambda: manager.next() == ["STATUS=1 VM, 2 sessions"], "the status")
+        wire.daemon.process.send_signal(signal.SIGHUP)
+        first, second, _ = manager.next()
+        assert first == "RELOADING=1"
+        name, _, microseconds = second.partition("=")
+        assert name == "MONOTONIC_USEC"
+        assert 0 <= time.monotonic() - int(microseconds) / 1_000_000 < WAIT
+        assert manager.next() == ["READY=1", "STATUS=1 VM, 2 sessions"]
+        assert wire.daemon.stop() == 0
+        assert manager.next() == ["STOPPING=1", "STATUS=Stopping"]
+        wire.daemon.check_log()
+
+
+def test_watchdog_is_served_while_all_goes_well(tmp_sock_dir: Path, manager: Manager) -> None:
+    """A VM whose client reads nothing included."""
+    with managed(tmp_sock_dir, manager, watchdog=1.0) as wire:
+        pod = wire.pod()
+        stream = pod.client.allocate(1)
+        for _ in range(100):
+            pod.vm.send_frame(stream.base, bytes(10_000))
+        wait_until(lambda: manager.next() == ["STATUS=1 VM, 1 session"], "the status")
+        for _ in range(3):
+            assert manager.next() == ["WATCHDOG=1"]
+        wire.daemon.check_log()
+
+
+def test_pump_that_hangs_trips_the_watchdog_and_is_named(tmp_sock_dir: Path, manager: Manager) -> None:
+    with managed(tmp_sock_dir, manager, watchdog=1.0, prefix=[sys.executable, "-c", HANGS]) as wire:
+        pod = wire.pod(container="ill")
+        wire.pod()
+        assert pod.client.ask("allocateIO", {"nStreams": 1})
+        event = logs(wire.daemon, "stuck: the watchdog is not served")
+        assert event["level"] == "ERROR"
+        assert event["stuck"] == ["the pump of VM ill"]
+        manager.read_all()
+        assert manager.hears_no_watchdog_for(1.0)
+        assert any("pump ill" in str(stack["threads"]) for stack in events(wire.daemon, "stack"))
+        assert wire.pod().pings(), "the other VMs are served"
+
+
+def test_reload_changes_what_can_change_and_names_the_rest(tmp_sock_dir: Path) -> None:
+    with running(tmp_sock_dir) as wire:
+        daemon = wire.daemon
+        pod = wire.pod()
+        configure(
+            daemon, f'[log]\nlevel = "debug"\n[limits]\nvms = 1\n[spool]\ndirectory = "{tmp_sock_dir}/x"\n'
+        )
+        waiting = logs(daemon, "settings that take effect after a restart")
+        assert waiting["level"] == "WARNING"
+        assert waiting["waiting"] == {"spool.directory": [str(tmp_sock_dir), f"{tmp_sock_dir}/x"]}
+        changed = logs(daemon, "settings reloaded")["changed"]
+        assert isinstance(changed, dict)
+        assert changed["limits.vms"] == [1024, 1]
+        assert changed["log.level"] == ["info", "debug"]
+        assert "spool.directory" not in changed
+        client, vm = wire.client(), wire.vm()
+        client.hello("one more", vm)
+        assert error_of(client.receive()) == "the limit of 1 VMs is reached"
+        assert pod.pings(), "the VMs that there are stay"
+        logs(daemon, "request refused")
+        wire.close()
+        daemon.check()
+        assert daemon.stop() == 0
+
+
+def test_deadlines_change_for_vms_that_are_up(tmp_sock_dir: Path) -> None:
+    with running(tmp_sock_dir) as wire:
+        daemon = wire.daemon
+        pod = wire.pod()
+        configure(daemon, "[vm]\ncommand_timeout = 0.05\n")
+        logs(daemon, "settings reloaded")
+        pod.client.hyper("ping")
+        assert error_of(pod.client.receive()) == "no answer from the VM in 0.05 s"
+        wire.close()
+
+
+def test_connections_limit_changes(tmp_sock_dir: Path) -> None:
+    with running(tmp_sock_dir) as wire:
+        daemon = wire.daemon
+        pod = wire.pod()
+        configure(daemon, "[limits]\nconnections = 1\n")
+        logs(daemon, "settings reloaded")
+        assert error_of(wire.client().receive()) == "the limit of 1 connections is reached"
+        configure(daemon, PATIENT)
+        logs(daemon, "settings reloaded", 2)
+        assert wire.client().attach(pod.container) == VERSIONED
+        wire.close()
+
+
+def test_broken_file_keeps_the_old_settings_and_says_why(tmp_sock_dir: Path, manager: Manager) -> None:
+    with managed(tmp_sock_dir, manager) as wire:
+        assert manager.next()[0] == "READY=1"
+        configure(wire.daemon, "[limits]\nvms = 1\nconnections = 'many'\n")
+        assert manager.next()[0] == "RELOADING=1"
+        assert manager.next()[0] == "READY=1"
+        event = logs(wire.daemon, "settings not reloaded: the old ones stay")
+        assert event["level"] == "ERROR"
+        assert str(event["error"]).endswith("limits.connections: expected an integer, got a string")
+        assert events(wire.daemon, "settings reloaded") == []
+        assert wire.pod().pings()
+        assert wire.pod().pings()
+        wire.close()
+        wire.daemon.check()
+
+
+def test_file_that_is_gone_keeps_the_old_settings(tmp_sock_dir: Path) -> None:
+    with Daemon.configured(tmp_sock_dir) as daemon:
+        (tmp_sock_dir / "cc-proxy.toml").unlink()
+        daemon.process.send_signal(signal.SIGHUP)
+        event = logs(daemon, "settings not reloaded: the old ones stay")
+        assert str(event["error"]).endswith("cannot be read: No such file or directory")
+        daemon.check()
+
+
+def test_sigusr1_says_what_every_thread_does(tmp_sock_dir: Path) -> None:
+    with running(tmp_sock_dir, PATIENT + '[log]\nlevel = "error"\n') as wire:
+        daemon = wire.daemon
+        pod = wire.pod(container="pod")
+        more = [wire.attached(pod) for _ in range(20)]
+        daemon.process.send_signal(signal.SIGUSR1)
+        wait_until(lambda: "MainThread" in str(events(daemon, "stack")), "the stack of the last thread")
+        stacks = events(daemon, "stack")
+        (clients,) = (stack for stack in stacks if stack["count"] == len(more) + 1)
+        assert all(name.startswith("client ") for name in list(clients["threads"]))  # type: ignore[call-overload]
+        assert "_next_text" in str(clients["stack"])
+        names = str([stack["threads"] for stack in stacks])
+        assert all(name in names for name in ("pump pod", "accept", "log"))
+        wire.close()
+        daemon.check()
+        assert daemon.stop() == 0
+
+
+def test_daemon_whose_log_has_gone_still_ends_with_0(tmp_sock_dir: Path) -> None:
+    """As when the journal has been restarted: its end of stderr is closed."""
+    prefix = ["bash", "-c", 'exec "$@" 2> >(exec true)', "bash"]
+    with running(tmp_sock_dir, prefix=prefix) as wire:
+        daemon = wire.daemon
+        assert wire.pod().pings()
+        wire.close()
+        assert daemon.stop() == 0
