@@ -88,6 +88,7 @@ class Output:
         """Pass on the whole frames there."""
         batch = gather(buffer, view, start, stop, self._owners)
         self._counters.bytes_to_clients += batch.stop - start
+        self._counters.frames_to_clients += batch.frames
         dump_frames(self._vm, "output", (view[start : batch.stop],))
         for session, pieces in batch.slices.items():
             if session.deliver(pieces):
@@ -100,6 +101,10 @@ class Output:
         """The session's client takes something again, or has gone."""
         session.flush()
         self._settle(session)
+
+    def holds(self, session: Session) -> bool:
+        """Whether the VM is not read because of this session."""
+        return session in self._holding
 
     def forget(self, session: Session) -> None:
         """The session is to be closed."""
