@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.start()
     status = EXIT_FAILED
     try:
-        status = _run(chosen)
+        status = _run(chosen, settings.file_read(options.config))
     finally:
         if not log.stop():
             os._exit(status)
@@ -86,7 +86,7 @@ def choose_settings(options: argparse.Namespace) -> Settings:
     return chosen
 
 
-def _run(chosen: Settings) -> int:
+def _run(chosen: Settings, settings_file: str) -> int:
     """Serve on the socket systemd has passed, or on one of our own."""
     try:
         raise_fd_limit()
@@ -96,7 +96,7 @@ def _run(chosen: Settings) -> int:
         logger.error("cannot start", extra={"error": str(error)})
         return EXIT_FAILED
     try:
-        daemon.serve(listener, chosen)
+        daemon.serve(listener, chosen, settings_file)
     finally:
         listener.remove()
     return 0

@@ -46,7 +46,7 @@ class Batch(Generic[Owner]):
     error: str | None = None
 
 
-def gather(  # noqa: C901 - one loop, which a call a frame would slow down by half
+def gather(  # noqa: C901, PLR0915 - one loop, which a call a frame would slow down by half
     buffer: bytearray, view: memoryview, start: int, stop: int, owners: Mapping[int, Owner]
 ) -> Batch[Owner]:
     """Sort the whole frames in `buffer[start:stop]` by the owner of their seq.

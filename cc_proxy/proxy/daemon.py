@@ -8,6 +8,7 @@ from cc_proxy.log import logger
 from cc_proxy.proxy.listener import Listener
 from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.server import Server
+from cc_proxy.proxy.status import About
 from cc_proxy.settings import Settings
 
 #: Seconds that what is in flight gets to finish when the daemon stops.
@@ -25,14 +26,14 @@ def block_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
 
 
-def serve(listener: Listener, settings: Settings) -> None:
+def serve(listener: Listener, settings: Settings, settings_file: str = "") -> None:
     """Serve clients on a listening socket until SIGTERM or SIGINT. Main thread, after `block_signals`.
 
     The signals are waited for, so nothing ever runs in a signal handler; one more changes nothing.
     """
     threading.stack_size(_STACK_SIZE)
     registry = Registry(settings)
-    with Server(listener, registry, settings.limits) as server:
+    with Server(listener, registry, settings.limits, About(settings_file)) as server:
         server.start()
         logger.info("ready", extra={"socket": listener.socket.getsockname()})
         received = signal.sigwait(_STOP_SIGNALS)
