@@ -60,8 +60,8 @@ def read_message(
     """Read one message, whose text is `limit` bytes long at most, and decode it as `kind`.
 
     `kind` is `Request` or `Response`. Returns None if the peer closed the connection between two messages.
-    `timeout` is for the whole message, in seconds; None waits for ever. Raises `ProtocolError`, `TimedOut`, or `OSError`.
-    Any thread may call, one at a time for a socket.
+    `timeout` is for the whole message, in seconds; None waits for ever. Raises `ProtocolError`, `TimedOut` or
+    `OSError`. Any thread may call, one at a time for a socket.
     """
     deadline = Deadline(timeout)
     header = _read_exactly(sock, messages.HEADER.size, deadline)

@@ -39,7 +39,7 @@ def waits(vm: VmStatus) -> Iterator[str]:
     if vm.waiting_commands > len(vm.commands):
         yield f"{vm.waiting_commands - len(vm.commands)} more commands wait behind them"
     if vm.unanswered > vm.waiting_commands:
-        yield f"the agent has left {vm.unanswered - vm.waiting_commands} commands unanswered"
+        yield f"the agent has left {_count(vm.unanswered - vm.waiting_commands, 'command')} unanswered"
 
 
 def size(number: int) -> str:

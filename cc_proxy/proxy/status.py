@@ -1,8 +1,8 @@
 """What `status` answers with: how the daemon and its VMs are, put together from all who know a part of it.
 
 A pump's part comes from its own thread, through its mailbox, so that it is of one moment and nothing on the
-data path is locked. All pumps are asked before any is waited for, and together they have `_PATIENCE`: one that
-is stuck has no part in the answer, which says so. The rest are plain reads of single values, each of them
+data path is locked. All pumps are asked before any is waited for, and they have `_PATIENCE` together: one
+that is stuck has no part in the answer, which says so. The rest are plain reads of single values, each
 right when it was read.
 """
 
@@ -42,7 +42,7 @@ class About:
 
 
 def describe(about: About, registry: Registry, attached: Iterable[Vm | None]) -> Status:
-    """Return how everything is; `attached` has the VM of each connection. Any thread, for `_PATIENCE` at most."""
+    """Return how everything is; `attached` has each connection's VM. Any thread, for `_PATIENCE` at most."""
     vms = sorted(registry.vms(), key=lambda vm: vm.container_id)
     listed = vms[:MOST_VMS]
     clients = Counter(attached)
