@@ -64,6 +64,17 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
     return {name: value for name, value in vars(record).items() if name not in _OWN}
 
 
+def current_level() -> LogLevel:
+    """Return the least level that is logged."""
+    least = logger.getEffectiveLevel()
+    return min(LEVELS, key=lambda level: (LEVELS[level] < least, LEVELS[level]))
+
+
+def set_level(level: LogLevel) -> None:
+    """Log what is at `level` or above. Any thread may call."""
+    logger.setLevel(LEVELS[level])
+
+
 class _Json(JsonFormatter):
     """A JSON object a line; with `priority`, syslog's number of it in front."""
 
@@ -212,12 +223,12 @@ class Logging:
         logging.raiseExceptions = False
         logger.propagate = False
         logger.addHandler(self._front)
-        self.set_level(self._level)
+        set_level(self._level)
         self._listener.start()
 
     def set_level(self, level: LogLevel) -> None:
         """Log what is at `level` or above. Any thread may call."""
-        logger.setLevel(LEVELS[level])
+        set_level(level)
 
     def report_suppressed(self) -> None:
         """Log what was suppressed, if it is time to; to be called now and then, by one thread."""

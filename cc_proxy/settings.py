@@ -4,6 +4,7 @@ Every setting has a default, and conf/cc-proxy.toml says why it is there; what a
 before any of it counts.
 """
 
+import os
 import re
 import tomllib
 from dataclasses import dataclass
@@ -174,6 +175,13 @@ def load(path: str | None = None) -> Settings:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise SettingsError(f"{path or DEFAULT_FILE}: cannot be read: {reason}") from None
     return parse(text, path or DEFAULT_FILE)
+
+
+def file_read(path: str | None = None) -> str:
+    """Return the absolute path of what `load` reads; empty if there is no file."""
+    if path is None and not os.path.exists(DEFAULT_FILE):
+        return ""
+    return os.path.abspath(path or DEFAULT_FILE)
 
 
 def _explain(error: str) -> str:

@@ -19,13 +19,17 @@ from cc_proxy.api.payloads import (
     AllocateIoResult,
     Attach,
     Bye,
+    GetStatus,
     Hello,
     Hyper,
+    LogLevelChange,
     Payload,
     Request,
     Response,
+    SetLogLevel,
     Version,
 )
+from cc_proxy.api.status import Status
 from cc_proxy.api.transport import connect, read_message, write_message
 
 #: Where the daemon listens unless its settings say otherwise.
@@ -110,13 +114,28 @@ class Client:
         encoded = b"" if isinstance(data, msgspec.UnsetType) else bytes(data)
         self.request(Hyper(name, msgspec.Raw(encoded) if encoded else UNSET), timeout=timeout)
 
+    def status(self, *, timeout: float | Deadline | None = None) -> Status:
+        """Ask how the daemon and its VMs are: what they do, what waits and for whom.
+
+        Never waits for a VM for more than half a second. A daemon that knows no such request refuses it.
+        """
+        return self._result(GetStatus(), Status, timeout)
+
+    def set_log_level(self, level: str, *, timeout: float | Deadline | None = None) -> LogLevelChange:
+        """Have the daemon log what is at `level` or above, until it reads its settings again.
+
+        `level` is `error`, `warning`, `info`, `debug`, `io` or `console`. Returns the old and the new one.
+        """
+        return self._result(SetLogLevel(level), LogLevelChange, timeout)
+
     def request(self, payload: Payload, *, timeout: float | Deadline | None = None) -> msgspec.Raw:
         """Send any payload and return the `data` of the response, encoded (empty if there was none)."""
         request = Request(payload.NAME, msgspec.Raw(msgspec.json.encode(payload)))
         deadline = self._deadline(timeout)
+        limit = messages.MAX_STATUS if isinstance(payload, GetStatus) else messages.MAX_TEXT
         with self._exchange():
             write_message(self._sock, request, timeout=deadline)
-            response = read_message(self._sock, Response, timeout=deadline)
+            response = read_message(self._sock, Response, timeout=deadline, limit=limit)
             if response is None:
                 raise ProtocolError(f"the proxy closed the connection instead of answering {payload.NAME}")
         if not response.success:

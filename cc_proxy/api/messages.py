@@ -15,6 +15,8 @@ from cc_proxy.api.errors import ProtocolError
 
 #: Longest JSON text of a message, in bytes.
 MAX_TEXT = 1024 * 1024
+#: Longest JSON text of the response to `status`.
+MAX_STATUS = 16 * 1024 * 1024
 #: The header: length of the text, and 4 reserved bytes that are 0.
 HEADER = struct.Struct(">II")
 
@@ -28,26 +30,26 @@ T = TypeVar("T", bound=msgspec.Struct)
 _encoder = msgspec.json.Encoder()
 
 
-def frame_text(text: bytes) -> bytes:
-    """Put the header before a JSON text. Raises `ProtocolError` if the text is over `MAX_TEXT`."""
-    if len(text) > MAX_TEXT:
-        raise ProtocolError(f"a message of {len(text)} bytes is over the limit of {MAX_TEXT}")
+def frame_text(text: bytes, limit: int = MAX_TEXT) -> bytes:
+    """Put the header before a JSON text. Raises `ProtocolError` if the text is over `limit` bytes long."""
+    if len(text) > limit:
+        raise ProtocolError(f"a message of {len(text)} bytes is over the limit of {limit}")
     return HEADER.pack(len(text), 0) + text
 
 
-def encode(message: msgspec.Struct) -> bytes:
-    """Return one whole message, header and compact JSON."""
-    return frame_text(_encoder.encode(message))
+def encode(message: msgspec.Struct, limit: int = MAX_TEXT) -> bytes:
+    """Return one whole message, header and compact JSON, whose text is `limit` bytes long at most."""
+    return frame_text(_encoder.encode(message), limit)
 
 
-def text_length(header: bytes | bytearray | memoryview) -> int:
+def text_length(header: bytes | bytearray | memoryview, limit: int = MAX_TEXT) -> int:
     """Return the length of the text that follows the 8 bytes of `header`.
 
-    Raises `ProtocolError` for a length over `MAX_TEXT` or a reserved field that is not 0.
+    Raises `ProtocolError` for a length over `limit` or a reserved field that is not 0.
     """
     length, reserved = HEADER.unpack(header)
-    if length > MAX_TEXT:
-        raise ProtocolError(f"a message announces {length} bytes, the limit is {MAX_TEXT}")
+    if length > limit:
+        raise ProtocolError(f"a message announces {length} bytes, the limit is {limit}")
     if reserved:
         raise ProtocolError(f"the reserved field of a message header is {reserved:#x}, not 0")
     return int(length)

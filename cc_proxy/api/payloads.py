@@ -66,6 +66,28 @@ class Hyper(_Payload, frozen=True):
     data: Raw | UnsetType = UNSET
 
 
+class GetStatus(_Payload, frozen=True):
+    """Ask how the daemon and its VMs are. Result: `Status`, which may be up to `MAX_STATUS` bytes long."""
+
+    NAME: ClassVar[str] = "status"
+
+
+class SetLogLevel(_Payload, frozen=True):
+    """Have the daemon log more, or less, until its settings are read again. Result: `LogLevelChange`."""
+
+    NAME: ClassVar[str] = "logLevel"
+
+    #: `error`, `warning`, `info`, `debug`, `io` or `console`.
+    level: str = ""
+
+
+class LogLevelChange(_Payload, frozen=True, omit_defaults=False):
+    """What `logLevel` answers with."""
+
+    old: str
+    new: str
+
+
 class Version(_Payload, frozen=True):
     """What `hello` and `attach` answer with."""
 
@@ -97,4 +119,4 @@ class Response(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 #: Anything `Client.request` can send.
-Payload = Hello | Attach | Bye | AllocateIo | Hyper
+Payload = Hello | Attach | Bye | AllocateIo | Hyper | GetStatus | SetLogLevel

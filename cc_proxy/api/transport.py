@@ -50,18 +50,24 @@ def _set_send_timeout(sock: socket.socket, seconds: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, until)
 
 
-def read_message(sock: socket.socket, kind: type[T], *, timeout: float | Deadline | None = None) -> T | None:
-    """Read one message and decode it as `kind` (`Request` or `Response`).
+def read_message(
+    sock: socket.socket,
+    kind: type[T],
+    *,
+    timeout: float | Deadline | None = None,
+    limit: int = messages.MAX_TEXT,
+) -> T | None:
+    """Read one message, whose text is `limit` bytes long at most, and decode it as `kind`.
 
-    Returns None if the peer closed the connection between two messages. `timeout` is for the whole
-    message, in seconds; None waits for ever. Raises `ProtocolError`, `TimedOut`, or `OSError`.
-    Any thread may call, one at a time for a socket.
+    `kind` is `Request` or `Response`. Returns None if the peer closed the connection between two messages.
+    `timeout` is for the whole message, in seconds; None waits for ever. Raises `ProtocolError`, `TimedOut` or
+    `OSError`. Any thread may call, one at a time for a socket.
     """
     deadline = Deadline(timeout)
     header = _read_exactly(sock, messages.HEADER.size, deadline)
     if not header:
         return None
-    return messages.decode(_read_rest(sock, header, deadline), kind)
+    return messages.decode(_read_rest(sock, header, deadline, limit), kind)
 
 
 def write_message(
@@ -82,10 +88,10 @@ def write_message(
             deadline.wait_writable(sock, "room for a message")
 
 
-def _read_rest(sock: socket.socket, header: bytes, deadline: Deadline) -> bytes:
+def _read_rest(sock: socket.socket, header: bytes, deadline: Deadline, limit: int) -> bytes:
     if len(header) < messages.HEADER.size:
         raise ProtocolError("the connection was closed inside a message header")
-    length = messages.text_length(header)
+    length = messages.text_length(header, limit)
     text = _read_exactly(sock, length, deadline)
     if len(text) < length:
         raise ProtocolError(f"the connection was closed after {len(text)} of {length} bytes of a message")

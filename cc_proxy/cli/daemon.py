@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.start()
     status = EXIT_FAILED
     try:
-        host = Host(lambda: choose_settings(options), Notifier(), log)
+        host = Host(lambda: choose_settings(options), settings.file_read(options.config), Notifier(), log)
         status = _run(chosen, host)
     finally:
         if not log.stop():

@@ -1,7 +1,7 @@
 """The table of commands. Another command is another row."""
 
 from argparse import ArgumentParser
-from typing import Any
+from typing import Any, get_args
 
 from cc_proxy.ctl import options, single
 from cc_proxy.ctl.embedded import agent
@@ -16,7 +16,9 @@ from cc_proxy.ctl.parser import (
     text,
 )
 from cc_proxy.ctl.run import execute, run
+from cc_proxy.ctl.status import log_level, status
 from cc_proxy.hyperstart.codes import COMMANDS as HYPER_COMMANDS
+from cc_proxy.settings import LogLevel
 
 _PROCESS_OPTIONS = "[-t] [-i] [-e K=V]... [-w DIR] [-u USER[:GROUP]] [--timeout S]"
 _PROCESS_NOTES = """
@@ -62,6 +64,17 @@ def _hyper_arguments(parser: ArgumentParser) -> None:
         nargs="?",
         help="its data, sent byte for byte; - reads it from stdin",
     )
+    add_timeout(parser)
+
+
+def _status_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print everything, for programs to read")
+    add_timeout(parser)
+
+
+def _log_level_arguments(parser: ArgumentParser) -> None:
+    levels = get_args(LogLevel)
+    parser.add_argument("level", metavar="LEVEL", choices=levels, help=f"one of {', '.join(levels)}")
     add_timeout(parser)
 
 
@@ -149,6 +162,26 @@ end cc-proxyctl, and the process finds its input at its end."""
         arguments=_registered_arguments,
         read=options.Registered.of,
         do=single.bye,
+    ),
+    Command(
+        name="status",
+        summary="see how the proxy and its VMs are, and what waits",
+        description="""\
+Show the daemon, its VMs, what waits in each of them and for whom, and what went wrong last.
+Nothing is disturbed by it.""",
+        examples=("status", "status --json | jq '.vms[] | select(.streams.paused) | .id'"),
+        arguments=_status_arguments,
+        read=options.Status.of,
+        do=status,
+    ),
+    Command(
+        name="log-level",
+        summary="have the proxy log more, or less",
+        description="Have the daemon log what is at LEVEL or above, until its next reload or restart.",
+        examples=("log-level debug", "log-level info"),
+        arguments=_log_level_arguments,
+        read=options.LogLevel.of,
+        do=log_level,
     ),
     Command(
         name="agent",

@@ -128,6 +128,30 @@ class Registered:
 
 
 @dataclass(frozen=True, slots=True)
+class Status:
+    """`status`."""
+
+    proxy: Proxy
+    as_json: bool
+
+    @classmethod
+    def of(cls, args: Namespace) -> Self:
+        return cls(Proxy.of(args), args.json)
+
+
+@dataclass(frozen=True, slots=True)
+class LogLevel:
+    """`log-level`."""
+
+    proxy: Proxy
+    level: str
+
+    @classmethod
+    def of(cls, args: Namespace) -> Self:
+        return cls(Proxy.of(args), args.level)
+
+
+@dataclass(frozen=True, slots=True)
 class Hyper:
     """`hyper`."""
 

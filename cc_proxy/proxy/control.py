@@ -48,6 +48,9 @@ class ControlLink:
         self._on_event = on_event
         self._channel = ControlChannel()
         self._lost: ControlLost | None = None
+        # Commands and since when, by the thread that waits for them. Each thread adds and removes its own:
+        # single steps of the interpreter, which need no lock.
+        self._waiting: dict[int, tuple[Code, float]] = {}
         self._receive_ticks = 0
         self._quick = True
         self._unasked = select.epoll()
@@ -84,7 +87,24 @@ class ControlLink:
         `timeout` is in seconds and includes waiting for the commands of others. Raises `NoAnswer` (the
         command may yet be carried out; its answer will be taken for its own) or `ControlLost`.
         """
-        deadline = time.monotonic() + timeout
+        begun = time.monotonic()
+        thread = threading.get_ident()
+        self._waiting[thread] = code, begun
+        try:
+            return self._transact(code, payload, begun + timeout, timeout)
+        finally:
+            del self._waiting[thread]
+
+    def waiting(self) -> list[tuple[Code, float]]:
+        """Return the commands that are waited for, and since when (`time.monotonic`), the oldest first."""
+        return list(self._waiting.values())
+
+    @property
+    def unanswered(self) -> int:
+        """How many commands the agent has not answered, given-up ones included, at some moment."""
+        return self._channel.unanswered
+
+    def _transact(self, code: Code, payload: bytes, deadline: float, timeout: float) -> ControlMessage:
         if not self._turn.acquire(timeout=timeout):
             raise NoAnswer(f"no answer in {timeout:g} s: another command was in the way all the time")
         try:

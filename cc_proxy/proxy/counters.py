@@ -9,6 +9,9 @@ class Counters:
 
     bytes_to_clients: int = 0
     bytes_to_vm: int = 0
+    frames_to_clients: int = 0
+    #: As the agent gets them: a long frame of a client's is several.
+    frames_to_vm: int = 0
     #: Frames from the VM that nobody owned.
     stray_frames: int = 0
     #: How often the VM had to wait because of a client that does not read.

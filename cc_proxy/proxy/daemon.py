@@ -11,6 +11,7 @@ from cc_proxy.proxy.health import Health
 from cc_proxy.proxy.listener import Listener
 from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.server import Server
+from cc_proxy.proxy.status import About
 from cc_proxy.settings import LiveSettings, Settings, SettingsError
 from cc_proxy.stacks import log_stacks
 from cc_proxy.systemd import Notifier, monotonic_usec
@@ -39,6 +40,8 @@ class Host:
 
     #: Reads the settings again; raises `SettingsError`.
     read_settings: Callable[[], Settings]
+    #: The file they are read from.
+    settings_file: str
     notifier: Notifier
     log: Logging
 
@@ -48,7 +51,7 @@ def serve(listener: Listener, settings: Settings, host: Host) -> None:
     threading.stack_size(_STACK_SIZE)
     live = LiveSettings(settings)
     registry = Registry(live)
-    with Server(listener, registry, live) as server:
+    with Server(listener, registry, live, About(host.settings_file)) as server:
         server.start()
         logger.info("ready", extra={"socket": listener.socket.getsockname()})
         supervisor = Supervisor(live, host, registry, Health(server, registry))

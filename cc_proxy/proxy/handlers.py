@@ -17,16 +17,20 @@ from cc_proxy.api.payloads import (
     AllocateIoResult,
     Attach,
     Bye,
+    GetStatus,
     Hello,
     Hyper,
+    LogLevelChange,
     Payload,
     Request,
     Response,
+    SetLogLevel,
     Version,
 )
 from cc_proxy.hyperstart.codes import COMMANDS
-from cc_proxy.log import logger
+from cc_proxy.log import LEVELS, current_level, logger, set_level
 from cc_proxy.proxy.registry import Registry, RegistryError
+from cc_proxy.proxy.status import About, describe
 from cc_proxy.proxy.vm import State, Vm, VmError
 
 PROTOCOL_VERSION = 1
@@ -40,7 +44,7 @@ class Refusal(Exception):
     """A request that is refused; the text is what the client is told."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Client:
     """What is known of one connection."""
 
@@ -61,7 +65,11 @@ _DONE = Reply(messages.encode(Response(True)))
 
 def success(result: msgspec.Struct) -> Reply:
     """Return the response that carries a result."""
-    return Reply(messages.encode(Response(True, data=msgspec.Raw(msgspec.json.encode(result)))))
+    return Reply(messages.encode(_carrying(result)))
+
+
+def _carrying(result: msgspec.Struct) -> Response:
+    return Response(True, data=msgspec.Raw(msgspec.json.encode(result)))
 
 
 _ATTACHED = success(Version(PROTOCOL_VERSION))
@@ -86,14 +94,19 @@ def failure(text: str) -> Reply:
 class Handlers:
     """The payload table. Any thread may call, one at a time for a client."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, about: About | None = None) -> None:
         self._registry = registry
+        self._about = about or About()
+        #: Who is connected. Adding, removing and copying are single steps of the interpreter: no lock needed.
+        self.clients: set[Client] = set()
         handlers: dict[type[Payload], Callable[[Client, Any], Reply]] = {
             Hello: self._hello,
             Attach: self._attach,
             Bye: self._bye,
             AllocateIo: self._allocate_io,
             Hyper: self._hyper,
+            GetStatus: self._status,
+            SetLogLevel: self._log_level,
         }
         self._table = {kind.NAME: (Decoder(kind), handler) for kind, handler in handlers.items()}
 
@@ -156,6 +169,20 @@ class Handlers:
             raise Refusal(f"unknown command '{hyper.hyper_name}'")
         client.vm.command(code, b"" if isinstance(hyper.data, UnsetType) else bytes(hyper.data))
         return _DONE
+
+    def _status(self, _client: Client, _asked: GetStatus) -> Reply:
+        status = describe(self._about, self._registry, [client.vm for client in list(self.clients)])
+        return Reply(messages.encode(_carrying(status), messages.MAX_STATUS))
+
+    def _log_level(self, client: Client, change: SetLogLevel) -> Reply:
+        if change.level not in LEVELS:
+            raise Refusal(f"unknown log level '{change.level}': it is one of {', '.join(LEVELS)}")
+        old, new = current_level(), change.level
+        # The more talkative of the two logs the change.
+        set_level(min(old, new, key=LEVELS.__getitem__))
+        logger.info("log level changed", extra={"client": client.number, "old": old, "new": new})
+        set_level(new)
+        return success(LogLevelChange(old, new))
 
 
 def _arguments(request: Request, decoder: Decoder[Any]) -> Any:

@@ -28,7 +28,7 @@ class Output:
     may not have had before the read. `on_stray` is called with the seq of each frame that nobody owns.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - the pump wires it, once
         self,
         vm: str,
         io: socket.socket,
@@ -93,6 +93,7 @@ class Output:
         self._before_delivery()
         batch = gather(buffer, view, start, stop, self._owners)
         self._counters.bytes_to_clients += batch.stop - start
+        self._counters.frames_to_clients += batch.frames
         dump_frames(self._vm, "output", (view[start : batch.stop],))
         for session, pieces in batch.slices.items():
             if session.deliver(pieces):
@@ -105,6 +106,10 @@ class Output:
         """The session's client takes something again, or has gone."""
         session.flush()
         self._settle(session)
+
+    def holds(self, session: Session) -> bool:
+        """Whether the VM is not read because of this session."""
+        return session in self._holding
 
     def forget(self, session: Session) -> None:
         """The session is to be closed."""

@@ -14,8 +14,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict
 from typing import Protocol
 
+from cc_proxy.api.status import MOST_LISTED, Streams, Traffic, WaitingStream
 from cc_proxy.fds import close_stream
 from cc_proxy.hyperstart.pacing import FIRST_MARKER
 from cc_proxy.log import logger
@@ -105,6 +108,16 @@ class Pump:
     def add(self, session: Session) -> bool:
         """Take over a session: frames for its seqs reach it from now on. False if the pump has ended."""
         return self._post(lambda: self._add(session))
+
+    def describe(self) -> Future[Streams]:
+        """Ask how things stand: what comes is of one moment. Cancelled if the pump has ended.
+
+        The answer comes from the pump thread, after what that is at, so waiting for it needs a deadline.
+        """
+        answer: Future[Streams] = Future()
+        if not self._post(lambda: self._tell(answer)):
+            answer.cancel()
+        return answer
 
     def finish(self, cause: str, after: float = 0.0) -> None:
         """In `after` seconds at the latest, close both channels, deliver what came by then, and end."""
@@ -337,6 +350,40 @@ class Pump:
                 del self._owners[seq]
             self._stdin.forget(session)
             self._output.forget(session)
+
+    # Pump thread: questions -------------------------------------------------------------------------------
+
+    def _tell(self, answer: Future[Streams]) -> None:
+        try:
+            answer.set_result(self._streams(time.monotonic()))
+        except Exception as error:  # whatever it is, a question must not end the pump
+            answer.set_exception(error)
+
+    def _streams(self, now: float) -> Streams:
+        waiting = [self._waiting_stream(session, now) for session in self._sessions if session.waits]
+        waiting.sort(key=lambda stream: (not stream.holds_vm, -stream.idle))
+        return Streams(
+            sessions=len(self._sessions),
+            traffic=Traffic(**asdict(self.counters)),
+            paused=self._output.paused,
+            waiting=waiting[:MOST_LISTED],
+            waiting_sessions=len(waiting),
+            spooled=sum(stream.spooled for stream in waiting),
+            pending=sum(stream.pending for stream in waiting),
+            stdin_held=self._stdin.held,
+            stdin_stalled=now - self._stdin.stalled_since if self._stdin.blocked else 0.0,
+            stdin_unacknowledged=self._stdin.unacknowledged,
+        )
+
+    def _waiting_stream(self, session: Session, now: float) -> WaitingStream:
+        return WaitingStream(
+            stream=session.seqs.start,
+            spooled=session.spooled,
+            pending=sum(map(len, session.pending)),
+            idle=now - session.idle_since,
+            holds_vm=self._output.holds(session),
+            reason=session.stuck,
+        )
 
     # Pump thread: the end ---------------------------------------------------------------------------------
 

@@ -1,12 +1,16 @@
 """Which VMs there are: ids, and the VMs that clients have registered under them."""
 
 import threading
+from collections import deque
 
 from cc_proxy.api.payloads import Hello
 from cc_proxy.log import logger
 from cc_proxy.proxy.spool import SpoolSpace
-from cc_proxy.proxy.vm import State, Vm, VmError
+from cc_proxy.proxy.vm import State, Trouble, Vm, VmError
 from cc_proxy.settings import LiveSettings
+
+#: VMs that failed and are gone, of which the last error is kept.
+_MOST_ENDED = 32
 
 
 class RegistryError(Exception):
@@ -19,9 +23,10 @@ class Registry:
     def __init__(self, live: LiveSettings) -> None:
         self._live = live
         self._space = SpoolSpace(live)
-        self._lock = threading.Lock()  # guards _by_id and _vms; nothing else is locked while it is held
+        self._lock = threading.Lock()  # guards all that follows; nothing else is locked while it is held
         self._by_id: dict[str, Vm] = {}  # from the beginning of hello until bye, or until the VM is lost
         self._vms: set[Vm] = set()  # those that have not ended
+        self._failed: deque[tuple[str, Trouble]] = deque(maxlen=_MOST_ENDED)  # ids, the latest last
 
     def register(self, hello: Hello) -> Vm:
         """Register the VM behind two sockets; returns once it is up.
@@ -70,6 +75,16 @@ class Registry:
             self._lock.release()
         return free
 
+    def failed(self) -> list[tuple[str, Trouble]]:
+        """Return the ids of the VMs that failed of late and have ended, with the cause, the latest first."""
+        with self._lock:
+            return list(reversed(self._failed))
+
+    @property
+    def spooled(self) -> int:
+        """Bytes that wait on disk for all clients together."""
+        return self._space.used
+
     def _note_change(self, vm: Vm) -> None:
         state = vm.state
         if state is State.UP:
@@ -80,5 +95,7 @@ class Registry:
                 del self._by_id[vm.container_id]
             if state is State.ENDED:
                 self._vms.discard(vm)
+                if vm.failed and vm.trouble:
+                    self._failed.append((vm.container_id, vm.trouble))
         if state is State.LEAVING:
             logger.info("VM unregistered", extra={"vm": vm.container_id})

@@ -22,6 +22,7 @@ from cc_proxy.log import logger
 from cc_proxy.proxy.handlers import Client, Handlers, Reply, failure
 from cc_proxy.proxy.listener import Listener
 from cc_proxy.proxy.registry import Registry
+from cc_proxy.proxy.status import About
 from cc_proxy.settings import Limits, LiveSettings
 
 #: Threads that wait for the interpreter ask for it this often, in seconds: at the least, and for each
@@ -48,13 +49,15 @@ class Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, listener: Listener, registry: Registry, live: LiveSettings) -> None:
+    def __init__(
+        self, listener: Listener, registry: Registry, live: LiveSettings, about: About | None = None
+    ) -> None:
         super().__init__(listener.socket.getsockname(), Connection, bind_and_activate=False)
         self.socket.close()
         self.socket = listener.socket
         self._listener = listener
         self._live = live
-        self.handlers = Handlers(registry)
+        self.handlers = Handlers(registry, about)
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()  # guards _connections; nothing else is locked while it is held
         self._connections: dict[socket.socket, threading.Thread] = {}
@@ -210,6 +213,7 @@ class Connection(socketserver.BaseRequestHandler):
         )
         logger.debug("client connected", extra={"client": client.number, "pid": pid, "uid": uid})
         reason = "closed by the client"
+        self.server.handlers.clients.add(client)
         try:
             self._set_timeout(socket.SO_SNDTIMEO, self.server.limits.message_timeout)
             self._serve(client)
@@ -220,6 +224,8 @@ class Connection(socketserver.BaseRequestHandler):
             )
         except OSError as error:
             reason = os.strerror(error.errno or 0)
+        finally:
+            self.server.handlers.clients.discard(client)
         logger.debug("client disconnected", extra={"client": client.number, "reason": reason})
 
     def _serve(self, client: Client) -> None:

@@ -35,6 +35,7 @@ class Session:
         self._spool = Spool(space)
         self._patience = _PATIENCE
         self._patience_at = 0.0
+        self._took_at = 0.0
         self.seqs = seqs
         self.fd = sock.fileno()
         self.splitter = StdinSplitter(seqs.start)
@@ -62,6 +63,11 @@ class Session:
     def spooled(self) -> int:
         """Bytes that wait in the spool."""
         return self._spool.size
+
+    @property
+    def idle_since(self) -> float:
+        """While output waits: since when the client has taken none of it."""
+        return max(self._patience_at, self._took_at)
 
     def deliver(self, pieces: Sequence[Piece]) -> bool:
         """Pass output on, behind what waits; returns whether anything waits afterwards.
@@ -95,6 +101,7 @@ class Session:
             return
         except OSError:
             self._give_up_output()
+        self._took_at = time.monotonic()
         if self.pending and not self._spool.size:
             self._write(self.pending)
         if self.pending and (self.stuck or self._spool.size):

@@ -52,6 +52,7 @@ class Stdin:
         ] = {}  # whose marker is on its way, and when to ask again; oldest first
         self._left_out: dict[int, None] = {}  # fds that were ready when the buffer was full, in their order
         self._to_vm: Sequence[Piece] = ()
+        self._stalled_at = 0.0
         self._echoed = False
         self._paced = True
         #: Where the clients' fds are watched.
@@ -63,6 +64,21 @@ class Stdin:
     def blocked(self) -> bool:
         """Whether slices of the buffer still wait for the VM, so that no client can be read."""
         return bool(self._to_vm)
+
+    @property
+    def held(self) -> int:
+        """Bytes that wait for the VM to take them."""
+        return sum(map(len, self._to_vm))
+
+    @property
+    def stalled_since(self) -> float:
+        """While `blocked`: since when the VM has taken nothing."""
+        return self._stalled_at
+
+    @property
+    def unacknowledged(self) -> int:
+        """Streams whose stdin waits until the agent has acknowledged what it was sent."""
+        return len(self._asked)
 
     @property
     def asked(self) -> bool:
@@ -152,8 +168,9 @@ class Stdin:
             self._end(session, events, pieces)
             return 0
         splitter = session.splitter
-        before = splitter.payload_bytes
+        before, frames = splitter.payload_bytes, splitter.frames
         good = splitter.split(self._buffer, self._view, start, start + size)
+        self._counters.frames_to_vm += splitter.frames - frames
         dump_frames(self._vm, "stdin", good)
         pieces += good
         if splitter.error:
@@ -226,5 +243,7 @@ class Stdin:
             return
         try:
             self._to_vm = send_pieces(self._io, pieces)
+            if self._to_vm:
+                self._stalled_at = time.monotonic()
         except OSError as error:
             self.error = self.error or f"I/O channel: {os.strerror(error.errno or 0)}"

@@ -4,11 +4,15 @@ import contextlib
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from enum import Enum, auto
+from typing import NamedTuple
 
 from cc_proxy.api.errors import TimedOut
 from cc_proxy.api.payloads import Hello
+from cc_proxy.api.status import Streams
 from cc_proxy.api.transport import connect
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage
@@ -28,6 +32,13 @@ _SESSION_SEND_BUFFER = 256 * 1024
 
 class VmError(Exception):
     """What was asked of the VM did not work; the text is the cause, as clients are told it."""
+
+
+class Trouble(NamedTuple):
+    """What went wrong, and when (`time.monotonic`)."""
+
+    text: str
+    at: float
 
 
 class State(Enum):
@@ -60,6 +71,11 @@ class Vm:
     ) -> None:
         self.container_id = container_id
         self._live = live
+        self.created = time.monotonic()
+        #: What went wrong last. Set as a whole, by any thread.
+        self.trouble: Trouble | None = None
+        #: Whether that was its end, or that it never came up.
+        self.failed = False
         self._space = space
         self._on_change = on_change
         self._lock = threading.Lock()  # guards all that follows; nothing else is locked while it is held
@@ -85,6 +101,7 @@ class Vm:
             if not self._move(State.UP):
                 raise VmError(self._gone())
         except BaseException as error:
+            self._fail(str(error))
             self._move(State.ENDED)
             if isinstance(error, ControlLost | NoAnswer):
                 raise VmError(str(error)) from None
@@ -107,13 +124,16 @@ class Vm:
         except NoAnswer as error:
             fields = {"vm": self.container_id, "command": name.hyper_name, "error": str(error)}
             logger.warning("command not answered", extra=fields)
+            self.trouble = Trouble(f"{name.hyper_name}: {error}", time.monotonic())
             raise VmError(str(error)) from None
         except ControlLost as lost:
             self.lose(str(lost))
             raise VmError(self._gone()) from None
         if answer.code == Code.ERROR:
             said = answer.payload.decode(errors="replace")
-            raise VmError("ERROR received from Hyperstart" + (f": {said}" if said else ""))
+            refusal = "ERROR received from Hyperstart" + (f": {said}" if said else "")
+            self.trouble = Trouble(f"{name.hyper_name}: {refusal}", time.monotonic())
+            raise VmError(refusal)
         return answer
 
     def open_session(self, n_streams: int) -> tuple[int, socket.socket]:
@@ -154,6 +174,8 @@ class Vm:
         with self._lock:
             self._cause = self._cause or cause
             expected = self._powering_off or self._state is State.LEAVING
+            if not expected and State.LOST in _MOVES[self._state]:
+                self._fail(cause)
         if not self._move(State.LOST):
             return
         if expected:
@@ -162,6 +184,16 @@ class Vm:
             logger.warning("VM lost", extra={"vm": self.container_id, "error": cause})
         if self._control:
             self._control.hang_up()
+
+    @property
+    def control(self) -> ControlLink | None:
+        """The control channel, to look at; None before there is one."""
+        return self._control
+
+    def describe(self) -> Future[Streams] | None:
+        """Ask how its streams stand (`Pump.describe`); None before there are any."""
+        pump = self._pump
+        return pump.describe() if pump else None
 
     def ended(self) -> None:
         """The pump has delivered everything and closed both channels."""
@@ -215,6 +247,12 @@ class Vm:
             undo.callback(console.close)
         self._pump = Pump(self, io, control, console, self._live.current.stdin.echo_timeout)
         return self._pump
+
+    def _fail(self, cause: str) -> None:
+        """It has come to an end that nobody asked for; the first cause counts."""
+        if not self.failed:
+            self.trouble = Trouble(cause, time.monotonic())
+            self.failed = True
 
     def _move(self, to: State) -> bool:
         """Move to another state if that is a legal move from here."""

@@ -25,6 +25,7 @@ from cc_proxy.api import (
     write_fd,
     write_message,
 )
+from cc_proxy.api.messages import MAX_STATUS, encode
 
 ERROR = "ERROR received from Hyperstart"
 _PATIENCE = 20.0
@@ -103,6 +104,8 @@ class FakeProxy:
         self.script = script
         #: Requests by name, and the error they are answered with.
         self.refused: dict[str, str] = {}
+        #: Requests by name, and what they return.
+        self.results: dict[str, object] = {}
         #: Requests that are answered once the event is set; and only recorded until then.
         self.held: dict[str, threading.Event] = {}
         #: What is done when a request of that name has come, before it is answered.
@@ -235,6 +238,9 @@ class FakeProxy:
             self._start_process(ends.pop(0), asked)
         if asked.name in ("hello", "attach"):
             write_message(sock, Response(True, data=msgspec.Raw(msgspec.json.encode(Version(1)))))
+        elif asked.name in self.results:
+            text = msgspec.json.encode(self.results[asked.name])
+            sock.sendall(encode(Response(True, data=msgspec.Raw(text)), MAX_STATUS))
         else:
             write_message(sock, Response(True))
 

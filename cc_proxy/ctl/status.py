@@ -1,0 +1,27 @@
+"""`status` and `log-level`: the daemon itself, asked and told."""
+
+import msgspec
+
+from cc_proxy.ctl import options
+from cc_proxy.ctl.connection import connect
+from cc_proxy.ctl.overview import overview
+from cc_proxy.ctl.stdio import show
+
+
+def status(asked: options.Status) -> int:
+    """Show how the daemon and its VMs are."""
+    with connect(asked.proxy) as client:
+        answer = client.status()
+    if asked.as_json:
+        show(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode() + "\n")
+    else:
+        show(overview(answer))
+    return 0
+
+
+def log_level(asked: options.LogLevel) -> int:
+    """Set the daemon's log level."""
+    with connect(asked.proxy) as client:
+        change = client.set_log_level(asked.level)
+    show(f"log level: {change.new} (it was {change.old})\n")
+    return 0

@@ -1,0 +1,97 @@
+"""What `status` answers with: how the daemon and its VMs are, put together from all who know a part of it.
+
+A pump's part comes from its own thread, through its mailbox, so that it is of one moment and nothing on the
+data path is locked. All pumps are asked before any is waited for, and they have `_PATIENCE` together: one
+that is stuck has no part in the answer, which says so. The rest are plain reads of single values, each
+right when it was read.
+"""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field
+
+from cc_proxy import __version__
+from cc_proxy.api.status import (
+    MOST_LISTED,
+    MOST_VMS,
+    EndedVm,
+    LastError,
+    Status,
+    Streams,
+    VmStatus,
+    WaitingCommand,
+    shorten,
+)
+from cc_proxy.log import current_level
+from cc_proxy.proxy.registry import Registry
+from cc_proxy.proxy.vm import Trouble, Vm
+
+#: Seconds that all pumps together get to answer.
+_PATIENCE = 0.5
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of the daemon from its start."""
+
+    settings_file: str = ""
+    started: float = field(default_factory=time.monotonic)
+
+
+def describe(about: About, registry: Registry, attached: Iterable[Vm | None]) -> Status:
+    """Return how everything is; `attached` has each connection's VM. Any thread, for `_PATIENCE` at most."""
+    vms = sorted(registry.vms(), key=lambda vm: vm.container_id)
+    listed = vms[:MOST_VMS]
+    clients = Counter(attached)
+    deadline = time.monotonic() + _PATIENCE
+    asked = [(vm, vm.describe()) for vm in listed]
+    return Status(
+        version=__version__,
+        pid=os.getpid(),
+        uptime=time.monotonic() - about.started,
+        settings_file=about.settings_file,
+        log_level=current_level(),
+        connections=clients.total(),
+        spooled=registry.spooled,
+        vms=[_vm(vm, clients[vm], streams, deadline) for vm, streams in asked],
+        vm_count=len(vms),
+        ended=[EndedVm(id=shorten(name), error=_error(trouble)) for name, trouble in registry.failed()],
+    )
+
+
+def _vm(vm: Vm, clients: int, asked: Future[Streams] | None, deadline: float) -> VmStatus:
+    streams, answers = _answer(asked, deadline)
+    now = time.monotonic()
+    control = vm.control
+    commands = control.waiting() if control else []
+    return VmStatus(
+        id=shorten(vm.container_id),
+        state=vm.state.name.lower(),
+        age=now - vm.created,
+        clients=clients,
+        streams=streams,
+        answers=answers,
+        commands=[WaitingCommand(name=code.hyper_name, age=now - at) for code, at in commands[:MOST_LISTED]],
+        waiting_commands=len(commands),
+        unanswered=control.unanswered if control else 0,
+        last_error=_error(vm.trouble) if vm.trouble else None,
+    )
+
+
+def _answer(asked: Future[Streams] | None, deadline: float) -> tuple[Streams | None, bool]:
+    """Return what a pump says, and whether it has not failed to."""
+    if asked is None:
+        return None, True
+    try:
+        return asked.result(max(0.0, deadline - time.monotonic())), True
+    except CancelledError:  # it has just ended
+        return None, True
+    except TimeoutError:
+        return None, False
+
+
+def _error(trouble: Trouble) -> LastError:
+    return LastError(text=shorten(trouble.text), age=time.monotonic() - trouble.at)

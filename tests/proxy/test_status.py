@@ -1,0 +1,165 @@
+"""A status put together: pumps that do not answer, and what is bounded."""
+
+from __future__ import annotations
+
+import threading
+from typing import cast
+
+import msgspec
+
+from cc_proxy.api import EndedVm, LastError, Status, Streams, Traffic, VmStatus, WaitingCommand, WaitingStream
+from cc_proxy.api.messages import MAX_STATUS
+from cc_proxy.api.status import LONGEST_TEXT, MOST_LISTED, MOST_VMS, shorten
+from cc_proxy.proxy import status
+from cc_proxy.proxy.registry import Registry
+from cc_proxy.proxy.spool import SpoolSpace
+from cc_proxy.proxy.vm import Trouble, Vm
+from cc_proxy.settings import LiveSettings, Settings
+from tests.proxy.support import Rig, frames_of
+from tests.wire.support import WAIT, frame
+
+
+class FakeRegistry:
+    """A registry that is a list."""
+
+    spooled = 0
+
+    def __init__(self, *vms: Vm, failed: tuple[tuple[str, Trouble], ...] = ()) -> None:
+        self._vms = vms
+        self._failed = failed
+
+    def vms(self) -> list[Vm]:
+        return list(self._vms)
+
+    def failed(self) -> list[tuple[str, Trouble]]:
+        return list(self._failed)
+
+
+def describe(registry: FakeRegistry, *attached: Vm | None) -> Status:
+    return status.describe(status.About("/settings"), cast(Registry, registry), attached)
+
+
+def vm_of(rig: Rig, name: str = "web") -> Vm:
+    vm = Vm(name, LiveSettings(Settings()), rig.space, lambda vm: None)
+    vm._pump = rig.pump
+    vm._control = rig.control
+    return vm
+
+
+def test_pump_that_is_stuck_is_said_to_be_and_holds_up_no_other(rig: Rig, space: SpoolSpace) -> None:
+    release = threading.Event()
+    with Rig(space) as other:
+        stuck, well = vm_of(rig, "a"), vm_of(other, "b")
+        rig.pump._post(lambda: cast(None, release.wait(WAIT)))
+        try:
+            first, second = describe(FakeRegistry(stuck, well), stuck, None, stuck).vms
+        finally:
+            release.set()
+    assert (first.id, first.clients, first.answers, first.streams) == ("a", 2, False, None)
+    assert (second.id, second.clients, second.answers) == ("b", 0, True)
+    assert second.streams
+    rig.wait_for_turn()  # it answers nobody now, and lives
+
+
+def test_pump_that_has_ended_is_not_said_to_be_stuck(rig: Rig) -> None:
+    rig.pump.abort()
+    rig.wait_ended()
+    (vm,) = describe(FakeRegistry(vm_of(rig))).vms
+    assert (vm.answers, vm.streams) == (True, None)
+
+
+def test_vm_that_has_no_pump_yet(space: SpoolSpace) -> None:
+    (vm,) = describe(FakeRegistry(Vm("new", LiveSettings(Settings()), space, lambda vm: None))).vms
+    assert (vm.state, vm.answers, vm.streams, vm.unanswered) == ("starting", True, None, 0)
+
+
+def test_lists_are_bounded_and_totals_are_not(rig: Rig) -> None:
+    streams = [rig.open(1, buffer=4096) for _ in range(MOST_LISTED + 3)]
+    for stream in streams:
+        rig.io.sendall(b"".join(frame(stream.base, bytes(10_000)) for _ in range(30)))
+    rig.settle()
+    answer = rig.pump.describe().result(WAIT)
+    assert (answer.sessions, answer.waiting_sessions) == (len(streams), len(streams))
+    assert len(answer.waiting) == MOST_LISTED
+    assert answer.spooled + answer.pending > sum(stream.spooled for stream in answer.waiting)
+
+
+def test_stdin_the_vm_does_not_take(space: SpoolSpace) -> None:
+    with Rig(space, io_buffer=4096) as rig:
+        stream = rig.open(1)
+        sent = 0
+        while not rig.call(lambda: rig.pump._stdin.blocked):
+            stream.sock.sendall(frame(stream.base, bytes(1000)))
+            sent += 1
+        answer = rig.pump.describe().result(WAIT)
+        assert answer.stdin_held > 0
+        assert answer.stdin_stalled > 0
+        assert 0 < answer.traffic.frames_to_vm <= sent
+
+
+def test_frames_are_counted_in_both_directions(rig: Rig) -> None:
+    stream = rig.open(1)
+    rig.io.sendall(b"".join(frame(stream.base, bytes(64)) for _ in range(300)) + frame(77, b"stray"))
+    stream.sock.sendall(frame(stream.base, b"a") + frame(stream.base, bytes(10_000)))
+    rig.wait(lambda pump: pump.counters.frames_to_clients == 301, "all frames up")
+    rig.wait(lambda pump: pump.counters.bytes_to_vm == 13 + 10_012, "all frames down")
+    taken = b""
+    while len(taken) < 13 + 10_000 + 3 * 12:
+        taken += rig.io.recv(65_536)
+    frames = frames_of(taken)
+    assert rig.call(lambda: rig.pump.counters.frames_to_vm) == len(frames) == 4
+
+
+def test_the_largest_status_there_is_fits() -> None:
+    text = shorten("\0" * 10_000)
+    assert len(text) == LONGEST_TEXT
+    error = LastError(text=text, age=1e9 / 7)
+    big = 2**60
+    waiting = WaitingStream(
+        stream=big, spooled=big, pending=big, idle=1e9 / 7, holds_vm=False, reason="the spool is full " * 5
+    )
+    traffic = Traffic(
+        bytes_to_clients=big,
+        bytes_to_vm=big,
+        frames_to_clients=big,
+        frames_to_vm=big,
+        stray_frames=big,
+        pauses=big,
+    )
+    streams = Streams(
+        sessions=big,
+        traffic=traffic,
+        paused=False,
+        waiting=[waiting] * MOST_LISTED,
+        waiting_sessions=big,
+        spooled=big,
+        pending=big,
+        stdin_held=big,
+        stdin_stalled=1e9 / 7,
+        stdin_unacknowledged=big,
+    )
+    vm = VmStatus(
+        id=text,
+        state="starting",
+        age=1e9 / 7,
+        clients=big,
+        streams=streams,
+        answers=False,
+        commands=[WaitingCommand(name="restartcontainer", age=1e9 / 7)] * MOST_LISTED,
+        waiting_commands=big,
+        unanswered=big,
+        last_error=error,
+    )
+    whole = Status(
+        version="1",
+        pid=1,
+        uptime=1.0,
+        settings_file="/" * 4096,
+        log_level="console",
+        connections=big,
+        spooled=big,
+        vms=[vm] * MOST_VMS,
+        vm_count=big,
+        ended=[EndedVm(id=text, error=error)] * 32,
+    )
+    assert len(msgspec.json.encode(whole)) < MAX_STATUS - 100
