@@ -65,7 +65,9 @@ def program_page(parser: argparse.ArgumentParser, section: int) -> str:
         "include": str(HERE / "man" / f"{name}.include"),
     }
     page = str(Manpage(parser, data, format="single-commands-section"))
-    return page.replace(_date().replace("-", r"\-"), _date(), 1)  # mandoc reads no date with troff's minus signs
+    return page.replace(
+        _date().replace("-", r"\-"), _date(), 1
+    )  # mandoc reads no date with troff's minus signs
 
 
 def completion(parser: argparse.ArgumentParser, shell: str) -> str:
