@@ -26,8 +26,8 @@ demo: $(READY) ## see the proxy at work, from the first connection to the last b
 	@$(VENV)/bin/python demo/demo.py
 
 .PHONY: test
-test: $(TOX) ## run every gate: lint, types, the tests on each Python there is, the wheel
-	@$(TOX) run -q -e lint,types,$(subst $(space),$(comma),$(pythons)),wheel
+test: $(TOX) ## run every gate: lint, types, the tests on each Python there is, wheel and package
+	@$(TOX) run -q -e lint,types,$(subst $(space),$(comma),$(pythons)),wheel,package
 
 .PHONY: lint types coverage format
 lint: $(TOX) ## check style and likely bugs

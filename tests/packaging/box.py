@@ -9,14 +9,16 @@ import signal
 import subprocess
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 INCLUDE = "systemd,systemd-sysv,dbus,libnss-systemd,procps,man-db,python3,python3-pythonjsonlogger"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cc-proxy" / "debian-12"
-CGROUPS = Path("/sys/fs/cgroup")
+# Where there are control groups of version 1 too, those of version 2 are a level below.
+CGROUPS = Path("/sys/fs/cgroup/unified")
+if not CGROUPS.exists():
+    CGROUPS = CGROUPS.parent
 BOOT_TIMEOUT = 30.0
 STOP_TIMEOUT = 10.0
 POLL_INTERVAL = 0.05
@@ -134,15 +136,6 @@ class Box:
         except subprocess.TimeoutExpired:
             self._outer.kill()
             self._outer.wait()
-        self._remove_cgroups()
+        for directory, _, _ in os.walk(self._cgroup, topdown=False):
+            os.rmdir(directory)
         self._directory.rmdir()
-
-    def _remove_cgroups(self) -> None:
-        """Removes the control groups as the kernel lets go of them, a moment after the last process's end."""
-        deadline = time.monotonic() + STOP_TIMEOUT
-        while self._cgroup.exists():
-            for directory, _, _ in os.walk(self._cgroup, topdown=False):
-                with suppress(OSError):
-                    os.rmdir(directory)
-            assert time.monotonic() < deadline, f"{self._cgroup} stays"
-            select.select([], [], [], POLL_INTERVAL)

@@ -1,4 +1,4 @@
-"""The Debian package: built, read by lintian, and tried in a Debian 12 with a systemd, from install to purge."""
+"""The Debian package: built, read by lintian, and in a Debian 12 with a systemd, from install to purge."""
 
 from __future__ import annotations
 
