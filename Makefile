@@ -7,6 +7,7 @@ VENV := .venv
 # One marker for each interpreter, so that another PYTHON makes another venv.
 READY := $(VENV)/.ready-$(subst /,-,$(PYTHON))
 TOX := $(VENV)/bin/tox
+TOOLS := $(VENV)/.tools
 # Expanded only in recipes, when the venv is there. The venv's own Python may be newer than those listed.
 this_python = $(shell $(VENV)/bin/python -c 'import sys; print("py%d%d" % sys.version_info[:2])')
 pythons = $(sort py311 py312 py313 $(this_python))
@@ -25,8 +26,8 @@ demo: $(READY) ## see the proxy at work, from the first connection to the last b
 	@$(VENV)/bin/python demo/demo.py
 
 .PHONY: test
-test: $(TOX) ## run every gate: lint, types, the tests on each Python there is, the wheel
-	@$(TOX) run -q -e lint,types,$(subst $(space),$(comma),$(pythons)),wheel
+test: $(TOX) ## run every gate: lint, types, the tests on each Python there is, wheel and package
+	@$(TOX) run -q -e lint,types,$(subst $(space),$(comma),$(pythons)),wheel,package
 
 .PHONY: lint types coverage format
 lint: $(TOX) ## check style and likely bugs
@@ -40,6 +41,23 @@ lint types coverage format:
 bench: $(READY) ## measure latency and throughput against a plain relay; a few minutes
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[bench]'
 	@$(VENV)/bin/python -m bench $(BENCH)
+
+.PHONY: docs
+docs: $(TOOLS) ## make the man pages and the completion of bash, zsh and fish, in build/docs
+	@$(VENV)/bin/python packaging/docs.py build/docs
+
+.PHONY: release deb rpm
+release: $(TOOLS) ## make what packages are built from: sources, docs, what is vendored
+	@packaging/release $(VENV)/bin/python
+deb: release ## build the Debian package, in build/deb; needs what packaging/debian/control says
+	@packaging/deb
+rpm: release ## build the RPM, in build/rpm; needs rpmbuild
+	@packaging/rpm/build
+
+.PHONY: pins
+pins: $(READY) ## look for newer versions of what requirements/ pins, and pin them with their hashes
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check 'pip-tools>=7.5'
+	@packaging/pin $(VENV)/bin/python
 
 .PHONY: clean
 clean: ## remove everything that these targets made
@@ -76,6 +94,10 @@ $(READY): pyproject.toml
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+$(TOOLS): $(READY) requirements/package.txt
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/package.txt
 	@touch $@
 
 $(TOX): $(READY)

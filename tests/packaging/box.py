@@ -1,0 +1,141 @@
+"""A throw-away Debian 12 with a real systemd as PID 1, in namespaces, without network. Needs root."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+INCLUDE = "systemd,systemd-sysv,dbus,libnss-systemd,procps,man-db,python3,python3-pythonjsonlogger"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cc-proxy" / "debian-12"
+# Where there are control groups of version 1 too, those of version 2 are a level below.
+CGROUPS = Path("/sys/fs/cgroup/unified")
+if not CGROUPS.exists():
+    CGROUPS = CGROUPS.parent
+BOOT_TIMEOUT = 30.0
+STOP_TIMEOUT = 10.0
+POLL_INTERVAL = 0.05
+# What systemd takes for "halt at once", when it is PID 1 of a container.
+HALT = signal.SIGRTMIN + 13
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb"}
+
+# $1: a directory, $2: the root to lay the overlay on, $3: what appears as /srv, $4: a control group.
+_OUTER = """
+echo $$ >"$4/cgroup.procs"
+mount -t tmpfs -o mode=755 tmpfs "$1"
+mkdir "$1/upper" "$1/work" "$1/root"
+mount -t overlay -o "lowerdir=$2,upperdir=$1/upper,workdir=$1/work" overlay "$1/root"
+mkdir -p "$1/root/srv"
+mount --bind "$3" "$1/root/srv"
+: >"$1/root/etc/machine-id"
+cd "$1/root"
+exec unshare --pid --fork --kill-child=SIGKILL --mount --uts --ipc --net --cgroup bash -euc "$INNER"
+"""
+_INNER = """
+mount -t proc -o nosuid,nodev,noexec proc proc
+mount -t sysfs -o ro,nosuid,nodev,noexec sysfs sys
+mount -t cgroup2 -o nosuid,nodev,noexec cgroup2 sys/fs/cgroup
+mount -t tmpfs -o mode=755,nosuid tmpfs dev
+mkdir dev/pts dev/shm
+for device in null:3 zero:5 full:7 random:8 urandom:9; do
+    mknod -m 666 "dev/${device%:*}" c 1 "${device#*:}"
+done
+ln -s /proc/self/fd dev/fd
+mount -t tmpfs -o mode=755,nosuid,nodev tmpfs run
+mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs tmp
+mkdir run/old
+pivot_root . run/old
+umount -l /run/old
+exec env -i container=box /lib/systemd/systemd --system --show-status=false --log-target=journal
+"""
+
+
+def debian() -> Path:
+    """Returns the root of a Debian 12 with what the package depends on: the cached one, or a new one."""
+    if not (CACHE / "etc" / "debian_version").exists():
+        CACHE.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=CACHE.parent))
+        command = [
+            "mmdebstrap",
+            "--quiet",
+            "--variant=minbase",
+            f"--include={INCLUDE}",
+            "bookworm",
+            str(partial),
+        ]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+        shutil.rmtree(CACHE, ignore_errors=True)
+        partial.rename(CACHE)
+    return CACHE
+
+
+class Box:
+    """One such system, from `with` to the end of its block; `share` is its /srv."""
+
+    def __init__(self, share: Path) -> None:
+        self._share = share
+
+    def __enter__(self) -> Self:
+        self._directory = Path(tempfile.mkdtemp(prefix="ccp-box-"))
+        self._cgroup = CGROUPS / self._directory.name
+        self._cgroup.mkdir()
+        self._outer = subprocess.Popen(
+            ["unshare", "--mount", "--propagation=private", "bash", "-euc", _OUTER, "box"]
+            + [str(path) for path in (self._directory, debian(), self._share, self._cgroup)],
+            stdin=subprocess.DEVNULL,
+            env=ENVIRONMENT | {"INNER": _INNER},
+        )
+        try:
+            self._wait_until_booted()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def run(self, *command: str, check: bool = True, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        """Runs a command in it; returns what it printed, stderr with stdout."""
+        result = subprocess.run(
+            ["nsenter", "-t", str(self._init), "-a", *command],
+            input=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, env=ENVIRONMENT, check=False, timeout=BOOT_TIMEOUT,
+        )  # fmt: skip
+        assert not check or result.returncode == 0, f"{command}: status {result.returncode}\n{result.stdout}"
+        return result
+
+    def _wait_until_booted(self) -> None:
+        deadline = time.monotonic() + BOOT_TIMEOUT
+        children = Path(f"/proc/{self._outer.pid}/task/{self._outer.pid}/children")
+        while time.monotonic() < deadline and self._outer.poll() is None:
+            if (init := children.read_text().split()) and Path(
+                f"/proc/{init[0]}/root/run/systemd/private"
+            ).exists():
+                self._init = int(init[0])
+                state = self.run("systemctl", "is-system-running", "--wait", check=False)
+                if state.stdout.strip() in {"running", "degraded"}:
+                    return
+            select.select([], [], [], POLL_INTERVAL)
+        raise TimeoutError(f"no systemd after {BOOT_TIMEOUT:.0f} s")
+
+    def _end(self) -> None:
+        if hasattr(self, "_init"):
+            os.kill(self._init, HALT)
+        try:
+            self._outer.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._outer.kill()
+            self._outer.wait()
+        for directory, _, _ in os.walk(self._cgroup, topdown=False):
+            os.rmdir(directory)
+        self._directory.rmdir()
