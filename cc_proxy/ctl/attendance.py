@@ -3,7 +3,7 @@
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -16,11 +16,15 @@ from cc_proxy.ctl.relay import IoFd, loop
 from cc_proxy.ctl.requests import HyperProcess, KillContainer, WinSize, hyper_process
 from cc_proxy.ctl.signals import Signals
 from cc_proxy.ctl.stdio import STDIN_FD, Output, Stdin
-from cc_proxy.ctl.streams import ProcessStreams
+from cc_proxy.ctl.streams import ProcessStreams, stdin_frames
 from cc_proxy.ctl.terminal import Terminal
 
 #: Makes the name and the arguments of the command that starts a process.
 StartCommand = Callable[[HyperProcess], tuple[str, msgspec.Struct]]
+
+
+#: Signals that ask for an end.
+_ENDING = frozenset({signal.SIGINT, signal.SIGTERM})
 
 
 def terminal_for(process: Process) -> Terminal | None:
@@ -74,11 +78,18 @@ class Attendance:
         streams, output = ProcessStreams(io_base), Output()
         stdin = Stdin(io_base, forward=self.process.interactive, terminal=self.process.terminal)
         io_fd = IoFd(io, streams, stdin, output)
+        passed: set[int] = set()
+
+        def passes(signum: int) -> bool:
+            """Whether a signal is the process's. A second that ends is not if nobody reads its output."""
+            again = output.stalled and signum in _ENDING and not passed.isdisjoint(_ENDING)
+            return self.passes_signals and streams.status is None and not again
 
         def react(signum: int) -> None:
             if signum == signal.SIGWINCH:
                 self._resize(commands, io_base)
-            elif self.passes_signals and streams.status is None:
+            elif passes(signum):
+                passed.add(signum)
                 commands.send("killcontainer", KillContainer(self.container_id, signum))
             else:
                 raise Interrupted(signum)
@@ -89,7 +100,11 @@ class Attendance:
         with closing(BackgroundCommands(self.client)) as commands:
             # It may have changed since the process was described.
             self._resize(commands, io_base)
-            loop((SignalWatch(self.signals, react), commands, io_fd, stdin, output), done)
+            try:
+                loop((SignalWatch(self.signals, react), commands, io_fd, stdin, output), done)
+            except Interrupted:
+                _end_stdin(io, io_fd, io_base)
+                raise
         if streams.status is None:
             raise Failure(f"the VM or cc-proxy went away before '{self.process.args[0]}' had ended")
         return streams.status
@@ -98,3 +113,10 @@ class Attendance:
         size = self.terminal.size() if self.terminal else None
         if size and (size.rows or size.columns):
             commands.send("winsize", WinSize(io_base, size.rows, size.columns))
+
+
+def _end_stdin(io: socket.socket, io_fd: IoFd, io_base: int) -> None:
+    """Have the process find its input at its end. The proxy sees to that only if there was any."""
+    if not io_fd.has_sent:
+        with suppress(OSError):
+            io.send(stdin_frames(io_base, b""), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)

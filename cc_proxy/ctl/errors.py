@@ -18,6 +18,10 @@ STATUS_SIGNALLED = 128
 _FROM_AGENT = "received from Hyperstart"
 
 
+#: What the daemon calls a VM's sockets, and what they are called here.
+_OPTIONS = {"ctlSerial": "--ctl", "ioSerial": "--io"}
+
+
 class Failure(Exception):
     """Ends the command with its text, one line, and an exit status."""
 
@@ -49,6 +53,9 @@ def is_from_agent(refusal: Refused) -> bool:
 
 def explain(error: Exception) -> str:
     """Say in a few words what went wrong."""
+    if isinstance(error, Refused):
+        member, _, rest = error.text.partition(": ")
+        return f"{_OPTIONS[member]} ({member}): {rest}" if member in _OPTIONS else error.text
     if isinstance(error, ConnectionError):
         return f"the connection to cc-proxy was lost: {reason(error)}"
     if isinstance(error, OSError) and not isinstance(error, ProxyError) and error.filename is not None:

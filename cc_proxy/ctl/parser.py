@@ -69,14 +69,17 @@ def build(commands: Sequence[Command[Any]]) -> ArgumentParser:
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in commands:
-        _add_command(subparsers, command)
+        for name in (command.name, *command.aliases):
+            _add_command(subparsers, name, command)
     return parser
 
 
-def _add_command(subparsers: "argparse._SubParsersAction[ArgumentParser]", command: Command[Any]) -> None:
+def _add_command(
+    subparsers: "argparse._SubParsersAction[ArgumentParser]", name: str, command: Command[Any]
+) -> None:
+    """Add a command under one of its names: a parser of its own, so that its help has that name."""
     parser = subparsers.add_parser(
-        command.name,
-        aliases=command.aliases,
+        name,
         help=command.summary,
         description=command.description,
         epilog="\n".join(("examples:", *(f"  cc-proxyctl {example}" for example in command.examples))),

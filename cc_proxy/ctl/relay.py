@@ -76,6 +76,8 @@ class IoFd:
         self._output = output
         #: Whether the proxy has closed it.
         self.at_eof = False
+        #: Whether any stdin has been sent.
+        self.has_sent = False
 
     def wants(self) -> Wanted:
         """Send while there is something to be sent, read while output is not piling up."""
@@ -104,6 +106,7 @@ class IoFd:
             # The process may have ended: what it has said to the last is still there to be read.
             self._stdin.close()
             return
+        self.has_sent = True
         self._stdin.frames = self._stdin.frames[sent:]
 
     def _receive(self) -> None:

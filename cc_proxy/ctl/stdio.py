@@ -100,6 +100,11 @@ class Output:
         #: Bytes that wait.
         self.size = 0
 
+    @property
+    def stalled(self) -> bool:
+        """Whether something waits that nobody takes now."""
+        return bool(self._waiting) and not _takes_a_piece(self._waiting[0][0])
+
     def push(self, fd: int, data: bytes) -> None:
         """Have `data` written to `fd` after all that waits already."""
         self._waiting.append((fd, memoryview(data)))

@@ -115,25 +115,27 @@ class Handlers:
 
         Raises `ProtocolError` if the text is not a JSON object.
         """
-        name = ""
+        name, arguments = "", None
         try:
             request = messages.decode(text, Request)
             name = request.id
-            reply = self._dispatch(client, request)
+            handler, arguments = self._resolve(request)
+            reply = handler(client, arguments)
         except (MemberError, Refusal, RegistryError, VmError) as error:
             reply = failure(str(error))
-            _log("request refused", client, name, error=str(error)[:200])
+            _log("request refused", client, name, arguments, error=str(error)[:200])
         else:
-            _log("request", client, name)
+            _log("request", client, name, arguments)
         return reply
 
-    def _dispatch(self, client: Client, request: Request) -> Reply:
+    def _resolve(self, request: Request) -> tuple[Callable[[Client, Any], Reply], Any]:
+        """Return what answers a request, and the request's arguments."""
         if not request.id:
             raise Refusal("no 'id' field in request")
         if request.id not in self._table:
             raise Refusal(f"no payload named '{request.id}'")
         decoder, handler = self._table[request.id]
-        return handler(client, _arguments(request, decoder))
+        return handler, _arguments(request, decoder)
 
     def _hello(self, client: Client, hello: Hello) -> Reply:
         if not (hello.container_id and hello.ctl_serial and hello.io_serial):
@@ -194,7 +196,9 @@ def _arguments(request: Request, decoder: Decoder[Any]) -> Any:
         raise MemberError(f"{request.id}: {error}") from None
 
 
-def _log(event: str, client: Client, name: str, **more: str) -> None:
+def _log(event: str, client: Client, name: str, arguments: object, **more: str) -> None:
     if logger.isEnabledFor(logging.DEBUG):
+        if isinstance(arguments, Hyper):
+            more["command"] = arguments.hyper_name[:64]
         vm = client.vm.container_id if client.vm else None
         logger.debug(event, extra={"client": client.number, "payload": name[:64], "vm": vm, **more})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
+import sys
+import termios
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +16,7 @@ from cc_proxy.ctl.errors import Interrupted
 from cc_proxy.ctl.signals import ENDING, Signals
 from tests.ctl.fake_proxy import FakeProcess, FakeProxy
 from tests.ctl.running import RUN, popen_piped
+from tests.wire.support import wait_until
 
 
 def ends_by_signals(count: int) -> Callable[[FakeProcess], None]:
@@ -31,6 +35,12 @@ def ends_by_signals(count: int) -> Callable[[FakeProcess], None]:
 def line(child: subprocess.Popen[bytes]) -> bytes:
     assert child.stdout is not None
     return child.stdout.readline()
+
+
+def unread(child: subprocess.Popen[bytes]) -> int:
+    """Bytes that wait in its stdout."""
+    assert child.stdout is not None
+    return int.from_bytes(fcntl.ioctl(child.stdout, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 @pytest.mark.parametrize("signum", ENDING, ids=lambda signum: signum.name)
@@ -133,6 +143,39 @@ def test_a_signal_when_the_process_has_ended_ends_the_writing_of_its_output(prox
         child.terminate()
         assert child.wait() == 128 + signal.SIGTERM
     assert proxy.names_but("ended")[-2:] == ["destroypod", "bye"]
+
+
+def test_a_second_signal_ends_run_if_nobody_reads_stdout(proxy: FakeProxy) -> None:
+    def script(process: FakeProcess) -> None:
+        process.out(b"ready\n")
+        process.out(bytes(60_000))
+        process.out(bytes(60_000))
+        process.proxy.record("stalled")
+
+    proxy.script = script
+    with popen_piped(proxy.path, *RUN, "x") as child:
+        assert line(child) == b"ready\n"
+        proxy.wait_for("stalled")
+        wait_until(lambda: unread(child) >= 60_000, "the pipe is full")
+        child.send_signal(signal.SIGINT)
+        proxy.wait_for("killcontainer")
+        child.terminate()
+        assert child.wait() == 128 + signal.SIGTERM
+    assert proxy.names[-2:] == ["destroypod", "bye"]
+
+
+def test_a_signal_ends_the_input_that_had_not_begun(proxy: FakeProxy) -> None:
+    def script(process: FakeProcess) -> None:
+        process.out(b"ready\n")
+        assert process.stdin() == b""
+        process.proxy.record("input ended")
+
+    proxy.script = script
+    with popen_piped(proxy.path, "exec", "-i", "pod", "x") as child:
+        assert line(child) == b"ready\n"
+        child.terminate()
+        assert child.wait() == 128 + signal.SIGTERM
+        proxy.wait_for("input ended")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

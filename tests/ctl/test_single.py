@@ -46,6 +46,21 @@ def test_hello_with_a_console_and_relative_paths(
 
 
 @pytest.mark.parametrize("name", ["attach", "ping"])
+def test_help_has_the_name_that_was_asked_for(capfd: pytest.CaptureFixture[str], name: str) -> None:
+    assert main([name, "--help"]) == 0
+    assert capfd.readouterr().out.startswith(f"usage: cc-proxyctl {name} ")
+
+
+@pytest.mark.parametrize(("member", "option"), [("ctlSerial", "--ctl"), ("ioSerial", "--io")])
+def test_errors_name_the_option(
+    proxy: FakeProxy, capfd: pytest.CaptureFixture[str], member: str, option: str
+) -> None:
+    proxy.refused["hello"] = f"{member}: cannot connect to /c: No such file or directory"
+    assert ctl(proxy, "hello", "ID", "--ctl", "/c", "--io", "/i") == 125
+    assert error_line(capfd) == f"{option} ({member}): cannot connect to /c: No such file or directory"
+
+
+@pytest.mark.parametrize("name", ["attach", "ping"])
 def test_attach(proxy: FakeProxy, capfd: pytest.CaptureFixture[str], name: str) -> None:
     assert ctl(proxy, name, "ID") == 0
     assert proxy.names == ["attach", "ping"]

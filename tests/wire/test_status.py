@@ -125,7 +125,9 @@ def test_the_log_level_changes_at_once_and_says_so(tight: Wire) -> None:
     changed = b'{"success":true,"data":{"old":"info","new":"debug"}}'
     assert client.ask("logLevel", {"level": "debug"}) == changed
     assert status(tight)["logLevel"] == "debug"
-    wait_until(lambda: '"request"' in tight.daemon.log(), "requests are logged")
+    pod = tight.pod()
+    assert pod.pings()
+    wait_until(lambda: '"command": "ping"' in tight.daemon.log(), "requests and their commands are logged")
     assert client.ask("logLevel", {"level": "error"}).endswith(b'{"old":"debug","new":"error"}}')
     wait_until(lambda: tight.daemon.log().count("log level changed") == 2, "the change is logged")
 
