@@ -26,7 +26,7 @@ _STACK_SIZE = 512 * 1024
 _TICK = 1.0
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
-_SIGNALS = {*_STOP_SIGNALS, signal.SIGHUP, signal.SIGUSR1}
+_SIGNALS = {*_STOP_SIGNALS, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM}
 
 
 def block_signals() -> None:
@@ -72,7 +72,11 @@ class Supervisor:
         self._host = host
         self._registry = registry
         self._health = health
-        self._actions = {signal.SIGHUP: self._reload, signal.SIGUSR1: log_stacks}
+        self._actions = {
+            signal.SIGHUP: self._reload,
+            signal.SIGUSR1: log_stacks,
+            signal.SIGALRM: self._tick,
+        }
         self._status = "STATUS=Ready"
         # Half of what the manager allows, so that one message may be late.
         self._interval = host.notifier.watchdog / 2 if host.notifier.watchdog else None
@@ -82,16 +86,13 @@ class Supervisor:
         """Work until a signal says stop; returns that."""
         self._tell("READY=1", self._new_status())
         tick = min(_TICK, (self._interval or _TICK) / 2)
-        next_tick = time.monotonic() + tick
-        while True:
-            info = signal.sigtimedwait(_SIGNALS, max(0.0, next_tick - time.monotonic()))
-            if info and info.si_signo in _STOP_SIGNALS:
-                return signal.Signals(info.si_signo)
-            if info:
-                self._actions[signal.Signals(info.si_signo)]()
-            if time.monotonic() >= next_tick:
-                self._tick()
-                next_tick = time.monotonic() + tick
+        # A timer, because sigtimedwait may return a signal that nobody sent once this process was stopped for
+        # longer than it was to wait (CPython does not look whether it was interrupted then).
+        signal.setitimer(signal.ITIMER_REAL, tick, tick)
+        while (received := signal.Signals(signal.sigwait(_SIGNALS))) not in _STOP_SIGNALS:
+            self._actions[received]()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return received
 
     def _tick(self) -> None:
         self._serve_watchdog()

@@ -245,6 +245,20 @@ def test_sigusr1_says_what_every_thread_does(tmp_sock_dir: Path) -> None:
         assert daemon.stop() == 0
 
 
+def test_daemon_that_was_stopped_goes_on(tmp_sock_dir: Path, manager: Manager) -> None:
+    """For longer than it was to wait for signals."""
+    with managed(tmp_sock_dir, manager, watchdog=1.0) as wire:
+        process = wire.daemon.process
+        for _ in range(3):
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(0.4)  # the fault itself
+            manager.read_all()
+            process.send_signal(signal.SIGCONT)
+            wait_until(lambda: manager.next() == ["WATCHDOG=1"], "it goes on")
+        assert wire.pod().pings()
+        wire.daemon.check_log()
+
+
 def test_daemon_whose_log_has_gone_still_ends_with_0(tmp_sock_dir: Path) -> None:
     """As when the journal has been restarted: its end of stderr is closed."""
     prefix = ["bash", "-c", 'exec "$@" 2> >(exec true)', "bash"]
