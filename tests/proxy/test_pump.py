@@ -771,6 +771,7 @@ def test_error_that_nobody_expects_costs_that_vm_alone_and_leaks_nothing(  # noq
     with Rig(space) as rig, Rig(space) as other:
         streams = [rig.open(buffer=SMALL) for _ in range(2)]
         theirs = other.open()
+        rig.wait_for_turn()  # or it would be these whose taking over fails
         pumps_thread = rig.pump._thread
         real = getattr(broken, method)
 
