@@ -6,6 +6,7 @@ where stderr is the journal a `<N>` in front of it gives the priority, or it goe
 Lines are written by a thread of their own: whoever logs never waits for whoever reads the log.
 """
 
+import contextlib
 import io
 import json
 import logging
@@ -16,7 +17,7 @@ import sys
 import time
 from typing import Any, TextIO
 
-from cc_proxy import journal
+from cc_proxy import faults, journal
 from cc_proxy.ratelimit import RateLimit
 from cc_proxy.settings import LogFormat, LogLevel
 
@@ -156,8 +157,19 @@ class _Sink(logging.Handler):
         failed, self.lost = self.lost + 1, 0
         try:
             self._write(record)
-        except Exception:  # whatever it is, a log that cannot be written must not stop anything
+        except OSError:  # a log that cannot be written must not stop anything
             self.lost = failed
+        except Exception:
+            self.lost = failed
+            self._say_why(record)
+
+    def _say_why(self, record: logging.LogRecord) -> None:
+        """Write what nobody expected of this record, if at least that can be written."""
+        event = "log line failed"
+        faults.count(event)
+        why = {"msg": event, "event": str(record.msg), "exc_info": sys.exc_info()}
+        with contextlib.suppress(Exception):
+            self._write(logging.makeLogRecord(why | {"levelno": logging.ERROR, "levelname": "ERROR"}))
 
     def _write(self, record: logging.LogRecord) -> None:
         raise NotImplementedError

@@ -16,6 +16,8 @@ from cc_proxy.hyperstart.control import Command, ControlChannel, ControlMessage
 #: So many commands may be without an answer, their senders having given up, before no more are sent.
 _MOST_UNANSWERED = 64
 _READ_SIZE = 4 * 1024
+#: So many reads empty a socket's buffer, and an agent that never stops talking gets no more.
+_MOST_LAST_READS = 64
 #: Seconds that an answer is looked for before the thread goes to sleep for it.
 _SPIN = 0.000_06
 #: Seconds in which a quick agent answers.
@@ -194,11 +196,15 @@ class ControlLink:
         for a moment before the thread goes to sleep.
         """
         begun = now = time.monotonic()
+        late = False
         while not command.is_answered():
-            if now >= deadline:
+            if late:
                 raise NoAnswer(f"no answer from the VM in {timeout:g} s")
+            late = now >= deadline
             try:
-                if self._quick and now - begun < _SPIN:
+                if late:
+                    self._read_what_is_there()
+                elif self._quick and now - begun < _SPIN:
                     with contextlib.suppress(BlockingIOError):
                         self._read(socket.MSG_DONTWAIT)
                 else:
@@ -211,6 +217,12 @@ class ControlLink:
                 self.hang_up()
             now = time.monotonic()
         self._quick = now - begun < _QUICK
+
+    def _read_what_is_there(self) -> None:
+        """If this process was stopped, the answer may have come in time, behind events."""
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(_MOST_LAST_READS):
+                self._read(socket.MSG_DONTWAIT)
 
     def _write(self) -> None:
         outgoing = self._channel.outgoing

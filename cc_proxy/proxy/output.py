@@ -69,8 +69,9 @@ class Output:
         size = self._io.recv_into(self._room())
         if size:
             self._stop += size
-            batch = self._deliver(self._buffer, self._view, self._start, self._stop)
+            batch = self._take_apart(self._buffer, self._view, self._start, self._stop)
             self._start = batch.stop
+            self._deliver(batch)
             if batch.error:
                 raise FramingLost(batch.error)
         return size
@@ -86,21 +87,33 @@ class Output:
             rest += piece
             size -= len(piece)
         self._start = self._stop
-        self._deliver(rest, memoryview(rest), 0, len(rest))
+        self._deliver(self._take_apart(rest, memoryview(rest), 0, len(rest)))
 
-    def _deliver(self, buffer: bytearray, view: memoryview, start: int, stop: int) -> Batch[Session]:
-        """Pass on the whole frames there."""
+    def _take_apart(self, buffer: bytearray, view: memoryview, start: int, stop: int) -> Batch[Session]:
+        """Find the whole frames there, and whose they are."""
         self._before_delivery()
         batch = gather(buffer, view, start, stop, self._owners)
         self._counters.bytes_to_clients += batch.stop - start
         self._counters.frames_to_clients += batch.frames
         dump_frames(self._vm, "output", (view[start : batch.stop],))
-        for session, pieces in batch.slices.items():
-            if session.deliver(pieces):
-                self._settle(session)
+        return batch
+
+    def _deliver(self, batch: Batch[Session]) -> None:
+        """Pass on frames."""
+        self._deliver_each(iter(batch.slices.items()))
         for seq, _ in batch.strays:
             self._on_stray(seq)
-        return batch
+
+    def _deliver_each(self, slices: Iterator[tuple[Session, list[memoryview]]]) -> None:
+        for session, pieces in slices:
+            try:
+                if session.deliver(pieces):
+                    self._settle(session)
+            except Exception:
+                # It gets no more, which would come behind a gap, and the others miss nothing.
+                session.give_up_output()
+                self._deliver_each(slices)
+                raise
 
     def flush(self, session: Session) -> None:
         """The session's client takes something again, or has gone."""

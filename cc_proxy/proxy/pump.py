@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Protocol
 
+from cc_proxy import faults
 from cc_proxy.api.status import MOST_LISTED, Streams, Traffic, WaitingStream
 from cc_proxy.fds import close_stream
 from cc_proxy.hyperstart.pacing import FIRST_MARKER
@@ -101,7 +102,7 @@ class Pump:
         """Begin to copy. Raises `RuntimeError` if there is no thread to be had; everything is closed then."""
         try:
             self._thread.start()
-        except RuntimeError:
+        except BaseException:
             self._close()
             raise
 
@@ -167,19 +168,29 @@ class Pump:
     # Pump thread: the loop --------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        with contextlib.ExitStack() as last_first:
+            last_first.callback(self._owner.ended)
+            last_first.callback(self._contain, self._close)
+            # Something to do for these two only after an error: what had arrived is still delivered.
+            last_first.callback(self._contain, self._copy)
+            last_first.callback(self._contain, self._finish_reading)
+            last_first.callback(self._contain, self._watch_and_copy)
+
+    def _contain(self, step: Callable[[], None]) -> None:
+        """An error that nobody expected costs this VM."""
         try:
-            self._watch()
-            while self._io_open or self._sessions:
-                self._turn()
+            step()
         except Exception:
-            logger.exception("I/O pump failed", extra={"vm": self._vm})
+            faults.note("I/O pump failed", vm=self._vm)
             self._owner.lose("internal error in its I/O pump")
-        finally:
-            try:
-                self._close()
-            except Exception:
-                logger.exception("I/O pump failed at its end", extra={"vm": self._vm})
-            self._owner.ended()
+
+    def _watch_and_copy(self) -> None:
+        self._watch()
+        self._copy()
+
+    def _copy(self) -> None:
+        while self._io_open or self._sessions:
+            self._turn()
 
     def _watch(self) -> None:
         """Wait for everything, in two epoll instances.
@@ -281,7 +292,12 @@ class Pump:
             self._lose(str(lost))
 
     def _on_console(self, _events: int) -> None:
-        if self._console and not self._console.read():
+        try:
+            ended = self._console is not None and not self._console.read()
+        except Exception:  # whatever it is, the VM's streams can do without the console
+            faults.note("console failed", vm=self._vm)
+            ended = True
+        if ended:
             self._close_console()
 
     def _close_console(self) -> None:
@@ -319,7 +335,11 @@ class Pump:
         self._serve(self._selector.poll(0))
 
     def _on_writable(self, session: Session) -> None:
-        self._output.flush(session)
+        try:
+            self._output.flush(session)
+        except Exception:
+            self._drop(session, "internal error")  # so that the others still get what waits for them
+            raise
         if not self._io_open and not session.waits:
             self._drop(session, "all is delivered")
 
@@ -347,7 +367,7 @@ class Pump:
         self._sessions.remove(session)
         with contextlib.closing(session):
             for seq in session.seqs:
-                del self._owners[seq]
+                self._owners.pop(seq, None)
             self._stdin.forget(session)
             self._output.forget(session)
 
@@ -398,9 +418,12 @@ class Pump:
 
     def _finish_reading(self) -> None:
         """Deliver what has arrived by now, and close both channels."""
-        if self._io_open:
+        if not self._io_open:
+            return
+        try:
             with contextlib.suppress(OSError):
                 self._output.read_rest()
+        finally:
             self._end_io()
 
     def _end_io(self) -> None:

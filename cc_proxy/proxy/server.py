@@ -14,6 +14,7 @@ import threading
 import time
 from typing import Any
 
+from cc_proxy import faults
 from cc_proxy.api.errors import ProtocolError
 from cc_proxy.api.fdpassing import TAG
 from cc_proxy.api.messages import MessageParser
@@ -65,9 +66,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._short = False
         #: When the accept thread has last finished what it had to do; time.monotonic's.
         self.turned_at = 0.0
-        self._thread = threading.Thread(
-            target=self.serve_forever, args=(_STOP_POLL,), name="accept", daemon=True
-        )
+        self._thread = threading.Thread(target=self._accept_all, name="accept", daemon=True)
 
     # Main thread ------------------------------------------------------------------------------------------
 
@@ -117,6 +116,15 @@ class Server(socketserver.ThreadingUnixStreamServer):
             return len(self._connections)
 
     # Accept thread ----------------------------------------------------------------------------------------
+
+    def _accept_all(self) -> None:
+        """Accept connections until the end, whatever happens."""
+        while not self._stopping.is_set():
+            try:
+                self.serve_forever(_STOP_POLL)
+            except Exception:
+                faults.note("accepting connections failed")
+                self._stopping.wait(_SHORTAGE_PAUSE)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. While there is no room for one, wait a little instead of spinning."""
@@ -194,7 +202,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         """Log an error that nobody expected; it costs this connection and nothing else."""
-        logger.exception("connection failed", extra={"client": client_address})
+        faults.note("connection failed", client=client_address)
 
 
 class Connection(socketserver.BaseRequestHandler):
@@ -254,10 +262,12 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _receive_by(self, deadline: float, size: int) -> bytes:
         seconds = deadline - time.monotonic()
-        if seconds > 0:
-            self._set_timeout(socket.SO_RCVTIMEO, seconds)
-            with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(BlockingIOError):
+            if seconds > 0:
+                self._set_timeout(socket.SO_RCVTIMEO, seconds)
                 return self.request.recv(size)
+            # If this process was stopped, it came in time all the same.
+            return self.request.recv(size, socket.MSG_DONTWAIT)
         raise ProtocolError("a message that had begun did not arrive in time")
 
     def _send(self, reply: Reply) -> None:

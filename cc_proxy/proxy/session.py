@@ -86,7 +86,7 @@ class Session:
         try:
             self.pending = send_pieces(self._sock, pieces)
         except OSError:
-            self._give_up_output()
+            self.give_up_output()
         if self.pending:
             self.patient_until = self._end_of_patience()
             return True
@@ -100,7 +100,7 @@ class Session:
         except BlockingIOError:
             return
         except OSError:
-            self._give_up_output()
+            self.give_up_output()
         self._took_at = time.monotonic()
         if self.pending and not self._spool.size:
             self._write(self.pending)
@@ -127,13 +127,13 @@ class Session:
         try:
             self.pending = send_pieces(self._sock, pieces)
         except OSError:
-            self._give_up_output()
+            self.give_up_output()
             return
         if not self.pending:
             self._stop_being_patient()
             self.stuck = ""
 
-    def _give_up_output(self) -> None:
+    def give_up_output(self) -> None:
         """The client has closed its end. What it sent before may still be on its way in."""
         self.output_gone = True
         self.pending = ()
@@ -169,6 +169,8 @@ class Session:
 
     def close(self) -> None:
         """Close the fd: the client reads what was written to it and then end of file. What waits is lost."""
-        self._spool.close()
-        self.pending = ()
-        close_stream(self._sock)
+        try:
+            self._spool.close()
+            self.pending = ()
+        finally:
+            close_stream(self._sock)

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from enum import Enum, auto
 from typing import NamedTuple
 
+from cc_proxy import faults
 from cc_proxy.api.errors import TimedOut
 from cc_proxy.api.payloads import Hello
 from cc_proxy.api.status import Streams
@@ -102,6 +103,7 @@ class Vm:
                 raise VmError(self._gone())
         except BaseException as error:
             self._fail(str(error))
+            self.abort()
             self._move(State.ENDED)
             if isinstance(error, ControlLost | NoAnswer):
                 raise VmError(str(error)) from None
@@ -128,6 +130,10 @@ class Vm:
             raise VmError(str(error)) from None
         except ControlLost as lost:
             self.lose(str(lost))
+            raise VmError(self._gone()) from None
+        except Exception:  # nobody knows what state the channel is in now
+            faults.note("control channel failed", vm=self.container_id, command=name.hyper_name)
+            self.lose("internal error in its control channel")
             raise VmError(self._gone()) from None
         if answer.code == Code.ERROR:
             said = answer.payload.decode(errors="replace")

@@ -1001,7 +1001,9 @@ def client_that_half_closed(rig: Rig) -> None:
 
 
 def control_channel_in_use(rig: Rig) -> None:
-    rig.control._turn.acquire()
+    taker = threading.Thread(target=rig.control._turn.acquire)
+    taker.start()
+    taker.join(WAIT)
     rig.ctl.sendall(command(ASYNC_EVENT))
     rig.control._unasked.modify(rig.control._sock, 0)
 

@@ -409,7 +409,7 @@ class Waiting:
     def setsockopt(self, level: int, option: int, value: bytes) -> None:
         self.timeouts.append(value)
 
-    def recv(self, size: int) -> bytes:
+    def recv(self, size: int, flags: int = 0) -> bytes:
         raise BlockingIOError
 
 

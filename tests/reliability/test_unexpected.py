@@ -1,0 +1,357 @@
+"""Errors that nobody expected: each is logged once, counted, costs what it may, and gives back the rest."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from cc_proxy import faults
+from cc_proxy.api.payloads import Hello
+from cc_proxy.hyperstart.codes import Code
+from cc_proxy.hyperstart.control import ControlChannel
+from cc_proxy.log import CONSOLE, Logging, logger
+from cc_proxy.proxy import output as output_module
+from cc_proxy.proxy import pump as pump_module
+from cc_proxy.proxy import server as server_module
+from cc_proxy.proxy import session as session_module
+from cc_proxy.proxy.console import Console
+from cc_proxy.proxy.control import ControlLink
+from cc_proxy.proxy.pump import Pump
+from cc_proxy.proxy.registry import Registry
+from cc_proxy.proxy.server import Server
+from cc_proxy.proxy.session import Session
+from cc_proxy.proxy.spool import SpoolSpace
+from cc_proxy.proxy.vm import State, Vm, VmError
+from cc_proxy.settings import LiveSettings, Settings
+from tests.proxy.conftest import Logged
+from tests.proxy.support import Rig, open_fds, pair, read_to_end, spool_files
+from tests.proxy.test_server import UNKNOWN, House
+from tests.wire.support import (
+    READY,
+    WAIT,
+    FakeVm,
+    at_end,
+    command,
+    frame,
+    in_background,
+    request,
+    wait_until,
+)
+
+SMALL = 4_096
+
+
+class Counted:
+    """How often each event has been counted since the test began."""
+
+    def __init__(self) -> None:
+        self._before = Counter(faults.counts())
+
+    def __call__(self) -> dict[str, int]:
+        return dict(Counter(faults.counts()) - self._before)
+
+
+@pytest.fixture
+def counted() -> Counted:
+    return Counted()
+
+
+def fail(*_: object, **__: object) -> None:
+    raise KeyError("nobody expects it")
+
+
+def check_said_once(logged: Logged, counted: Counted, event: str) -> None:
+    (record,) = (record for record in logged.records if record.levelno >= logging.ERROR)
+    assert record.getMessage() == event
+    assert record.exc_info
+    assert record.exc_info[0] is KeyError
+    assert counted() == {event: 1}
+
+
+# Connections ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def house(tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
+    monkeypatch.setattr(server_module, "_STOP_POLL", 0.01)
+    monkeypatch.setattr(server_module, "_SHORTAGE_PAUSE", 0.01)
+    house = House(tmp_sock_dir)
+    yield house
+    house.close()
+
+
+def asks(house: House) -> None:
+    client = house.connect()
+    client.send(request("x"))
+    assert client.receive() == UNKNOWN
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> threading.Event:
+    """The next call fails, those after it do not."""
+    real: Callable[..., object] = getattr(owner, name)
+    failed = threading.Event()
+
+    def either(*args: object, **named: object) -> object:
+        if failed.is_set():
+            return real(*args, **named)
+        failed.set()
+        raise KeyError("nobody expects it")
+
+    monkeypatch.setattr(owner, name, either)
+    return failed
+
+
+@pytest.mark.parametrize("step", ["get_request", "service_actions"])
+def test_accepting_goes_on(
+    house: House, monkeypatch: pytest.MonkeyPatch, logged: Logged, counted: Counted, step: str
+) -> None:
+    asks(house)
+    failed = fail_once(monkeypatch, Server, step)
+    asks(house)
+    assert failed.wait(WAIT)
+    asks(house)
+    check_said_once(logged, counted, "accepting connections failed")
+    assert house.stop()
+
+
+def test_accepting_that_fails_all_the_time_ends_when_it_is_told_to(
+    house: House, monkeypatch: pytest.MonkeyPatch, counted: Counted
+) -> None:
+    monkeypatch.setattr(Server, "service_actions", fail)
+    wait_until(lambda: counted().get("accepting connections failed", 0) > 2, "it is tried again and again")
+    assert house.stop()
+
+
+def test_thread_that_cannot_even_be_made_costs_its_connection(
+    house: House, monkeypatch: pytest.MonkeyPatch, logged: Logged, counted: Counted
+) -> None:
+    with monkeypatch.context() as patch:
+        failed = fail_once(patch, threading, "Thread")
+        client = house.connect()
+        assert at_end(client.sock)
+        assert failed.is_set()
+    asks(house)
+    check_said_once(logged, counted, "connection failed")
+
+
+# Hello ----------------------------------------------------------------------------------------------------
+
+
+def hello_of(vm: FakeVm) -> Hello:
+    return Hello("pod", str(vm.ctl_path), str(vm.io_path))
+
+
+def boot(vm: FakeVm) -> None:
+    vm.accept()
+    with suppress(OSError):  # gone already
+        vm.say(READY)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (ControlLink, "wait_until_up"),
+        (Console, "open"),
+        (pump_module, "Output"),
+        (threading.Thread, "start"),
+        (logging.Logger, "info"),  # the VM is up by then
+    ],
+)
+def test_hello_that_fails_gives_everything_back(
+    tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str
+) -> None:
+    registry = Registry(LiveSettings(Settings()))
+    before = set(open_fds())
+    with closing(FakeVm(tmp_sock_dir, "vm")) as vm, in_background(partial(boot, vm)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            with pytest.raises(KeyError):
+                registry.register(hello_of(vm))
+        assert registry.vms() == []
+    wait_until(lambda: set(open_fds()) <= before, "fds are given back")
+    with closing(FakeVm(tmp_sock_dir, "again")) as vm, in_background(partial(boot, vm)):
+        up = registry.register(hello_of(vm))
+        assert up.state is State.UP
+        up.abort()
+        assert up.join(WAIT)
+
+
+# The control channel --------------------------------------------------------------------------------------
+
+
+def test_control_channel_that_fails_costs_its_vm(
+    tmp_sock_dir: Path, space: SpoolSpace, monkeypatch: pytest.MonkeyPatch, logged: Logged, counted: Counted
+) -> None:
+    """What it was in the middle of nobody knows. Who asked is answered, and so is who waits for the lock."""
+    states: list[State] = []
+    vm = Vm("pod", LiveSettings(Settings()), space, lambda vm: states.append(vm.state))
+    agent = FakeVm(tmp_sock_dir, "vm")
+    with in_background(partial(boot, agent)):
+        vm.start(hello_of(agent))
+    _, stream = vm.open_session(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ControlChannel, "send", fail)
+        with pytest.raises(VmError, match=r"^VM gone: internal error in its control channel$"):
+            vm.command(Code.PING, b"{}")
+    check_said_once(logged, counted, "control channel failed")
+    with pytest.raises(VmError, match="VM gone"):
+        vm.command(Code.PING, b"{}")
+    stream.settimeout(WAIT)
+    assert at_end(stream)
+    stream.close()
+    assert agent.is_hung_up()
+    assert vm.join(WAIT)
+    assert states == [State.UP, State.LOST, State.ENDED]
+    agent.close()
+
+
+# Pumps ----------------------------------------------------------------------------------------------------
+
+
+def numbered(seq: int, count: int, size: int = 1_000) -> bytes:
+    return b"".join(frame(seq, number.to_bytes(4, "big") * (size // 4)) for number in range(count))
+
+
+def test_what_had_arrived_is_still_delivered(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, logged: Logged, counted: Counted, tmp_path: Path
+) -> None:
+    """What waits in the spool, what has just been read, and what was still in the socket."""
+    monkeypatch.setattr(session_module, "_PATIENCE", 0.0)
+    slow, idle = rig.open(buffer=SMALL), rig.open()
+    first, rest = numbered(slow.base, 100), numbered(slow.base, 50) + frame(idle.base, b"last")
+    rig.io.sendall(first)
+    rig.wait(lambda pump: any(session.spooled for session in pump._sessions), "output is spooled")
+
+    def fail_when_there_is_more(_: object) -> None:
+        rig.io.sendall(rest)
+        raise KeyError("nobody expects it")
+
+    rig.call(lambda: monkeypatch.setattr(ControlLink, "read_unasked", fail_when_there_is_more))
+    rig.ctl.sendall(command(23))
+    assert idle.read_frame().payload == b"last"
+    assert at_end(idle.sock)
+    assert read_to_end(slow.sock) == first + numbered(slow.base, 50)
+    rig.wait_ended()
+    assert rig.owner.causes == ["internal error in its I/O pump"]
+    check_said_once(logged, counted, "I/O pump failed")
+    assert (rig.space.used, spool_files(tmp_path)) == (0, 0)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_delivery_that_fails_for_one_is_whole_for_the_others(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, logged: Logged, counted: Counted, which: int
+) -> None:
+    """None twice, none with a gap; the one itself has what came before."""
+    streams = [rig.open() for _ in range(3)]
+    before = [numbered(stream.base, 3) for stream in streams]
+    rig.io.sendall(b"".join(before))
+    rig.settle()
+    broken = streams[which].base
+    real = Session.deliver
+
+    def deliver(session: Session, pieces: list[memoryview]) -> bool:
+        if session.seqs.start == broken:
+            raise KeyError("nobody expects it")
+        return real(session, pieces)
+
+    monkeypatch.setattr(Session, "deliver", deliver)
+    after = [numbered(stream.base, 7) for stream in streams]
+    rig.io.sendall(b"".join(after))
+    for stream, first, second in zip(streams, before, after, strict=True):
+        assert read_to_end(stream.sock) == (first if stream.base == broken else first + second)
+    rig.wait_ended()
+    check_said_once(logged, counted, "I/O pump failed")
+
+
+def test_client_whose_output_cannot_be_flushed_takes_nothing_from_the_others(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, logged: Logged, counted: Counted, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(session_module, "_PATIENCE", 0.0)
+    streams = [rig.open(buffer=SMALL) for _ in range(2)]
+    sent = [numbered(stream.base, 100) for stream in streams]
+    rig.io.sendall(b"".join(sent))
+    rig.wait(lambda pump: all(session.spooled for session in pump._sessions), "both wait")
+    real = Session.flush
+
+    def flush(session: Session) -> None:
+        if session.seqs.start == streams[0].base:
+            raise KeyError("nobody expects it")
+        real(session)
+
+    monkeypatch.setattr(Session, "flush", flush)
+    got = read_to_end(streams[0].sock)
+    assert sent[0].startswith(got)
+    assert len(got) < len(sent[0])
+    assert read_to_end(streams[1].sock) == sent[1]
+    rig.wait_ended()
+    check_said_once(logged, counted, "I/O pump failed")
+    assert (rig.space.used, spool_files(tmp_path)) == (0, 0)
+
+
+def test_error_at_the_very_end_too_leaves_nothing_open(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, counted: Counted
+) -> None:
+    stream = rig.open()
+    rig.wait_for_turn()
+    monkeypatch.setattr(output_module.Output, "read_rest", fail)
+    monkeypatch.setattr(output_module.Output, "read", fail)
+    rig.io.sendall(frame(stream.base, b"x"))
+    assert at_end(stream.sock)
+    assert at_end(rig.io)
+    rig.wait_ended()
+    assert counted() == {"I/O pump failed": 2}
+
+
+def test_console_that_fails_costs_nothing_but_the_console(
+    space: SpoolSpace, monkeypatch: pytest.MonkeyPatch, logged: Logged, counted: Counted
+) -> None:
+    logger.setLevel(CONSOLE)
+    near, far = pair()
+    near.setblocking(False)
+    with far, Rig(space, console=Console("vm", near)) as rig:
+        stream = rig.open()
+        monkeypatch.setattr(Console, "read", fail)
+        far.sendall(b"a line\n")
+        with suppress(ConnectionResetError):  # nobody read the line
+            assert far.recv(1) == b""
+        rig.io.sendall(frame(stream.base, b"out"))
+        assert stream.read_frame().payload == b"out"
+        check_said_once(logged, counted, "console failed")
+        assert not rig.owner.causes
+
+
+def test_question_that_fails_is_no_error_of_the_pump(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pump, "_streams", fail)
+    with pytest.raises(KeyError):
+        rig.pump.describe().result(WAIT)
+    assert not rig.owner.causes
+
+
+# The log --------------------------------------------------------------------------------------------------
+
+
+def test_line_that_cannot_be_made_is_said_and_the_next_one_is_written(counted: Counted) -> None:
+    stream = io.StringIO()
+    before = logger.level, logger.propagate, logging.raiseExceptions
+    log = Logging("info", "json", stream)
+    log.start()
+    try:
+        logger.info("bad %d", "not a number")
+        logger.info("good")
+    finally:
+        log.stop()
+        logger.level, logger.propagate, logging.raiseExceptions = before
+    said, good = map(json.loads, stream.getvalue().splitlines())
+    assert (said["message"], said["event"], said["level"]) == ("log line failed", "bad %d", "ERROR")
+    assert "TypeError" in said["exc_info"]
+    assert (good["message"], good["lost_before"]) == ("good", 1)
+    assert counted() == {"log line failed": 1}
