@@ -27,7 +27,7 @@ demo: $(READY) ## see the proxy at work, from the first connection to the last b
 
 .PHONY: test
 test: $(TOX) ## run every gate: lint, types, the tests on each Python there is, wheel and package
-	@$(TOX) run -q -e lint,types,$(subst $(space),$(comma),$(pythons)),wheel,package
+	@$(TOX) run -q -e lint,types,$(subst $(space),$(comma),$(pythons)),wheel,systemd,package
 
 .PHONY: lint types coverage format
 lint: $(TOX) ## check style and likely bugs
@@ -61,7 +61,7 @@ pins: $(READY) ## look for newer versions of what requirements/ pins, and pin th
 
 .PHONY: clean
 clean: ## remove everything that these targets made
-	rm -rf .venv .tox build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage* htmlcov
+	rm -rf .venv .tox build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage* htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian's python3 has no ensurepip until python3-venv is installed.

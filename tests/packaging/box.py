@@ -48,6 +48,7 @@ for device in null:3 zero:5 full:7 random:8 urandom:9; do
     mknod -m 666 "dev/${device%:*}" c 1 "${device#*:}"
 done
 ln -s /proc/self/fd dev/fd
+ln -s pts/ptmx dev/ptmx  # PrivateDevices= looks for it
 mount -t tmpfs -o mode=755,nosuid,nodev tmpfs run
 mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs tmp
 mkdir run/old

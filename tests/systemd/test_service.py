@@ -1,0 +1,136 @@
+"""The daemon under a real systemd: started, used, reloaded, killed and stopped."""
+
+from __future__ import annotations
+
+import stat
+
+import pytest
+
+from cc_proxy.api import Refused
+from tests.systemd.box import Box
+from tests.systemd.service import SERVICE, SOCKET, Service, vm
+
+#: Where VMs have their sockets: the sandbox must leave the way to all of these.
+PLACES = ("/run/vm", "/var/lib/vm", "/var/tmp/vm", "/tmp/vm", "/home/vm")
+
+
+def answers(service: Service) -> bool:
+    """Whether a new client gets an answer."""
+    with service.client() as client, pytest.raises(Refused, match="unknown containerID"):
+        client.attach("nobody")
+    return True
+
+
+def open_files(service: Service, pid: int) -> int:
+    """How many files a process may open at the most."""
+    limits = service.box.output("cat", f"/proc/{pid}/limits")
+    return next(int(line.split()[-2]) for line in limits.splitlines() if line.startswith("Max open files"))
+
+
+def test_the_first_client_starts_the_daemon(activated: Service) -> None:
+    assert activated.show("ActiveState") == "inactive"
+    assert answers(activated)
+    assert activated.show("ActiveState") == "active"
+    assert activated.show("StatusText") == "0 VMs, 0 sessions"
+
+
+@pytest.mark.parametrize("user", ["games", "root"])
+def test_root_reaches_vms_of_any_user_wherever_their_sockets_are(daemon: Service, user: str) -> None:
+    for directory in PLACES:
+        with vm(daemon.box, directory, user) as (ctl, io), daemon.client() as client:
+            client.hello("vm", ctl, io)
+            client.hyper("ping")
+            client.bye("vm")
+
+
+def test_members_of_the_group_may_connect_and_others_may_not(activated: Service) -> None:
+    ping = ("cc-proxyctl", "ping", "nobody")
+    other = activated.box.run(*ping, user="games", check=False)
+    member = activated.box.run(*ping, user="games", group="cc-proxy", check=False)
+    assert "Permission denied" in other.stdout
+    assert "unknown containerID" in member.stdout
+
+
+def test_the_daemon_runs_alone_as_well(service: Service) -> None:
+    service.start(SERVICE)
+    assert service.show("ActiveState", SOCKET) == "inactive"
+    made = service.socket_file.lstat()
+    assert stat.S_IMODE(made.st_mode) == 0o660
+    assert made.st_gid == int(service.box.output("id", "-g", "cc-proxy"))
+    assert answers(service)
+    service.stop(SERVICE)
+    assert not service.socket_file.exists()
+
+
+def test_the_socket_unit_makes_the_socket_for_the_group_and_removes_it(activated: Service) -> None:
+    made = activated.socket_file.lstat()
+    assert stat.S_IMODE(made.st_mode) == 0o660
+    assert made.st_gid == int(activated.box.output("id", "-g", "cc-proxy"))
+    activated.stop(SOCKET)
+    assert not activated.socket_file.exists()
+
+
+def test_a_stopped_daemon_is_started_again_by_the_next_client(daemon: Service) -> None:
+    daemon.stop(SERVICE)
+    assert daemon.show("Result") == "success"
+    assert answers(daemon)
+
+
+def test_a_client_that_comes_during_a_restart_waits_and_is_served(daemon: Service) -> None:
+    before = daemon.pid
+    daemon.box.run("systemctl", "restart", "--no-block", SERVICE)
+    assert answers(daemon)
+    daemon.wait_for_log('"ready"', times=2)
+    assert daemon.pid not in {0, before}
+
+
+def test_many_restarts_in_a_row_do_not_reach_the_start_limit(daemon: Service) -> None:
+    for _ in range(7):  # systemd's own limit is 5 in 10 s
+        daemon.box.run("systemctl", "restart", SERVICE)
+    assert answers(daemon)
+
+
+@pytest.mark.parametrize("socket_unit", [True, False])
+def test_a_killed_daemon_is_restarted(service: Service, socket_unit: bool) -> None:
+    if socket_unit:
+        service.start(SOCKET)
+    service.start(SERVICE)
+    service.kill("KILL")
+    service.wait_for_log('"ready"', times=2)
+    assert answers(service)
+    assert service.show("NRestarts") == "1"
+
+
+def test_reload_changes_what_is_logged(daemon: Service) -> None:
+    daemon.configure('[log]\nlevel = "debug"\n')
+    daemon.box.run("systemctl", "reload", SERVICE)
+    assert daemon.wait_for_log("settings reloaded")["PRIORITY"] == "6"
+    assert answers(daemon)
+    assert daemon.wait_for_log("unknown containerID")["PRIORITY"] == "7"
+
+
+def test_reload_of_a_broken_file_keeps_the_old_settings(daemon: Service) -> None:
+    pid = daemon.pid
+    daemon.configure('[log]\nlevel = "loud"\n')
+    daemon.box.run("systemctl", "reload", SERVICE)
+    entry = daemon.wait_for_log("settings not reloaded")
+    assert entry["PRIORITY"] == "3"
+    assert "log.level: expected one of" in entry["MESSAGE"]
+    assert answers(daemon)
+    assert daemon.pid == pid
+
+
+def test_the_limit_of_open_files_is_what_the_unit_says(daemon: Service) -> None:
+    # On a machine whose root may raise no limits, systemd goes as high as it can itself.
+    assert open_files(daemon, daemon.pid) in {524_288, open_files(daemon, 1)}
+
+
+def test_an_upgrade_of_systemd_itself_disturbs_nobody(daemon: Service) -> None:
+    with daemon.client() as client:
+        daemon.box.run("systemctl", "daemon-reexec")
+        with pytest.raises(Refused):
+            client.attach("nobody")
+
+
+def test_whatever_the_tests_left_is_gone(box: Box) -> None:
+    assert box.output("ls", "-A", "/run/cc-oci-runtime", "/var/tmp") == "/run/cc-oci-runtime:\n\n/var/tmp:"

@@ -1,0 +1,42 @@
+"""A daemon that hangs under a real systemd is ended and started again."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from tests.systemd.service import SERVICE, Service, vm
+
+# Short, and no core file of each daemon that is aborted.
+QUICK = "[Service]\nWatchdogSec=1s\nLimitCORE=0\n"
+
+# The pump of a VM hangs as soon as a client wants a session.
+HANGS = """
+import sys, threading
+from cc_proxy.cli.daemon import main
+from cc_proxy.proxy.pump import Pump
+Pump._add = lambda pump, session: threading.Event().wait()
+sys.exit(main([]))
+"""
+
+
+def test_a_stopped_daemon_is_replaced(service: Service) -> None:
+    service.drop_in(QUICK)
+    service.start(SERVICE)
+    service.kill("STOP")
+    service.wait_for_log("Watchdog timeout")
+    service.wait_for_log('"ready"', times=2)
+    assert service.show("NRestarts") == "1"
+
+
+def test_a_daemon_with_a_stuck_thread_says_which_and_is_replaced(service: Service) -> None:
+    service.box.write("/usr/local/lib/hangs.py", HANGS)
+    service.drop_in(f"{QUICK}ExecStart=\nExecStart={sys.executable} /usr/local/lib/hangs.py\n")
+    service.start(SERVICE)
+    with vm(service.box, "/run/vm", "games") as (ctl, io), service.client() as client:
+        client.hello("vm", ctl, io)
+        os.close(client.allocate_io().fd)
+        service.wait_for_log("Watchdog timeout")
+        service.wait_for_log('"ready"', times=2)
+    assert service.wait_for_log("stuck: the watchdog is not served")["PRIORITY"] == "3"
+    assert service.wait_for_log("pump vm")
