@@ -96,7 +96,7 @@ class Limits(_Table, frozen=True):
 class Settings(_Table, frozen=True):
     """Everything that can be set."""
 
-    socket_path: Annotated[_Path, Meta(max_length=MAX_SOCKET_PATH)] = DEFAULT_SOCKET
+    socket_path: _Path = DEFAULT_SOCKET
     log: Log = Log()
     vm: Vm = Vm()
     stdin: Stdin = Stdin()
@@ -154,11 +154,15 @@ def _flatten(table: msgspec.Struct, prefix: str = "") -> dict[str, Any]:
 def parse(text: str, source: str) -> Settings:
     """Return the settings that a TOML text describes. Raises `SettingsError`, naming `source` and the key."""
     try:
-        return msgspec.convert(tomllib.loads(text), Settings)
+        settings = msgspec.convert(tomllib.loads(text), Settings)
     except msgspec.ValidationError as error:
-        raise SettingsError(f"{source}: {_explain(str(error))}") from None
+        raise SettingsError(f"{source}: {_printable(_explain(str(error)))}") from None
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, and an int of thousands of digits
-        raise SettingsError(f"{source}: not valid TOML: {error}") from None
+        raise SettingsError(f"{source}: not valid TOML: {_printable(str(error))}") from None
+    size = len(settings.socket_path.encode())
+    if size > MAX_SOCKET_PATH:
+        raise SettingsError(f"{source}: socket_path: {size} bytes, expected {MAX_SOCKET_PATH} at most")
+    return settings
 
 
 def load(path: str | None = None) -> Settings:
@@ -193,11 +197,14 @@ def _explain(error: str) -> str:
         what = f"expected one of {', '.join(_CHOICES[key])}, got{got}"
     elif "regex" in what:
         what = "expected an absolute path"
-    elif "length <=" in what:
-        what = f"expected a path of {MAX_SOCKET_PATH} bytes at most"
     else:
         what = _in_words(what)
     return f"{key}: {what}" if key else what
+
+
+def _printable(text: str) -> str:
+    """Spell out what would break the line, or speak to a terminal: a key may have it."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _in_words(what: str) -> str:

@@ -1,0 +1,172 @@
+"""Frames, on both sides: any bytes, in any pieces, in any place of a buffer."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from cc_proxy.api.errors import ProtocolError
+from cc_proxy.api.frames import MAX_FRAME, Frame, FrameParser, encode_frame
+from cc_proxy.hyperstart.frames import MAX_TO_AGENT, StdinSplitter, gather
+from tests.properties.support import decode_slowly, frame, in_pieces, payloads, stream_of
+
+#: Few, so that neighbours often have the same; with some that look like one another in part.
+seqs = st.sampled_from([0, 1, 2, 3, 256, 257, 2**32 + 1, 2**63 + 1, 2**64 - 1])
+wrong_lengths = st.sampled_from([0, 1, 11, MAX_FRAME + 1, 2**31, 2**32 - 1])
+
+right = st.builds(frame, seqs, payloads())
+wrong = st.builds(frame, seqs, payloads(40), wrong_lengths)
+# What a row is made of. The frame in front or behind may have the same length, or the same seq, or neither.
+rows = st.builds(lambda unit, times: unit * times, st.builds(frame, seqs, payloads(60)), st.integers(1, 300))
+# What looks like a row if one does not look closely: one length, two seqs in any order.
+mixed = st.builds(
+    lambda two, order, payload: b"".join(frame(two[number], payload) for number in order),
+    st.tuples(seqs, seqs),
+    st.lists(st.integers(0, 1), min_size=33, max_size=60),
+    payloads(20),
+)
+streams = stream_of(right | right | rows | mixed, wrong | st.binary(max_size=15))
+right_streams = st.lists(right | rows | mixed, max_size=8).map(b"".join)
+
+
+@given(seqs, payloads(MAX_FRAME))
+def test_encoded_frame_is_one_frame(seq: int, payload: bytes) -> None:
+    encoded = encode_frame(seq, payload)
+    assert encoded == encode_frame(seq, memoryview(payload)) == frame(seq, payload)
+    if len(encoded) <= MAX_FRAME:
+        assert FrameParser().receive_data(encoded) == [Frame(seq, payload)]
+
+
+@given(in_pieces(streams))
+def test_parser_finds_what_a_byte_by_byte_reading_finds(pieces: list[bytes]) -> None:
+    parser, found, fed = FrameParser(), [], b""
+    for piece in pieces:
+        fed += piece
+        expected = decode_slowly(fed, 8, 12, 65_536)
+        if expected.broken:
+            with pytest.raises(ProtocolError):
+                parser.receive_data(piece)
+            return
+        found += parser.receive_data(piece)
+        assert found == expected.units
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """Rows with a byte changed somewhere, where the row may be taken for longer or shorter than it is."""
+    stream = bytearray(draw(right_streams))
+    for _ in range(draw(st.integers(0, 2))):
+        if stream:
+            stream[draw(st.integers(0, len(stream) - 1))] ^= draw(st.sampled_from([1, 2, 128, 255]))
+    return bytes(stream[: draw(st.integers(0, len(stream)))] if draw(st.booleans()) else stream)
+
+
+@given(streams | damaged(), st.binary(max_size=20), st.integers(0, 1000) | st.just(1000), st.sets(seqs))
+@example(frame(1, b"x") * 33 + frame(2, b"x") + frame(1, b"x") * 3, b"", 1000, {1})
+@example(frame(1, b"x") * 32 + frame(1, b"x", 0), b"", 1000, {1})
+@example(frame(0) * 100, b"", 500, {0})
+def test_gather_sorts_as_a_byte_by_byte_reading_does(
+    stream: bytes, before: bytes, cut: int, owned: set[int]
+) -> None:
+    """Two seqs have the same owner. What is behind the end of what was read does not matter."""
+    owners = {seq: f"owner of {seq & ~1}" for seq in owned}
+    buffer = bytearray(before + stream)
+    start, stop = len(before), len(before) + cut * len(stream) // 1000
+    batch = gather(buffer, memoryview(buffer), start, stop, owners)
+    expected = decode_slowly(stream[: stop - start], 8, 12, 65_536)
+    by_owner: dict[str, bytes] = {}
+    strays = []
+    for seq, payload in expected.units:
+        if seq in owners:
+            by_owner[owners[seq]] = by_owner.get(owners[seq], b"") + frame(seq, payload)
+        else:
+            strays.append((seq, 12 + len(payload)))
+    assert {owner: b"".join(slices) for owner, slices in batch.slices.items()} == by_owner
+    assert batch.strays == strays
+    assert batch.stop == start + sum(12 + len(payload) for _, payload in expected.units)
+    assert (batch.error is not None) == expected.broken
+    assert all(piece.obj is buffer for slices in batch.slices.values() for piece in slices)
+
+
+# Stdin ------------------------------------------------------------------------------------------------------
+
+BASE = 257
+
+some_stdin = st.one_of(payloads(60), payloads(MAX_TO_AGENT + 20), payloads(3 * MAX_TO_AGENT))
+from_client = st.builds(frame, st.just(BASE), some_stdin)
+not_his = st.builds(frame, st.sampled_from([0, 1, 256, 258, 2**63 + BASE]), payloads(40))
+too_short = st.builds(frame, st.just(BASE), st.binary(max_size=20), st.integers(0, 11))
+endless = st.builds(frame, st.just(BASE), payloads(40), st.sampled_from([2**31, 2**32 - 1]))
+short_from_client = st.builds(frame, st.just(BASE), payloads(40))
+row_from_client = st.builds(
+    lambda unit, times: unit * times, short_from_client, st.sampled_from([31, 40, 200])
+)
+row_not_his = st.builds(lambda unit: unit * 40, not_his)
+client_streams = stream_of(from_client | row_from_client, not_his | row_not_his | too_short | endless)
+
+
+class SlowReader:
+    """Reads a client's stream a byte at a time: what of it may go on, as soon as it is there."""
+
+    def __init__(self) -> None:
+        self.said: list[int | None] = []  # payload, and None where it said end of file
+        self.broken = False
+        self._header = b""
+        self._missing = 0
+
+    def receive(self, data: bytes) -> None:
+        for number in data:
+            if self._missing:
+                self.said.append(number)
+                self._missing -= 1
+            elif not self.broken:
+                self._header += bytes([number])
+                if len(self._header) == 12:
+                    self._begin()
+
+    def _begin(self) -> None:
+        seq, length = int.from_bytes(self._header[:8], "big"), int.from_bytes(self._header[8:], "big")
+        self.broken = seq != BASE or length < 12
+        self._missing, self._header = max(0, length - 12) * (not self.broken), b""
+        if length == 12 and not self.broken:
+            self.said.append(None)
+
+
+def frames_said(stream: bytes) -> list[int | None]:
+    """What an agent makes of the frames it is sent, which are all whole and not too long for it."""
+    decoded = decode_slowly(stream, 8, 12, MAX_TO_AGENT)
+    assert not decoded.broken
+    assert not decoded.rest
+    said: list[int | None] = []
+    for seq, payload in decoded.units:
+        assert seq == BASE
+        said += payload or [None]
+    return said
+
+
+@given(in_pieces(client_streams), st.integers(0, 30))
+@example([frame(BASE, b"x") * 40 + frame(BASE) + frame(258, b"x")], 3)
+@example([frame(BASE, b"x") + frame(BASE)[:5], frame(BASE)[5:]], 0)
+@example([frame(BASE, b"x") + frame(258, b"x") * 40], 0)
+@example([frame(BASE, bytes(MAX_TO_AGENT - 12)) + frame(BASE, bytes(MAX_TO_AGENT - 11)) + frame(BASE)], 0)
+def test_splitter_passes_what_a_byte_by_byte_reading_passes(pieces: list[bytes], start: int) -> None:
+    """After every read: all but an unfinished header has been handed out, in frames an agent can take."""
+    splitter, expected = StdinSplitter(BASE), SlowReader()
+    said: list[int | None] = []
+    for piece in pieces:
+        expected.receive(piece)
+        buffer = bytearray(bytes(start) + 3 * piece)
+        said += frames_said(b"".join(splitter.split(buffer, memoryview(buffer), start, start + len(piece))))
+        assert said == expected.said
+        assert (splitter.error is not None) == expected.broken
+        assert splitter.payload_bytes == len(said) - said.count(None)
+        assert splitter.at_eof == (said[-1:] == [None])
+
+
+@given(st.lists(st.builds(frame, st.just(BASE), payloads(MAX_TO_AGENT - 12)), max_size=20).map(b"".join))
+def test_frames_that_the_agent_can_take_pass_as_they_are(stream: bytes) -> None:
+    buffer = bytearray(stream)
+    pieces = StdinSplitter(BASE).split(buffer, memoryview(buffer), 0, len(buffer))
+    assert b"".join(pieces) == stream
+    assert all(isinstance(piece, memoryview) and piece.obj is buffer for piece in pieces)
