@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import repeat
 from operator import length_hint
+from struct import iter_unpack
 from typing import Generic, TypeVar
 
 from cc_proxy.api.frames import FRAME_HEADER, MAX_FRAME
@@ -16,9 +17,12 @@ from cc_proxy.api.frames import FRAME_HEADER, MAX_FRAME
 HEADER_SIZE = FRAME_HEADER.size
 #: Longest frame hyperstart reads on the virtio-serial I/O channel. A longer one breaks the channel.
 MAX_TO_AGENT = 4096
+_ROOM = MAX_TO_AGENT - HEADER_SIZE
 #: Longest frame hyperstart writes: its buffer.
 MAX_FROM_AGENT = 10_240
 
+#: Where a header has the total length.
+_LENGTH_AT = 8
 #: So many frames of one size have to fit into the rest of a buffer before looking for a row of them pays.
 _ROW = 32
 #: Before the whole row, one frame so far ahead is looked at.
@@ -46,6 +50,22 @@ class Batch(Generic[Owner]):
     error: str | None = None
 
 
+class _Lists(Generic[Owner]):
+    """Where slices go, by seq, so that each has its owner looked up once. Two seqs of one owner share a list."""
+
+    def __init__(self, owners: Mapping[int, Owner], slices: dict[Owner, list[memoryview]]) -> None:
+        self._owners = owners
+        self._slices = slices
+        self.nobodys: list[memoryview] = []
+        self.by_seq: dict[int, list[memoryview]] = {}
+
+    def add(self, seq: int) -> list[memoryview]:
+        """Return the list of a seq that is not in `by_seq` yet."""
+        owner = self._owners.get(seq)
+        self.by_seq[seq] = found = self.nobodys if owner is None else self._slices.setdefault(owner, [])
+        return found
+
+
 def gather(  # noqa: C901, PLR0915 - one loop, which a call a frame would slow down by half
     buffer: bytearray, view: memoryview, start: int, stop: int, owners: Mapping[int, Owner]
 ) -> Batch[Owner]:
@@ -55,12 +75,13 @@ def gather(  # noqa: C901, PLR0915 - one loop, which a call a frame would slow d
     as one slice of it.
     """
     batch: Batch[Owner] = Batch()
-    nobodys: list[memoryview] = []
-    lists: dict[int, list[memoryview]] = {}  # by seq; two seqs of one owner have the same
-    pieces = nobodys
+    lists = _Lists(owners, batch.slices)
+    by_seq = lists.by_seq
+    pieces = lists.nobodys
     pos = run = start
     seq = last_length = -1
     in_rows = 0
+    look_from = start  # for a row; not at once again where there was none
     last_header = stop - HEADER_SIZE
     # What is left of it tells how many frames there were, which costs nothing; `frames += 1` would.
     turns = repeat(None, stop + 1)
@@ -74,30 +95,56 @@ def gather(  # noqa: C901, PLR0915 - one loop, which a call a frame would slow d
             break
         if end > stop:
             break
+        if length == last_length and pos >= look_from and stop - pos >= _ROW * length:
+            look_from = pos + _ROW * length
+            count = _alike(buffer, pos, length, stop, 0 if next_seq == seq else _LENGTH_AT)
+            if count > 1:
+                end = pos + length * count
+                if next_seq != seq:
+                    seq, pieces, run = _sort_row(view, pos, end, length, (lists, pieces, run))
+                in_rows += count - 1
+                pos = end
+                continue
         if next_seq != seq:
             seq = next_seq
-            next_pieces = lists.get(seq)
+            next_pieces = by_seq.get(seq)
             if next_pieces is None:
-                owner = owners.get(seq)
-                next_pieces = nobodys if owner is None else batch.slices.setdefault(owner, [])
-                lists[seq] = next_pieces
+                next_pieces = lists.add(seq)
             if next_pieces is not pieces:
                 if run < pos:
                     pieces.append(view[run:pos])
                 pieces, run = next_pieces, pos
-        elif length == last_length and stop - pos >= _ROW * length:
-            count = _alike(buffer, pos, length, stop)
-            end = pos + length * count
-            in_rows += count - 1
         last_length = length
         pos = end
     if run < pos:
         pieces.append(view[run:pos])
-    for piece in nobodys:
-        batch.strays += _headers(piece)
+    batch.strays = [header for piece in lists.nobodys for header in _headers(piece)]
     batch.frames = stop - length_hint(turns) + in_rows  # the last turn found none
     batch.stop = pos
     return batch
+
+
+def _sort_row(
+    view: memoryview, pos: int, stop: int, length: int, state: tuple[_Lists[Owner], list[memoryview], int]
+) -> tuple[int, list[memoryview], int]:
+    """Sort frames of one length, whatever their seqs: these are all that has to be unpacked.
+
+    `state` is `gather`'s: its lists, the one that the slice being made is for, and where that begins. Returns
+    the last seq, and these two anew.
+    """
+    lists, pieces, run = state
+    by_seq = lists.by_seq
+    seq = -1
+    for (seq,) in iter_unpack(f">Q{length - 8}x", view[pos:stop]):
+        next_pieces = by_seq.get(seq)
+        if next_pieces is None:
+            next_pieces = lists.add(seq)
+        if next_pieces is not pieces:
+            if run < pos:
+                pieces.append(view[run:pos])
+            pieces, run = next_pieces, pos
+        pos += length
+    return seq, pieces, run
 
 
 def _headers(frames: memoryview) -> Iterator[tuple[int, int]]:
@@ -109,21 +156,21 @@ def _headers(frames: memoryview) -> Iterator[tuple[int, int]]:
         pos += length
 
 
-def _alike(buffer: bytearray, pos: int, length: int, stop: int) -> int:
-    """Return how many whole frames in a row, from `pos` on, have the very header that stands at `pos`.
+def _alike(buffer: bytearray, pos: int, length: int, stop: int, first: int = 0) -> int:
+    """Return how many whole frames in a row, from `pos` on, have the header at `pos`, from byte `first` on.
 
     The headers of frames of one length are columns of a table: comparing a column is one call, where
     unpacking is one a frame. Streams of small writes are made of such rows. The table grows as long as all of
     it is alike, so that the work is never out of proportion to what is found.
     """
-    header = buffer[pos : pos + HEADER_SIZE]
+    header = buffer[pos + first : pos + HEADER_SIZE]
     ahead = pos + _GLANCE * length
-    if buffer[ahead : ahead + HEADER_SIZE] != header:
+    if buffer[ahead + first : ahead + HEADER_SIZE] != header:
         return 1
     found, rows = 0, _ROW
     while True:
         looked_at = min(rows, (stop - pos) // length)
-        alike = _rows_alike(header, buffer, pos, length, looked_at)
+        alike = _rows_alike(header, buffer, pos + first, length, looked_at)
         found += alike
         if alike < rows:
             return found
@@ -132,8 +179,8 @@ def _alike(buffer: bytearray, pos: int, length: int, stop: int) -> int:
 
 
 def _rows_alike(header: bytearray, buffer: bytearray, pos: int, length: int, rows: int) -> int:
-    """Return how many of `rows` headers, `length` bytes apart, are `header` before one is not."""
-    for offset in range(HEADER_SIZE):
+    """Return how many of `rows` stretches, `length` bytes apart, are `header` before one is not."""
+    for offset in range(len(header)):
         column = buffer[pos + offset : pos + rows * length : length]
         rows -= len(column.lstrip(header[offset : offset + 1]))
     return rows
@@ -176,12 +223,13 @@ class StdinSplitter:
                 pos = self._collect_header(buffer, pos, stop, pieces)
             else:
                 pos = self._pass_frames(buffer, view, pos, stop, pieces)
+                pos = self._split_frames(buffer, view, pos, stop, pieces)
         return pieces
 
     def _pass_frames(
         self, buffer: bytearray, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
     ) -> int:
-        """Pass the frames that are whole and short enough; at another, begin to pass its payload."""
+        """Pass the frames that are whole and short enough; at one that is neither, begin its payload."""
         pos, frames, last_length, begun = start, 0, -1, 0
         while stop - pos >= HEADER_SIZE:
             seq, length = _unpack_from(buffer, pos)
@@ -192,9 +240,11 @@ class StdinSplitter:
                 continue
             if not self._allowed(seq, length):
                 break
-            if length > stop - pos or length > MAX_TO_AGENT:
+            if length > stop - pos:
                 begun = HEADER_SIZE
                 self._missing = length - HEADER_SIZE
+                break
+            if length > MAX_TO_AGENT:
                 break
             last_length = length
             frames += 1
@@ -205,6 +255,18 @@ class StdinSplitter:
             self.frames += frames
             self.at_eof = last_length == HEADER_SIZE
         return pos + begun
+
+    def _split_frames(
+        self, buffer: bytearray, view: memoryview, pos: int, stop: int, pieces: list[bytes | memoryview]
+    ) -> int:
+        """Split the frames that are whole and too long."""
+        while stop - pos >= HEADER_SIZE and not self._missing:
+            seq, length = _unpack_from(buffer, pos)
+            if seq != self._io_base or not MAX_TO_AGENT < length <= stop - pos:
+                break
+            self._frame(view, pos + HEADER_SIZE, pos + length, pieces)
+            pos += length
+        return pos
 
     def _collect_header(
         self, buffer: bytearray, pos: int, stop: int, pieces: list[bytes | memoryview]
@@ -225,16 +287,20 @@ class StdinSplitter:
     def _pass_payload(self, view: memoryview, pos: int, stop: int, pieces: list[bytes | memoryview]) -> int:
         end = pos + min(self._missing, stop - pos)
         self._missing -= end - pos
+        self._frame(view, pos, end, pieces)
+        return end
+
+    def _frame(self, view: memoryview, pos: int, end: int, pieces: list[bytes | memoryview]) -> None:
+        """Put payload into frames of its own."""
         self.payload_bytes += end - pos
         self.at_eof = False
-        room = MAX_TO_AGENT - HEADER_SIZE
-        self.frames += -(-(end - pos) // room)
-        while end - pos >= room:
-            pieces += (self._full_header, view[pos : pos + room])
-            pos += room
+        while end - pos >= _ROOM:
+            pieces += (self._full_header, view[pos : pos + _ROOM])
+            self.frames += 1
+            pos += _ROOM
         if pos < end:
             pieces += (_pack(self._io_base, HEADER_SIZE + end - pos), view[pos:end])
-        return end
+            self.frames += 1
 
     def _allowed(self, seq: int, length: int) -> bool:
         if seq != self._io_base:
