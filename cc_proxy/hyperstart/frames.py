@@ -51,7 +51,7 @@ class Batch(Generic[Owner]):
 
 
 class _Lists(Generic[Owner]):
-    """Where slices go, by seq, so that each has its owner looked up once. Two seqs of one owner share a list."""
+    """Where slices go, by seq, so that each owner is looked up once. Two seqs of one owner share a list."""
 
     def __init__(self, owners: Mapping[int, Owner], slices: dict[Owner, list[memoryview]]) -> None:
         self._owners = owners
