@@ -66,7 +66,7 @@ class _Lists(Generic[Owner]):
         return found
 
 
-def gather(  # noqa: C901, PLR0915 - one loop, which a call a frame would slow down by half
+def gather(
     buffer: bytearray, view: memoryview, start: int, stop: int, owners: Mapping[int, Owner]
 ) -> Batch[Owner]:
     """Sort the whole frames in `buffer[start:stop]` by the owner of their seq.
@@ -74,6 +74,31 @@ def gather(  # noqa: C901, PLR0915 - one loop, which a call a frame would slow d
     `view` is a memoryview of `buffer`, made once by the caller. Neighbouring frames of one owner come out
     as one slice of it.
     """
+    return _only_frame(buffer, view, start, stop, owners) or _sort(buffer, view, start, stop, owners)
+
+
+def _only_frame(
+    buffer: bytearray, view: memoryview, start: int, stop: int, owners: Mapping[int, Owner]
+) -> Batch[Owner] | None:
+    """Do it where there is one whole frame and nothing else, as in interactive use: in half the time.
+
+    Returns None if it is not so.
+    """
+    if not HEADER_SIZE <= stop - start <= MAX_FRAME:
+        return None
+    seq, length = _unpack_from(buffer, start)
+    if length != stop - start:
+        return None
+    owner = owners.get(seq)
+    if owner is None:
+        return Batch({}, [(seq, length)], 1, stop)
+    return Batch({owner: [view[start:stop]]}, [], 1, stop)
+
+
+def _sort(  # noqa: C901, PLR0915 - one loop, which a call a frame would slow down by half
+    buffer: bytearray, view: memoryview, start: int, stop: int, owners: Mapping[int, Owner]
+) -> Batch[Owner]:
+    """Do it for any number of frames."""
     batch: Batch[Owner] = Batch()
     lists = _Lists(owners, batch.slices)
     by_seq = lists.by_seq
@@ -129,7 +154,7 @@ def _sort_row(
 ) -> tuple[int, list[memoryview], int]:
     """Sort frames of one length, whatever their seqs: these are all that has to be unpacked.
 
-    `state` is `gather`'s: its lists, the one that the slice being made is for, and where that begins. Returns
+    `state` is `_sort`'s: its lists, the one that the slice being made is for, and where that begins. Returns
     the last seq, and these two anew.
     """
     lists, pieces, run = state
@@ -215,7 +240,7 @@ class StdinSplitter:
         length under 12, `error` is set and nothing of it, or after it, is in the pieces.
         """
         pieces: list[bytes | memoryview] = []
-        pos = start
+        pos = self._pass_only_frame(buffer, view, start, stop, pieces)
         while pos < stop and self.error is None:
             if self._missing:
                 pos = self._pass_payload(view, pos, stop, pieces)
@@ -225,6 +250,20 @@ class StdinSplitter:
                 pos = self._pass_frames(buffer, view, pos, stop, pieces)
                 pos = self._split_frames(buffer, view, pos, stop, pieces)
         return pieces
+
+    def _pass_only_frame(
+        self, buffer: bytearray, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
+    ) -> int:
+        """Pass a frame that is whole, short and alone, as in interactive use."""
+        if not HEADER_SIZE <= stop - start <= MAX_TO_AGENT or self._missing or self._header or self.error:
+            return start
+        if _unpack_from(buffer, start) != (self._io_base, stop - start):
+            return start
+        pieces.append(view[start:stop])
+        self.payload_bytes += stop - start - HEADER_SIZE
+        self.frames += 1
+        self.at_eof = stop - start == HEADER_SIZE
+        return stop
 
     def _pass_frames(
         self, buffer: bytearray, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
