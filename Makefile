@@ -27,7 +27,7 @@ demo: $(READY) ## see the proxy at work, from the first connection to the last b
 
 .PHONY: test
 test: $(TOX) ## run every gate: lint, types, the tests on each Python there is, wheel and package
-	@$(TOX) run -q -e lint,types,$(subst $(space),$(comma),$(pythons)),wheel,systemd,package
+	@$(TOX) run -q -e lint,types,$(subst $(space),$(comma),$(pythons)),fuzz,wheel,systemd,package
 
 .PHONY: lint types coverage format
 lint: $(TOX) ## check style and likely bugs
@@ -41,6 +41,11 @@ lint types coverage format:
 bench: $(READY) ## measure latency and throughput against a plain relay; a few minutes
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[bench]'
 	@$(VENV)/bin/python -m bench $(BENCH)
+
+.PHONY: fuzz
+fuzz: $(READY) requirements/fuzz.txt ## fuzz every decoder and the request loop, 10 minutes each; FUZZ="--seconds 60 frames"
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/fuzz.txt
+	@$(VENV)/bin/python -m tests.fuzz $(FUZZ)
 
 .PHONY: docs
 docs: $(TOOLS) ## make the man pages and the completion of bash, zsh and fish, in build/docs
