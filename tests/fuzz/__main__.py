@@ -6,7 +6,6 @@ Whatever is found goes to build/fuzz/crashes/TARGET; `--replay FILE` runs it aga
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import os
 import re
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.fuzz.choices import Choices
+from tests.fuzz.inputs import read, write
 from tests.fuzz.targets import TARGETS, load
 
-CORPUS = Path(__file__).with_name("corpus")
 _BUILD = Path("build", "fuzz")
 #: Longest input, in bytes: the decisions that it is taken for make far more of it.
 _LONGEST = 2_000
@@ -102,7 +101,7 @@ def fuzz(target: str, seconds: int) -> Outcome:
     crashes, grown = _directory("crashes", target), _directory("corpus", target)
     before = set(crashes.iterdir())
     times = [f"-max_total_time={seconds}", f"-timeout={_TIMEOUT}"]
-    status = _work(target, [*times, f"-artifact_prefix={crashes}/", grown, CORPUS / target], seconds)
+    status = _work(target, [*times, f"-artifact_prefix={crashes}/", grown, _unpacked(target)], seconds)
     log = _log(target).read_text(errors="replace")
     executions = [int(number) for number in re.findall(r"^#(\d+)\t", log, re.MULTILINE)]
     found = sorted(set(crashes.iterdir()) - before)
@@ -138,27 +137,26 @@ def _replay(paths: Iterable[Path]) -> int:
 
 
 def _curate(target: str) -> int:
-    """Keep what is needed of the corpus and of what was found; what stays keeps its name."""
-    merged, kept = _directory("merged", target), CORPUS / target
-    shutil.rmtree(merged)
-    merged.mkdir()
-    kept.mkdir(parents=True, exist_ok=True)
-    sources = [kept, _directory("corpus", target)]
-    status = _work(target, ["-set_cover_merge=1", merged, *sources], 600)
-    if status or not any(merged.iterdir()):
+    """Keep what is needed of the corpus and of what was found; what has a name stays."""
+    shutil.rmtree(_directory("merged", target))
+    merged = _directory("merged", target)
+    status = _work(
+        target, ["-set_cover_merge=1", merged, _unpacked(target), _directory("corpus", target)], 600
+    )
+    found = {path.read_bytes() for path in merged.iterdir()}
+    if status or not found:
         print(f"{target}: not curated, see {_log(target)}")
         return 1
-    names = {path.read_bytes(): path.name for path in kept.iterdir()}
-    new = {
-        names.get(data, hashlib.sha256(data).hexdigest()[:12]): data
-        for data in map(Path.read_bytes, merged.iterdir())
-    }
-    for path in kept.iterdir():
-        path.unlink()
-    for name, data in new.items():
-        (kept / name).write_bytes(data)
-    print(f"{target:10} {len(new):>4} inputs, {sum(map(len, new.values())):>6,} bytes")
+    print(f"{target:10} {write(target, found):>4} inputs")
     return 0
+
+
+def _unpacked(target: str) -> Path:
+    """The corpus as libFuzzer wants it."""
+    directory = _directory("seeds", target)
+    for number, data in enumerate(read(target)):
+        (directory / str(number)).write_bytes(data)
+    return directory
 
 
 def _directory(kind: str, target: str) -> Path:

@@ -18,26 +18,35 @@ from cc_proxy.hyperstart.control import ControlChannel
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.proxy import handlers, server
 from cc_proxy.proxy.console import LineSplitter
-from tests.fuzz.__main__ import CORPUS, main
+from tests.fuzz.__main__ import main
 from tests.fuzz.choices import Choices, in_pieces
+from tests.fuzz.inputs import DIRECTORY, read, write
 from tests.fuzz.targets import TARGETS, load
 
 
 def replay(target: str) -> None:
     run = load(target)
-    for path in sorted(CORPUS.joinpath(target).iterdir()):
-        run(Choices(path.read_bytes()))
+    for data in read(target):
+        run(Choices(data))
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_corpus_finds_nothing(target: str) -> None:
-    assert len(list(CORPUS.joinpath(target).iterdir())) > 1
+    assert len(read(target)) > 1
     replay(target)
 
 
 def test_corpus_is_small_and_has_no_others() -> None:
-    assert {path.name for path in CORPUS.iterdir()} == set(TARGETS)
-    assert sum(path.stat().st_size for path in CORPUS.rglob("*")) < 150_000
+    assert {path.stem for path in DIRECTORY.iterdir()} == set(TARGETS)
+    assert sum(path.stat().st_size for path in DIRECTORY.iterdir()) < 100_000
+
+
+def test_named_inputs_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.fuzz.inputs.DIRECTORY", tmp_path)
+    (tmp_path / "frames.txt").write_text("long 0102\n03\n")
+    assert read("frames") == [b"\1\2", b"\3"]
+    assert write("frames", [b"\5\6", b"\1\2", b"\4"]) == 3
+    assert (tmp_path / "frames.txt").read_text() == "long 0102\n04\n0506\n"
 
 
 def test_file_is_replayed_for_the_target_that_its_directory_names(
