@@ -42,8 +42,13 @@ bench: $(READY) ## measure latency and throughput against a plain relay; a few m
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[bench]'
 	@$(VENV)/bin/python -m bench $(BENCH)
 
+.PHONY: soak
+soak: $(READY) ## let it live with misbehaving VMs and clients, 10 minutes; SOAK="--minutes 60"
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[bench]'
+	@$(VENV)/bin/python -m soak $(SOAK)
+
 .PHONY: fuzz
-fuzz: $(READY) requirements/fuzz.txt ## fuzz every decoder and the request loop, 10 minutes each; FUZZ="--seconds 60 frames"
+fuzz: $(READY) requirements/fuzz.txt ## fuzz every decoder and the request loop, 10 minutes each; FUZZ="--seconds 60"
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/fuzz.txt
 	@$(VENV)/bin/python -m tests.fuzz $(FUZZ)
 
@@ -63,6 +68,11 @@ rpm: release ## build the RPM, in build/rpm; needs rpmbuild
 pins: $(READY) ## look for newer versions of what requirements/ pins, and pin them with their hashes
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check 'pip-tools>=7.5'
 	@packaging/pin $(VENV)/bin/python
+
+.PHONY: audit
+audit: $(READY) ## ask whether what is pinned is known to have holes; needs pypi.org or osv.dev, so it is no gate
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check 'pip-audit>=2.7'
+	@packaging/audit $(VENV)/bin/python
 
 .PHONY: clean
 clean: ## remove everything that these targets made

@@ -15,7 +15,7 @@ from tests.slow import Reading
 _ANSWERS = (Code.ACK, Code.ERROR)
 _CODES = (*_ANSWERS, Code.NEXT, Code.READY, Code.PROCESS_ASYNC_EVENT, Code.PING, 99, 2**32 - 1)
 _LENGTHS = (0, 7, 5000, MAX_ANSWER, MAX_ANSWER + 1, 2**32 - 1)
-_LONGEST_READ = 100_000
+_LONGEST_READ = 70_000
 
 
 class _Model:

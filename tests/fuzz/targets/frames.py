@@ -25,7 +25,7 @@ def run(choices: Choices) -> None:
     cuts = choices.cuts()
     start, share = choices.number(20), choices.number(255)
     owned = {seq for seq in _OWNED if choices.yes()}
-    stream = b"".join(choices.some(12, lambda: _units(choices)))
+    stream = b"".join(choices.some(8, lambda: _units(choices)))
     found = decode_slowly(stream, 8, 12, MAX_FRAME)
     _check_parser(list(in_pieces(stream, cuts)), found)
     _check_gather(stream, start, len(stream) * share // 255, owned)
@@ -41,12 +41,12 @@ def _units(choices: Choices) -> bytes:
     if kind == 1:
         return choices.raw()
     if kind == 2:
-        return frame(choices.pick(_SEQS), choices.payload(60)) * choices.number(200)
+        return frame(choices.pick(_SEQS), choices.payload(60)) * choices.number(100)
     if kind == 3:
         payload, seqs = choices.payload(20), (choices.pick(_SEQS), choices.pick(_SEQS))
         return b"".join(frame(seqs[bit], payload) for bit in map(int, f"{choices.number(2**40):b}"))
     if kind == 4:
-        return frame(choices.pick(_SEQS), choices.payload(12_000))
+        return frame(choices.pick(_SEQS), choices.payload(2_000))
     return frame(choices.pick(_SEQS), choices.payload(60))
 
 

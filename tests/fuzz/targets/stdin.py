@@ -17,7 +17,7 @@ _LENGTHS = (0, 11, 2**31, 2**32 - 1)
 def run(choices: Choices) -> None:
     """After each read: all but an unfinished header has been handed out, in frames an agent can take."""
     cuts, start = choices.cuts(), choices.number(30)
-    stream = b"".join(choices.some(10, lambda: _units(choices)))
+    stream = b"".join(choices.some(6, lambda: _units(choices)))
     splitter, expected = StdinSplitter(_BASE), StdinReader(_BASE)
     said: list[int | None] = []
     for piece in in_pieces(stream, cuts):
@@ -38,7 +38,7 @@ def _units(choices: Choices) -> bytes:
     if kind == 2:
         return frame(choices.pick(_SEQS), choices.payload(40)) * choices.number(120)
     if kind == 3:
-        return frame(_BASE, choices.payload(9000))
+        return frame(_BASE, choices.payload(5_000))
     if kind == 4:
         return frame(_BASE, bytes(4096 - 14 + choices.number(4)))
     return frame(choices.pick(_SEQS), choices.payload(60))
