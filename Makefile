@@ -39,12 +39,12 @@ lint types coverage format:
 
 .PHONY: bench
 bench: $(READY) ## measure latency and throughput against a plain relay; a few minutes
-	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[bench]'
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/bench.txt
 	@$(VENV)/bin/python -m bench $(BENCH)
 
 .PHONY: soak
 soak: $(READY) ## let it live with misbehaving VMs and clients, 10 minutes; SOAK="--minutes 60"
-	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[bench]'
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/bench.txt
 	@$(VENV)/bin/python -m soak $(SOAK)
 
 .PHONY: fuzz

@@ -1,9 +1,9 @@
 """`python -m soak`: a daemon lives through minutes or hours of clients and VMs that behave and misbehave."""
 
 import argparse
+import random
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--vms", type=int, default=16, metavar="N", help="at once (default: %(default)s)")
     parser.add_argument(
-        "--seed", type=int, default=int(time.time()) % 1_000_000, metavar="N",
+        "--seed", type=int, default=random.SystemRandom().randrange(1_000_000), metavar="N",
         help="what is done, and when, is drawn with this; it is printed",
     )  # fmt: skip
     parser.add_argument(

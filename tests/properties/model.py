@@ -193,7 +193,7 @@ class Vm:
         self._frames.append((self._queued, owner, whole))
 
     def flush(self, size: int = 1 << 40) -> None:
-        """Send so much of what is queued, or what the daemon takes. Whole frames, once sent, have to arrive."""
+        """Send so much of what is queued, or what is taken. Whole frames, once sent, have to arrive."""
         sent = 0
         with suppress(BlockingIOError):
             while piece := self._out[sent:size][:_SCRATCH]:
