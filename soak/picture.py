@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import matplotlib
@@ -18,6 +19,7 @@ _BY_KEY = {line.key: line for line in LINES}
 _GREY = "#777777"
 #: Seconds over which what went on is averaged.
 _WINDOW = 10
+_BESIDE: Any = {"loc": "upper left", "bbox_to_anchor": (1.04, 1.0)}
 
 
 def draw(record: Record, path: Path) -> None:
@@ -40,10 +42,9 @@ def draw(record: Record, path: Path) -> None:
 
 
 def _caption(record: Record) -> str:
-    text = summary(record).replace(": ", ":\n", 1)
-    return (
-        f"{text}\nGrey: warm-up. Percentages: the rise from there to the end, by the median slope; "
-        "dotted: the daemon before everything and after."
+    return "\n".join(wrap(summary(record), 130)) + (
+        "\nGrey: warm-up. Percentages: by how much a line has risen from there to the end (median slope). "
+        "Dotted: the daemon before and after."
     )
 
 
@@ -80,38 +81,50 @@ def _spool(axes: Axes, record: Record) -> None:
 def _latencies(axes: Axes, record: Record) -> None:
     axes.set(title="Round trips of a client that does nothing else", ylabel="ms")
     for name, color in (("echo", BLUE), ("ping", RED)):
-        for share, dashes in (("p50", "-"), ("p99", ":")):
-            key = f"{name} {share}"
-            times, values = series(record, _BY_KEY[key], bins=60)
-            axes.plot(
-                [at / 60 for at in times],
-                values,
-                color=color,
-                linestyle=dashes,
-                label=_label(record, key, key),
-            )
+        for share, what, style in (
+            ("p10", "fastest tenth", "-"),
+            ("p50", "median", "--"),
+            ("p99", "p99", ":"),
+        ):
+            line = _BY_KEY[f"{name} {share}"]
+            times, values = series(record, line, bins=60)
+            label = f"{name}, {what}" if line.allowed is None else _label(record, line.key, f"{name}, {what}")
+            width = 1.0 if line.allowed is None else 1.8
+            axes.plot([at / 60 for at in times], values, color=color, linestyle=style, lw=width, label=label)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.legend(**_BESIDE)
 
 
 def _load(axes: Axes, record: Record) -> None:
-    """What the worlds did: throughput, and when VMs died and settings were read again."""
+    """What the worlds did, when VMs died and settings were read again; and what others did."""
     axes.set(title="What went on", ylabel="MB/s")
     times, rates = [], []
     for (begin, before, _), (end, after, _) in zip(record.course, record.course[_WINDOW:], strict=False):
         times.append((begin + end) / 120)
         rates.append((after - before) / (end - begin) / 1e6)
-    axes.plot(times, rates, color=_GREY, label="bytes checked")
+    axes.plot(times, rates, color=GREEN, label="bytes that arrived")
     deaths = [
         at / 60
         for (_, _, before), (at, _, after) in zip(record.course, record.course[1:], strict=False)
         for _ in range(after - before)
     ]
     axes.set_ylim(bottom=0, top=max([1.0, *rates]) * 1.6)
-    _marks(axes, deaths, 0.92, RED, f"a VM dies ({len(deaths)})")
-    _marks(axes, [at / 60 for at in record.reloads], 0.78, BLUE, f"SIGHUP ({len(record.reloads)})")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _marks(axes, deaths, 0.92, RED, f"a VM dies: {len(deaths)}")
+    _marks(axes, [at / 60 for at in record.reloads], 0.78, BLUE, f"SIGHUP: {len(record.reloads)}")
+    _others(axes, record)
+    axes.legend(**_BESIDE)
+
+
+def _others(axes: Axes, record: Record) -> None:
+    """Cores that other processes took, as a shade with an axis of its own."""
+    shade: Any = axes.twinx()
+    shade.set(ylim=(0, 4), ylabel="cores")
+    shade.grid(visible=False)
+    shade.yaxis.set_ticks([0, 2])
+    every = [one.others for one in record.samples]
+    shade.fill_between(_minutes(record.samples), every, color=_GREY, alpha=0.25, linewidth=0)
+    axes.fill_between([], [], color=_GREY, alpha=0.25, linewidth=0, label="cores others took")
 
 
 def _marks(axes: Axes, times: Sequence[float], height: float, color: str, label: str) -> None:
@@ -144,4 +157,4 @@ def _minutes(samples: Sequence[Sample]) -> list[float]:
 
 def _finish(axes: Axes) -> None:
     axes.set_ylim(bottom=0)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.legend(**_BESIDE)

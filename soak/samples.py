@@ -27,6 +27,8 @@ class Sample(msgspec.Struct, frozen=True):
     vms: int
     connections: int
     spooled: int
+    #: Cores that other processes of the machine have taken since the sample before.
+    others: float
     #: Round trips of the last while.
     echoes: list[float]
     pings: list[float]
@@ -59,14 +61,17 @@ class Record(msgspec.Struct, frozen=True):
 
 
 class Line(NamedTuple):
-    """One thing that was looked at over time, and how far it may rise from warm-up to the end."""
+    """One thing that was looked at over time, and how far it may rise from warm-up to the end.
+
+    Of round trips the fastest tenth is judged: how long the others take is up to what else the machine does.
+    """
 
     key: str
     title: str
     unit: str
     scale: float
-    #: As a share of its median.
-    allowed: float
+    #: As a share of its median; None if it is shown and not judged.
+    allowed: float | None
 
 
 LINES = (
@@ -75,10 +80,12 @@ LINES = (
     Line("fds", "open fds", "", 1, 0.15),
     Line("threads", "threads", "", 1, 0.15),
     Line("spooled", "bytes in the spool", "MB", 1e-6, 0.5),
-    Line("echo p50", "echo, p50", "ms", 1e3, 0.25),
-    Line("echo p99", "echo, p99", "ms", 1e3, 0.5),
-    Line("ping p50", "ping, p50", "ms", 1e3, 0.25),
-    Line("ping p99", "ping, p99", "ms", 1e3, 0.5),
+    Line("echo p10", "echo, fastest tenth", "ms", 1e3, 0.25),
+    Line("echo p50", "echo, median", "ms", 1e3, None),
+    Line("echo p99", "echo, p99", "ms", 1e3, None),
+    Line("ping p10", "ping, fastest tenth", "ms", 1e3, 0.25),
+    Line("ping p50", "ping, median", "ms", 1e3, None),
+    Line("ping p99", "ping, p99", "ms", 1e3, None),
 )
 
 
@@ -93,7 +100,7 @@ class Verdict(NamedTuple):
 
     @property
     def is_flat(self) -> bool:
-        return self.rise <= self.line.allowed
+        return self.line.allowed is None or self.rise <= self.line.allowed
 
 
 def series(record: Record, line: Line, bins: int = _BINS) -> tuple[list[float], list[float]]:

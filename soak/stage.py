@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench.measure import Bystanders
 from bench.processes import BenchError, Daemon, Worker, gather
 from bench.streams import WrongBytesError
 from cc_proxy import __version__
@@ -48,6 +49,7 @@ class Stage:
         self._samples: list[Sample] = []
         self._reloads: list[float] = []
         self._begun = 0.0
+        self._bystanders: Bystanders | None = None
 
     def run(self, show: Show) -> Record:
         """Soak; `show` is told how far it is. Raises `BenchError` for what must not be."""
@@ -67,7 +69,9 @@ class Stage:
             for number, world in enumerate(worlds):
                 seed, vms = self._seed * _WORLDS + number, self._vms // _WORLDS
                 world.begin("run", proxy=daemon.path, vms=vms, seconds=self._seconds, seed=seed)
+            self._bystanders = Bystanders([daemon, *worlds])
             self._watch(daemon, directory, worlds, show)
+            self._bystanders = None
             show(self._seconds, "everything that was sent arrives")
             results = gather(*worlds)
         after = self._settled(daemon, before)
@@ -103,8 +107,16 @@ class Stage:
             at=time.monotonic() - self._begun, rss=memory["Rss"], pss=memory["Pss"],
             fds=daemon.count_fds(), threads=daemon.count_threads(),
             sessions=sum(vm.streams.sessions for vm in status.vms if vm.streams), vms=status.vm_count,
-            connections=status.connections, spooled=status.spooled, echoes=echoes, pings=pings,
+            connections=status.connections, spooled=status.spooled, others=self._others(), echoes=echoes,
+            pings=pings,
         )  # fmt: skip
+
+    def _others(self) -> float:
+        if self._bystanders is None:
+            return 0.0
+        cores = self._bystanders.cores()
+        self._bystanders.start()
+        return cores
 
     def _reload(self, daemon: Daemon) -> None:
         daemon.configure(_SETTINGS.format(linger=self._dice.randint(5, 15)))

@@ -33,7 +33,8 @@ def _lines(record: Record) -> Table:
         table.add_column(name, justify="right" if name else "left")
     for line in LINES:
         verdict = judge(record, line)
-        table.add_row(*_cells(record, verdict), "[green]flat[/]" if verdict.is_flat else "[red]rises[/]")
+        said = "[green]flat[/]" if verdict.is_flat else "[red]rises[/]"
+        table.add_row(*_cells(record, verdict), said if line.allowed is not None else "")
     return table
 
 
@@ -42,8 +43,9 @@ def _cells(record: Record, verdict: Verdict) -> list[str]:
     ends = [getattr(sample, line.key, None) for sample in (record.before, record.after)]
     before, after = ("" if end is None else number(end * line.scale) for end in ends)
     title = f"{line.title}, {line.unit}" if line.unit else line.title
+    allowed = "" if line.allowed is None else f"{line.allowed:.0%}"
     middle, most = number(verdict.median), number(verdict.most)
-    return [title, before, middle, most, after, f"{verdict.rise:+.1%}", f"{line.allowed:.0%}"]
+    return [title, before, middle, most, after, f"{verdict.rise:+.1%}", allowed]
 
 
 def number(value: float) -> str:
