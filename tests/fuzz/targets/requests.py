@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from msgspec.structs import replace
+
 from cc_proxy import faults
 from cc_proxy.api import messages
 from cc_proxy.api.errors import ProtocolError
@@ -94,12 +96,14 @@ def _served() -> Iterator[tuple[Server, AcknowledgingVm]]:
         tempfile.TemporaryDirectory(prefix="ccp-", dir="/tmp") as directory,
         AcknowledgingVm(directory) as vm,
     ):
-        times = Vm(ready_timeout=0.05, ready_ping_after=0.02, command_timeout=10)
-        live = LiveSettings(Settings(vm=times, spool=Spool(directory=directory)))
+        settings = Settings(spool=Spool(directory=directory))
+        live = LiveSettings(settings)
         registry = Registry(live)
         server = Server(Listener(socket.socket(socket.AF_UNIX)), registry, live)
         try:
             registry.register(Hello("vm", vm.control_path, vm.io_path))
+            # From now on a hello may be for what never says READY.
+            live.replace(replace(settings, vm=Vm(ready_timeout=0.01, ready_ping_after=0.005)))
             yield server, vm
         finally:
             server.server_close()
