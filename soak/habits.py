@@ -1,5 +1,6 @@
 """What clients do with their I/O fds, and their processes with them."""
 
+import random
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,3 +39,8 @@ HABITS = (
     Habit("half-closes", down=50_000, up=20_000, end="half-close", stays=6.0),
     Habit("sends nonsense", down=20_000, up=20_000, end="nonsense", stays=6.0),
 )
+
+
+def lifetime(dice: random.Random, average: float) -> float:
+    """Return seconds, as it is when everything may end at any moment."""
+    return dice.expovariate(1 / average)

@@ -19,8 +19,8 @@ from cc_proxy.api.fdpassing import read_fd
 from cc_proxy.api.frames import FRAME_HEADER
 from cc_proxy.api.transport import connect, read_message, write_message
 from cc_proxy.hyperstart.codes import Code
-from soak.habits import HABITS
-from soak.session import Chunk, Session, lifetime
+from soak.habits import HABITS, lifetime
+from soak.session import Chunk, Session
 
 #: Seconds for anything that is bound to happen.
 PATIENCE = 30.0

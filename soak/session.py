@@ -1,7 +1,6 @@
 """One I/O fd: what a process and its client send each other over it, every byte of which is checked."""
 
 import contextlib
-import random
 import socket
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -214,8 +213,3 @@ class Session:
         if not vm_gone and not self._broke_rules:
             raise WrongBytesError(f"{self._name}: ended, which nobody has caused")
         self.close()
-
-
-def lifetime(dice: random.Random, average: float) -> float:
-    """Seconds, as it is when everything may end at any moment."""
-    return dice.expovariate(1 / average)

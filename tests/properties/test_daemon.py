@@ -405,7 +405,7 @@ def test_daemon_does_what_the_model_says(
             def __init__(self) -> None:
                 super().__init__(daemon, tmp_sock_dir, tables, done)
 
-        examples = max(1, profile.max_examples // 3)
+        examples = max(1, profile.max_examples // (6 if tables is SMALL_SPOOL else 3))
         run_state_machine_as_test(
             WorldOfThis, settings=settings(profile, max_examples=examples, stateful_step_count=30)
         )
