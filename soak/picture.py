@@ -119,12 +119,12 @@ def _load(axes: Axes, record: Record) -> None:
 def _others(axes: Axes, record: Record) -> None:
     """Cores that other processes took, as a shade with an axis of its own."""
     shade: Any = axes.twinx()
-    shade.set(ylim=(0, 4), ylabel="cores")
+    shade.set(ylim=(0, 4))
     shade.grid(visible=False)
     shade.yaxis.set_ticks([0, 2])
     every = [one.others for one in record.samples]
     shade.fill_between(_minutes(record.samples), every, color=_GREY, alpha=0.25, linewidth=0)
-    axes.fill_between([], [], color=_GREY, alpha=0.25, linewidth=0, label="cores others took")
+    axes.fill_between([], [], color=_GREY, alpha=0.25, linewidth=0, label="cores that others took (right)")
 
 
 def _marks(axes: Axes, times: Sequence[float], height: float, color: str, label: str) -> None:

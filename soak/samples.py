@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from bench.figures import percentile
+from bench.measure import QUIET
 
 #: The share of the run in which caches fill and the number of clients finds its level.
 WARM_UP = 0.2
@@ -63,7 +64,8 @@ class Record(msgspec.Struct, frozen=True):
 class Line(NamedTuple):
     """One thing that was looked at over time, and how far it may rise from warm-up to the end.
 
-    Of round trips the fastest tenth is judged: how long the others take is up to what else the machine does.
+    Of round trips the fastest tenth is judged, and only on a machine that is quiet: how long they take is
+    up to what else it does.
     """
 
     key: str
@@ -97,10 +99,8 @@ class Verdict(NamedTuple):
     most: float
     #: How much it has risen from warm-up to the end, by its slope, as a share of the median.
     rise: float
-
-    @property
-    def is_flat(self) -> bool:
-        return self.line.allowed is None or self.rise <= self.line.allowed
+    #: `flat` or `rises`; `busy` if the machine was; empty if it is not judged.
+    said: str
 
 
 def series(record: Record, line: Line, bins: int = _BINS) -> tuple[list[float], list[float]]:
@@ -123,7 +123,16 @@ def judge(record: Record, line: Line) -> Verdict:
     warm = [(at, value) for at, value in zip(times, values, strict=True) if at >= WARM_UP * record.seconds]
     middle = median(value for _, value in warm)
     rise = slope(warm) * (1 - WARM_UP) * record.seconds
-    return Verdict(line, middle, max(value for _, value in warm), rise / middle if middle else rise)
+    rise = rise / middle if middle else rise
+    return Verdict(line, middle, max(value for _, value in warm), rise, _say(record, line, rise))
+
+
+def _say(record: Record, line: Line, rise: float) -> str:
+    if line.allowed is None:
+        return ""
+    if line.unit == "ms" and median(sample.others for sample in record.samples) > QUIET:
+        return "busy"
+    return "flat" if rise <= line.allowed else "rises"
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
@@ -137,7 +146,7 @@ def complaints(record: Record) -> list[str]:
     found = [
         f"{verdict.line.title} has risen by {verdict.rise:.0%}, {verdict.line.allowed:.0%} is allowed"
         for verdict in (judge(record, line) for line in LINES)
-        if not verdict.is_flat
+        if verdict.said == "rises"
     ]
     for name in ("fds", "threads", "vms", "sessions", "spooled"):
         before, after = getattr(record.before, name), getattr(record.after, name)

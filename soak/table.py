@@ -6,6 +6,7 @@ from rich.table import Table
 
 from soak.samples import LINES, Record, Verdict, complaints, judge
 
+_COLOURS = {"flat": "green", "rises": "red", "busy": "yellow", "": "default"}
 _DONE = ("VMs", "VMs that died", "hellos that failed", "sessions", "connections", "requests", "bytes")
 
 
@@ -33,8 +34,7 @@ def _lines(record: Record) -> Table:
         table.add_column(name, justify="right" if name else "left")
     for line in LINES:
         verdict = judge(record, line)
-        said = "[green]flat[/]" if verdict.is_flat else "[red]rises[/]"
-        table.add_row(*_cells(record, verdict), said if line.allowed is not None else "")
+        table.add_row(*_cells(record, verdict), f"[{_COLOURS[verdict.said]}]{verdict.said}[/]")
     return table
 
 

@@ -48,7 +48,7 @@ def test_warm_up_and_single_moments_do_not_count() -> None:
     samples[:110] = [sample(at, rss=20_000_000) for at in range(110)]
     samples[400:410] = [sample(at, rss=90_000_000) for at in range(400, 410)]
     verdict = judge(record(samples), RSS)
-    assert verdict.is_flat
+    assert verdict.said == "flat"
     assert verdict.most > 50
 
 
@@ -68,7 +68,9 @@ def test_latency_is_the_percentile_of_all_round_trips_of_a_while() -> None:
     _, values = series(record(samples), ECHO)
     assert values == [pytest.approx(20.0)] * 30
     slower = [sample(at, echoes=[0.001 * (1 + at / 300)]) for at in range(600)]
-    assert not judge(record(slower), ECHO).is_flat
+    assert judge(record(slower), ECHO).said == "rises"
+    busy = [msgspec.structs.replace(one, others=0.5) for one in slower]
+    assert judge(record(busy), ECHO).said == "busy"
 
 
 def test_what_is_left_at_the_end_is_named() -> None:
