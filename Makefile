@@ -27,7 +27,7 @@ demo: $(READY) ## see the proxy at work, from the first connection to the last b
 
 .PHONY: test
 test: $(TOX) ## run every gate: lint, types, the tests on each Python there is, wheel and package
-	@$(TOX) run -q -e lint,types,$(subst $(space),$(comma),$(pythons)),wheel,systemd,package
+	@$(TOX) run -q -e lint,types,$(subst $(space),$(comma),$(pythons)),fuzz,wheel,systemd,package
 
 .PHONY: lint types coverage format
 lint: $(TOX) ## check style and likely bugs
@@ -39,8 +39,18 @@ lint types coverage format:
 
 .PHONY: bench
 bench: $(READY) ## measure latency and throughput against a plain relay; a few minutes
-	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[bench]'
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/bench.txt
 	@$(VENV)/bin/python -m bench $(BENCH)
+
+.PHONY: soak
+soak: $(READY) ## let it live with misbehaving VMs and clients, 10 minutes; SOAK="--minutes 60"
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/bench.txt
+	@$(VENV)/bin/python -m soak $(SOAK)
+
+.PHONY: fuzz
+fuzz: $(READY) requirements/fuzz.txt ## fuzz every decoder and the request loop, 10 minutes each; FUZZ="--seconds 60"
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/fuzz.txt
+	@$(VENV)/bin/python -m tests.fuzz $(FUZZ)
 
 .PHONY: docs
 docs: $(TOOLS) ## make the man pages and the completion of bash, zsh and fish, in build/docs
@@ -58,6 +68,11 @@ rpm: release ## build the RPM, in build/rpm; needs rpmbuild
 pins: $(READY) ## look for newer versions of what requirements/ pins, and pin them with their hashes
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check 'pip-tools>=7.5'
 	@packaging/pin $(VENV)/bin/python
+
+.PHONY: audit
+audit: $(READY) ## ask whether what is pinned is known to have holes; needs pypi.org or osv.dev, so it is no gate
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check 'pip-audit>=2.7'
+	@packaging/audit $(VENV)/bin/python
 
 .PHONY: clean
 clean: ## remove everything that these targets made

@@ -14,7 +14,7 @@ from bench.results import Results, RowResult
 from bench.rows import INPUT_PAYLOADS, OUTPUT_PAYLOADS, SESSION_COUNTS, VM_COUNTS
 
 # Any: newer types of matplotlib's want each key as a literal, older ones a plain dict.
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 9,
     "figure.constrained_layout.w_pad": 0.1,
     "figure.constrained_layout.h_pad": 0.08,
@@ -34,7 +34,7 @@ _STYLE: Any = {
     "svg.hashsalt": "cc-proxy",  # the same results give the same file
 }
 # Colours that stay apart in every kind of colour vision (Okabe and Ito).
-_BLUE, _ORANGE, _GREEN, _RED = "#0072b2", "#e69f00", "#009e73", "#d55e00"
+BLUE, ORANGE, GREEN, RED = "#0072b2", "#e69f00", "#009e73", "#d55e00"
 _RELAY: dict[str, Any] = {"color": "#777777", "linestyle": "--", "marker": "s"}
 _SIZE = (10.0, 8.6)
 _PERCENTILES = {"p50": "p50", "p90": "p90", "p99": "p99", "p999": "p99.9"}
@@ -45,7 +45,7 @@ Pick = Callable[[RowResult], Spread]
 
 def draw(results: Results, path: Path) -> None:
     """Draw the picture. What the file becomes is told by its ending; `.svg` and `.png` are good ones."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=_SIZE, layout="constrained")
         upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.0, 1.1), hspace=0.04).flat
         by_size, by_percentile = upper.subplots(1, 2)
@@ -66,8 +66,8 @@ def _frame_sizes(axes: Axes, results: Results) -> None:
     relayed = [results.row(f"down-{size}-x1") for size in OUTPUT_PAYLOADS]
     _line(axes, OUTPUT_PAYLOADS, relayed, _yardstick("mb_per_s"), "plain relay", **_RELAY)
     for pattern, payloads, label, color in (
-        ("down-{}-x{}", OUTPUT_PAYLOADS, "VM to {} client{}", _BLUE),
-        ("up-{}-x{}", INPUT_PAYLOADS, "{} client{} to VM", _ORANGE),
+        ("down-{}-x{}", OUTPUT_PAYLOADS, "VM to {} client{}", BLUE),
+        ("up-{}-x{}", INPUT_PAYLOADS, "{} client{} to VM", ORANGE),
     ):
         for clients, which, dashes in ((1, "", "-"), (16, "s in turn", ":")):
             rows = [results.row(pattern.format(size, clients)) for size in payloads]
@@ -82,9 +82,9 @@ def _frame_sizes(axes: Axes, results: Results) -> None:
 def _latencies(axes: Axes, results: Results) -> None:
     shown = (
         ("echo", False, "plain relay", _RELAY),
-        ("echo", True, "nothing else going on", {"color": _BLUE, "marker": "o"}),
-        ("echo-idle", True, "1000 idle sessions", {"color": _GREEN, "marker": "^"}),
-        ("echo-stall", True, "a stalled neighbour", {"color": _RED, "marker": "v"}),
+        ("echo", True, "nothing else going on", {"color": BLUE, "marker": "o"}),
+        ("echo-idle", True, "1000 idle sessions", {"color": GREEN, "marker": "^"}),
+        ("echo-stall", True, "a stalled neighbour", {"color": RED, "marker": "v"}),
     )
     for key, ours, label, style in shown:
         row = results.row(key)
@@ -103,7 +103,7 @@ def _cost(panel: SubFigure, results: Results, prefix: str, counts: Sequence[int]
     rows = [results.row(f"{prefix}-{count}") for count in counts]
     for axes, key in ((throughput, "mb_per_s"), (cpu, "cpu")):
         _line(axes, counts, rows, _yardstick(key), "plain relay", **_RELAY)
-        _line(axes, counts, rows, _ours(key), "cc-proxy", color=_BLUE, marker="o")
+        _line(axes, counts, rows, _ours(key), "cc-proxy", color=BLUE, marker="o")
         axes.set_ylim(bottom=0)
     throughput.set(title=title, ylabel="MB/s, 1 KiB frames")
     cpu.set(xlabel=f"{'VMs' if prefix == 'vms' else prefix} that stream at once", ylabel="CPU, ms per MB")

@@ -85,36 +85,47 @@ class Service(Child):
 
 
 class Daemon(Service):
-    """A cc-proxy with the default settings, except for its paths, and `window` if that is given."""
+    """A cc-proxy with the default settings, except for its paths, and `settings` if they are given."""
 
-    def __init__(self, name: str, directory: Path, window: int | None = None) -> None:
+    def __init__(self, name: str, directory: Path, settings: str = "") -> None:
         self.path = str(directory / f"{name}.sock")
-        config = directory / f"{name}.toml"
-        stdin = "" if window is None else f"[stdin]\nwindow = {window}\n"
-        config.write_text(f'{stdin}[spool]\ndirectory = "{directory}"\n')
-        super().__init__(name, directory, "cc_proxy", "--config", str(config), "--socket-path", self.path)
+        self.config = directory / f"{name}.toml"
+        self._directory = directory
+        self.configure(settings)
+        super().__init__(
+            name, directory, "cc_proxy", "--config", str(self.config), "--socket-path", self.path
+        )
         try:
             self.wait_for_socket(self.path)
         except BaseException:
             self.stop()
             raise
-        self._threads = self._count_threads()
+        self._threads = self.count_threads()
+
+    def configure(self, settings: str) -> None:
+        """Write its settings file; `settings` begin inside of its table [spool]."""
+        self.config.write_text(f'[spool]\ndirectory = "{self._directory}"\n{settings}')
 
     def resident_bytes(self) -> int:
+        return self.memory()["Rss"]
+
+    def memory(self) -> dict[str, int]:
+        """Return bytes by their name in smaps_rollup: `Rss`, `Pss` and others."""
         # `statm` is quicker, but off by up to some hundred kB on newer kernels.
-        for line in self._proc("smaps_rollup").read_text().splitlines():
-            if line.startswith("Rss:"):
-                return int(line.split()[1]) * 1024
-        raise BenchError("no Rss in smaps_rollup")
+        lines = (line.split() for line in self._proc("smaps_rollup").read_text().splitlines()[1:])
+        return {fields[0].rstrip(":"): int(fields[1]) * 1024 for fields in lines}
 
     def settle(self, seconds: float = 5.0) -> None:
         """Wait until what was closed is gone, so that its end is no part of the next measurement."""
         deadline = time.monotonic() + seconds
-        while self._count_threads() > self._threads and time.monotonic() < deadline:
+        while self.count_threads() > self._threads and time.monotonic() < deadline:
             time.sleep(0.005)
 
-    def _count_threads(self) -> int:
+    def count_threads(self) -> int:
         return len(os.listdir(self._proc("task")))
+
+    def count_fds(self) -> int:
+        return len(os.listdir(self._proc("fd")))
 
     def _proc(self, name: str) -> Path:
         return Path(f"/proc/{self.process.pid}/{name}")

@@ -38,7 +38,7 @@ class Stage(AbstractContextManager["Stage"]):
             start = stack.enter_context
             self._directory = Path(start(_directory()))
             self._daemon = start(Daemon("daemon", self._directory))
-            self._unpaced = start(Daemon("unpaced", self._directory, window=0))
+            self._unpaced = start(Daemon("unpaced", self._directory, "[stdin]\nwindow = 0\n"))
             self._relay = start(Relay(self._directory))
             self._vms = start(Worker("VMs", "bench.vms", str(self._directory)))
             self._clients = start(Worker("clients", "bench.clients"))

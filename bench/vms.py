@@ -21,10 +21,10 @@ from bench.worker import serve
 from cc_proxy.api.frames import FRAME_HEADER
 from cc_proxy.hyperstart.codes import Code
 
-_MESSAGE = struct.Struct(">II")
-_READY = _MESSAGE.pack(Code.READY, _MESSAGE.size)
-_ACK = _MESSAGE.pack(Code.ACK, _MESSAGE.size)
-_PING = _MESSAGE.pack(Code.PING, _MESSAGE.size)
+MESSAGE = struct.Struct(">II")
+READY = MESSAGE.pack(Code.READY, MESSAGE.size)
+ACK = MESSAGE.pack(Code.ACK, MESSAGE.size)
+_PING = MESSAGE.pack(Code.PING, MESSAGE.size)
 
 
 class Vms(Generator):
@@ -39,7 +39,7 @@ class Vms(Generator):
     def open(self, count: int) -> list[list[str]]:
         """Listen for so many VMs; returns the paths of each one's control and I/O channel."""
         paths = [[f"{self._directory}/vm{vm}.{channel}" for channel in ("ctl", "io")] for vm in range(count)]
-        self._listeners = [_listen(path) for pair in paths for path in pair]
+        self._listeners = [listen(path) for pair in paths for path in pair]
         return paths
 
     def boot(self) -> None:
@@ -47,7 +47,7 @@ class Vms(Generator):
         for control, io in zip(self._listeners[::2], self._listeners[1::2], strict=True):
             self._controls.append(make_blocking(control.accept()[0]))
             self._accept(io)
-            self._controls[-1].sendall(_READY)
+            self._controls[-1].sendall(READY)
 
     def accept(self) -> None:
         """Have the relay connect to the I/O channel of each VM."""
@@ -115,12 +115,12 @@ class Vms(Generator):
         command = _PING
         while command == _PING:
             command = receive_some(control)
-            control.sendall(_ACK)
+            control.sendall(ACK)
 
     def open_hop(self) -> str:
         """Listen for `hop`; returns the path."""
         path = f"{self._directory}/hop"
-        self._listeners = [_listen(path)]
+        self._listeners = [listen(path)]
         return path
 
     def hop(self) -> None:
@@ -162,7 +162,7 @@ def _is_end(data: bytes) -> bool:
     return bool(seq < FIRST_MARKER and length == FRAME_HEADER.size)
 
 
-def _listen(path: str) -> socket.socket:
+def listen(path: str) -> socket.socket:
     listener = make_blocking(socket.socket(socket.AF_UNIX))
     listener.bind(path)
     listener.listen(64)

@@ -65,9 +65,9 @@ def safe(text: str) -> str:
 
 
 def _daemon(status: Status) -> Iterator[str]:
-    yield f"cc-proxy {status.version}, pid {status.pid}, up for {age(status.uptime)}"
+    yield f"cc-proxy {safe(status.version)}, pid {status.pid}, up for {age(status.uptime)}"
     settings = safe(status.settings_file) or "the defaults, there is no file"
-    yield f"settings: {settings}; log level: {status.log_level}"
+    yield f"settings: {settings}; log level: {safe(status.log_level)}"
     sessions = sum(vm.streams.sessions for vm in status.vms if vm.streams)
     yield (
         f"{_count(status.vm_count, 'VM')}, {_count(sessions, 'session')}, "
@@ -76,7 +76,7 @@ def _daemon(status: Status) -> Iterator[str]:
 
 
 def _row(vm: VmStatus) -> tuple[str, ...]:
-    first = safe(vm.id), vm.state, age(vm.age), str(vm.clients)
+    first = safe(vm.id), safe(vm.state), age(vm.age), str(vm.clients)
     if vm.streams is None:
         return *first, "-" if vm.answers else _UNKNOWN, "", "", "", ""
     traffic = vm.streams.traffic

@@ -451,6 +451,7 @@ class Pump:
     def _close(self) -> None:
         """Close whatever is open, in whatever state the thread has ended and whatever else fails now."""
         with contextlib.ExitStack() as last_first:
+            last_first.callback(self._let_go)
             last_first.callback(self._selector.close)
             last_first.callback(self._stdin.clients.close)
             last_first.callback(self._control.close)
@@ -458,6 +459,11 @@ class Pump:
             last_first.callback(self._open_mail)
             last_first.callback(self._abort)
             last_first.callback(self._close_mailbox)
+
+    def _let_go(self) -> None:
+        """Undo what refers to this in a circle: or the buffers would stay until a collector comes by."""
+        self._handlers.clear()
+        del self._output, self._stdin
 
     def _close_mailbox(self) -> None:
         with self._mail_lock:

@@ -198,11 +198,12 @@ class Stdin:
 
     def _hung_up(self, session: Session) -> None:
         """The client has closed its fd, while it was not being read."""
-        if session.stdin_open:
+        if not session.stdin_open:
+            self._drop(session, "closed by its client")
+        elif session in self._asked:
             # What it sent last is still to be read, when there is room for it.
             self.clients.remove(session.fd)
-        else:
-            self._drop(session, "closed by its client")
+        # Else its marker has come back since it was looked at, in the same turn: it is being read again.
 
     def _resume(self, session: Session) -> None:
         """Read a client again that was not read until its marker came back."""

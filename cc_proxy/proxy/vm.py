@@ -1,6 +1,7 @@
 """One VM: its life from hello to the end, with its control channel and its pump."""
 
 import contextlib
+import functools
 import logging
 import socket
 import threading
@@ -243,7 +244,7 @@ class Vm:
         """Connect both channels and wait for READY. What is opened is closed by `undo`."""
         limits = self._live.current.vm
         ctl = undo.enter_context(connect_to("ctlSerial", hello.ctl_serial, limits.ready_timeout))
-        control = ControlLink(ctl, self._note)
+        control = ControlLink(ctl, functools.partial(_note, self.container_id))
         undo.callback(control.close)
         self._control = control
         io = undo.enter_context(connect_to("ioSerial", hello.io_serial, limits.ready_timeout))
@@ -269,12 +270,13 @@ class Vm:
         self._on_change(self)
         return True
 
-    def _note(self, event: ControlMessage) -> None:
-        if logger.isEnabledFor(logging.DEBUG):  # an agent sends two of them for each command
-            logger.debug("event from the VM", extra={"vm": self.container_id, "event": str(event)})
-
     def _gone(self) -> str:
         return f"VM gone: {self._cause or 'it was unregistered'}"
+
+
+def _note(container_id: str, event: ControlMessage) -> None:
+    if logger.isEnabledFor(logging.DEBUG):  # an agent sends two of them for each command
+        logger.debug("event from the VM", extra={"vm": container_id, "event": str(event)})
 
 
 def connect_to(member: str, path: str, timeout: float) -> socket.socket:

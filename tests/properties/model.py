@@ -6,6 +6,7 @@ to end is waited for, so that an order of events that the daemon is free to choo
 
 from __future__ import annotations
 
+import json
 import select
 import socket
 import struct
@@ -174,6 +175,11 @@ class Vm:
         self._in = bytearray()
 
     @property
+    def blocked(self) -> bool:
+        """Whether there is output that it has yet to send."""
+        return bool(self._out)
+
+    @property
     def settled(self) -> bool:
         return not self.alive or not (self._out or self.markers or self._in)
 
@@ -187,15 +193,30 @@ class Vm:
         self._frames.append((self._queued, owner, whole))
 
     def flush(self, size: int = 1 << 40) -> None:
-        """Send so much of what is queued. Whole frames, once sent, have to arrive."""
-        piece = bytes(self._out[:size])
-        self.fake.io.sendall(piece)
-        del self._out[:size]
-        self._sent += len(piece)
+        """Send so much of what is queued, or what is taken. Whole frames, once sent, have to arrive."""
+        sent = 0
+        with suppress(BlockingIOError):
+            while piece := self._out[sent:size][:_SCRATCH]:
+                sent += self.fake.io.send(piece, socket.MSG_DONTWAIT)
+        del self._out[:sent]
+        self._sent += sent
         while self._frames and self._frames[0][0] <= self._sent:
             _, owner, whole = self._frames.pop(0)
             if owner and not owner.closed:
                 owner.expected += whole
+
+    def flood(self) -> None:
+        """Send what is queued until all is sent, or the daemon says that the spool takes no more of it."""
+        deadline = time.monotonic() + WAIT
+        self.flush()
+        while self.blocked and not self._spool_is_full():
+            assert time.monotonic() < deadline, "the daemon neither reads nor says so"
+            self.flush()
+
+    def _spool_is_full(self) -> bool:
+        vms = json.loads(self.witness.ask("status"))["data"]["vms"]
+        waiting = [stream for vm in vms if vm["id"] == self.container for stream in vm["streams"]["waiting"]]
+        return any(stream["reason"] for stream in waiting)
 
     # Stdin ----------------------------------------------------------------------------------------------
 
@@ -248,9 +269,9 @@ class Vm:
         """By a channel or both, or by what no agent says. Returns when the daemon has noticed."""
         self.alive = False
         if how == "bad frame":
+            self._out += frame(1, b"", length=5)
             self.flush()
-            self.fake.io.sendall(frame(1, b"", length=5))
-        elif how == "bad message":
+        if how == "bad message" or (how == "bad frame" and self.blocked):  # for it may not be read there
             self.fake.ctl.sendall(bytes(8))
         if how in {"io", "both"}:
             self.fake.io.close()
@@ -299,6 +320,7 @@ def _wait_for_something(vms: list[Vm], sessions: list[Session], seconds: float) 
     reading = [vm.fake.io for vm in vms if vm.alive]
     reading += [session.stream.sock for session in sessions if not session.closed]
     writing = [session.stream.sock for session in sessions if session.queue and not session.over]
+    writing += [vm.fake.io for vm in vms if vm.alive and vm.blocked]
     if not any(vm.markers for vm in vms if vm.alive):
         select.select(reading, writing, [], seconds)
 

@@ -1,43 +1,10 @@
-"""Strategies, and decoders that take one byte after the other: slow, and too simple to be wrong."""
+"""Strategies: what arrives, and in which pieces."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from hypothesis import strategies as st
-
-
-class Decoded(NamedTuple):
-    """What a stream consists of: units, what there is of an unfinished one, whether that is nonsense."""
-
-    units: list[tuple[int, bytes]]
-    rest: bytes
-    broken: bool
-
-
-def decode_slowly(stream: bytes, key_size: int, shortest: int, longest: int) -> Decoded:
-    """Take a stream of `[key][u32 total length][payload]` apart, a byte at a time."""
-    header_size = key_size + 4
-    units: list[tuple[int, bytes]] = []
-    unit = b""
-    for number in stream:
-        unit += bytes([number])
-        if len(unit) < header_size:
-            continue
-        length = int.from_bytes(unit[key_size:header_size], "big")
-        if not shortest <= length <= longest:
-            return Decoded(units, unit, broken=True)
-        if len(unit) == length:
-            units.append((int.from_bytes(unit[:key_size], "big"), unit[header_size:]))
-            unit = b""
-    return Decoded(units, unit, broken=False)
-
-
-def frame(seq: int, payload: bytes = b"", length: int | None = None) -> bytes:
-    """An I/O frame; `length` is what its header claims."""
-    claimed = 12 + len(payload) if length is None else length
-    return seq.to_bytes(8, "big") + claimed.to_bytes(4, "big") + payload
 
 
 def pieces_of(data: bytes, cuts: list[int]) -> Iterator[bytes]:

@@ -10,7 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import KEPT_PAYLOAD, Command, ControlChannel, ControlParser, encode
-from tests.properties.support import cuts, decode_slowly, in_pieces, payloads, pieces_of, stream_of
+from tests.properties.support import cuts, in_pieces, payloads, pieces_of, stream_of
+from tests.slow import decode_slowly
 
 MAX_ANSWER = 64 * 1024 * 1024
 

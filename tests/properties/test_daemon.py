@@ -49,7 +49,16 @@ command_timeout = {COMMAND_TIMEOUT}
 bye_linger = 60
 [stdin]
 echo_timeout = 60
-window = """
+"""
+#: Most of what clients do not read keeps their VM waiting.
+SMALL_SPOOL = """
+window = 512
+[spool]
+directory = "/var/tmp"
+session_limit = 20_000
+total_limit = 50_000
+"""
+PAUSED = "the VM is not read until its client reads"
 IDS = ["web", "db", "shim"]
 
 numbers = itertools.count(1)
@@ -64,11 +73,12 @@ requests = st.sampled_from(["attach", "bye", "allocate 1", "allocate 2", "alloca
 class World(RuleBasedStateMachine):
     """Clients, VMs and their sessions, at one daemon that lives longer than they do."""
 
-    def __init__(self, daemon: Daemon, directory: Path, paced: bool, done: Counter[str]) -> None:
+    def __init__(self, daemon: Daemon, directory: Path, tables: str, done: Counter[str]) -> None:
         super().__init__()
         self.daemon = daemon
         self.directory = directory
-        self.paced = paced
+        self.paced = "window = 512" in tables
+        self.small_spool = tables is SMALL_SPOOL
         self.done = done
         self.clients: list[Client] = []
         self.vms: list[Vm] = []  # dead ones included
@@ -286,6 +296,18 @@ class World(RuleBasedStateMachine):
                 vm.queue(seqs[which % len(seqs)], payload)
         vm.flush(part)
 
+    @precondition(lambda self: self.small_spool and any(session.vm.alive for session in self.sessions))
+    @rule(number=indices)
+    def flood(self, number: int) -> None:
+        """More than the spool takes for a client that does not read."""
+        self.done["flood"] += 1
+        sessions = [session for session in self.sessions if session.vm.alive]
+        session = sessions[number % len(sessions)]
+        payload = self.payload(10_228)
+        for _ in range(80):
+            session.vm.queue(session.seqs.start, payload)
+        session.vm.flood()
+
     @precondition(lambda self: any(vm.alive for vm in self.vms))
     @rule(number=indices, echoes=st.integers(0, 3), part=parts)
     def agent_works(self, number: int, echoes: int, part: int) -> None:
@@ -369,23 +391,26 @@ class World(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("window", [512, 0], ids=["paced", "unpaced"])
+@pytest.mark.parametrize(
+    "tables", ["window = 512", "window = 0", SMALL_SPOOL], ids=["paced", "unpaced", "small spool"]
+)
 def test_daemon_does_what_the_model_says(
-    window: int, tmp_sock_dir: Path, capsys: pytest.CaptureFixture[str]
+    tables: str, tmp_sock_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     profile = settings()
     done: Counter[str] = Counter()
-    with Daemon.configured(tmp_sock_dir, f"{TABLES}{window}") as daemon:
+    with Daemon.configured(tmp_sock_dir, TABLES + tables) as daemon:
 
         class WorldOfThis(World):
             def __init__(self) -> None:
-                super().__init__(daemon, tmp_sock_dir, bool(window), done)
+                super().__init__(daemon, tmp_sock_dir, tables, done)
 
-        examples = max(1, profile.max_examples // 3)
+        examples = max(1, profile.max_examples // (6 if tables is SMALL_SPOOL else 3))
         run_state_machine_as_test(
             WorldOfThis, settings=settings(profile, max_examples=examples, stateful_step_count=30)
         )
         assert daemon.stop() == 0
+        assert (PAUSED in daemon.log()) == (tables is SMALL_SPOOL)
     if os.environ.get("HYPOTHESIS_PROFILE"):
         with capsys.disabled():
             print(f"\n{done.total()} operations: {dict(done.most_common())}")

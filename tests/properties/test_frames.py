@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from cc_proxy.api.errors import ProtocolError
 from cc_proxy.api.frames import MAX_FRAME, Frame, FrameParser, encode_frame
 from cc_proxy.hyperstart.frames import MAX_TO_AGENT, StdinSplitter, gather
-from tests.properties.support import decode_slowly, frame, in_pieces, payloads, stream_of
+from tests.properties.support import in_pieces, payloads, stream_of
+from tests.slow import StdinReader, decode_slowly, frame, frames_said
 
 #: Few, so that neighbours often have the same; with some that look like one another in part.
 seqs = st.sampled_from([0, 1, 2, 3, 256, 257, 2**32 + 1, 2**63 + 1, 2**64 - 1])
@@ -106,45 +107,6 @@ row_not_his = st.builds(lambda unit: unit * 40, not_his)
 client_streams = stream_of(from_client | row_from_client, not_his | row_not_his | too_short | endless)
 
 
-class SlowReader:
-    """Reads a client's stream a byte at a time: what of it may go on, as soon as it is there."""
-
-    def __init__(self) -> None:
-        self.said: list[int | None] = []  # payload, and None where it said end of file
-        self.broken = False
-        self._header = b""
-        self._missing = 0
-
-    def receive(self, data: bytes) -> None:
-        for number in data:
-            if self._missing:
-                self.said.append(number)
-                self._missing -= 1
-            elif not self.broken:
-                self._header += bytes([number])
-                if len(self._header) == 12:
-                    self._begin()
-
-    def _begin(self) -> None:
-        seq, length = int.from_bytes(self._header[:8], "big"), int.from_bytes(self._header[8:], "big")
-        self.broken = seq != BASE or length < 12
-        self._missing, self._header = max(0, length - 12) * (not self.broken), b""
-        if length == 12 and not self.broken:
-            self.said.append(None)
-
-
-def frames_said(stream: bytes) -> list[int | None]:
-    """What an agent makes of the frames it is sent, which are all whole and not too long for it."""
-    decoded = decode_slowly(stream, 8, 12, MAX_TO_AGENT)
-    assert not decoded.broken
-    assert not decoded.rest
-    said: list[int | None] = []
-    for seq, payload in decoded.units:
-        assert seq == BASE
-        said += payload or [None]
-    return said
-
-
 @given(in_pieces(client_streams), st.integers(0, 30))
 @example([frame(BASE, b"x") * 40 + frame(BASE) + frame(258, b"x")], 3)
 @example([frame(BASE, b"x") + frame(BASE)[:5], frame(BASE)[5:]], 0)
@@ -152,12 +114,14 @@ def frames_said(stream: bytes) -> list[int | None]:
 @example([frame(BASE, bytes(MAX_TO_AGENT - 12)) + frame(BASE, bytes(MAX_TO_AGENT - 11)) + frame(BASE)], 0)
 def test_splitter_passes_what_a_byte_by_byte_reading_passes(pieces: list[bytes], start: int) -> None:
     """After every read: all but an unfinished header has been handed out, in frames an agent can take."""
-    splitter, expected = StdinSplitter(BASE), SlowReader()
+    splitter, expected = StdinSplitter(BASE), StdinReader(BASE)
     said: list[int | None] = []
     for piece in pieces:
         expected.receive(piece)
         buffer = bytearray(bytes(start) + 3 * piece)
-        said += frames_said(b"".join(splitter.split(buffer, memoryview(buffer), start, start + len(piece))))
+        said += frames_said(
+            BASE, b"".join(splitter.split(buffer, memoryview(buffer), start, start + len(piece)))
+        )
         assert said == expected.said
         assert (splitter.error is not None) == expected.broken
         assert splitter.payload_bytes == len(said) - said.count(None)

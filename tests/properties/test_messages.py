@@ -15,12 +15,7 @@ from cc_proxy.api.messages import MAX_NESTING, MAX_TEXT, MemberError, MessagePar
 from cc_proxy.api.payloads import Request, Response
 from cc_proxy.proxy.handlers import MAX_RESPONSE, failure
 from tests.properties.support import in_pieces, payloads, stream_of
-
-
-def message(text: bytes, length: int | None = None, reserved: int = 0) -> bytes:
-    claimed = len(text) if length is None else length
-    return claimed.to_bytes(4, "big") + reserved.to_bytes(4, "big") + text
-
+from tests.slow import message, texts_in
 
 right = st.builds(message, payloads())
 wrong = st.builds(message, payloads(), st.integers(0, 2**32 - 1), st.sampled_from([0, 0, 1, 2**31]))
@@ -29,22 +24,6 @@ streams = stream_of(right, wrong | st.binary(max_size=20))
 texts = st.text(st.characters(codec="utf-8"))
 leaves = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | texts
 values = st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(texts, inner), max_leaves=20)
-
-
-def decode_slowly(stream: bytes) -> tuple[list[bytes], bytes, bool]:
-    """The texts in a stream, what is left of an unfinished one, and whether the rest is nonsense."""
-    found: list[bytes] = []
-    unit = b""
-    for number in stream:
-        unit += bytes([number])
-        if len(unit) >= 8:
-            length = int.from_bytes(unit[:4], "big")
-            if length > 1_048_576 or any(unit[4:8]):
-                return found, unit, True
-            if len(unit) == 8 + length:
-                found.append(unit[8:])
-                unit = b""
-    return found, unit, False
 
 
 def take_all(parser: MessageParser) -> list[bytes]:
@@ -56,7 +35,7 @@ def test_parser_finds_what_a_byte_by_byte_reading_finds(pieces: list[bytes]) -> 
     parser, found, fed = MessageParser(), [], b""
     for piece in pieces:
         fed += piece
-        expected, rest, broken = decode_slowly(fed)
+        expected, rest, broken = texts_in(fed)
         parser.receive_data(piece)
         if broken:
             while True:

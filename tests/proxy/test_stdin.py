@@ -479,6 +479,24 @@ def test_stdin_that_waits_for_its_marker_comes_before_its_end(bench: Bench, how:
     assert bench.dropped == ([] if how == "half" else [(base, "closed by its client")])
 
 
+def test_hang_up_seen_just_before_the_marker_came_back_costs_no_stdin(bench: Bench) -> None:
+    """Both are seen in one look, and the VM's channel is served first."""
+    session, far = bench.open()
+    far.sendall(frame(session.seqs.start, bytes(1_000)))
+    *before, marker = bench.turn()
+    far.close()
+    seen = bench.stdin.clients.poll(0)
+    bench.stdin.echo(marker.seq)
+    bench.stdin.read_clients(seen)
+    after = bench.arrived()
+    while not bench.dropped:
+        after += bench.turn()
+        if bench.asked():
+            bench.stdin.echo(after.pop().seq)
+    assert sum(len(taken.payload) for taken in before + after) == 1_000
+    assert after[-1] == (session.seqs.start, b"")
+
+
 def test_client_that_went_while_its_stdin_waited_is_let_go_when_pacing_stops(bench: Bench) -> None:
     (session, client), (other, other_client) = bench.open(), bench.open()
     for sender, sock in ((session, client), (other, other_client)):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cc_proxy import journal
 from tests.wire.daemon import PATIENT, Daemon, Pod, Wire
 from tests.wire.support import (
     OK,
@@ -155,14 +156,20 @@ def test_full_disk(tmp_sock_dir: Path) -> None:
 # The log --------------------------------------------------------------------------------------------------
 
 
-def test_log_that_nobody_reads(tmp_sock_dir: Path) -> None:
+@pytest.mark.parametrize("is_journal", [False, True], ids=["pipe", "journal"])
+def test_log_that_nobody_reads(tmp_sock_dir: Path, is_journal: bool) -> None:
     """64 KiB fit into a pipe, and then 4,096 lines wait; those that come on top are counted."""
     log = tmp_sock_dir / "log"
     os.mkfifo(log)
     tables = PATIENT + '[log]\nlevel = "debug"\n'
+    prefix = []
+    if is_journal:
+        if journal.is_native_possible():
+            pytest.skip("there is a real one, which cannot be made to block")
+        prefix = ["env", f"JOURNAL_STREAM={log.stat().st_dev}:{log.stat().st_ino}"]
     with (
         open(os.open(log, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as reader,
-        Daemon.configured(tmp_sock_dir, tables) as daemon,
+        Daemon.configured(tmp_sock_dir, tables, prefix=prefix) as daemon,
         closing(Wire(daemon, tmp_sock_dir)) as wire,
     ):
         pod = wire.pod()
@@ -181,6 +188,7 @@ def test_log_that_nobody_reads(tmp_sock_dir: Path) -> None:
             return b"dropped_before" in said
 
         wait_until(read_on, "the next line says how many were dropped")
+        assert said.startswith(b"<") == is_journal
         assert pod.pings()
         assert daemon.stop() == 0
 
@@ -221,13 +229,13 @@ def spooled(daemon: Daemon) -> int:
     return sum(fd.stat().st_size for fd in fds.iterdir() if os.readlink(fd).endswith("(deleted)"))
 
 
-def test_a_thousand_clients_die_at_once(tmp_sock_dir: Path) -> None:
+def test_thousands_of_clients_die_at_once(tmp_sock_dir: Path) -> None:
     """Some in the middle of a message, some with an answer on its way, some with streams."""
     with running(tmp_sock_dir) as wire:
         pod = wire.pod()
         stream = pod.client.allocate(1)
         crowd: list[RawClient] = []
-        for number in range(1_000):
+        for number in range(2_000):
             client = wire.daemon.connect()
             crowd.append(client)
             client.attach(pod.container)

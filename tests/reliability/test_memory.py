@@ -1,0 +1,72 @@
+"""What has ended gives its memory back at once, without the collector of what refers to itself."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from cc_proxy.api.payloads import Hello
+from cc_proxy.hyperstart.codes import Code
+from cc_proxy.proxy.registry import Registry
+from cc_proxy.proxy.vm import VmError
+from cc_proxy.settings import LiveSettings, Settings, Spool
+from tests.fuzz.acknowledging import AcknowledgingVm
+from tests.proxy.support import read_to_end
+from tests.proxy.test_server import UNKNOWN, House
+from tests.wire.support import WAIT, request, wait_until
+
+
+@contextmanager
+def no_circles() -> Iterator[None]:
+    """Nothing of the project's may be left that only the collector can free."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        left = {type(one).__qualname__ for one in gc.garbage if type(one).__module__.startswith("cc_proxy")}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert left == set()
+
+
+@pytest.fixture
+def registry(tmp_sock_dir: Path) -> Registry:
+    return Registry(LiveSettings(Settings(spool=Spool(directory=str(tmp_sock_dir)))))
+
+
+def test_vm(tmp_sock_dir: Path, registry: Registry) -> None:
+    """Its pump has half a megabyte of buffers."""
+    with AcknowledgingVm(str(tmp_sock_dir)) as agent, no_circles():
+        vm = registry.register(Hello("pod", agent.control_path, agent.io_path))
+        _, stream = vm.open_session(2)
+        vm.command(Code.PING, b"{}")
+        vm.abort()
+        assert vm.join(WAIT)
+        with stream:
+            assert read_to_end(stream) == b""
+        del vm
+        wait_until(lambda: not registry.vms(), "it has ended")
+
+
+def test_vm_that_never_came_up(registry: Registry) -> None:
+    with no_circles(), pytest.raises(VmError):
+        registry.register(Hello("pod", "/nonexistent", "/nonexistent"))
+
+
+def test_connection(tmp_sock_dir: Path) -> None:
+    house = House(tmp_sock_dir)
+    with no_circles():
+        client = house.connect()
+        client.send(request("x"))
+        assert client.receive() == UNKNOWN
+        client.close()
+        wait_until(lambda: not house.server._connections, "it is gone")
+    house.close()

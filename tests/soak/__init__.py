@@ -1,0 +1,1 @@
+"""Tests of the endurance test's own logic."""
