@@ -75,7 +75,7 @@ def test_no_fuzzer_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         ("console", LineSplitter, "finish", lambda _: []),
         ("control", ControlChannel, "unanswered", 0),
         ("fds", fdpassing, "TAG", b"?"),
-        ("frames", frames, "_alike", lambda _, pos, length, stop: (stop - pos) // length),
+        ("frames", frames, "_alike", lambda _, pos, length, stop, first=0: (stop - pos) // length),
         ("messages", MessageParser, "missing", 8),
         ("pacing", StdinWindow, "_seq", 1 << 63),
         ("requests", handlers, "MAX_RESPONSE", 1 << 20),
