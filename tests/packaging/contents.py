@@ -21,7 +21,7 @@ FILES = {
     "/usr/share/bash-completion/completions/cc-proxyctl": "root:root 644",
     "/usr/share/fish/vendor_completions.d/cc-proxy.fish": "root:root 644",
     "/usr/share/fish/vendor_completions.d/cc-proxyctl.fish": "root:root 644",
-    # What the group of that name is for.
+    # Whose group may connect.
     "/run/cc-oci-runtime": "root:cc-proxy 750",
 }
 UNITS = ("cc-proxy.socket", "cc-proxy.service")
