@@ -23,8 +23,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cc-p
 CGROUPS = Path("/sys/fs/cgroup/unified")
 if not CGROUPS.exists():
     CGROUPS = CGROUPS.parent
-BOOT_TIMEOUT = 30.0
-NETWORK_TIMEOUT = 180.0
+BOOT_TIMEOUT = 60.0
+NETWORK_TIMEOUT = 600.0
 STOP_TIMEOUT = 10.0
 POLL_INTERVAL = 0.05
 # What systemd takes for "halt at once", when it is PID 1 of a container.

@@ -25,7 +25,8 @@ COMPLETIONS = {
 NOT_IN_DEBIAN = ("msgspec", "selectors2.py")
 ARCHIVE = r"http://(deb|security)\.debian\.org/debian(-security)?$"
 
-pytestmark = [pytest.mark.package, pytest.mark.timeout(300)]
+# The first test waits for the build and for the archive.
+pytestmark = [pytest.mark.package, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,8 @@ MORE_FILES = {
     "/usr/share/zsh/site-functions/_cc-proxyctl": "root:root 644",
 }
 
-pytestmark = [pytest.mark.package, pytest.mark.timeout(300)]
+# The first test waits for the build and for the archive.
+pytestmark = [pytest.mark.package, pytest.mark.timeout(900)]
 
 
 class Rpm:
