@@ -83,7 +83,7 @@ def what_is_missing() -> str:
 
 
 class Box:
-    """A running box. This checkout and the interpreter of the tests are where they are outside, read-only."""
+    """A running box. The package and the interpreter of the tests are where they are outside, read-only."""
 
     def __init__(self, leader: int) -> None:
         #: The box's root directory, seen from outside.
@@ -168,8 +168,11 @@ class Box:
 
 
 def _visible() -> list[Path]:
-    """What the daemon needs that may be in a place which the box does not show."""
-    paths = {CHECKOUT, Path(sys.prefix), Path(sys.base_prefix)} - {Path("/usr")}
+    """What the daemon needs that may be in a place which the box does not show.
+
+    Not the whole checkout: tox keeps its environments in a directory of it that other users cannot enter.
+    """
+    paths = {CHECKOUT / "cc_proxy", Path(sys.prefix), Path(sys.base_prefix)} - {Path("/usr")}
     return sorted(paths)
 
 
