@@ -25,9 +25,11 @@ help: ## list the targets
 demo: $(READY) ## see the proxy at work, from the first connection to the last byte
 	@$(VENV)/bin/python demo/demo.py
 
+# As many at once as there are cores, the longest first.
 .PHONY: test
 test: $(TOX) ## run every gate: lint, types, the tests on each Python there is, wheel and package
-	@$(TOX) run -q -e lint,types,$(subst $(space),$(comma),$(pythons)),fuzz,wheel,systemd,package
+	@$(TOX) run-parallel -q --parallel auto \
+		-e $(subst $(space),$(comma),$(pythons)),package,systemd,fuzz,types,lint,wheel
 
 .PHONY: lint types coverage format
 lint: $(TOX) ## check style and likely bugs

@@ -190,8 +190,16 @@ class _Stream(_Sink):
 class _Journal(_Sink):
     """Sends events to the journal, with native fields."""
 
+    def __init__(self, formatter: logging.Formatter) -> None:
+        super().__init__(formatter)
+        self._journal = journal.Journal()
+
     def _write(self, record: logging.LogRecord) -> None:
-        journal.send(self.format(record), priority_of(record.levelno), record, fields_of(record))
+        self._journal.send(self.format(record), priority_of(record.levelno), record, fields_of(record))
+
+    def close(self) -> None:
+        self._journal.close()
+        super().close()
 
 
 class _Listener(logging.handlers.QueueListener):
@@ -255,7 +263,10 @@ class Logging:
         """
         self._report()
         logger.removeHandler(self._front)
-        return self._listener.finish() and not self._sink.lost
+        if not self._listener.finish():
+            return False
+        self._sink.close()
+        return not self._sink.lost
 
     def _report(self) -> None:
         self._reported_at = time.monotonic()
@@ -277,6 +288,6 @@ def _sink(form: LogFormat, stream: TextIO) -> _Sink:
         return _Stream(stream, _Text())
     if not stderr_is_journal(stream):
         return _Stream(stream, _Json(timestamp=True))
-    if journal.is_native_possible():
+    if journal.is_there():
         return _Journal(_Json(timestamp=False))
     return _Stream(stream, _Json(timestamp=False, priority=True))

@@ -1,13 +1,14 @@
-"""The journal: native fields where its library is there, whole lines, and losses that are said."""
+"""The journal: native fields where it takes them, whole lines, and losses that are said."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
+import socket
+import struct
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
 import pytest
 
@@ -20,72 +21,95 @@ __all__ = ["logging_as_it_was"]
 
 
 class Journal:
-    """What was sent."""
+    """A journal's socket, and what logs there."""
 
-    def __init__(self) -> None:
-        self.sent: list[dict[str, Any]] = []
-        self.down = False
-        self.refused = 0
+    log: Logging
 
-    def send(self, message: str, **fields: object) -> None:
-        if self.down:
-            self.refused += 1
-            raise ConnectionRefusedError(111, "Connection refused")
-        self.sent.append({"MESSAGE": message, **fields})
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.start()
+
+    def start(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.sock.bind(self.path)
+        self.sock.settimeout(10)
+
+    def stop(self) -> None:
+        self.sock.close()
+        os.unlink(self.path)
+
+    def receive(self) -> dict[str, bytes]:
+        """Returns the fields of the next event."""
+        return dict(fields_in(self.sock.recv(1_000_000)))
+
+
+def fields_in(datagram: bytes) -> Iterator[tuple[str, bytes]]:
+    while datagram:
+        name, _, rest = datagram.partition(b"\n")
+        (size,) = struct.unpack("<Q", rest[:8])
+        assert rest[8 + size : 9 + size] == b"\n"
+        yield name.decode(), rest[8 : 8 + size]
+        datagram = rest[9 + size :]
 
 
 @pytest.fixture
-def native(monkeypatch: pytest.MonkeyPatch) -> Iterator[Journal]:
-    """A process whose stderr is the journal, with python3-systemd there."""
-    found = Journal()
-    monkeypatch.setattr(journal, "journal", SimpleNamespace(send=found.send))
+def native(tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Journal]:
+    """What takes native fields, from a process whose stderr is the journal."""
+    found = Journal(str(tmp_sock_dir / "journal"))
+    monkeypatch.setattr(journal, "SOCKET", found.path)
     with piped() as (_, stream):
         monkeypatch.setenv("JOURNAL_STREAM", journal_of(stream))
-        running = Logging("debug", "auto", stream)
-        running.start()
+        found.log = Logging("debug", "auto", stream)
+        found.log.start()
         yield found
-        running.stop()
+        found.log.stop()
+        found.stop()
 
 
 def test_fields_are_native_and_the_message_is_a_json_object(native: Journal) -> None:
     fields = {"vm": "pod\n\0", "client": 3, "stream": None, "vms": ["a"], "nasty": "\ud800"}
     logger.warning("something", extra=fields)
     logger.debug("more")
-    _wait_for(native, 2)
-    first, second = native.sent
+    first, second = native.receive(), native.receive()
     assert json.loads(first["MESSAGE"]) == {"level": "WARNING", "message": "something", **fields}
-    assert "\n" not in first["MESSAGE"]
-    assert first["PRIORITY"] == "4"
-    assert second["PRIORITY"] == "7"
-    assert first["SYSLOG_IDENTIFIER"] == "cc-proxy"
+    assert b"\n" not in first["MESSAGE"]
+    assert first["PRIORITY"] == b"4"
+    assert second["PRIORITY"] == b"7"
+    assert first["SYSLOG_IDENTIFIER"] == b"cc-proxy"
     assert first["CC_VM"] == b"pod\n\0"
     assert first["CC_CLIENT"] == b"3"
     assert first["CC_VMS"] == b'["a"]'
     assert first["CC_NASTY"] == b"\\ud800"
     assert "CC_STREAM" not in first
-    assert first["CODE_FILE"] == __file__
+    assert first["CODE_FILE"] == __file__.encode()
 
 
 def test_journal_that_is_away_loses_lines_and_the_next_says_how_many(native: Journal) -> None:
-    native.down = True
+    native.stop()
     logger.info("lost")
     logger.info("lost")
-    wait_until(lambda: native.refused == 2, "both are lost")
-    native.down = False
+    wait_until(lambda: native.log._sink.lost == 2, "both are lost")
+    native.start()
     logger.info("back")
     logger.info("on")
-    _wait_for(native, 2)
-    back, on = (json.loads(event["MESSAGE"]) for event in native.sent)
+    back, on = (json.loads(native.receive()["MESSAGE"]) for _ in range(2))
     assert back["message"] == "back"
     assert back["lost_before"] == 2
     assert "lost_before" not in on
 
 
+def test_journal_that_takes_nothing_holds_nobody_up(native: Journal) -> None:
+    for number in range(2_000):  # more than its socket holds
+        logger.debug("event", extra={"number": number})
+    numbers = [json.loads(native.receive()["MESSAGE"])["number"] for _ in range(2_000)]
+    assert numbers == list(range(2_000))
+
+
 def test_fields_are_cut_to_what_journalctl_shows(native: Journal) -> None:
     logger.info("event", extra={"vm": "x" * 10_000})
-    _wait_for(native, 1)
-    assert len(native.sent[0]["CC_VM"]) < 4096
-    assert json.loads(native.sent[0]["MESSAGE"])["vm"] == "x" * 10_000
+    event = native.receive()
+    assert len(event["CC_VM"]) < 4096
+    assert json.loads(event["MESSAGE"])["vm"] == "x" * 10_000
 
 
 @pytest.mark.parametrize(
@@ -109,8 +133,8 @@ def test_no_line_is_longer_than_the_journal_takes(value: object) -> None:
     assert event["exc_info"]
 
 
-def test_without_the_library_lines_go_to_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "journal", None)
+def test_without_the_socket_lines_go_to_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "SOCKET", "/nonexistent/socket")
     with piped() as (near, stream):
         monkeypatch.setenv("JOURNAL_STREAM", journal_of(stream))
         running = Logging("info", "auto", stream)
@@ -118,7 +142,3 @@ def test_without_the_library_lines_go_to_stderr(monkeypatch: pytest.MonkeyPatch)
         logger.error("event")
         running.stop()
         assert os.read(near, 1000).startswith(b"<3>{")
-
-
-def _wait_for(native: Journal, count: int) -> None:
-    wait_until(lambda: len(native.sent) >= count, "sent")

@@ -22,79 +22,52 @@ from cc_proxy.settings import LogLevel
 
 _PROCESS_OPTIONS = "[-t] [-i] [-e K=V]... [-w DIR] [-u USER[:GROUP]] [--timeout S]"
 _PROCESS_NOTES = """
-With -t the process gets this terminal, which has to be stdin; without, stdout and stderr stay
-apart. Without -i the process finds its input at its end. The exit status is the process's own."""
+With -t the process has this terminal, which has to be stdin; without it, stdout and stderr stay
+apart. Without -i its stdin is empty. The exit status is the process's own."""
 
 
-def _run_arguments(parser: ArgumentParser) -> None:
+def _add_local(parser: ArgumentParser) -> None:
     parser.add_argument("--local", action="store_true", help="start an embedded agent and use it as the VM")
     add_sockets(parser, required=False)
-    add_console(parser)
+
+
+def _add_new_id(parser: ArgumentParser) -> None:
     parser.add_argument("--id", metavar="ID", type=text, help="the container id (default: a random one)")
-    add_timeout(parser)
-    add_process(parser)
 
 
-def _exec_arguments(parser: ArgumentParser) -> None:
-    add_timeout(parser)
-    add_id(parser)
-    add_process(parser)
-
-
-def _hello_arguments(parser: ArgumentParser) -> None:
-    add_id(parser)
-    add_sockets(parser)
-    add_console(parser)
-    add_timeout(parser)
-
-
-def _registered_arguments(parser: ArgumentParser) -> None:
-    add_id(parser)
-    add_timeout(parser)
-
-
-def _hyper_arguments(parser: ArgumentParser) -> None:
-    add_id(parser)
+def _add_hyper_command(parser: ArgumentParser) -> None:
     known = ", ".join(HYPER_COMMANDS)
     parser.add_argument("name", metavar="NAME", type=text, help=f"the agent's command: {known}")
     parser.add_argument(
-        "data",
-        metavar="JSON",
-        type=text,
-        nargs="?",
+        "data", metavar="JSON", type=text, nargs="?",
         help="its data, sent byte for byte; - reads it from stdin",
-    )
-    add_timeout(parser)
+    )  # fmt: skip
 
 
-def _status_arguments(parser: ArgumentParser) -> None:
+def _add_json(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print everything, for programs to read")
-    add_timeout(parser)
 
 
-def _log_level_arguments(parser: ArgumentParser) -> None:
+def _add_level(parser: ArgumentParser) -> None:
     levels = get_args(LogLevel)
     parser.add_argument("level", metavar="LEVEL", choices=levels, help=f"one of {', '.join(levels)}")
-    add_timeout(parser)
 
 
-def _agent_arguments(parser: ArgumentParser) -> None:
-    add_sockets(parser)
+def _add_ready_fd(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--ready-fd",
-        metavar="N",
-        type=fd_number,
+        "--ready-fd", metavar="N", type=fd_number,
         help="write a byte to this fd when both sockets listen; if it is a socket, end when its peer does",
-    )
+    )  # fmt: skip
 
 
 COMMANDS: tuple[Command[Any], ...] = (
     Command(
         name="run",
-        summary="run a process in a pod of its own, from hello to bye",
+        summary="run a process in a pod of its own, and clean up after it",
         description="""\
-Register a VM, start a pod with one process, attend to it until it ends, and take both back.
-Signals are passed on to the process, unless it has the terminal."""
+Register a VM, start a pod of one process in it, and carry that process's stdio until it ends;
+then destroy the pod and unregister the VM. Signals are passed on to the process, unless it has
+the terminal."""
         + _PROCESS_NOTES,
         examples=(
             "run --local -- echo hello",
@@ -102,7 +75,7 @@ Signals are passed on to the process, unless it has the terminal."""
             "run --ctl /run/vm1/ctl.sock --io /run/vm1/io.sock --id web -e PORT=80 -- httpd -f",
             "run --local -i -- wc -c < /etc/services",
         ),
-        arguments=_run_arguments,
+        arguments=(_add_local, add_console, _add_new_id, add_timeout, add_process),
         read=options.Run.of,
         do=run,
         usage="cc-proxyctl run (--local | --ctl PATH --io PATH) [--console PATH] [--id ID]\n"
@@ -111,13 +84,13 @@ Signals are passed on to the process, unless it has the terminal."""
     ),
     Command(
         name="exec",
-        summary="run another process in a pod that runs",
+        summary="run another process in a running pod",
         description="""\
-Start a process in the container of a registered VM, and attend to it until it ends. Signals
-end cc-proxyctl, and the process finds its input at its end."""
+Start another process in the container of a registered VM, and carry its stdio until it ends.
+A signal ends cc-proxyctl; the process then reads end of file from its stdin."""
         + _PROCESS_NOTES,
         examples=("exec web -- ps aux", "exec -ti web -- sh", "exec -i web -- tee /etc/motd < motd"),
-        arguments=_exec_arguments,
+        arguments=(add_timeout, add_id, add_process),
         read=options.Exec.of,
         do=execute,
         usage=f"cc-proxyctl exec {_PROCESS_OPTIONS}\n                        ID -- CMD [ARG]...",
@@ -125,32 +98,32 @@ end cc-proxyctl, and the process finds its input at its end."""
     Command(
         name="hello",
         summary="register a VM",
-        description="Have the proxy connect to a VM, wait until that is ready, and register it.",
+        description="Have the proxy connect to a VM, wait until it is ready, and register it.",
         examples=("hello web --ctl /run/vm1/ctl.sock --io /run/vm1/io.sock",),
-        arguments=_hello_arguments,
+        arguments=(add_id, add_sockets, add_console, add_timeout),
         read=options.Hello.of,
         do=single.hello,
     ),
     Command(
         name="attach",
         aliases=("ping",),
-        summary="see whether a VM is registered and answers",
+        summary="check whether a VM is registered and answers",
         description="Attach to a registered VM and have its agent answer a ping.",
         examples=("attach web", "ping web --timeout 1"),
-        arguments=_registered_arguments,
+        arguments=(add_id, add_timeout),
         read=options.Registered.of,
         do=single.attach,
     ),
     Command(
         name="hyper",
-        summary="have a VM's agent carry out a command",
+        summary="send a command to a VM's agent",
         description="Send a command to the agent of a registered VM and wait for its acknowledgement.",
         examples=(
             "hyper web ping",
             """hyper web killcontainer '{"container":"web","signal":15}'""",
             "hyper web newcontainer - < container.json",
         ),
-        arguments=_hyper_arguments,
+        arguments=(add_id, _add_hyper_command, add_timeout),
         read=options.Hyper.of,
         do=single.hyper,
     ),
@@ -159,36 +132,36 @@ end cc-proxyctl, and the process finds its input at its end."""
         summary="unregister a VM",
         description="Have the proxy forget a VM. Its id can be used again at once.",
         examples=("bye web",),
-        arguments=_registered_arguments,
+        arguments=(add_id, add_timeout),
         read=options.Registered.of,
         do=single.bye,
     ),
     Command(
         name="status",
-        summary="see how the proxy and its VMs are, and what waits",
+        summary="show the state of the proxy and its VMs",
         description="""\
 Show the daemon, its VMs, what waits in each of them and for whom, and what went wrong last.
-Nothing is disturbed by it.""",
+Asking changes nothing.""",
         examples=("status", "status --json | jq '.vms[] | select(.streams.paused) | .id'"),
-        arguments=_status_arguments,
+        arguments=(_add_json, add_timeout),
         read=options.Status.of,
         do=status,
     ),
     Command(
         name="log-level",
-        summary="have the proxy log more, or less",
-        description="Have the daemon log what is at LEVEL or above, until its next reload or restart.",
+        summary="change what the proxy logs",
+        description="Have the proxy log events of LEVEL and above, until its next reload or restart.",
         examples=("log-level debug", "log-level info"),
-        arguments=_log_level_arguments,
+        arguments=(_add_level, add_timeout),
         read=options.LogLevel.of,
         do=log_level,
     ),
     Command(
         name="agent",
-        summary="be a VM's agent: run processes on this machine",
-        description="Listen on two sockets as the agent in a VM does, and run processes right here.",
+        summary="stand in for a VM: run processes on this machine",
+        description="Listen on two sockets, as a VM with its agent does, and run processes on this machine.",
         examples=("agent --ctl /tmp/ctl.sock --io /tmp/io.sock",),
-        arguments=_agent_arguments,
+        arguments=(add_sockets, _add_ready_fd),
         read=options.Agent.of,
         do=agent,
     ),

@@ -22,7 +22,7 @@ environment:
 exit status:
   run and exec exit with the process's own status. Apart from that:
   0      done
-  2      the command line makes no sense
+  2      wrong usage
   125    the proxy or the VM failed
   127    the agent refused to start the command
   128+N  signal N ended cc-proxyctl
@@ -40,7 +40,8 @@ class Command(Generic[Options]):
     description: str
     #: Each begins after `cc-proxyctl`.
     examples: tuple[str, ...]
-    arguments: Callable[[ArgumentParser], None]
+    #: What adds its arguments, in this order.
+    arguments: tuple[Callable[[ArgumentParser], None], ...]
     #: Reads the arguments. Raises `Misuse`.
     read: Callable[[Namespace], Options]
     #: Returns the exit status.
@@ -87,7 +88,8 @@ def _add_command(
         allow_abbrev=False,
         usage=command.usage,
     )
-    command.arguments(parser)
+    for add in command.arguments:
+        add(parser)
     parser.set_defaults(main=command.main)
 
 
@@ -122,14 +124,17 @@ def add_sockets(parser: ArgumentParser, *, required: bool = True) -> None:
 def add_console(parser: ArgumentParser) -> None:
     """Add the socket of a VM's console."""
     parser.add_argument(
-        "--console", metavar="PATH", type=text, help="the VM's console, a socket the proxy logs"
+        "--console",
+        metavar="PATH",
+        type=text,
+        help="the VM's console, a socket; the proxy logs what comes out",
     )
 
 
 def add_process(parser: ArgumentParser) -> None:
     """Add what describes a process, and its command line, after which nothing else can come."""
     add = parser.add_argument
-    add("-t", "--tty", dest="terminal", action="store_true", help="give the process a terminal: this one")
+    add("-t", "--tty", dest="terminal", action="store_true", help="give the process this terminal")
     add("-i", "--interactive", action="store_true", help="pass stdin on to the process")
     add(
         "-e",
@@ -148,13 +153,13 @@ def add_process(parser: ArgumentParser) -> None:
         default="/",
         help="working directory (default: %(default)s)",
     )
-    add("-u", "--user", metavar="USER[:GROUP]", type=text, default="", help="user and group to be")
+    add("-u", "--user", metavar="USER[:GROUP]", type=text, default="", help="run it as this user and group")
     add(
         "cmd",
         metavar="CMD",
         type=text,
         nargs=argparse.REMAINDER,
-        help="the command to start, and its arguments",
+        help="the command to run, and its arguments",
     )
 
 

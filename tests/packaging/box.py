@@ -1,4 +1,7 @@
-"""A throw-away Debian 12 with a real systemd as PID 1, in namespaces, without network. Needs root."""
+"""A throw-away Debian 12 with a real systemd as PID 1, in namespaces. Needs root.
+
+It has no network but for what a test runs with one: apt, which gets packages from Debian's archive.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,28 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-INCLUDE = "systemd,systemd-sysv,dbus,libnss-systemd,procps,man-db,python3,python3-pythonjsonlogger"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cc-proxy" / "debian-12"
+# What boots, and what the tests look with: nothing of what the packages depend on.
+INCLUDE = "systemd,systemd-sysv,dbus,libnss-systemd,procps,man-db"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cc-proxy" / "debian-12-minimal"
 # Where there are control groups of version 1 too, those of version 2 are a level below.
 CGROUPS = Path("/sys/fs/cgroup/unified")
 if not CGROUPS.exists():
     CGROUPS = CGROUPS.parent
-BOOT_TIMEOUT = 30.0
+BOOT_TIMEOUT = 60.0
+NETWORK_TIMEOUT = 600.0
 STOP_TIMEOUT = 10.0
 POLL_INTERVAL = 0.05
 # What systemd takes for "halt at once", when it is PID 1 of a container.
 HALT = signal.SIGRTMIN + 13
-ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb"}
+ENVIRONMENT = {
+    "DEBIAN_FRONTEND": "noninteractive",
+    "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+    "TERM": "dumb",
+}
+
+ALL_BUT_THE_NETWORK = ["--mount", "--uts", "--ipc", "--pid", "--cgroup"]
 
 # $1: a directory, $2: the root to lay the overlay on, $3: what appears as /srv, $4: a control group.
 _OUTER = """
@@ -35,6 +48,7 @@ mount -t overlay -o "lowerdir=$2,upperdir=$1/upper,workdir=$1/work" overlay "$1/
 mkdir -p "$1/root/srv"
 mount --bind "$3" "$1/root/srv"
 : >"$1/root/etc/machine-id"
+cp --dereference /etc/resolv.conf "$1/root/etc/resolv.conf"
 cd "$1/root"
 exec unshare --pid --fork --kill-child=SIGKILL --mount --uts --ipc --net --cgroup bash -euc "$INNER"
 """
@@ -59,7 +73,7 @@ exec env -i container=box /lib/systemd/systemd --system --show-status=false --lo
 
 
 def debian() -> Path:
-    """Returns the root of a Debian 12 with what the package depends on: the cached one, or a new one."""
+    """Returns the root of a minimal Debian 12: the cached one, or a new one from Debian's archive."""
     if not (CACHE / "etc" / "debian_version").exists():
         CACHE.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=CACHE.parent))
@@ -105,15 +119,43 @@ class Box:
     ) -> None:
         self._end()
 
-    def run(self, *command: str, check: bool = True, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    @property
+    def root(self) -> Path:
+        """Its root directory, seen from outside."""
+        return Path(f"/proc/{self._init}/root")
+
+    def run(
+        self, *command: str, check: bool = True, network: bool = False
+    ) -> subprocess.CompletedProcess[str]:
         """Runs a command in it; returns what it printed, stderr with stdout."""
         result = subprocess.run(
-            ["nsenter", "-t", str(self._init), "-a", *command],
-            input=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, env=ENVIRONMENT, check=False, timeout=BOOT_TIMEOUT,
+            ["nsenter", "-t", str(self._init), *(ALL_BUT_THE_NETWORK if network else ["-a"]), *command],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=ENVIRONMENT, check=False, timeout=NETWORK_TIMEOUT if network else BOOT_TIMEOUT,
         )  # fmt: skip
         assert not check or result.returncode == 0, f"{command}: status {result.returncode}\n{result.stdout}"
         return result
+
+    def output(self, *command: str) -> str:
+        """Returns what a command prints, without the last line's end."""
+        return self.run(*command).stdout.rstrip("\n")
+
+    def has(self, path: str) -> bool:
+        """Whether something is at a path."""
+        return self.run("test", "-e", path, check=False).returncode == 0
+
+    def active(self, *units: str) -> list[str]:
+        """Returns the state of each unit."""
+        return self.run("systemctl", "is-active", *units, check=False).stdout.split()
+
+    def apt(self, command: str, *arguments: str) -> str:
+        """Has apt do something that may take packages from Debian's archive; returns what it said."""
+        return self.run("apt-get", "--quiet", "--yes", command, *arguments, network=True).stdout
+
+    def log(self, *matches: str) -> str:
+        """Returns the messages in the journal that fit, all of them that anybody has sent by now."""
+        self.run("journalctl", "--sync")
+        return self.output("journalctl", "--quiet", "-o", "cat", *matches)
 
     def _wait_until_booted(self) -> None:
         deadline = time.monotonic() + BOOT_TIMEOUT

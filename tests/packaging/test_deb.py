@@ -2,47 +2,40 @@
 
 from __future__ import annotations
 
-import os
+import json
+import re
 import shutil
 import subprocess
-import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.packaging.box import Box, debian
+from cc_proxy.api import DEFAULT_SOCKET, Client, Refused
+from tests.packaging.box import Box
+from tests.packaging.conftest import ROOT, build
+from tests.packaging.contents import FILES, MAN_PAGES, UNITS, found, runs_a_process
 
-ROOT = Path(__file__).parent.parent.parent
-NEEDED = ["dpkg-buildpackage", "dh", "dh_python3", "lintian", "mmdebstrap", "unshare", "nsenter"]
 SETTINGS = "/etc/cc-proxy/cc-proxy.toml"
+COMPLETIONS = {
+    f"/usr/share/zsh/vendor-completions/_{name}": "root:root 644" for name in ("cc-proxy", "cc-proxyctl")
+}
+NOT_IN_DEBIAN = ("msgspec", "selectors2.py")
+ARCHIVE = r"http://(deb|security)\.debian\.org/debian(-security)?$"
 
-pytestmark = [pytest.mark.package, pytest.mark.timeout(300)]
-
-
-def missing() -> str:
-    """Says what keeps these tests from running here; nothing if nothing does."""
-    if os.geteuid() != 0:
-        return "not root"
-    tools = [tool for tool in NEEDED if not shutil.which(tool)]
-    return f"not installed: {', '.join(tools)}" if tools else ""
+# The first test waits for the build and for the archive.
+pytestmark = [pytest.mark.package, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the package, as cc-proxy.deb, and a newer one that has other default settings."""
-    if lacking := missing():
-        # Where everything is to be tried, nothing is left out in silence.
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(lacking)
-    for command in (["packaging/release", sys.executable], ["packaging/deb"]):
-        result = subprocess.run(command, cwd=ROOT, check=False, text=True, stdin=subprocess.DEVNULL,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-        assert result.returncode == 0, result.stdout
+def packages(release: None, share: Path) -> None:
+    """In the system's /srv: the package, and a newer one that has other default settings."""
+    build("packaging/deb")
     (built,) = (ROOT / "build" / "deb").glob("cc-proxy_*.deb")
-    directory = tmp_path_factory.mktemp("packages")
-    shutil.copy(built, directory / "cc-proxy.deb")
-    make_newer(built, directory)
-    return directory
+    shutil.copy(built, share / "cc-proxy.deb")
+    make_newer(built, share)
 
 
 def make_newer(built: Path, directory: Path) -> None:
@@ -55,70 +48,157 @@ def make_newer(built: Path, directory: Path) -> None:
     subprocess.run(["dpkg-deb", "-b", tree, directory / "newer.deb"], check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.fixture(scope="module")
+def apt_said(system: Box, packages: None) -> str:
+    """What apt said when it installed the package in a system that had nothing of what it needs."""
+    assert not system.has("/usr/bin/python3"), "the system has what it should get"
+    said = system.apt("install", "/srv/cc-proxy.deb")
+    system.run("dpkg", "--purge", "cc-proxy")
+    return said
+
+
 @pytest.fixture
-def box(packages: Path) -> Iterator[Box]:
-    debian()
-    with Box(packages) as box:
-        box.run("dpkg", "-i", "/srv/cc-proxy.deb")
-        yield box
-
-
-def active(box: Box, *units: str) -> list[str]:
-    return box.run("systemctl", "is-active", *units, check=False).stdout.split()
+def box(system: Box, apt_said: str) -> Iterator[Box]:
+    """The package is installed, in a system that has what it needs; purged in the end."""
+    system.run("dpkg", "--install", "/srv/cc-proxy.deb")
+    yield system
+    system.run("dpkg", "--purge", "cc-proxy")
 
 
 def main_pid(box: Box) -> str:
-    return box.run("systemctl", "show", "--property=MainPID", "--value", "cc-proxy.service").stdout.strip()
+    return box.output("systemctl", "show", "--property=MainPID", "--value", "cc-proxy.service")
+
+
+def test_what_the_system_lacks_comes_from_debians_archive_alone(apt_said: str) -> None:
+    sources = set(re.findall(r"^Get:\d+ (\S+)", apt_said, re.MULTILINE)) - {"/srv/cc-proxy.deb"}
+    assert "http://deb.debian.org/debian" in sources
+    assert {source for source in sources if not re.match(ARCHIVE, source)} == set()
+
+
+def test_what_debian_lacks_is_private(box: Box) -> None:
+    private = set(box.output("ls", "/usr/lib/cc-proxy").split())
+    assert private - {"__pycache__"} == {"cc_proxy", *NOT_IN_DEBIAN}
+    elsewhere = box.run("python3", "-c", "import msgspec", check=False)
+    assert "No module named 'msgspec'" in elsewhere.stdout
+    program = "import sys; sys.path.append('/usr/lib/cc-proxy'); import cc_proxy.api, msgspec; print(msgspec)"
+    assert "'/usr/lib/cc-proxy/msgspec/" in box.output("python3", "-c", program)
+
+
+def test_everything_is_in_its_place(box: Box) -> None:
+    assert found(box, FILES | COMPLETIONS) == FILES | COMPLETIONS
+    for page, section in MAN_PAGES.items():
+        assert f"{page.upper()}({section})" in box.output("env", "MANPAGER=cat", "man", section, page)
+    assert box.output("dpkg", "--verify", "cc-proxy") == ""
 
 
 def test_installed_it_runs(box: Box) -> None:
-    assert active(box, "cc-proxy.socket", "cc-proxy.service") == ["active", "active"]
-    assert box.run("stat", "-c", "%U:%G %a", "/run/cc-oci-runtime/proxy.sock").stdout == "root:cc-proxy 660\n"
-    assert box.run("stat", "-c", "%U:%G %a", "/etc/cc-proxy").stdout == "root:root 755\n"
-    assert (
-        box.run("cc-proxyctl", "run", "--local", "--", "echo", "through the daemon").stdout
-        == "through the daemon\n"
-    )
-    box.run("journalctl", "--sync")
-    assert "VM registered" in box.run("journalctl", "-t", "cc-proxy", "-o", "cat").stdout
-    assert "cc-proxy.toml(5)" in box.run("env", "MANPAGER=cat", "man", "8", "cc-proxy").stdout
-    program = "import sys; sys.path.append('/usr/lib/cc-proxy'); import cc_proxy.api, msgspec; print(msgspec)"
-    assert "'/usr/lib/cc-proxy/msgspec/" in box.run("python3", "-c", program).stdout
-    assert box.run("python3", "-c", "import msgspec", check=False).returncode == 1  # nobody else sees it
+    assert box.active(*UNITS) == ["active", "active"]
+    assert found(box, {"/run/cc-oci-runtime/proxy.sock": ""}).popitem()[1] == "root:cc-proxy 660"
+    assert runs_a_process(box)
+    assert "VM registered" in box.log("-t", "cc-proxy")
+    assert box.output("ps", "-o", "user=", "-p", main_pid(box)) == "cc-proxy"
 
 
 def test_socket_starts_it(box: Box) -> None:
     box.run("systemctl", "stop", "cc-proxy.service")
-    assert box.run("cc-proxyctl", "run", "--local", "--", "echo", "awake").stdout == "awake\n"
-    assert active(box, "cc-proxy.service") == ["active"]
+    assert runs_a_process(box)
+    assert box.active("cc-proxy.service") == ["active"]
 
 
 def test_upgrade_keeps_changed_settings_and_restarts(box: Box) -> None:
     before = main_pid(box)
     box.run("sed", "-i", "s/^#vms = .*/vms = 7/", SETTINGS)
     box.run("dpkg", "--force-confdef", "--force-confold", "-i", "/srv/newer.deb")
-    assert "vms = 7" in box.run("cat", SETTINGS).stdout
-    assert "# newer" in box.run("cat", f"{SETTINGS}.dpkg-dist").stdout
-    assert active(box, "cc-proxy.socket", "cc-proxy.service") == ["active", "active"]
+    assert "vms = 7" in box.output("cat", SETTINGS)
+    assert "# newer" in box.output("cat", f"{SETTINGS}.dpkg-dist")
+    assert box.active(*UNITS) == ["active", "active"]
     assert main_pid(box) != before
-    assert box.run("cc-proxyctl", "run", "--local", "--", "echo", "again").stdout == "again\n"
+    assert runs_a_process(box)
 
 
 def test_upgrade_takes_new_settings_where_the_old_were_untouched(box: Box) -> None:
     box.run("dpkg", "-i", "/srv/newer.deb")
-    assert "# newer" in box.run("cat", SETTINGS).stdout
+    assert "# newer" in box.output("cat", SETTINGS)
+
+
+def test_upgrade_with_broken_settings_does_not_break_the_package(box: Box) -> None:
+    box.run("sed", "-i", "1i nonsense = 1", SETTINGS)
+    box.run("dpkg", "--force-confdef", "--force-confold", "-i", "/srv/newer.deb")
+    assert box.active("cc-proxy.service") == ["failed"]
+    assert "install ok installed" in box.output("dpkg", "-s", "cc-proxy")
+    box.run("sed", "-i", "1d", SETTINGS)
+    assert runs_a_process(box)
 
 
 def test_removed_and_purged(box: Box) -> None:
     box.run("dpkg", "-r", "cc-proxy")
-    assert "active" not in active(box, "cc-proxy.socket", "cc-proxy.service")
-    assert box.run("test", "-e", "/usr/lib/cc-proxy", check=False).returncode == 1
-    box.run("test", "-e", SETTINGS)
+    assert "active" not in box.active(*UNITS)
+    assert not box.has("/usr/lib/cc-proxy")
+    assert box.has(SETTINGS)
     box.run("dpkg", "-P", "cc-proxy")
     left = [
         "/etc/cc-proxy",
+        "/etc/apparmor.d/usr.sbin.cc-proxy",
         "/run/cc-oci-runtime/proxy.sock",
         "/var/lib/systemd/deb-systemd-helper-enabled/cc-proxy.socket.dsh-also",
     ]
-    assert [path for path in left if box.run("test", "-e", path, check=False).returncode == 0] == []
-    assert "cc-proxy" not in box.run("systemctl", "list-unit-files").stdout
+    assert [path for path in left if box.has(path)] == []
+    assert "cc-proxy" not in box.output("systemctl", "list-unit-files")
+
+
+# The journal, with native fields.
+
+
+def test_the_journal_finds_events_by_vm(box: Box) -> None:
+    box.run("cc-proxyctl", "run", "--local", "--id", "web", "--", "true")
+    box.run("cc-proxyctl", "run", "--local", "--id", "other", "--", "true")
+    events = [json.loads(line) for line in box.log("CC_VM=web").splitlines()]
+    assert {event["vm"] for event in events} == {"web"}
+    assert "VM registered" in {event["message"] for event in events}
+
+
+def test_priorities_and_the_identifier_are_the_journals(box: Box) -> None:
+    box.run("sed", "-i", "1i nonsense = 1", SETTINGS)
+    box.run("systemctl", "reload", "cc-proxy.service")
+    box.run("journalctl", "--sync")
+    shown = box.output("journalctl", "-t", "cc-proxy", "-p", "err", "-o", "json", "--lines=1")
+    event = json.loads(shown)
+    assert (event["SYSLOG_IDENTIFIER"], event["PRIORITY"]) == ("cc-proxy", "3")
+    assert "nonsense" in event["CC_ERROR"]
+
+
+def test_a_journal_that_takes_nothing_holds_nobody_up_and_what_it_missed_is_counted(box: Box) -> None:
+    box.run("cc-proxyctl", "log-level", "debug")  # a line for each request
+    with stopped_journal(box), Client(box.root / DEFAULT_SOCKET[1:], timeout=30) as client:
+        for _ in range(6_000):  # more than the journal's socket and the daemon's queue hold together
+            with pytest.raises(Refused):
+                client.attach("nobody")
+    wait_for_log(box, "dropped_before")
+
+
+@contextmanager
+def stopped_journal(box: Box) -> Iterator[None]:
+    """A journal that is there and takes nothing."""
+    pid = box.output("systemctl", "show", "--property=MainPID", "--value", "systemd-journald.service")
+    box.run("kill", "-STOP", pid)
+    try:
+        yield
+    finally:
+        box.run("kill", "-CONT", pid)
+
+
+def wait_for_log(box: Box, text: str) -> None:
+    """Has the daemon log until there is something with a text in the journal."""
+    deadline = time.monotonic() + 30
+    while text not in box.log("-t", "cc-proxy"):
+        assert time.monotonic() < deadline, f"no {text!r} in the journal"
+        box.run("cc-proxyctl", "ping", "nobody", check=False)
+
+
+def test_a_journal_that_is_away_stops_nobody_and_what_it_missed_is_counted(box: Box) -> None:
+    journal = ("systemd-journald.socket", "systemd-journald-dev-log.socket", "systemd-journald.service")
+    box.run("systemctl", "stop", *journal)
+    assert runs_a_process(box)
+    box.run("systemctl", "start", *journal)
+    box.run("cc-proxyctl", "log-level", "debug")
+    wait_for_log(box, "lost_before")

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
+import select
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,3 +107,55 @@ def completed_by_bash(docs: Path, program: str, *words: str) -> list[str]:
         ["bash", "-c", script, "bash", *words], capture_output=True, text=True, check=True
     )
     return result.stdout.split()
+
+
+@pytest.mark.skipif(not shutil.which("fish"), reason="fish is not installed")
+def test_fish_completes_commands_options_and_choices(docs: Path) -> None:
+    assert "hello" in completed_by_fish(docs, "cc-proxyctl", "he")
+    assert "--ctl" in completed_by_fish(docs, "cc-proxyctl", "hello --c")
+    assert "warning" in completed_by_fish(docs, "cc-proxy", "--log-level w")
+
+
+def completed_by_fish(docs: Path, program: str, words: str) -> list[str]:
+    """Returns what fish offers for the last word."""
+    script = f"source {docs / program}.fish; complete -C '{program} {words}'"
+    result = subprocess.run(["fish", "--no-config", "-c", script], capture_output=True, text=True, check=True)
+    return [line.split("\t")[0] for line in result.stdout.splitlines()]
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="zsh is not installed")
+def test_zsh_completes_commands_and_choices(docs: Path) -> None:
+    with zsh(docs) as (write, wait_for):
+        write("cc-proxyctl hel\t")
+        wait_for("cc-proxyctl hello ")
+        write("\x15cc-proxy --log-level w\t")  # ^U: what is there is forgotten
+        wait_for("cc-proxy --log-level warning ")
+
+
+@contextmanager
+def zsh(docs: Path) -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
+    """A zsh that completes on a terminal: what types there, and what waits until something is shown."""
+    user, terminal = os.openpty()
+    environment = {"PATH": os.environ["PATH"], "TERM": "dumb", "ZDOTDIR": "/nonexistent"}
+    with open(terminal, "r+b", buffering=0) as end, open(user, "r+b", buffering=0) as keyboard:
+        command = ["zsh", "--no-rcs", "--interactive"]
+        streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), end)
+        with subprocess.Popen(command, env=environment, start_new_session=True, **streams) as process:
+            try:
+                write, wait_for = partial(type_in, keyboard), partial(wait_until_shown, keyboard)
+                write(f"fpath=({docs} $fpath); autoload -Uz compinit; compinit -u -D; PS1='%%> '\n")
+                wait_for("\r%> ")
+                yield write, wait_for
+            finally:
+                process.kill()
+
+
+def type_in(keyboard: FileIO, text: str) -> None:
+    keyboard.write(text.encode())
+
+
+def wait_until_shown(screen: FileIO, text: str) -> None:
+    shown = b""
+    while text.encode() not in shown:
+        assert select.select([screen], [], [], 10)[0], f"not shown: {text!r}, but {shown!r}"
+        shown += screen.read(4096)

@@ -164,8 +164,8 @@ def test_log_that_nobody_reads(tmp_sock_dir: Path, is_journal: bool) -> None:
     tables = PATIENT + '[log]\nlevel = "debug"\n'
     prefix = []
     if is_journal:
-        if journal.is_native_possible():
-            pytest.skip("there is a real one, which cannot be made to block")
+        if journal.is_there():
+            pytest.skip("there is a real one, and tests/packaging has one that blocks")
         prefix = ["env", f"JOURNAL_STREAM={log.stat().st_dev}:{log.stat().st_ino}"]
     with (
         open(os.open(log, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as reader,

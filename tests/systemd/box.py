@@ -22,7 +22,7 @@ CHECKOUT = Path(__file__).parents[2]
 #: Seconds that anything in the box may take.
 WAIT = 30.0
 
-_TOOLS = ("systemd-nspawn", "unshare", "setpriv", "nsenter")
+_TOOLS = ("systemd-nspawn", "unshare", "setpriv", "nsenter", "jq")
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "HOME": "/", "TERM": "dumb"}
 
 # Ends with the process that started it, whatever becomes of that.
@@ -75,7 +75,7 @@ def what_is_missing() -> str:
         return "only root can boot a systemd of its own"
     missing = [tool for tool in _TOOLS if not shutil.which(tool)]
     if missing:
-        return f"{', '.join(missing)} not installed (Debian: systemd-container, util-linux)"
+        return f"{', '.join(missing)} not installed (Debian: systemd-container, util-linux, jq)"
     if not _cgroup_root():
         return "no cgroup v2 hierarchy is mounted"
     unshared = subprocess.run(["unshare", "--mount", "--pid", "--cgroup", "--fork", "true"], check=False)
@@ -83,7 +83,7 @@ def what_is_missing() -> str:
 
 
 class Box:
-    """A running box. This checkout and the interpreter of the tests are where they are outside, read-only."""
+    """A running box. The package and the interpreter of the tests are where they are outside, read-only."""
 
     def __init__(self, leader: int) -> None:
         #: The box's root directory, seen from outside.
@@ -168,8 +168,11 @@ class Box:
 
 
 def _visible() -> list[Path]:
-    """What the daemon needs that may be in a place which the box does not show."""
-    paths = {CHECKOUT, Path(sys.prefix), Path(sys.base_prefix)} - {Path("/usr")}
+    """What the daemon needs that may be in a place which the box does not show.
+
+    Not the whole checkout: tox keeps its environments in a directory of it that other users cannot enter.
+    """
+    paths = {CHECKOUT / "cc_proxy", Path(sys.prefix), Path(sys.base_prefix)} - {Path("/usr")}
     return sorted(paths)
 
 

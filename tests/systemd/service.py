@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,12 @@ class Service:
     def show(self, name: str, unit: str = SERVICE) -> str:
         """Return one of a unit's properties."""
         return self.box.output("systemctl", "show", "--value", f"--property={name}", unit)
+
+    def wait_for(self, name: str, value: str) -> None:
+        """Wait until a property of the service has a value."""
+        deadline = time.monotonic() + WAIT
+        while (now := self.show(name)) != value:
+            assert time.monotonic() < deadline, f"{name} is {now!r} and not {value!r}"
 
     def drop_in(self, text: str, unit: str = SERVICE) -> None:
         """Change a unit until the test ends."""

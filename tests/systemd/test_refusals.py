@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from tests.systemd.box import CHECKOUT
 from tests.systemd.service import SERVICE, SOCKET, Service
 
 EX_CONFIG = "78"
@@ -43,6 +46,8 @@ def test_a_missing_spool_directory_stops_the_start(service: Service) -> None:
         "spool.directory: no file can be made in /var/tmp/spool"
         in service.wait_for_log("cannot start")["MESSAGE"]
     )
+    assert service.show("ExecMainStatus") == EX_CONFIG
+    assert service.show("NRestarts") == "0"
 
 
 def test_clients_are_refused_rather_than_left_waiting_for_a_daemon_that_cannot_start(
@@ -59,10 +64,17 @@ def test_clients_are_refused_rather_than_left_waiting_for_a_daemon_that_cannot_s
     assert len(service.logged()) == 10
 
 
-def test_a_missing_user_is_named(service: Service) -> None:
-    service.drop_in("[Service]\nUser=no-such-user\n")
+def test_a_missing_user_is_named_and_what_the_readme_says_of_it_helps(service: Service) -> None:
+    service.box.run("userdel", "cc-proxy")
+    assert service.fails_to_start(SOCKET)
+    assert service.wait_for_log("status=216/GROUP")
     assert service.fails_to_start(SERVICE)
     assert service.wait_for_log("status=217/USER")
+    readme = (CHECKOUT / "README.md").read_text()
+    advice = next(line for line in readme.splitlines() if "status=217/USER" in line)
+    for command in re.findall(r"`(systemd-.+?)`", advice):
+        service.box.run(*command.split())
+    service.start(SERVICE)
 
 
 def test_a_missing_group_is_named(service: Service) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from cc_proxy.api import Refused
 from tests.systemd.box import Box
-from tests.systemd.service import SERVICE, SOCKET, Service, vm
+from tests.systemd.service import SERVICE, SETTINGS, SOCKET, Service, vm
 
 #: Where VMs have their sockets: the sandbox must leave the way to all of these.
 PLACES = ("/run/vm", "/var/lib/vm", "/var/tmp/vm", "/tmp/vm", "/home/vm")
@@ -19,6 +25,33 @@ def answers(service: Service) -> bool:
     with service.client() as client, pytest.raises(Refused, match="unknown containerID"):
         client.attach("nobody")
     return True
+
+
+@contextmanager
+def hello_in_flight(service: Service) -> Iterator[None]:
+    """A client that waits for its VM, and a VM that never says READY."""
+    ctl, io = "/run/silent-ctl", "/run/silent-io"
+    hello = {"id": "hello", "data": {"containerId": "silent", "ctlSerial": ctl, "ioSerial": io}}
+    text = json.dumps(hello).encode()
+    with (
+        listening(service.box, ctl) as vm,
+        listening(service.box, io),
+        socket.socket(socket.AF_UNIX) as client,
+    ):
+        client.connect(str(service.socket_file))
+        client.sendall(struct.pack(">II", len(text), 0) + text)
+        with vm.accept()[0]:
+            yield
+
+
+@contextmanager
+def listening(box: Box, path: str) -> Iterator[socket.socket]:
+    """A socket in the box that listens."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(box.path(path)))
+        sock.listen()
+        yield sock
+    box.path(path).unlink()
 
 
 def open_files(service: Service, pid: int) -> int:
@@ -41,6 +74,15 @@ def test_root_reaches_vms_of_any_user_wherever_their_sockets_are(daemon: Service
             client.hello("vm", ctl, io)
             client.hyper("ping")
             client.bye("vm")
+
+
+def test_systemctl_status_says_how_many_vms_and_sessions_there_are(daemon: Service) -> None:
+    with vm(daemon.box, "/run/vm", "games") as (ctl, io), daemon.client() as client:
+        client.hello("vm", ctl, io)
+        with open(client.allocate_io().fd, "rb"):
+            daemon.wait_for("StatusText", "1 VM, 1 session")
+        client.bye("vm")
+    daemon.wait_for("StatusText", "0 VMs, 0 sessions")
 
 
 def test_members_of_the_group_may_connect_and_others_may_not(activated: Service) -> None:
@@ -109,6 +151,28 @@ def test_reload_changes_what_is_logged(daemon: Service) -> None:
     assert daemon.wait_for_log("unknown containerID")["PRIORITY"] == "7"
 
 
+def test_reload_is_over_when_the_settings_are_read(daemon: Service) -> None:
+    settings = daemon.box.path(SETTINGS)
+    settings.unlink()
+    os.mkfifo(settings)
+    daemon.box.run("systemctl", "reload", "--no-block", SERVICE)
+    with settings.open("w") as held:  # the daemon has it open
+        settings.unlink()
+        daemon.wait_for("ActiveState", "reloading")
+        assert daemon.show("StatusText") == "Reading the settings again"
+        held.write('[log]\nlevel = "warning"\n')
+    daemon.wait_for("ActiveState", "active")
+    assert daemon.show("StatusText") == "0 VMs, 0 sessions"
+
+
+def test_reload_names_what_waits_for_a_restart(daemon: Service) -> None:
+    daemon.configure('[log]\nformat = "text"\n')
+    daemon.box.run("systemctl", "reload", SERVICE)
+    entry = daemon.wait_for_log("settings that take effect after a restart")
+    assert entry["PRIORITY"] == "4"
+    assert "log.format" in entry["MESSAGE"]
+
+
 def test_reload_of_a_broken_file_keeps_the_old_settings(daemon: Service) -> None:
     pid = daemon.pid
     daemon.configure('[log]\nlevel = "loud"\n')
@@ -118,6 +182,23 @@ def test_reload_of_a_broken_file_keeps_the_old_settings(daemon: Service) -> None
     assert "log.level: expected one of" in entry["MESSAGE"]
     assert answers(daemon)
     assert daemon.pid == pid
+
+
+def test_a_daemon_that_ends_by_itself_is_stopping_until_all_is_done(daemon: Service) -> None:
+    with hello_in_flight(daemon):
+        daemon.kill("TERM")
+        daemon.wait_for("ActiveState", "deactivating")
+        assert daemon.show("StatusText") == "Stopping"
+    daemon.wait_for("ActiveState", "inactive")
+    assert daemon.show("Result") == "success"
+
+
+def test_a_daemon_that_fails_again_and_again_is_given_up(service: Service) -> None:
+    service.drop_in("[Service]\nExecStart=\nExecStart=/bin/false\n")
+    service.box.run("systemctl", "start", "--no-block", SERVICE)
+    service.wait_for_log("Start request repeated too quickly")
+    assert service.show("Result") == "exit-code"
+    assert service.show("NRestarts") == "30"
 
 
 def test_the_limit_of_open_files_is_what_the_unit_says(daemon: Service) -> None:

@@ -40,3 +40,15 @@ def test_a_daemon_with_a_stuck_thread_says_which_and_is_replaced(service: Servic
         service.wait_for_log('"ready"', times=2)
     assert service.wait_for_log("stuck: the watchdog is not served")["PRIORITY"] == "3"
     assert service.wait_for_log("pump vm")
+
+
+def test_a_daemon_with_a_stuck_thread_goes_on_saying_how_many_it_has(service: Service) -> None:
+    service.box.write("/usr/local/lib/hangs.py", HANGS)
+    service.drop_in(f"{QUICK}Restart=no\nExecStart=\nExecStart={sys.executable} /usr/local/lib/hangs.py\n")
+    service.start(SERVICE)
+    with vm(service.box, "/run/vm", "games") as (ctl, io), service.client() as client:
+        client.hello("vm", ctl, io)
+        os.close(client.allocate_io().fd)
+        service.wait_for_log("Watchdog timeout")
+    service.wait_for("Result", "watchdog")
+    assert service.show("StatusText").startswith("1 VM, ")
