@@ -148,7 +148,7 @@ class Output:
         if held and self._start:
             self._buffer[:held] = self._buffer[self._start : self._stop]
         self._start, self._stop = 0, held
-        return self._view[held:]
+        return self._view[held:] if held else self._view
 
     def _settle(self, session: Session) -> None:
         """Watch the session's client for as long as something waits for it."""

@@ -207,10 +207,11 @@ class Pump:
         self._stdin.clients.add(self._io_fd, READ)
 
     def _turn(self) -> None:
+        timeout = self._timeout() if self._timed else None
         if self._stdin.blocked or not self._io_open:
-            self._serve(self._selector.poll(self._timeout()))
+            self._serve(self._selector.poll(timeout))
         else:
-            self._serve_all(self._stdin.clients.poll(self._timeout()))
+            self._serve_all(self._stdin.clients.poll(timeout))
         if self._timed:
             self._run_timers(time.monotonic())
         self._watch_io()
@@ -218,12 +219,12 @@ class Pump:
     def _serve_all(self, ready: list[tuple[int, int]]) -> None:
         """Serve what is ready, the clients all together."""
         clients = []
-        for fd, events in ready:
-            handler = self._handlers.get(fd)
+        for pair in ready:
+            handler = self._handlers.get(pair[0])
             if handler:
-                handler(events)
+                handler(pair[1])
             else:
-                clients.append((fd, events))
+                clients.append(pair)
         if clients and self._io_open and not self._stdin.blocked:
             self._stdin.read_clients(clients)
 
@@ -241,8 +242,7 @@ class Pump:
         return self._finish_at is not None or self._output.paused or self._stdin.asked
 
     def _timeout(self) -> float | None:
-        if not self._timed:
-            return None
+        """Requires that something is `_timed`."""
         moments = [*self._output.moments()]
         if not self._output.paused:
             moments += self._stdin.moments()
@@ -308,6 +308,9 @@ class Pump:
             self._console = None
 
     def _on_io(self, events: int) -> None:
+        if events == READ and self._io_open and not self._output.paused:
+            self._read_vm()  # what there is nearly always
+            return
         if events & WRITE and self._stdin.blocked:
             self._stdin.flush()
         if not events & ~WRITE or not self._io_open:
