@@ -397,20 +397,27 @@ class World(RuleBasedStateMachine):
 def test_daemon_does_what_the_model_says(
     tables: str, tmp_sock_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    profile = settings()
     done: Counter[str] = Counter()
-    with Daemon.configured(tmp_sock_dir, TABLES + tables) as daemon:
+    try:
+        run_world(tables, tmp_sock_dir, done)
+    finally:
+        if os.environ.get("HYPOTHESIS_PROFILE"):
+            with capsys.disabled():
+                print(f"\n{done.total()} operations: {dict(done.most_common())}")
+
+
+def run_world(tables: str, directory: Path, done: Counter[str]) -> None:
+    """One daemon, and as many worlds one after the other as the profile says."""
+    profile = settings()
+    examples = max(1, profile.max_examples // (6 if tables is SMALL_SPOOL else 3))
+    with Daemon.configured(directory, TABLES + tables) as daemon:
 
         class WorldOfThis(World):
             def __init__(self) -> None:
-                super().__init__(daemon, tmp_sock_dir, tables, done)
+                super().__init__(daemon, directory, tables, done)
 
-        examples = max(1, profile.max_examples // (6 if tables is SMALL_SPOOL else 3))
         run_state_machine_as_test(
             WorldOfThis, settings=settings(profile, max_examples=examples, stateful_step_count=30)
         )
         assert daemon.stop() == 0
         assert (PAUSED in daemon.log()) == (tables is SMALL_SPOOL)
-    if os.environ.get("HYPOTHESIS_PROFILE"):
-        with capsys.disabled():
-            print(f"\n{done.total()} operations: {dict(done.most_common())}")
