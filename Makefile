@@ -27,7 +27,7 @@ demo: $(READY) ## see the proxy at work, from the first connection to the last b
 
 # As many at once as there are cores, the longest first.
 .PHONY: test
-test: $(TOX) ## run every gate: lint, types, the tests on each Python there is, wheel and package
+test: $(TOX) ## run every gate: lint, types, the tests on each Python there is, some fuzzing, wheel, package
 	@$(TOX) run-parallel -q --parallel auto \
 		-e $(subst $(space),$(comma),$(pythons)),package,systemd,fuzz,types,lint,wheel
 
@@ -105,12 +105,13 @@ if ! has_venv; then \
 fi
 endef
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml requirements/test.txt
 	@$(install_venv_module)
 	@echo "setting up $(VENV)"
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[test]'
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/test.txt
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 $(TOOLS): $(READY) requirements/package.txt
