@@ -14,6 +14,8 @@ from bench.measure import QUIET
 #: The share of the run in which caches fill and the number of clients finds its level.
 WARM_UP = 0.2
 _BINS = 30
+#: Seconds below which a slope means nothing.
+_SHORTEST = 240.0
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -99,7 +101,7 @@ class Verdict(NamedTuple):
     most: float
     #: How much it has risen from warm-up to the end, by its slope, as a share of the median.
     rise: float
-    #: `flat` or `rises`; `busy` if the machine was; empty if it is not judged.
+    #: `flat` or `rises`; `too short` or `busy` if the run or the machine was; empty if it is not judged.
     said: str
 
 
@@ -130,6 +132,8 @@ def judge(record: Record, line: Line) -> Verdict:
 def _say(record: Record, line: Line, rise: float) -> str:
     if line.allowed is None:
         return ""
+    if record.seconds < _SHORTEST:
+        return "too short"
     if line.unit == "ms" and median(sample.others for sample in record.samples) > QUIET:
         return "busy"
     return "flat" if rise <= line.allowed else "rises"

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from soak.samples import LINES, Record, Verdict, complaints, judge
 
-_COLOURS = {"flat": "green", "rises": "red", "busy": "yellow", "": "default"}
+_COLOURS = {"flat": "green", "rises": "red", "busy": "yellow", "too short": "yellow", "": "default"}
 _DONE = ("VMs", "VMs that died", "hellos that failed", "sessions", "connections", "requests", "bytes")
 
 

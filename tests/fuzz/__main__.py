@@ -117,6 +117,7 @@ def _work(target: str, arguments: Iterable[str | Path], seconds: int) -> int:
         target,
         f"-max_len={_LONGEST}",
         "-len_control=10",
+        "-report_slow_units=1000000",  # an input that takes long is no finding until it takes `_TIMEOUT`
         *map(str, arguments),
     ]
     with _log(target).open("wb") as log:

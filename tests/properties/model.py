@@ -214,9 +214,10 @@ class Vm:
             self.flush()
 
     def _spool_is_full(self) -> bool:
-        vms = json.loads(self.witness.ask("status"))["data"]["vms"]
-        waiting = [stream for vm in vms if vm["id"] == self.container for stream in vm["streams"]["waiting"]]
-        return any(stream["reason"] for stream in waiting)
+        for vm in json.loads(self.witness.ask("status"))["data"]["vms"]:
+            if vm["id"] == self.container and vm["streams"]:  # not if its pump was too busy to answer
+                return any(stream["reason"] for stream in vm["streams"]["waiting"])
+        return False
 
     # Stdin ----------------------------------------------------------------------------------------------
 

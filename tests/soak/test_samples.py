@@ -69,6 +69,8 @@ def test_latency_is_the_percentile_of_all_round_trips_of_a_while() -> None:
     assert values == [pytest.approx(20.0)] * 30
     slower = [sample(at, echoes=[0.001 * (1 + at / 300)]) for at in range(600)]
     assert judge(record(slower), ECHO).said == "rises"
+    short = msgspec.structs.replace(record(slower), seconds=100.0)
+    assert judge(short, ECHO).said == "too short"
     busy = [msgspec.structs.replace(one, others=0.5) for one in slower]
     assert judge(record(busy), ECHO).said == "busy"
 
