@@ -54,11 +54,8 @@ class Output:
         # Those of them for which the buffer must be kept, and those of whom that was said in the log.
         self._holding: set[Session] = set()
         self._stuck: set[Session] = set()
-
-    @property
-    def paused(self) -> bool:
-        """Whether slices of the buffer are still waited for, so that the VM cannot be read."""
-        return bool(self._holding)
+        #: Whether slices of the buffer are still waited for, so that the VM cannot be read.
+        self.paused = False
 
     def read(self) -> int:
         """Read once and deliver what came; returns how many bytes that was, 0 at end of file.
@@ -128,7 +125,7 @@ class Output:
         """The session is to be closed."""
         self._selector.remove(session.fd)
         self.waiting.pop(session.fd, None)
-        self._holding.discard(session)
+        self._release(session)
         self._stuck.discard(session)
 
     def moments(self) -> Iterator[float]:
@@ -165,9 +162,10 @@ class Output:
     def _hold(self, session: Session) -> None:
         """Keep the buffer for as long as the session needs it."""
         if not session.pending:
-            self._holding.discard(session)
+            self._release(session)
             return
         self._holding.add(session)
+        self.paused = True
         if session.stuck and session not in self._stuck:
             self._stuck.add(session)
             self._counters.pauses += 1
@@ -175,3 +173,8 @@ class Output:
                 "the VM is not read until its client reads",
                 extra={"vm": self._vm, "stream": session.seqs.start, "reason": session.stuck},
             )
+
+    def _release(self, session: Session) -> None:
+        """The session needs the buffer no more."""
+        self._holding.discard(session)
+        self.paused = bool(self._holding)

@@ -239,7 +239,7 @@ class Pump:
 
     @property
     def _timed(self) -> bool:
-        return self._finish_at is not None or self._output.paused or self._stdin.asked
+        return self._finish_at is not None or self._output.paused or bool(self._stdin.asked)
 
     def _timeout(self) -> float | None:
         """Requires that something is `_timed`."""

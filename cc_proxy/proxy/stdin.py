@@ -47,23 +47,19 @@ class Stdin:
         self._buffer = bytearray(_BUFFER_SIZE)
         self._view = memoryview(self._buffer)
         self._sessions: dict[int, Session] = {}  # by fd
-        self._asked: dict[
-            Session, float
-        ] = {}  # whose marker is on its way, and when to ask again; oldest first
         self._left_out: dict[int, None] = {}  # fds that were ready when the buffer was full, in their order
         self._to_vm: Sequence[Piece] = ()
         self._stalled_at = 0.0
         self._echoed = False
         self._paced = True
+        #: Whose marker is on its way, and when to ask again; oldest first.
+        self.asked: dict[Session, float] = {}
+        #: Whether slices of the buffer still wait for the VM, so that no client can be read.
+        self.blocked = False
         #: Where the clients' fds are watched.
         self.clients = Selector()
         #: Why the VM takes nothing any more.
         self.error: str | None = None
-
-    @property
-    def blocked(self) -> bool:
-        """Whether slices of the buffer still wait for the VM, so that no client can be read."""
-        return bool(self._to_vm)
 
     @property
     def held(self) -> int:
@@ -78,12 +74,7 @@ class Stdin:
     @property
     def unacknowledged(self) -> int:
         """Streams whose stdin waits until the agent has acknowledged what it was sent."""
-        return len(self._asked)
-
-    @property
-    def asked(self) -> bool:
-        """Whether a marker is on its way."""
-        return bool(self._asked)
+        return len(self.asked)
 
     def add(self, session: Session) -> None:
         """Begin to read a client."""
@@ -93,7 +84,7 @@ class Stdin:
     def forget(self, session: Session) -> None:
         """The session is to be closed."""
         self._sessions.pop(session.fd, None)
-        self._asked.pop(session, None)
+        self.asked.pop(session, None)
         self._left_out.pop(session.fd, None)
         self.clients.remove(session.fd)
 
@@ -125,7 +116,7 @@ class Stdin:
 
     def flush(self) -> None:
         """The VM takes something again."""
-        pieces, self._to_vm = self._to_vm, ()
+        pieces, self._to_vm, self.blocked = self._to_vm, (), False
         self._send(pieces)
 
     def echo(self, seq: int) -> None:
@@ -137,21 +128,21 @@ class Stdin:
         if session is None or session.window is None or not session.window.echoed(seq):
             return
         self._echoed = True
-        del self._asked[session]
+        del self.asked[session]
         self._resume(session)
 
     def moments(self) -> Iterator[float]:
         """Yield when `run_timers` has something to do."""
-        return iter([] if self._to_vm else list(self._asked.values())[:1])
+        return iter([] if self._to_vm else list(self.asked.values())[:1])
 
     def put_off(self, now: float) -> None:
         """The VM is not read: no marker can have come back, so their time begins anew."""
-        self._asked = dict.fromkeys(self._asked, now + self._echo_timeout)
+        self.asked = dict.fromkeys(self.asked, now + self._echo_timeout)
 
     def run_timers(self, now: float) -> None:
         """Ask again where a marker did not come back."""
-        while self._asked and not self._to_vm:
-            session, ask_at = next(iter(self._asked.items()))
+        while self.asked and not self._to_vm:
+            session, ask_at = next(iter(self.asked.items()))
             if now < ask_at:
                 break
             self._ask_again(session)
@@ -178,7 +169,7 @@ class Stdin:
         elif window and (marker := window.sent(splitter.payload_bytes - before)):
             pieces.append(marker)
             self.clients.change(session.fd, NOTHING_ELSE)
-            self._asked[session] = time.monotonic() + self._echo_timeout
+            self.asked[session] = time.monotonic() + self._echo_timeout
         return size
 
     def _end(self, session: Session, events: int, pieces: list[Piece]) -> None:
@@ -200,7 +191,7 @@ class Stdin:
         """The client has closed its fd, while it was not being read."""
         if not session.stdin_open:
             self._drop(session, "closed by its client")
-        elif session in self._asked:
+        elif session in self.asked:
             # What it sent last is still to be read, when there is room for it.
             self.clients.remove(session.fd)
         # Else its marker has come back since it was looked at, in the same turn: it is being read again.
@@ -216,20 +207,20 @@ class Stdin:
         window = session.window
         if window is None:
             return
-        del self._asked[session]
+        del self.asked[session]
         if not self._echoed and window.asked >= _MARKERS_TO_TRY:
             self._stop_pacing()
             self._resume(session)
             return
-        self._asked[session] = time.monotonic() + self._echo_timeout
+        self.asked[session] = time.monotonic() + self._echo_timeout
         self._send([window.ask_again()])
 
     def _stop_pacing(self) -> None:
         logger.warning("the agent does not acknowledge stdin: it is sent unpaced", extra={"vm": self._vm})
         self._paced = False
-        for session in self._asked:
+        for session in self.asked:
             self._resume(session)
-        self._asked.clear()
+        self.asked.clear()
 
     def _start_pacing(self) -> None:
         logger.info("the agent acknowledges stdin after all: it is sent paced", extra={"vm": self._vm})
@@ -244,7 +235,8 @@ class Stdin:
             return
         try:
             self._to_vm = send_pieces(self._io, pieces)
-            if self._to_vm:
+            self.blocked = bool(self._to_vm)
+            if self.blocked:
                 self._stalled_at = time.monotonic()
         except OSError as error:
             self.error = self.error or f"I/O channel: {os.strerror(error.errno or 0)}"
