@@ -12,6 +12,8 @@ import socket
 import struct
 from typing import Any
 
+from cc_proxy.printable import printable
+
 #: What the journal calls this program.
 IDENTIFIER = "cc-proxy"
 SOCKET = "/run/systemd/journal/socket"
@@ -57,4 +59,4 @@ def _field(name: str, value: bytes) -> bytes:
 
 def _encode(value: object) -> bytes:
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text.encode(errors="backslashreplace")[:_LONGEST_FIELD]
+    return printable(text).encode()[:_LONGEST_FIELD]

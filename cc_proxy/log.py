@@ -18,6 +18,7 @@ import time
 from typing import Any, TextIO
 
 from cc_proxy import faults, journal
+from cc_proxy.printable import printable_json, printable_lines
 from cc_proxy.ratelimit import RateLimit
 from cc_proxy.settings import LogFormat, LogLevel
 
@@ -89,6 +90,7 @@ class _Json(JsonFormatter):
         line = str(super().format(record))
         if len(line) > _LONGEST_LINE:
             line = str(super().format(_shortened(record)))
+        line = printable_json(line)  # all that json leaves as it is, and is not ASCII's, is DEL
         return f"<{priority_of(record.levelno)}>{line}" if self._priority else line
 
 
@@ -98,11 +100,12 @@ class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         time = self.formatTime(record, "%H:%M:%S")
         parts = [f"{time}.{record.msecs:03.0f} {record.levelname:<7} {record.getMessage()}"]
-        # json.dumps, so that nothing a client sent can break the line or speak to the terminal.
+        # JSON, so that nothing a client sent can break the line or speak to the terminal.
         parts += [f"{name}={json.dumps(value, default=str)}" for name, value in fields_of(record).items()]
+        line = printable_json(" ".join(parts))
         if record.exc_info:
-            parts.append("\n" + self.formatException(record.exc_info))
-        return " ".join(parts)
+            line += "\n" + printable_lines(self.formatException(record.exc_info))
+        return line
 
 
 def _shortened(record: logging.LogRecord) -> logging.LogRecord:

@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 from msgspec import Meta
 
+from cc_proxy.access import GroupId, UserId
 from cc_proxy.api.client import DEFAULT_SOCKET
+from cc_proxy.printable import printable
 
 #: Read if it exists and no other file was named.
 DEFAULT_FILE = "/etc/cc-proxy/cc-proxy.toml"
@@ -49,6 +51,14 @@ class SettingsError(Exception):
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Common shape of the tables: immutable, and strict about unknown keys."""
+
+
+class Access(_Table, frozen=True):
+    """Who may connect, and use what. Names are numbers here: of the moment when the file was read."""
+
+    users: tuple[UserId, ...] = ()
+    groups: tuple[GroupId, ...] = msgspec.field(default_factory=lambda: (GroupId.own(),))
+    admins: tuple[GroupId, ...] = ()
 
 
 class Log(_Table, frozen=True):
@@ -97,6 +107,7 @@ class Settings(_Table, frozen=True):
     """Everything that can be set."""
 
     socket_path: _Path = DEFAULT_SOCKET
+    access: Access = msgspec.field(default_factory=Access)
     log: Log = Log()
     vm: Vm = Vm()
     stdin: Stdin = Stdin()
@@ -154,15 +165,20 @@ def _flatten(table: msgspec.Struct, prefix: str = "") -> dict[str, Any]:
 def parse(text: str, source: str) -> Settings:
     """Return the settings that a TOML text describes. Raises `SettingsError`, naming `source` and the key."""
     try:
-        settings = msgspec.convert(tomllib.loads(text), Settings)
+        settings = msgspec.convert(tomllib.loads(text), Settings, dec_hook=_resolve)
     except msgspec.ValidationError as error:
-        raise SettingsError(f"{source}: {_printable(_explain(str(error)))}") from None
+        raise SettingsError(f"{source}: {printable(_explain(str(error)))}") from None
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, and an int of thousands of digits
-        raise SettingsError(f"{source}: not valid TOML: {_printable(str(error))}") from None
+        raise SettingsError(f"{source}: not valid TOML: {printable(str(error))}") from None
     size = len(settings.socket_path.encode())
     if size > MAX_SOCKET_PATH:
         raise SettingsError(f"{source}: socket_path: {size} bytes, expected {MAX_SOCKET_PATH} at most")
     return settings
+
+
+def _resolve(kind: type[Any], given: Any) -> Any:
+    """Make of a user or a group what the settings have of it."""
+    return kind.resolve(given)
 
 
 def load(path: str | None = None) -> Settings:
@@ -190,8 +206,10 @@ def file_read(path: str | None = None) -> str:
 
 def _explain(error: str) -> str:
     """Turn msgspec's ``what - at `$.table.key` `` into `table.key: what`, in the words of a settings file."""
-    what, _, where = error.partition(" - at `$")
-    key = where.strip("`").lstrip(".")
+    if " - at `$" not in error:
+        return _in_words(error)
+    what, _, where = error.rpartition(" - at `$")
+    key = where.strip("`").lstrip(".").partition("[")[0]
     if key in _CHOICES and what.startswith("Invalid enum value"):
         got = what.removeprefix("Invalid enum value")
         what = f"expected one of {', '.join(_CHOICES[key])}, got{got}"
@@ -200,11 +218,6 @@ def _explain(error: str) -> str:
     else:
         what = _in_words(what)
     return f"{key}: {what}" if key else what
-
-
-def _printable(text: str) -> str:
-    """Spell out what would break the line, or speak to a terminal: a key may have it."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _in_words(what: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,4 +16,12 @@ pytest_plugins = ["tests.leaks", "tests.locks"]
 def tmp_sock_dir() -> Iterator[Path]:
     """A directory for sockets: pytest's tmp_path can be longer than the 107 bytes of an AF_UNIX path."""
     with tempfile.TemporaryDirectory(prefix="ccp-", dir="/tmp") as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def open_dir() -> Iterator[Path]:
+    """A directory for sockets in which every user finds everything."""
+    with tempfile.TemporaryDirectory(prefix="ccp-", dir="/tmp") as path:
+        os.chmod(path, 0o755)
         yield Path(path)

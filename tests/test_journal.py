@@ -76,7 +76,7 @@ def test_fields_are_native_and_the_message_is_a_json_object(native: Journal) -> 
     assert first["PRIORITY"] == b"4"
     assert second["PRIORITY"] == b"7"
     assert first["SYSLOG_IDENTIFIER"] == b"cc-proxy"
-    assert first["CC_VM"] == b"pod\n\0"
+    assert first["CC_VM"] == rb"pod\n\x00"
     assert first["CC_CLIENT"] == b"3"
     assert first["CC_VMS"] == b'["a"]'
     assert first["CC_NASTY"] == b"\\ud800"
@@ -103,6 +103,11 @@ def test_journal_that_takes_nothing_holds_nobody_up(native: Journal) -> None:
         logger.debug("event", extra={"number": number})
     numbers = [json.loads(native.receive()["MESSAGE"])["number"] for _ in range(2_000)]
     assert numbers == list(range(2_000))
+
+
+def test_fields_speak_to_no_terminal(native: Journal) -> None:
+    logger.info("event", extra={"vm": "a\x1b[2J\nMESSAGE=forged\u202e"})
+    assert native.receive()["CC_VM"] == rb"a\x1b[2J\nMESSAGE=forged\u202e"
 
 
 def test_fields_are_cut_to_what_journalctl_shows(native: Journal) -> None:

@@ -99,7 +99,7 @@ def test_whatever_a_field_holds_is_one_line() -> None:
 @pytest.mark.parametrize("form", get_args(LogFormat))
 def test_no_character_breaks_a_line_or_speaks_to_the_terminal(form: LogFormat) -> None:
     stream = io.StringIO()
-    codes = [*range(32), *range(128, 160), 0x2028, 0x2029, 0x202E, 0xFEFF]
+    codes = [*range(32), *range(127, 160), 0x2028, 0x2029, 0x202E, 0xFEFF]
     with running(stream, form=form):
         for code in codes:
             logger.error("event", extra={"field": f"<{chr(code)}>"})
@@ -113,6 +113,21 @@ def test_text_is_for_people() -> None:
     assert re.fullmatch(
         r'\d\d:\d\d:\d\d\.\d\d\d ERROR   VM registered vm="pod" stream=3 error="\\u001b\[31m\\r\\n.*"\n', line
     )
+
+
+@pytest.mark.parametrize("form", get_args(LogFormat))
+def test_error_cannot_forge_a_line(form: LogFormat) -> None:
+    """What an exception says may be what a client said."""
+    stream = io.StringIO()
+    with running(stream, form=form):
+        try:
+            raise ValueError("x\n12:00:00.000 INFO    VM registered\x1b[2J\u202e\r")
+        except ValueError:
+            logger.exception("it failed")
+    first, *rest = stream.getvalue().removesuffix("\n").split("\n")
+    assert "it failed" in first
+    assert first.isprintable()
+    assert all(line.startswith("    ") and line.isprintable() for line in rest)
 
 
 @pytest.mark.parametrize("form", get_args(LogFormat))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,10 +27,14 @@ SECONDS = [
 INTEGERS = ["stdin.window", "spool.session_limit", "spool.total_limit", "limits.connections", "limits.vms"]
 PATHS = ["socket_path", "spool.directory"]
 CHOICES = ["log.level", "log.format"]
-TABLES = ["log", "vm", "stdin", "spool", "limits"]
+MEMBERS = ["access.users", "access.groups", "access.admins"]
+TABLES = ["access", "log", "vm", "stdin", "spool", "limits"]
 
 DEFAULTS = {
     "socket_path": "/run/cc-oci-runtime/proxy.sock",
+    "access.users": (),
+    "access.groups": (os.getegid(),),
+    "access.admins": (),
     "log.level": "info",
     "log.format": "auto",
     "vm.ready_timeout": 30.0,
@@ -86,13 +91,16 @@ def test_there_are_no_settings_but_these() -> None:
     }
     assert names | {"socket_path"} == set(DEFAULTS)
     assert set(Settings.__struct_fields__) == {"socket_path", *TABLES}
-    assert {*SECONDS, *INTEGERS, *PATHS, *CHOICES} == set(DEFAULTS)
+    assert {*SECONDS, *INTEGERS, *PATHS, *CHOICES, *MEMBERS} == set(DEFAULTS)
 
 
 SPELLINGS_OF_SECONDS = {"1": 1.0, "0.001": 0.001, "86400": 86_400.0, "86_400.0": 86_400.0}
 GOOD: list[tuple[str, Mapping[str, object]]] = [
     ("socket_path", {'"/"': "/", '"/run/é"': "/run/é"}),
     ("spool.directory", {"'/tmp'": "/tmp"}),
+    ("access.users", {"[]": (), '["root", 1000]': (0, 1000)}),
+    ("access.groups", {"[]": (), '["@daemon", "root", 4294967294]': (os.getegid(), 0, 2**32 - 2)}),
+    ("access.admins", {'["root"]': (0,)}),
     ("log.level", {f'"{level}"': level for level in LEVELS}),
     ("log.format", {f'"{name}"': name for name in FORMATS}),
     *((key, SPELLINGS_OF_SECONDS) for key in SECONDS),
@@ -116,6 +124,10 @@ def test_a_setting_changes_itself_and_nothing_else() -> None:
 def test_all_at_once() -> None:
     text = """
         socket_path = "/a"
+        [access]
+        users = [1]
+        groups = [2]
+        admins = [3]
         [log]
         level = "debug"
         format = "json"
@@ -136,7 +148,7 @@ def test_all_at_once() -> None:
         vms = 10
         message_timeout = 11
     """
-    expected = ["/a", "debug", "json", 1, 2, 3, 4, 5, 6, "/b", 7, 8, 9, 10, 11]
+    expected = ["/a", (1,), (2,), (3,), "debug", "json", 1, 2, 3, 4, 5, 6, "/b", 7, 8, 9, 10, 11]
     assert list(values(parse(text, FILE)).values()) == expected
 
 
@@ -219,6 +231,27 @@ def test_a_number_out_of_range_is_named_with_the_limit() -> None:
             message = refusal(f"{key} = {written}")
             assert message.startswith(f"{key}: expected a")
             assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ('access.users = ["root", "nobody-has-this"]', "access.users: there is no user 'nobody-has-this'"),
+        ('access.groups = ["nobody-has-this"]', "access.groups: there is no group 'nobody-has-this'"),
+        ('access.admins = ["@daemon", "@others"]', "access.admins: there is no group '@others'"),
+        ('access.users = ["@daemon"]', "access.users: there is no user '@daemon'"),
+        ('access.users = ["a\\u0000b"]', r"access.users: there is no user 'a\x00b'"),
+        ('access.users = [""]', "access.users: there is no user ''"),
+        ("access.users = [-1]", "access.users: -1 is no user's number"),
+        ("access.groups = [4294967295]", "access.groups: 4294967295 is no group's number"),
+        ("access.users = [true]", "access.users: expected a user's name or number, got True"),
+        ("access.groups = [[]]", "access.groups: expected a group's name or number, got []"),
+        ('access.users = "root"', "access.users: expected an array, got a string"),
+        ("access.owners = []", "access: unknown setting `owners`"),
+    ],
+)
+def test_users_and_groups_have_to_be_there(text: str, error: str) -> None:
+    assert refusal(text) == error
 
 
 @pytest.mark.parametrize("key", PATHS)

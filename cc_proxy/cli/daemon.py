@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import msgspec
 
 from cc_proxy import __version__, settings, systemd
+from cc_proxy.access import names_others
 from cc_proxy.fds import raise_fd_limit
 from cc_proxy.log import LEVELS, VERBOSE, Logging, logger, stderr_is_journal
 from cc_proxy.proxy import daemon
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.check_config:
         print("cc-proxy: the settings are right")
         return 0
+    _leave_directory(options)
     log = Logging(chosen.log.level, chosen.log.format)
     log.start()
     status = EXIT_FAILED
@@ -70,6 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not log.stop():
             os._exit(status)
     return status
+
+
+def _leave_directory(options: argparse.Namespace) -> None:
+    """Have /proc/self/cwd lead nowhere that `/` does not: a client may name a path through it."""
+    if options.config is not None:
+        options.config = os.path.abspath(options.config)
+    os.chdir("/")
 
 
 def _refuse(error: SettingsError) -> int:
@@ -108,7 +117,7 @@ def _run(chosen: Settings, host: Host) -> int:
             raise_fd_limit()
             _check_spool(chosen.spool.directory)
             inherited = systemd.take_listener()
-            listener = Listener(inherited) if inherited else Listener.bind(chosen.socket_path)
+            listener = Listener(inherited) if inherited else _listen(chosen)
         except (SettingsError, ListenError, ActivationError) as error:
             logger.error("cannot start", extra={"error": str(error)})
             host.notifier.tell(f"STATUS=Cannot start: {error}")
@@ -118,6 +127,10 @@ def _run(chosen: Settings, host: Host) -> int:
         finally:
             listener.remove()
         return 0
+
+
+def _listen(chosen: Settings) -> Listener:
+    return Listener.bind(chosen.socket_path, for_all=names_others(chosen.access))
 
 
 def _check_spool(directory: str) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from cc_proxy.api import LastError, Status, Streams, VmStatus, WaitingStream
+from cc_proxy.printable import printable
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _PERIODS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
@@ -17,7 +18,8 @@ def overview(status: Status) -> str:
         lines += ["", *_table([_HEADINGS, *map(_row, status.vms)])]
     if status.vm_count > len(status.vms):
         lines.append(f"… and {status.vm_count - len(status.vms)} more")
-    lines += _section("What waits:", [f"{safe(vm.id)}: {what}" for vm in status.vms for what in waits(vm)])
+    waiting = [f"{printable(vm.id)}: {what}" for vm in status.vms for what in waits(vm)]
+    lines += _section("What waits:", waiting)
     errors = [(vm.id, vm.last_error) for vm in status.vms if vm.last_error]
     lines += _section("Last errors:", _errors(errors))
     lines += _section("VMs that failed and are gone:", _errors([(vm.id, vm.error) for vm in status.ended]))
@@ -35,7 +37,7 @@ def waits(vm: VmStatus) -> Iterator[str]:
             yield f"{left_out} more streams wait for their clients"
         yield from _stdin(vm.streams)
     for command in vm.commands:
-        yield f"the command {safe(command.name)} has waited for the agent for {age(command.age)}"
+        yield f"the command {printable(command.name)} has waited for the agent for {age(command.age)}"
     if vm.waiting_commands > len(vm.commands):
         yield f"{vm.waiting_commands - len(vm.commands)} more commands wait behind them"
     if vm.unanswered > vm.waiting_commands:
@@ -59,15 +61,10 @@ def age(seconds: float) -> str:
     return " ".join(filter(None, parts[:2])) or "0 s"
 
 
-def safe(text: str) -> str:
-    """Return `text` with all that could speak to a terminal, or break a line, written out."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
 def _daemon(status: Status) -> Iterator[str]:
-    yield f"cc-proxy {safe(status.version)}, pid {status.pid}, up for {age(status.uptime)}"
-    settings = safe(status.settings_file) or "the defaults, there is no file"
-    yield f"settings: {settings}; log level: {safe(status.log_level)}"
+    yield f"cc-proxy {printable(status.version)}, pid {status.pid}, up for {age(status.uptime)}"
+    settings = printable(status.settings_file) or "the defaults, there is no file"
+    yield f"settings: {settings}; log level: {printable(status.log_level)}"
     sessions = sum(vm.streams.sessions for vm in status.vms if vm.streams)
     yield (
         f"{_count(status.vm_count, 'VM')}, {_count(sessions, 'session')}, "
@@ -76,7 +73,7 @@ def _daemon(status: Status) -> Iterator[str]:
 
 
 def _row(vm: VmStatus) -> tuple[str, ...]:
-    first = safe(vm.id), safe(vm.state), age(vm.age), str(vm.clients)
+    first = printable(vm.id), printable(vm.state), age(vm.age), str(vm.clients)
     if vm.streams is None:
         return *first, "-" if vm.answers else _UNKNOWN, "", "", "", ""
     traffic = vm.streams.traffic
@@ -100,7 +97,7 @@ def _stream(stream: WaitingStream) -> str:
     waiting += [f"{size(stream.pending)} in memory"] if stream.pending else []
     text = f"its client has taken nothing for {age(stream.idle)}; {', '.join(waiting)}"
     if stream.reason:
-        text += f"; {safe(stream.reason)}"
+        text += f"; {printable(stream.reason)}"
     if stream.holds_vm:
         return f"the VM waits for stream {stream.stream}: {text}"
     return f"stream {stream.stream} (the VM does not wait for it): {text}"
@@ -115,7 +112,7 @@ def _stdin(streams: Streams) -> Iterator[str]:
 
 
 def _errors(errors: Sequence[tuple[str, LastError]]) -> list[str]:
-    return [f"{safe(name)}: {safe(error.text)} ({age(error.age)} ago)" for name, error in errors]
+    return [f"{printable(name)}: {printable(error.text)} ({age(error.age)} ago)" for name, error in errors]
 
 
 def _section(title: str, lines: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ from cc_proxy.ctl import options
 from cc_proxy.ctl.connection import connect
 from cc_proxy.ctl.overview import overview
 from cc_proxy.ctl.stdio import show
+from cc_proxy.printable import printable_json
 
 
 def status(asked: options.Status) -> int:
@@ -13,7 +14,8 @@ def status(asked: options.Status) -> int:
     with connect(asked.proxy) as client:
         answer = client.status()
     if asked.as_json:
-        show(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode() + "\n")
+        text = msgspec.json.format(msgspec.json.encode(answer), indent=2).decode()
+        show(printable_json(text) + "\n")
     else:
         show(overview(answer))
     return 0

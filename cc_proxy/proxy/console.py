@@ -5,6 +5,7 @@ import socket
 from typing import Self
 
 from cc_proxy.log import CONSOLE, logger
+from cc_proxy.proxy.dial import CannotConnect, Dialer
 
 _LONGEST_LINE = 1024
 #: Little at once: a console that floods must not hold up the VM's streams.
@@ -39,24 +40,21 @@ class Console:
     """Owner of a console's socket. Pump thread, once it is open."""
 
     def __init__(self, vm: str, sock: socket.socket) -> None:
+        sock.setblocking(False)
         self._vm = vm
         self._sock = sock
         self._lines = LineSplitter()
 
     @classmethod
-    def open(cls, vm: str, path: str) -> Self | None:
-        """Connect to the console at `path` if there is one and the log wants it."""
+    def open(cls, vm: str, path: str, dialer: Dialer) -> Self | None:
+        """Connect to the console at `path` if there is one and the log wants it; wait for nobody."""
         if not path or not logger.isEnabledFor(CONSOLE):
             return None
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.setblocking(False)
         try:
-            sock.connect(path)
-        except (OSError, ValueError) as error:
-            sock.close()
+            return cls(vm, dialer.connect("console", path, 0))
+        except (CannotConnect, RuntimeError) as error:
             logger.warning("console cannot be read", extra={"vm": vm, "console": path, "error": str(error)})
             return None
-        return cls(vm, sock)
 
     def fileno(self) -> int:
         """The socket's fd, to wait on."""

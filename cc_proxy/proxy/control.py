@@ -60,11 +60,15 @@ class ControlLink:
 
     # Any thread -------------------------------------------------------------------------------------------
 
-    def wait_until_up(self, io: socket.socket, timeout: float, ping_after: float) -> None:
+    def wait_until_up(
+        self, io: socket.socket, timeout: float, ping_after: float, left: float | None = None
+    ) -> None:
         """Wait for READY; after `ping_after` seconds without it, take an answered ping in its place.
 
-        `io` is watched meanwhile: a VM that hangs up there is lost too. Raises `ControlLost` or `NoAnswer`.
+        `left` is what is left of `timeout`, if connecting took some of it. `io` is watched meanwhile: a VM
+        that hangs up there is lost too. Raises `ControlLost` or `NoAnswer`.
         """
+        left = timeout if left is None else left
         begun = time.monotonic()
         with self._turn:
             up = select.poll()
@@ -73,11 +77,11 @@ class ControlLink:
             ping = None
             while not (self._channel.ready or (ping and ping.answer)):
                 now = time.monotonic() - begun
-                if now >= timeout:
+                if now >= left:
                     raise NoAnswer(f"no READY from the VM in {timeout:g} s")
                 if ping is None and now >= ping_after:
                     ping = self._channel.send(Code.PING, b"{}")
-                until = timeout if ping or ping_after > timeout else ping_after
+                until = left if ping or ping_after > left else ping_after
                 self._exchange_when_ready(up, until - now)
                 if io.fileno() in dict(up.poll(0)):
                     raise ControlLost("the VM hung up its I/O channel")

@@ -55,7 +55,7 @@ def serve(listener: Listener, settings: Settings, host: Host) -> None:
     threading.stack_size(_STACK_SIZE)
     _tune_collector()
     live = LiveSettings(settings)
-    registry = Registry(live)
+    registry = Registry(live, listener.socket.getsockname())
     with Server(listener, registry, live, About(host.settings_file)) as server:
         server.start()
         logger.info("ready", extra={"socket": listener.socket.getsockname()})

@@ -10,6 +10,7 @@ import msgspec
 from msgspec import UnsetType
 from msgspec.json import Decoder
 
+from cc_proxy.access import may_operate, may_use
 from cc_proxy.api import messages
 from cc_proxy.api.messages import MemberError
 from cc_proxy.api.payloads import (
@@ -27,11 +28,13 @@ from cc_proxy.api.payloads import (
     SetLogLevel,
     Version,
 )
+from cc_proxy.credentials import Credentials
 from cc_proxy.hyperstart.codes import COMMANDS
 from cc_proxy.log import LEVELS, current_level, logger, set_level
 from cc_proxy.proxy.registry import Registry, RegistryError
 from cc_proxy.proxy.status import About, describe
 from cc_proxy.proxy.vm import State, Vm, VmError
+from cc_proxy.settings import LiveSettings
 
 PROTOCOL_VERSION = 1
 #: Longest response text that the runtime in the field takes.
@@ -46,9 +49,10 @@ class Refusal(Exception):
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """What is known of one connection."""
+    """What is known of one connection, and of whoever made it."""
 
     number: int
+    who: Credentials
     vm: Vm | None = field(default=None)
 
 
@@ -94,8 +98,9 @@ def failure(text: str) -> Reply:
 class Handlers:
     """The payload table. Any thread may call, one at a time for a client."""
 
-    def __init__(self, registry: Registry, about: About | None = None) -> None:
+    def __init__(self, registry: Registry, live: LiveSettings, about: About | None = None) -> None:
         self._registry = registry
+        self._live = live
         self._about = about or About()
         #: Who is connected. Adding, removing and copying are single steps of the interpreter: no lock needed.
         self.clients: set[Client] = set()
@@ -140,15 +145,15 @@ class Handlers:
     def _hello(self, client: Client, hello: Hello) -> Reply:
         if not (hello.container_id and hello.ctl_serial and hello.io_serial):
             raise Refusal("malformed hello command")
-        client.vm = self._registry.register(hello)
+        client.vm = self._registry.register(hello, client.who)
         return _ATTACHED
 
     def _attach(self, client: Client, attach: Attach) -> Reply:
-        client.vm = self._registry.get(attach.container_id)
+        client.vm = self._registry.get(attach.container_id, client.who)
         return _ATTACHED
 
     def _bye(self, client: Client, bye: Bye) -> Reply:
-        self._registry.unregister(bye.container_id)
+        self._registry.unregister(bye.container_id, client.who)
         client.vm = None
         return _DONE
 
@@ -172,17 +177,25 @@ class Handlers:
         client.vm.command(code, b"" if isinstance(hyper.data, UnsetType) else bytes(hyper.data))
         return _DONE
 
-    def _status(self, _client: Client, _asked: GetStatus) -> Reply:
-        status = describe(self._about, self._registry, [client.vm for client in list(self.clients)])
+    def _status(self, client: Client, _asked: GetStatus) -> Reply:
+        status = describe(self._about, self._registry, client.who, self._connections(client.who))
         return Reply(messages.encode(_carrying(status), messages.MAX_STATUS))
 
+    def _connections(self, who: Credentials) -> list[Vm | None]:
+        """Return the VM, if any, of each connection that a client may know of: its user's, or all."""
+        access = self._live.current.access
+        return [other.vm for other in list(self.clients) if may_use(access, who, other.who.uid)]
+
     def _log_level(self, client: Client, change: SetLogLevel) -> Reply:
+        if not may_operate(self._live.current.access, client.who):
+            raise Refusal(f"user {client.who.uid} may not set the log level: access.admins names who may")
         if change.level not in LEVELS:
             raise Refusal(f"unknown log level '{change.level}': it is one of {', '.join(LEVELS)}")
         old, new = current_level(), change.level
         # The more talkative of the two logs the change.
         set_level(min(old, new, key=LEVELS.__getitem__))
-        logger.info("log level changed", extra={"client": client.number, "old": old, "new": new})
+        fields = {"client": client.number, "uid": client.who.uid, "old": old, "new": new}
+        logger.info("log level changed", extra=fields)
         set_level(new)
         return success(LogLevelChange(old, new))
 

@@ -12,8 +12,9 @@ from cc_proxy.settings import MAX_SOCKET_PATH
 #: Connections that may wait to be accepted.
 _BACKLOG = 4096
 
-_DIRECTORY_MODE = 0o750
-_SOCKET_UMASK = 0o117  # leaves 0660
+#: For the daemon's own group, or for all users.
+_DIRECTORY_MODES = (0o750, 0o755)
+_SOCKET_UMASKS = (0o117, 0o111)  # leave 0660 and 0666
 
 
 class ListenError(Exception):
@@ -30,8 +31,8 @@ class Listener:
         self._identity = _identity(path) if path else None
 
     @classmethod
-    def bind(cls, path: str) -> "Listener":
-        """Listen at `path`. Raises `ListenError`.
+    def bind(cls, path: str, *, for_all: bool = False) -> "Listener":
+        """Listen at `path`, for the daemon's own group or for all users. Raises `ListenError`.
 
         Changes the process's umask for a moment: to be called while there is only one thread.
         """
@@ -43,10 +44,10 @@ class Listener:
             directory = os.path.dirname(path)
             if not os.path.isdir(directory):
                 os.makedirs(directory)
-                os.chmod(directory, _DIRECTORY_MODE)
+                os.chmod(directory, _DIRECTORY_MODES[for_all])
             with _locked(directory):
                 _remove_stale(path)
-                return cls(_bind(path), path)
+                return cls(_bind(path, _SOCKET_UMASKS[for_all]), path)
         except OSError as error:
             raise ListenError(f"{path}: cannot listen: {error.strerror}") from None
 
@@ -98,9 +99,9 @@ def _remove_stale(path: str) -> None:
     raise ListenError(f"{path}: another process serves this socket; it was left alone")
 
 
-def _bind(path: str) -> socket.socket:
+def _bind(path: str, umask: int) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    umask = os.umask(_SOCKET_UMASK)
+    before = os.umask(umask)
     try:
         sock.bind(path)
         sock.listen(_BACKLOG)
@@ -108,5 +109,5 @@ def _bind(path: str) -> socket.socket:
         sock.close()
         raise
     finally:
-        os.umask(umask)
+        os.umask(before)
     return sock

@@ -2,9 +2,13 @@
 
 import threading
 from collections import deque
+from typing import NamedTuple
 
+from cc_proxy.access import may_use
 from cc_proxy.api.payloads import Hello
+from cc_proxy.credentials import Credentials
 from cc_proxy.log import logger
+from cc_proxy.proxy.dial import Dialer
 from cc_proxy.proxy.spool import SpoolSpace
 from cc_proxy.proxy.vm import State, Trouble, Vm, VmError
 from cc_proxy.settings import LiveSettings
@@ -17,24 +21,37 @@ class RegistryError(Exception):
     """An id that is taken, or unknown; the text is what clients are told."""
 
 
-class Registry:
-    """All VMs of the daemon. Any thread may call."""
+class FailedVm(NamedTuple):
+    """What is left of a VM that failed."""
 
-    def __init__(self, live: LiveSettings) -> None:
+    container_id: str
+    owner: int
+    trouble: Trouble
+
+
+class Registry:
+    """All VMs of the daemon. Any thread may call.
+
+    Who asks for a VM that is not theirs to use is told what they were told if there were none.
+    """
+
+    def __init__(self, live: LiveSettings, own_address: str | bytes | None = None) -> None:
+        """`own_address` is what the daemon's listening socket was bound to: no VM is there."""
         self._live = live
+        self._own_address = own_address
         self._space = SpoolSpace(live)
         self._lock = threading.Lock()  # guards all that follows; nothing else is locked while it is held
         self._by_id: dict[str, Vm] = {}  # from the beginning of hello until bye, or until the VM is lost
         self._vms: set[Vm] = set()  # those that have not ended
-        self._failed: deque[tuple[str, Trouble]] = deque(maxlen=_MOST_ENDED)  # ids, the latest last
+        self._failed: deque[FailedVm] = deque(maxlen=_MOST_ENDED)  # the latest last
 
-    def register(self, hello: Hello) -> Vm:
-        """Register the VM behind two sockets; returns once it is up.
+    def register(self, hello: Hello, client: Credentials) -> Vm:
+        """Register the VM behind two sockets as the client's; returns once it is up.
 
         The id is taken from the beginning, and free again if this fails. Raises `RegistryError` or `VmError`.
         """
         container_id = hello.container_id
-        vm = Vm(container_id, self._live, self._space, self._note_change)
+        vm = Vm(container_id, client.uid, self._live, self._space, self._note_change)
         with self._lock:
             if container_id in self._by_id:
                 raise RegistryError(f"{container_id}: container already registered")
@@ -44,29 +61,37 @@ class Registry:
             self._by_id[container_id] = vm
             self._vms.add(vm)
         try:
-            vm.start(hello)
+            vm.start(hello, Dialer(client, self._own_address))
         except VmError as error:
-            logger.warning("VM not registered", extra={"vm": container_id, "error": str(error)})
+            fields = {"vm": container_id, "uid": client.uid, "error": str(error)}
+            logger.warning("VM not registered", extra=fields)
             raise
         return vm
 
-    def get(self, container_id: str) -> Vm:
+    def get(self, container_id: str, client: Credentials) -> Vm:
         """Return the VM that is registered and up under an id. Raises `RegistryError`."""
         with self._lock:
             vm = self._by_id.get(container_id)
-        if vm is None or vm.state is not State.UP:
+        if vm is None or vm.state is not State.UP or not self._may_use(client, vm.owner):
             raise RegistryError(f"unknown containerID: {container_id}")
         return vm
 
-    def unregister(self, container_id: str) -> None:
+    def unregister(self, container_id: str, client: Credentials) -> None:
         """Free an id and let its VM go. Raises `RegistryError`."""
-        if not self.get(container_id).leave():
+        if not self.get(container_id, client).leave():
             raise RegistryError(f"unknown containerID: {container_id}")
 
     def vms(self) -> list[Vm]:
         """Return all VMs that have not ended, those without an id included."""
         with self._lock:
             return list(self._vms)
+
+    def vms_of(self, client: Credentials) -> list[Vm]:
+        """Return those of `vms` that a client may use."""
+        return [vm for vm in self.vms() if self._may_use(client, vm.owner)]
+
+    def _may_use(self, client: Credentials, owner: int) -> bool:
+        return may_use(self._live.current.access, client, owner)
 
     def is_free(self, timeout: float) -> bool:
         """Whether its lock can be had within `timeout` seconds."""
@@ -75,10 +100,11 @@ class Registry:
             self._lock.release()
         return free
 
-    def failed(self) -> list[tuple[str, Trouble]]:
-        """Return the ids of the VMs that failed of late and have ended, with the cause, the latest first."""
+    def failed(self, client: Credentials) -> list[FailedVm]:
+        """Return the VMs that a client might have used, failed of late and have ended, the latest first."""
         with self._lock:
-            return list(reversed(self._failed))
+            failed = list(reversed(self._failed))
+        return [ended for ended in failed if self._may_use(client, ended.owner)]
 
     @property
     def spooled(self) -> int:
@@ -88,7 +114,7 @@ class Registry:
     def _note_change(self, vm: Vm) -> None:
         state = vm.state
         if state is State.UP:
-            logger.info("VM registered", extra={"vm": vm.container_id})
+            logger.info("VM registered", extra={"vm": vm.container_id, "uid": vm.owner})
             return
         with self._lock:
             if self._by_id.get(vm.container_id) is vm:
@@ -96,6 +122,6 @@ class Registry:
             if state is State.ENDED:
                 self._vms.discard(vm)
                 if vm.failed and vm.trouble:
-                    self._failed.append((vm.container_id, vm.trouble))
+                    self._failed.append(FailedVm(vm.container_id, vm.owner, vm.trouble))
         if state is State.LEAVING:
             logger.info("VM unregistered", extra={"vm": vm.container_id})

@@ -15,9 +15,11 @@ import time
 from typing import Any
 
 from cc_proxy import faults
+from cc_proxy.access import may_connect
 from cc_proxy.api.errors import ProtocolError
 from cc_proxy.api.fdpassing import TAG
 from cc_proxy.api.messages import MessageParser
+from cc_proxy.credentials import Credentials
 from cc_proxy.fds import close_stream
 from cc_proxy.log import logger
 from cc_proxy.proxy.handlers import Client, Handlers, Reply, failure
@@ -41,7 +43,6 @@ _SHORTAGE_PAUSE = 0.1
 _READ_SIZE = 448
 _LARGEST_READ = 64 * 1024
 _TIMEVAL = struct.Struct("@ll")
-_CREDENTIALS = struct.Struct("3i")
 
 
 class Server(socketserver.ThreadingUnixStreamServer):
@@ -58,7 +59,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.socket = listener.socket
         self._listener = listener
         self._live = live
-        self.handlers = Handlers(registry, about)
+        self.handlers = Handlers(registry, live, about)
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()  # guards _connections; nothing else is locked while it is held
         self._connections: dict[socket.socket, threading.Thread] = {}
@@ -140,10 +141,19 @@ class Server(socketserver.ThreadingUnixStreamServer):
         return request
 
     def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        """Serve a connection in a thread of its own."""
-        number = next(self._numbers)
+        """Serve a connection in a thread of its own, if whoever made it may connect."""
+        who = Credentials.of_peer(request)
+        if not may_connect(self._live.current.access, who):
+            self._turn_away(
+                request, who, f"user {who.uid} may not connect: [access] in the settings names who may"
+            )
+            return
+        client = Client(next(self._numbers), who)
         thread = threading.Thread(
-            target=self.process_request_thread, args=(request, number), name=f"client {number}", daemon=True
+            target=self.process_request_thread,
+            args=(request, client),
+            name=f"client {client.number}",
+            daemon=True,
         )
         with self._lock:
             most = self.limits.connections
@@ -152,12 +162,12 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 self._connections[request] = thread
                 self._adjust_switch_interval()
         if full:
-            self._turn_away(request, f"the limit of {most} connections is reached")
+            self._turn_away(request, who, f"the limit of {most} connections is reached")
             return
         try:
             thread.start()
         except RuntimeError:
-            self._turn_away(request, "the daemon cannot start another thread")
+            self._turn_away(request, who, "the daemon cannot start another thread")
 
     def service_actions(self) -> None:
         """Called after each look for connections, whether there was one or not."""
@@ -169,8 +179,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._short = True
         self._stopping.wait(_SHORTAGE_PAUSE)
 
-    def _turn_away(self, request: socket.socket, why: str) -> None:
-        logger.warning("connection refused", extra={"error": why})
+    def _turn_away(self, request: socket.socket, who: Credentials, why: str) -> None:
+        logger.warning("connection refused", extra={"pid": who.pid, "uid": who.uid, "error": why})
         with contextlib.suppress(OSError):
             request.send(failure(why).message, socket.MSG_DONTWAIT)
         self.shutdown_request(request)
@@ -202,7 +212,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         """Log an error that nobody expected; it costs this connection and nothing else."""
-        faults.note("connection failed", client=client_address)
+        client = client_address.number if isinstance(client_address, Client) else None
+        faults.note("connection failed", client=client)
 
 
 class Connection(socketserver.BaseRequestHandler):
@@ -210,16 +221,14 @@ class Connection(socketserver.BaseRequestHandler):
 
     server: Server
     request: socket.socket
-    #: What the server calls an address: the connection's number, since clients' sockets have no names.
-    client_address: int
+    #: What the server calls an address: clients' sockets have no names.
+    client_address: Client
 
     def handle(self) -> None:
         """Answer requests, one after the other, until the client goes or breaks the protocol."""
-        client = Client(self.client_address)
-        pid, uid, _ = _CREDENTIALS.unpack(
-            self.request.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        )
-        logger.debug("client connected", extra={"client": client.number, "pid": pid, "uid": uid})
+        client = self.client_address
+        fields = {"client": client.number, "pid": client.who.pid, "uid": client.who.uid}
+        logger.debug("client connected", extra=fields)
         reason = "closed by the client"
         self.server.handlers.clients.add(client)
         try:

@@ -25,6 +25,7 @@ from cc_proxy.api.status import (
     WaitingCommand,
     shorten,
 )
+from cc_proxy.credentials import Credentials
 from cc_proxy.log import current_level
 from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.vm import Trouble, Vm
@@ -41,9 +42,12 @@ class About:
     started: float = field(default_factory=time.monotonic)
 
 
-def describe(about: About, registry: Registry, attached: Iterable[Vm | None]) -> Status:
-    """Return how everything is; `attached` has each connection's VM. Any thread, for `_PATIENCE` at most."""
-    vms = sorted(registry.vms(), key=lambda vm: vm.container_id)
+def describe(about: About, registry: Registry, asker: Credentials, attached: Iterable[Vm | None]) -> Status:
+    """Return how everything is that `asker` may know of; any thread, for `_PATIENCE` at most.
+
+    `attached` has the VM of each connection that it may know of.
+    """
+    vms = sorted(registry.vms_of(asker), key=lambda vm: vm.container_id)
     listed = vms[:MOST_VMS]
     clients = Counter(attached)
     deadline = time.monotonic() + _PATIENCE
@@ -58,7 +62,10 @@ def describe(about: About, registry: Registry, attached: Iterable[Vm | None]) ->
         spooled=registry.spooled,
         vms=[_vm(vm, clients[vm], streams, deadline) for vm, streams in asked],
         vm_count=len(vms),
-        ended=[EndedVm(id=shorten(name), error=_error(trouble)) for name, trouble in registry.failed()],
+        ended=[
+            EndedVm(id=shorten(ended.container_id), error=_error(ended.trouble))
+            for ended in registry.failed(asker)
+        ],
     )
 
 

@@ -12,20 +12,20 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from cc_proxy import faults
-from cc_proxy.api.errors import TimedOut
+from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.payloads import Hello
 from cc_proxy.api.status import Streams
-from cc_proxy.api.transport import connect
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.log import logger
 from cc_proxy.proxy.console import Console
 from cc_proxy.proxy.control import ControlLink, ControlLost, NoAnswer
+from cc_proxy.proxy.dial import CannotConnect, Dialer
 from cc_proxy.proxy.pump import Pump
 from cc_proxy.proxy.session import Session
 from cc_proxy.proxy.spool import SpoolSpace
-from cc_proxy.settings import MAX_SOCKET_PATH, LiveSettings
+from cc_proxy.settings import LiveSettings
 
 #: A socket is writable again when three quarters of this are free: the rest must last until more is there.
 _SEND_BUFFER = 1024 * 1024
@@ -65,13 +65,20 @@ _MOVES = {
 class Vm:
     """A VM that a client has said hello for. Any thread may call.
 
-    `on_change` is called, with no lock held, when the VM has moved to another state.
+    `owner` is the uid of that client. `on_change` is called, with no lock held, when the VM has moved to
+    another state.
     """
 
     def __init__(
-        self, container_id: str, live: LiveSettings, space: SpoolSpace, on_change: Callable[["Vm"], None]
+        self,
+        container_id: str,
+        owner: int,
+        live: LiveSettings,
+        space: SpoolSpace,
+        on_change: Callable[["Vm"], None],
     ) -> None:
         self.container_id = container_id
+        self.owner = owner
         self._live = live
         self.created = time.monotonic()
         #: What went wrong last. Set as a whole, by any thread.
@@ -93,11 +100,11 @@ class Vm:
         """Where the VM is in its life."""
         return self._state
 
-    def start(self, hello: Hello) -> None:
+    def start(self, hello: Hello, dialer: Dialer) -> None:
         """Connect to the VM and wait until it is ready. Raises `VmError`; nothing is left open then."""
         try:
             with contextlib.ExitStack() as undo:
-                pump = self._connect(hello, undo)
+                pump = self._connect(hello, dialer, undo)
                 undo.pop_all()
             pump.start()
             if not self._move(State.UP):
@@ -106,7 +113,7 @@ class Vm:
             self._fail(str(error))
             self.abort()
             self._move(State.ENDED)
-            if isinstance(error, ControlLost | NoAnswer):
+            if isinstance(error, CannotConnect | ControlLost | NoAnswer):
                 raise VmError(str(error)) from None
             if isinstance(error, OSError | RuntimeError):
                 raise VmError(f"the daemon is short of resources: {error}") from None
@@ -240,16 +247,19 @@ class Vm:
         pump = self._pump
         return pump is None or pump.answers()
 
-    def _connect(self, hello: Hello, undo: contextlib.ExitStack) -> Pump:
-        """Connect both channels and wait for READY. What is opened is closed by `undo`."""
+    def _connect(self, hello: Hello, dialer: Dialer, undo: contextlib.ExitStack) -> Pump:
+        """Connect both channels and wait for READY, all in one time. What is opened is closed by `undo`."""
         limits = self._live.current.vm
-        ctl = undo.enter_context(connect_to("ctlSerial", hello.ctl_serial, limits.ready_timeout))
+        deadline = Deadline(limits.ready_timeout)
+        ctl = undo.enter_context(dialer.connect("ctlSerial", hello.ctl_serial, deadline))
         control = ControlLink(ctl, functools.partial(_note, self.container_id))
         undo.callback(control.close)
         self._control = control
-        io = undo.enter_context(connect_to("ioSerial", hello.io_serial, limits.ready_timeout))
-        control.wait_until_up(io, limits.ready_timeout, limits.ready_ping_after)
-        console = Console.open(self.container_id, hello.console)
+        io = undo.enter_context(dialer.connect("ioSerial", hello.io_serial, deadline))
+        for channel in (ctl, io):
+            channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        control.wait_until_up(io, limits.ready_timeout, limits.ready_ping_after, deadline.remaining())
+        console = Console.open(self.container_id, hello.console, dialer)
         if console:
             undo.callback(console.close)
         self._pump = Pump(self, io, control, console, self._live.current.stdin.echo_timeout)
@@ -277,23 +287,3 @@ class Vm:
 def _note(container_id: str, event: ControlMessage) -> None:
     if logger.isEnabledFor(logging.DEBUG):  # an agent sends two of them for each command
         logger.debug("event from the VM", extra={"vm": container_id, "event": str(event)})
-
-
-def connect_to(member: str, path: str, timeout: float) -> socket.socket:
-    """Connect to a VM's socket, waiting `timeout` seconds if its backlog is full.
-
-    `member` is what clients call it. Raises `VmError`.
-    """
-    if not path.startswith("/") or "\0" in path:
-        raise VmError(f"{member}: not an absolute path: {path!r}")
-    size = len(path.encode())
-    if size > MAX_SOCKET_PATH:
-        raise VmError(f"{member}: a path of {size} bytes, the limit is {MAX_SOCKET_PATH}")
-    try:
-        sock = connect(path, timeout=timeout)
-    except TimedOut:
-        raise VmError(f"{member}: cannot connect to {path}: not accepted in {timeout:g} s") from None
-    except OSError as error:
-        raise VmError(f"{member}: cannot connect to {path}: {error.strerror}") from None
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-    return sock

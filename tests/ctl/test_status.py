@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from cc_proxy.api import EndedVm, LastError, Status, Streams, Traffic, VmStatus, WaitingCommand, WaitingStream
-from cc_proxy.ctl.overview import age, overview, safe, size
+from cc_proxy.ctl.overview import age, overview, size
 from tests.ctl.fake_proxy import FakeProxy
 from tests.ctl.running import ctl
 
@@ -135,8 +135,20 @@ def test_ages(seconds: float, text: str) -> None:
     assert age(seconds) == text
 
 
-def test_what_could_speak_to_a_terminal_is_written_out() -> None:
-    assert safe("a\x1b[2J\r\n\x9bé\u202e") == "a\\x1b[2J\\r\\n\\x9bé\\u202e"
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_what_others_chose_does_not_speak_to_the_terminal(
+    proxy: FakeProxy, capfd: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    nasty = "a\x1b[2J\r\n\x7f\x9bé\u202e\U000e0001"
+    vm = msgspec.structs.replace(STATUS.vms[0], id=nasty)
+    ended = [EndedVm(id=nasty, error=LastError(text=nasty, age=1.0))]
+    proxy.results["status"] = msgspec.structs.replace(STATUS, vms=[vm], ended=ended)
+    assert ctl(proxy, "status", *options) == 0
+    printed = capfd.readouterr().out
+    assert printed.count("202e") >= 3
+    assert all(line.isprintable() for line in printed.split("\n"))
+    if options:
+        assert msgspec.json.decode(printed, type=Status).vms[0].id == nasty
 
 
 def test_status(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:

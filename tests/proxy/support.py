@@ -10,10 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self, TypeVar
 
+from cc_proxy.credentials import Credentials
 from cc_proxy.hyperstart.control import ControlMessage
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.proxy.console import Console
 from cc_proxy.proxy.control import ControlLink
+from cc_proxy.proxy.dial import Dialer
 from cc_proxy.proxy.pump import Pump
 from cc_proxy.proxy.session import Session
 from cc_proxy.proxy.spool import SpoolSpace
@@ -33,6 +35,8 @@ from tests.wire.support import (
 )
 
 T = TypeVar("T")
+
+DIALER = Dialer(Credentials.own())
 
 #: Too long for any test, so that what waits for it shows.
 NEVER = 3_600.0

@@ -13,12 +13,14 @@ import pytest
 
 from cc_proxy.api.errors import ProtocolError
 from cc_proxy.api.payloads import AllocateIoResult, Hello
+from cc_proxy.credentials import Credentials
 from cc_proxy.hyperstart.codes import FROM_AGENT, Code
 from cc_proxy.hyperstart.control import ControlMessage
 from cc_proxy.log import logger
 from cc_proxy.proxy.handlers import Client, Handlers, Reply, failure, success
 from cc_proxy.proxy.registry import Registry, RegistryError
 from cc_proxy.proxy.vm import State, Vm, VmError
+from cc_proxy.settings import LiveSettings, Settings
 from tests.proxy.conftest import Logged
 
 OK = b'{"success":true}'
@@ -59,20 +61,20 @@ class FakeRegistry:
         self.hellos: list[Hello] = []
         self.error: Exception | None = None
 
-    def register(self, hello: Hello) -> FakeVm:
+    def register(self, hello: Hello, client: Credentials) -> FakeVm:
         if self.error:
             raise self.error
         self.hellos.append(hello)
         return self.vms.setdefault(hello.container_id, FakeVm(hello.container_id))
 
-    def get(self, container_id: str) -> FakeVm:
+    def get(self, container_id: str, client: Credentials) -> FakeVm:
         try:
             return self.vms[container_id]
         except KeyError:
             raise RegistryError(f"unknown containerID: {container_id}") from None
 
-    def unregister(self, container_id: str) -> None:
-        self.get(container_id)
+    def unregister(self, container_id: str, client: Credentials) -> None:
+        self.get(container_id, client)
         del self.vms[container_id]
 
 
@@ -81,8 +83,8 @@ class Desk:
 
     def __init__(self) -> None:
         self.registry = FakeRegistry()
-        self.handlers = Handlers(cast(Registry, self.registry))
-        self.client = Client(7)
+        self.handlers = Handlers(cast(Registry, self.registry), LiveSettings(Settings()))
+        self.client = Client(7, Credentials.own())
         self.vm = FakeVm("pod")
         self.registry.vms["pod"] = self.vm
         self._passed: list[socket.socket] = []

@@ -11,6 +11,7 @@ from typing import cast
 
 import pytest
 
+from cc_proxy.credentials import ROOT
 from cc_proxy.proxy import health as health_module
 from cc_proxy.proxy.health import Health
 from cc_proxy.proxy.registry import Registry
@@ -31,7 +32,7 @@ class Parts:
     def __init__(self, rig: Rig) -> None:
         live = LiveSettings(Settings())
         self.registry = Registry(live)
-        self.vm = Vm("pod", live, rig.space, lambda vm: None)
+        self.vm = Vm("pod", ROOT, live, rig.space, lambda vm: None)
         self.vm._pump = rig.pump
         self.registry._vms.add(self.vm)
         self.server = SimpleNamespace(turned_at=time.monotonic() + NEXT, is_free=lambda timeout: True)

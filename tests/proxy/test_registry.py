@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from cc_proxy.api.payloads import Hello
-from cc_proxy.proxy import vm as vm_module
+from cc_proxy.credentials import Credentials
+from cc_proxy.proxy.dial import Dialer
 from cc_proxy.proxy.registry import Registry, RegistryError
 from cc_proxy.proxy.vm import State, Vm, VmError
 from cc_proxy.settings import Limits, LiveSettings, Settings, Spool
@@ -20,6 +21,7 @@ from tests.proxy.conftest import Logged
 from tests.wire.support import READY, WAIT, FakeVm, at_end, frame, in_background, is_silent, wait_until
 
 LIMIT = 3
+ME = Credentials.own()
 
 
 class Office:
@@ -53,12 +55,12 @@ class Office:
             agent.say(READY)
 
         with in_background(say_ready):
-            vm = self.registry.register(hello(name, agent))
+            vm = self.registry.register(hello(name, agent), ME)
         return vm, agent
 
     def knows(self, name: str) -> bool:
         try:
-            self.registry.get(name)
+            self.registry.get(name, ME)
         except RegistryError:
             return False
         return True
@@ -86,13 +88,14 @@ def office(tmp_sock_dir: Path) -> Iterator[Office]:
 def test_registered_vm_is_found_until_bye(office: Office, logged: Logged) -> None:
     assert not office.knows("pod")
     vm, _ = office.register("pod")
-    assert office.registry.get("pod") is vm
-    office.registry.unregister("pod")
+    assert office.registry.get("pod", ME) is vm
+    office.registry.unregister("pod", ME)
     assert not office.knows("pod")
     with pytest.raises(RegistryError, match="unknown containerID: pod"):
-        office.registry.unregister("pod")
+        office.registry.unregister("pod", ME)
     assert office.registry.vms() == [vm], "it lingers"
-    assert logged.fields("VM registered") == logged.fields("VM unregistered") == [{"vm": "pod"}]
+    assert logged.fields("VM registered") == [{"vm": "pod", "uid": ME.uid}]
+    assert logged.fields("VM unregistered") == [{"vm": "pod"}]
 
 
 def test_id_is_taken_as_soon_as_hello_begins_and_not_to_be_attached_to_before_it_is_over(
@@ -100,15 +103,15 @@ def test_id_is_taken_as_soon_as_hello_begins_and_not_to_be_attached_to_before_it
 ) -> None:
     agent = office.agent()
     results: list[Vm] = []
-    with in_background(lambda: results.append(office.registry.register(hello("pod", agent)))):
+    with in_background(lambda: results.append(office.registry.register(hello("pod", agent), ME))):
         agent.accept()
         with pytest.raises(RegistryError, match="pod: container already registered"):
-            office.registry.register(hello("pod", office.agent()))
+            office.registry.register(hello("pod", office.agent()), ME)
         assert not office.knows("pod")
         with pytest.raises(RegistryError, match="unknown containerID: pod"):
-            office.registry.unregister("pod")
+            office.registry.unregister("pod", ME)
         agent.say(READY)
-    assert office.registry.get("pod") is results[0]
+    assert office.registry.get("pod", ME) is results[0]
 
 
 def test_of_many_hellos_for_one_id_one_wins_and_the_others_dial_nothing(office: Office) -> None:
@@ -120,7 +123,7 @@ def test_of_many_hellos_for_one_id_one_wins_and_the_others_dial_nothing(office: 
     def register(agent: FakeVm) -> None:
         barrier.wait(WAIT)
         try:
-            office.registry.register(hello("pod", agent))
+            office.registry.register(hello("pod", agent), ME)
         except RegistryError as error:
             refusals.append(str(error))
         else:
@@ -147,7 +150,7 @@ def test_failed_hello_frees_the_id(office: Office) -> None:
     agent.ctl_path.unlink()
     for _ in range(LIMIT + 2):
         with pytest.raises(VmError):
-            office.registry.register(hello("pod", agent))
+            office.registry.register(hello("pod", agent), ME)
         assert office.registry.vms() == []
     office.register("pod")
 
@@ -159,20 +162,20 @@ def test_hello_that_fails_in_a_way_nobody_expects_frees_the_id(
         raise KeyError("nobody expects it")
 
     with monkeypatch.context() as patch:
-        patch.setattr(vm_module, "connect_to", fail)
+        patch.setattr(Dialer, "connect", fail)
         with pytest.raises(KeyError):
-            office.registry.register(hello("pod", office.agent()))
+            office.registry.register(hello("pod", office.agent()), ME)
     assert office.registry.vms() == []
     office.register("pod")
 
 
 def test_no_more_vms_than_the_settings_allow_the_lingering_ones_included(office: Office) -> None:
     agents = [office.register(f"pod{number}")[1] for number in range(LIMIT)]
-    office.registry.unregister("pod0")
+    office.registry.unregister("pod0", ME)
     late = office.agent()
     for name in ("pod0", "late"):
         with pytest.raises(RegistryError, match=f"the limit of {LIMIT} VMs is reached"):
-            office.registry.register(hello(name, late))
+            office.registry.register(hello(name, late), ME)
         assert not office.knows(name)
     assert late.was_not_dialled()
     agents[0].hang_up()
@@ -185,16 +188,16 @@ def test_id_is_used_again_while_the_old_vm_lingers(office: Office) -> None:
     base, client = old.open_session(1)
     with client:
         client.settimeout(WAIT)
-        office.registry.unregister("pod")
+        office.registry.unregister("pod", ME)
         new, new_agent = office.register("pod")
-        assert office.registry.get("pod") is new
+        assert office.registry.get("pod", ME) is new
         assert set(office.registry.vms()) == {old, new}
         old_agent.send_frame(base, b"still delivered")
         assert client.recv(100) == frame(base, b"still delivered")
         old_agent.hang_up()
         assert at_end(client)
     wait_until(lambda: office.registry.vms() == [new], "the old one has ended")
-    assert office.registry.get("pod") is new, "which does not free the id of the new one"
+    assert office.registry.get("pod", ME) is new, "which does not free the id of the new one"
     assert is_silent(new_agent.ctl)
 
 
@@ -235,8 +238,8 @@ def test_hello_and_bye_from_many_threads(office: Office) -> None:
     def live(name: str) -> None:
         for _ in range(15):
             vm, agent = office.register(name)
-            assert office.registry.get(name) is vm
-            office.registry.unregister(name)
+            assert office.registry.get(name, ME) is vm
+            office.registry.unregister(name, ME)
             agent.hang_up()
             assert vm.join(WAIT)
             wait_until(lambda vm=vm: vm not in office.registry.vms(), "it has ended")  # type: ignore[misc]

@@ -163,7 +163,8 @@ def test_no_more_connections_than_the_settings_allow(tmp_sock_dir: Path, logged:
         clients[0].close()
         wait_until(lambda: len(house.server._connections) == 1, "there is room again")
         assert house.connect().ask("x") == UNKNOWN
-        assert logged.fields("connection refused") == [{"error": "the limit of 2 connections is reached"}]
+        fields = {"pid": os.getpid(), "uid": os.getuid(), "error": "the limit of 2 connections is reached"}
+        assert logged.fields("connection refused") == [fields]
 
 
 def test_turned_away_though_it_reads_and_sends_what_it_likes(tmp_sock_dir: Path) -> None:

@@ -10,10 +10,11 @@ import msgspec
 from cc_proxy.api import EndedVm, LastError, Status, Streams, Traffic, VmStatus, WaitingCommand, WaitingStream
 from cc_proxy.api.messages import MAX_STATUS
 from cc_proxy.api.status import LONGEST_TEXT, MOST_LISTED, MOST_VMS, shorten
+from cc_proxy.credentials import ROOT, Credentials
 from cc_proxy.proxy import status
-from cc_proxy.proxy.registry import Registry
+from cc_proxy.proxy.registry import FailedVm, Registry
 from cc_proxy.proxy.spool import SpoolSpace
-from cc_proxy.proxy.vm import Trouble, Vm
+from cc_proxy.proxy.vm import Vm
 from cc_proxy.settings import LiveSettings, Settings
 from tests.proxy.support import Rig, frames_of
 from tests.wire.support import WAIT, frame
@@ -24,23 +25,23 @@ class FakeRegistry:
 
     spooled = 0
 
-    def __init__(self, *vms: Vm, failed: tuple[tuple[str, Trouble], ...] = ()) -> None:
+    def __init__(self, *vms: Vm, failed: tuple[FailedVm, ...] = ()) -> None:
         self._vms = vms
         self._failed = failed
 
-    def vms(self) -> list[Vm]:
+    def vms_of(self, client: Credentials) -> list[Vm]:
         return list(self._vms)
 
-    def failed(self) -> list[tuple[str, Trouble]]:
+    def failed(self, client: Credentials) -> list[FailedVm]:
         return list(self._failed)
 
 
 def describe(registry: FakeRegistry, *attached: Vm | None) -> Status:
-    return status.describe(status.About("/settings"), cast(Registry, registry), attached)
+    return status.describe(status.About("/settings"), cast(Registry, registry), Credentials.own(), attached)
 
 
 def vm_of(rig: Rig, name: str = "web") -> Vm:
-    vm = Vm(name, LiveSettings(Settings()), rig.space, lambda vm: None)
+    vm = Vm(name, ROOT, LiveSettings(Settings()), rig.space, lambda vm: None)
     vm._pump = rig.pump
     vm._control = rig.control
     return vm
@@ -69,7 +70,7 @@ def test_pump_that_has_ended_is_not_said_to_be_stuck(rig: Rig) -> None:
 
 
 def test_vm_that_has_no_pump_yet(space: SpoolSpace) -> None:
-    (vm,) = describe(FakeRegistry(Vm("new", LiveSettings(Settings()), space, lambda vm: None))).vms
+    (vm,) = describe(FakeRegistry(Vm("new", ROOT, LiveSettings(Settings()), space, lambda vm: None))).vms
     assert (vm.state, vm.answers, vm.streams, vm.unanswered) == ("starting", True, None, 0)
 
 

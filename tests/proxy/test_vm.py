@@ -17,16 +17,17 @@ import msgspec
 import pytest
 
 from cc_proxy.api.payloads import Hello
+from cc_proxy.credentials import ROOT
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.log import CONSOLE, logger
 from cc_proxy.proxy.pump import Pump
 from cc_proxy.proxy.spool import SpoolSpace
-from cc_proxy.proxy.vm import State, Vm, VmError, connect_to
+from cc_proxy.proxy.vm import State, Vm, VmError
 from cc_proxy.settings import LiveSettings, Settings
 from cc_proxy.settings import Stdin as StdinSettings
 from cc_proxy.settings import Vm as VmSettings
 from tests.proxy.conftest import Logged
-from tests.proxy.support import open_fds
+from tests.proxy.support import DIALER, open_fds
 from tests.wire.support import (
     ACK,
     ERROR,
@@ -54,14 +55,14 @@ class Life:
     def __init__(self, directory: Path, space: SpoolSpace, settings: Settings = SETTINGS) -> None:
         self.agent = FakeVm(directory, "vm")
         self.states: list[State] = []
-        self.vm = Vm("pod", LiveSettings(settings), space, lambda vm: self.states.append(vm.state))
+        self.vm = Vm("pod", ROOT, LiveSettings(settings), space, lambda vm: self.states.append(vm.state))
         self.hello = Hello("pod", str(self.agent.ctl_path), str(self.agent.io_path))
         self._clients: list[socket.socket] = []
 
     def start(self) -> None:
         """Up and running."""
         with in_background(self.say_ready):
-            self.vm.start(self.hello)
+            self.vm.start(self.hello, DIALER)
 
     def take_command(self) -> None:
         self.agent.acknowledge()
@@ -123,7 +124,7 @@ def test_moves(space: SpoolSpace, at: State) -> None:
     """An illegal move changes nothing and tells nobody."""
     for to in State:
         told: list[State] = []
-        vm = Vm("pod", LiveSettings(SETTINGS), space, lambda vm, told=told: told.append(vm.state))  # type: ignore[misc]
+        vm = Vm("pod", ROOT, LiveSettings(SETTINGS), space, lambda vm, told=told: told.append(vm.state))  # type: ignore[misc]
         vm._state = at
         legal = (at, to) in LEGAL
         assert vm._move(to) == legal
@@ -133,7 +134,7 @@ def test_moves(space: SpoolSpace, at: State) -> None:
 
 def test_nothing_is_locked_while_it_tells(space: SpoolSpace) -> None:
     locked: list[bool] = []
-    vm = Vm("pod", LiveSettings(SETTINGS), space, lambda vm: locked.append(vm._lock.locked()))
+    vm = Vm("pod", ROOT, LiveSettings(SETTINGS), space, lambda vm: locked.append(vm._lock.locked()))
     vm._move(State.UP)
     vm.lose("for a reason")
     assert locked == [False, False]
@@ -142,7 +143,7 @@ def test_nothing_is_locked_while_it_tells(space: SpoolSpace) -> None:
 def test_of_many_threads_that_move_it_one_does(space: SpoolSpace) -> None:
     for _ in range(50):
         told: list[State] = []
-        vm = Vm("pod", LiveSettings(SETTINGS), space, lambda vm, told=told: told.append(vm.state))  # type: ignore[misc]
+        vm = Vm("pod", ROOT, LiveSettings(SETTINGS), space, lambda vm, told=told: told.append(vm.state))  # type: ignore[misc]
         vm._state = State.UP
         barrier = threading.Barrier(4)
 
@@ -299,7 +300,7 @@ def test_hello_that_fails_leaves_nothing_open(
         else:
             stack.enter_context(in_background(lambda: trouble(hasty_life)))
         with pytest.raises(VmError, match=cause):
-            hasty_life.vm.start(hasty_life.hello)
+            hasty_life.vm.start(hasty_life.hello, DIALER)
     assert hasty_life.vm.state is State.ENDED
     assert hasty_life.states == [State.ENDED]
     assert threading.active_count() == threads
@@ -339,7 +340,7 @@ def test_hello_without_resources_leaves_nothing_open_for_the_garbage_collector(
             else:
                 patch.setattr(select, "epoll", OneIn(select.epoll, int(step[-1]) - 1))
             try:
-                life.vm.start(life.hello)
+                life.vm.start(life.hello, DIALER)
             except VmError as error:  # pytest.raises would keep what it refers to
                 causes.append(str(error))
 
@@ -386,40 +387,6 @@ def test_console_that_was_open_is_closed_when_hello_fails(
         with console:
             assert at_end(console)
     gc.collect()
-
-
-# Connecting -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", ["", "relative/path", "/with\0nul", "@abstract"])
-def test_path_that_is_none(path: str) -> None:
-    with pytest.raises(VmError, match="ctlSerial: not an absolute path: "):
-        connect_to("ctlSerial", path, 1.0)
-
-
-@pytest.mark.parametrize(("path", "size"), [("/" + "x" * 107, 108), ("/" + "é" * 54, 109)])
-def test_path_that_is_too_long(path: str, size: int) -> None:
-    with pytest.raises(VmError, match=f"ioSerial: a path of {size} bytes, the limit is 107"):
-        connect_to("ioSerial", path, 1.0)
-
-
-def test_path_of_107_bytes(tmp_sock_dir: Path) -> None:
-    path = str(tmp_sock_dir / "x")
-    path += "x" * (107 - len(path))
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen()
-        connect_to("ctlSerial", path, 1.0).close()
-
-
-def test_socket_whose_backlog_is_full(tmp_sock_dir: Path) -> None:
-    path = str(tmp_sock_dir / "full")
-    with socket.socket(socket.AF_UNIX) as listener, ExitStack() as stack:
-        listener.bind(path)
-        listener.listen(0)
-        stack.enter_context(connect_to("ctlSerial", path, 1.0))
-        with pytest.raises(VmError, match=r"ctlSerial: cannot connect to .*: not accepted in 0\.05 s"):
-            connect_to("ctlSerial", path, 0.05)
 
 
 # Commands and sessions ------------------------------------------------------------------------------------
@@ -480,7 +447,7 @@ def test_command_in_flight_when_it_is_lost(life: Life, how: str) -> None:
 
 
 def test_it_takes_neither_commands_nor_sessions_before_it_is_up(space: SpoolSpace) -> None:
-    vm = Vm("pod", LiveSettings(SETTINGS), space, lambda vm: None)
+    vm = Vm("pod", ROOT, LiveSettings(SETTINGS), space, lambda vm: None)
     with pytest.raises(VmError, match="VM gone"):
         vm.command(Code.PING, b"")
     with pytest.raises(VmError, match="VM gone"):
@@ -554,7 +521,7 @@ def test_stop_before_it_is_up_ends_hello(life: Life) -> None:
         life.vm.stop()
 
     with in_background(stop), pytest.raises(VmError, match="hung up"):
-        life.vm.start(life.hello)
+        life.vm.start(life.hello, DIALER)
     assert life.vm.state is State.ENDED
 
 

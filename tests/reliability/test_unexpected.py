@@ -16,6 +16,7 @@ import pytest
 
 from cc_proxy import faults
 from cc_proxy.api.payloads import Hello
+from cc_proxy.credentials import ROOT, Credentials
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import ControlChannel
 from cc_proxy.log import CONSOLE, Logging, logger
@@ -33,7 +34,7 @@ from cc_proxy.proxy.spool import SpoolSpace
 from cc_proxy.proxy.vm import State, Vm, VmError
 from cc_proxy.settings import LiveSettings, Settings
 from tests.proxy.conftest import Logged
-from tests.proxy.support import Rig, open_fds, pair, read_to_end, spool_files
+from tests.proxy.support import DIALER, Rig, open_fds, pair, read_to_end, spool_files
 from tests.proxy.test_server import UNKNOWN, House
 from tests.wire.support import (
     READY,
@@ -175,11 +176,11 @@ def test_hello_that_fails_gives_everything_back(
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fail)
             with pytest.raises(KeyError):
-                registry.register(hello_of(vm))
+                registry.register(hello_of(vm), Credentials.own())
         assert registry.vms() == []
     wait_until(lambda: set(open_fds()) <= before, "fds are given back")
     with closing(FakeVm(tmp_sock_dir, "again")) as vm, in_background(partial(boot, vm)):
-        up = registry.register(hello_of(vm))
+        up = registry.register(hello_of(vm), Credentials.own())
         assert up.state is State.UP
         up.abort()
         assert up.join(WAIT)
@@ -193,10 +194,10 @@ def test_control_channel_that_fails_costs_its_vm(
 ) -> None:
     """What it was in the middle of nobody knows. Who asked is answered, and so is who waits for the lock."""
     states: list[State] = []
-    vm = Vm("pod", LiveSettings(Settings()), space, lambda vm: states.append(vm.state))
+    vm = Vm("pod", ROOT, LiveSettings(Settings()), space, lambda vm: states.append(vm.state))
     agent = FakeVm(tmp_sock_dir, "vm")
     with in_background(partial(boot, agent)):
-        vm.start(hello_of(agent))
+        vm.start(hello_of(agent), DIALER)
     _, stream = vm.open_session(1)
     with monkeypatch.context() as patch:
         patch.setattr(ControlChannel, "send", fail)

@@ -93,6 +93,15 @@ def test_members_of_the_group_may_connect_and_others_may_not(activated: Service)
     assert "unknown containerID" in member.stdout
 
 
+@pytest.mark.parametrize(("owner", "said"), [("games", ""), ("root", "Permission denied")])
+def test_a_member_reaches_its_own_vms_and_no_others(daemon: Service, owner: str, said: str) -> None:
+    with vm(daemon.box, "/run/vm", owner) as (ctl, io):
+        hello = ("cc-proxyctl", "hello", "vm", "--ctl", ctl, "--io", io)
+        result = daemon.box.run(*hello, user="games", group="cc-proxy", check=False)
+    assert (result.returncode == 0) is (owner == "games")
+    assert said in result.stdout
+
+
 def test_the_daemon_runs_alone_as_well(service: Service) -> None:
     service.start(SERVICE)
     assert service.show("ActiveState", SOCKET) == "inactive"

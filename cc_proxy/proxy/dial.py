@@ -1,0 +1,63 @@
+"""Connecting to what a client names: as that client, and never to the daemon itself."""
+
+import os
+import socket
+
+from cc_proxy.api.deadline import Deadline
+from cc_proxy.api.errors import TimedOut
+from cc_proxy.api.transport import connect
+from cc_proxy.credentials import CannotAct, Credentials, call_as
+from cc_proxy.settings import MAX_SOCKET_PATH
+
+
+class CannotConnect(Exception):
+    """A socket that cannot be connected to; the text names the member of hello, and says why."""
+
+
+class Dialer:
+    """Connects on behalf of one client. Any thread.
+
+    The kernel judges each step of a path, and the socket at its end, as it would for the client itself, while
+    it connects: there is no look before that which could be out of date by then. Who listens there sees the
+    client's uid and gid.
+    """
+
+    def __init__(self, client: Credentials, own_address: str | bytes | None = None) -> None:
+        """`own_address` is the name that the daemon's listening socket was bound to."""
+        self.client = client
+        self._own_address = own_address
+
+    def connect(self, member: str, path: str, timeout: float | Deadline) -> socket.socket:
+        """Connect to the socket at `path`, waiting `timeout` seconds if its backlog is full.
+
+        `member` is what clients call it. Raises `CannotConnect`, or `RuntimeError` if there is no thread.
+        """
+        _check(member, path)
+        try:
+            return call_as(self.client, lambda: self._connect(path, timeout))
+        except CannotAct as error:
+            raise CannotConnect(f"{member}: {error}") from None
+        except TimedOut:
+            raise CannotConnect(f"{member}: cannot connect to {path}: not accepted in time") from None
+        except OSError as error:
+            raise CannotConnect(f"{member}: cannot connect to {path}: {error.strerror}") from None
+
+    def _connect(self, path: str, timeout: float | Deadline) -> socket.socket:
+        sock = connect(path, timeout=timeout)
+        try:
+            # Whatever links and mounts led there, this is the name it was bound to.
+            if self._own_address is not None and sock.getpeername() == self._own_address:
+                raise OSError(0, "that is the daemon itself")
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+
+def _check(member: str, path: str) -> None:
+    """Refuse what is no place in the file system. Raises `CannotConnect`."""
+    if not path.startswith("/") or "\0" in path:
+        raise CannotConnect(f"{member}: not an absolute path: {path!r}")
+    size = len(os.fsencode(path))
+    if size > MAX_SOCKET_PATH:
+        raise CannotConnect(f"{member}: a path of {size} bytes, the limit is {MAX_SOCKET_PATH}")

@@ -1,0 +1,67 @@
+"""Who may do what, as a table."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from cc_proxy.access import (
+    GroupId,
+    UserId,
+    is_admin,
+    may_connect,
+    may_operate,
+    may_use,
+    names_others,
+)
+from cc_proxy.credentials import Credentials
+from cc_proxy.settings import Access
+
+OWNER, USER, STRANGER = 1_000, 1_001, 1_002
+MEMBERS, ADMINS = 2_000, 2_001
+ACCESS = Access(users=(UserId(OWNER), UserId(USER)), groups=(GroupId(MEMBERS),), admins=(GroupId(ADMINS),))
+
+# Whether one may connect, use Owner's VM, and operate the daemon.
+TABLE = {
+    "root": (Credentials(1, 0, 5), True, True, True),
+    "the daemon's own user": (Credentials(1, 77, 5), True, False, True),
+    "the owner": (Credentials(1, OWNER, 5), True, True, False),
+    "another user": (Credentials(1, USER, 5), True, False, False),
+    "a member": (Credentials(1, STRANGER, MEMBERS), True, False, False),
+    "a member by the way": (Credentials(1, STRANGER, 5, (4, MEMBERS)), True, False, False),
+    "an admin": (Credentials(1, STRANGER, ADMINS), True, True, True),
+    "an admin by the way": (Credentials(1, STRANGER, 5, (ADMINS,)), True, True, True),
+    "a stranger": (Credentials(1, STRANGER, OWNER, (USER,)), False, False, False),
+}
+
+
+@pytest.mark.parametrize("who", TABLE)
+def test_who_may_do_what(monkeypatch: pytest.MonkeyPatch, who: str) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 77)
+    client, connects, uses, operates = TABLE[who]
+    assert may_connect(ACCESS, client) is connects
+    assert may_use(ACCESS, client, OWNER) is uses
+    assert may_operate(ACCESS, client) is operates
+    assert is_admin(ACCESS, client) is (uses and client.uid != OWNER)
+
+
+def test_by_default_the_daemons_group_may_connect_and_only_root_is_an_admin() -> None:
+    member = Credentials(1, STRANGER, 5, (os.getegid(),))
+    assert may_connect(Access(), member)
+    assert not is_admin(Access(), member)
+    assert not may_connect(Access(groups=()), member)
+
+
+@pytest.mark.parametrize(
+    ("access", "others"),
+    [
+        (Access(), False),
+        (Access(users=(UserId(0), UserId(os.geteuid())), groups=()), False),
+        (Access(users=(UserId(OWNER),)), True),
+        (Access(groups=(GroupId(MEMBERS),)), True),
+        (Access(admins=(GroupId(ADMINS),)), True),
+    ],
+)
+def test_whether_the_socket_is_for_others_than_the_daemons_group(access: Access, others: bool) -> None:
+    assert names_others(access) is others
