@@ -91,7 +91,18 @@ class Spool(_Table, frozen=True):
 
     directory: _Path = "/var/tmp"  # noqa: S108 - files there are made without a name
     session_limit: _Bytes = 64 * 1024 * 1024
+    user_limit: _Bytes = 512 * 1024 * 1024
     total_limit: _Bytes = 1024 * 1024 * 1024
+
+
+class UserLimits(_Table, frozen=True):
+    """How much of what there may be at once is for one user."""
+
+    connections: _Count = 8_192
+    vms: _Count = 512
+    sessions: _Count = 16_384
+    commands: _Count = 4_096
+    request_bytes: _Bytes = 64 * 1024 * 1024
 
 
 class Limits(_Table, frozen=True):
@@ -99,6 +110,12 @@ class Limits(_Table, frozen=True):
 
     connections: _Count = 16_384
     vms: _Count = 1_024
+    sessions: _Count = 32_768
+    #: That wait for their VMs.
+    commands: _Count = 8_192
+    #: Announced by requests over 64 KiB that have not arrived whole.
+    request_bytes: _Bytes = 256 * 1024 * 1024
+    user: UserLimits = UserLimits()
     #: Seconds for a message to arrive once it has begun to, and for a response to be taken.
     message_timeout: _Seconds = 30.0
 

@@ -24,11 +24,23 @@ SECONDS = [
     "stdin.echo_timeout",
     "limits.message_timeout",
 ]
-INTEGERS = ["stdin.window", "spool.session_limit", "spool.total_limit", "limits.connections", "limits.vms"]
+COUNTS = [
+    f"{table}.{name}"
+    for table in ("limits", "limits.user")
+    for name in ("connections", "vms", "sessions", "commands")
+]
+BYTES = [
+    "spool.session_limit",
+    "spool.user_limit",
+    "spool.total_limit",
+    "limits.request_bytes",
+    "limits.user.request_bytes",
+]
+INTEGERS = ["stdin.window", *BYTES, *COUNTS]
 PATHS = ["socket_path", "spool.directory"]
 CHOICES = ["log.level", "log.format"]
 MEMBERS = ["access.users", "access.groups", "access.admins"]
-TABLES = ["access", "log", "vm", "stdin", "spool", "limits"]
+TABLES = ["access", "log", "vm", "stdin", "spool", "limits", "limits.user"]
 
 DEFAULTS = {
     "socket_path": "/run/cc-oci-runtime/proxy.sock",
@@ -45,9 +57,18 @@ DEFAULTS = {
     "stdin.echo_timeout": 0.1,
     "spool.directory": "/var/tmp",
     "spool.session_limit": 64 * 1024 * 1024,
+    "spool.user_limit": 512 * 1024 * 1024,
     "spool.total_limit": 1024 * 1024 * 1024,
     "limits.connections": 16_384,
     "limits.vms": 1_024,
+    "limits.sessions": 32_768,
+    "limits.commands": 8_192,
+    "limits.request_bytes": 256 * 1024 * 1024,
+    "limits.user.connections": 8_192,
+    "limits.user.vms": 512,
+    "limits.user.sessions": 16_384,
+    "limits.user.commands": 4_096,
+    "limits.user.request_bytes": 64 * 1024 * 1024,
     "limits.message_timeout": 30.0,
 }
 
@@ -89,8 +110,8 @@ def test_there_are_no_settings_but_these() -> None:
         for table in TABLES
         for name in value(Settings(), table).__struct_fields__  # type: ignore[attr-defined]
     }
-    assert names | {"socket_path"} == set(DEFAULTS)
-    assert set(Settings.__struct_fields__) == {"socket_path", *TABLES}
+    assert names - {"limits.user"} | {"socket_path"} == set(DEFAULTS)
+    assert set(Settings.__struct_fields__) == {"socket_path", *TABLES} - {"limits.user"}
     assert {*SECONDS, *INTEGERS, *PATHS, *CHOICES, *MEMBERS} == set(DEFAULTS)
 
 
@@ -106,10 +127,8 @@ GOOD: list[tuple[str, Mapping[str, object]]] = [
     *((key, SPELLINGS_OF_SECONDS) for key in SECONDS),
     ("vm.bye_linger", {"0": 0.0, "0.0": 0.0}),
     ("stdin.window", {"0": 0, "0x200": 512, "1_048_576": 1_048_576}),
-    ("spool.session_limit", {"0": 0, "1125899906842624": 2**50}),
-    ("spool.total_limit", {"0": 0, "1125899906842624": 2**50}),
-    ("limits.connections", {"1": 1, "1000000": 1_000_000}),
-    ("limits.vms", {"1": 1, "1000000": 1_000_000}),
+    *((key, {"0": 0, "1125899906842624": 2**50}) for key in BYTES),
+    *((key, {"1": 1, "1000000": 1_000_000}) for key in COUNTS),
 ]
 
 
@@ -142,13 +161,23 @@ def test_all_at_once() -> None:
         [spool]
         directory = "/b"
         session_limit = 7
-        total_limit = 8
+        user_limit = 8
+        total_limit = 9
         [limits]
-        connections = 9
-        vms = 10
-        message_timeout = 11
+        connections = 10
+        vms = 11
+        sessions = 12
+        commands = 13
+        request_bytes = 14
+        message_timeout = 20
+        [limits.user]
+        connections = 15
+        vms = 16
+        sessions = 17
+        commands = 18
+        request_bytes = 19
     """
-    expected = ["/a", (1,), (2,), (3,), "debug", "json", 1, 2, 3, 4, 5, 6, "/b", 7, 8, 9, 10, 11]
+    expected = ["/a", (1,), (2,), (3,), "debug", "json", 1, 2, 3, 4, 5, 6, "/b", *range(7, 21)]
     assert list(values(parse(text, FILE)).values()) == expected
 
 
@@ -220,8 +249,8 @@ OUT_OF_RANGE: list[tuple[list[str], list[str], str]] = [
     (["stdin.window", "spool.session_limit", "spool.total_limit"], ["-1", str(-(10**30))], ">= 0"),
     (["stdin.window"], ["1_048_577", str(10**30)], "<= 1048576"),
     (["spool.session_limit", "spool.total_limit"], [str(2**50 + 1), str(10**30)], f"<= {2**50}"),
-    (["limits.connections", "limits.vms"], ["0", "-1", str(-(10**30))], ">= 1"),
-    (["limits.connections", "limits.vms"], ["1000001", str(10**30)], "<= 1000000"),
+    (COUNTS, ["0", "-1", str(-(10**30))], ">= 1"),
+    (COUNTS, ["1000001", str(10**30)], "<= 1000000"),
 ]
 
 

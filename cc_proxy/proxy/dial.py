@@ -7,6 +7,7 @@ from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.errors import TimedOut
 from cc_proxy.api.transport import connect
 from cc_proxy.credentials import CannotAct, Credentials, call_as
+from cc_proxy.proxy.shares import Share
 from cc_proxy.settings import MAX_SOCKET_PATH
 
 
@@ -22,9 +23,10 @@ class Dialer:
     client's uid and gid.
     """
 
-    def __init__(self, client: Credentials, own_address: str | bytes | None = None) -> None:
+    def __init__(self, client: Credentials, share: Share, own_address: str | bytes | None = None) -> None:
         """`own_address` is the name that the daemon's listening socket was bound to."""
         self.client = client
+        self._share = share
         self._own_address = own_address
 
     def connect(self, member: str, path: str, timeout: float | Deadline) -> socket.socket:
@@ -34,7 +36,11 @@ class Dialer:
         """
         _check(member, path)
         try:
-            return call_as(self.client, lambda: self._connect(path, timeout))
+            try:
+                with self._share.turn:
+                    return call_as(self.client, lambda: self._connect(path, 0))
+            except TimedOut:  # to wait for somebody is nothing that others should wait for
+                return call_as(self.client, lambda: self._connect(path, timeout))
         except CannotAct as error:
             raise CannotConnect(f"{member}: {error}") from None
         except TimedOut:

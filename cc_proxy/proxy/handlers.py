@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,10 +29,11 @@ from cc_proxy.api.payloads import (
     SetLogLevel,
     Version,
 )
-from cc_proxy.credentials import Credentials
+from cc_proxy.credentials import ROOT, Credentials
 from cc_proxy.hyperstart.codes import COMMANDS
 from cc_proxy.log import LEVELS, current_level, logger, set_level
 from cc_proxy.proxy.registry import Registry, RegistryError
+from cc_proxy.proxy.shares import LimitReached, Share
 from cc_proxy.proxy.status import About, describe
 from cc_proxy.proxy.vm import State, Vm, VmError
 from cc_proxy.settings import LiveSettings
@@ -41,6 +43,13 @@ PROTOCOL_VERSION = 1
 MAX_RESPONSE = 1024
 
 _ELLIPSIS = "…"
+
+#: What is longer, in bytes, may take long. No client in the field sends such requests.
+_SHORT = 16 * 1024
+#: Seconds of a CPU that a request may take without a rest, and how many times as long that is.
+_LONG = 0.000_5
+_REST = 4.0
+_LONGEST_REST = 1.0
 
 
 class Refusal(Exception):
@@ -53,6 +62,7 @@ class Client:
 
     number: int
     who: Credentials
+    share: Share
     vm: Vm | None = field(default=None)
 
 
@@ -81,10 +91,11 @@ _ATTACHED = success(Version(PROTOCOL_VERSION))
 
 def failure(text: str) -> Reply:
     """Return the response that carries an error, shortened to what every client can take."""
-    message = messages.encode(Response(False, text))
-    if len(message) - messages.HEADER.size <= MAX_RESPONSE:
-        return Reply(message)
-    fits, too_long = 0, len(text)
+    if len(text) <= MAX_RESPONSE:
+        message = messages.encode(Response(False, text))
+        if len(message) - messages.HEADER.size <= MAX_RESPONSE:
+            return Reply(message)
+    fits, too_long = 0, min(len(text), MAX_RESPONSE)
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
         message = messages.encode(Response(False, text[:middle] + _ELLIPSIS))
@@ -120,13 +131,21 @@ class Handlers:
 
         Raises `ProtocolError` if the text is not a JSON object.
         """
+        with client.share.turn:
+            begun = time.thread_time() if len(text) > _SHORT else None
+            reply = self._answer(client, text)
+            if begun is not None:
+                _rest(client, time.thread_time() - begun)
+        return reply
+
+    def _answer(self, client: Client, text: bytes) -> Reply:
         name, arguments = "", None
         try:
             request = messages.decode(text, Request)
             name = request.id
             handler, arguments = self._resolve(request)
             reply = handler(client, arguments)
-        except (MemberError, Refusal, RegistryError, VmError) as error:
+        except (LimitReached, MemberError, Refusal, RegistryError, VmError) as error:
             reply = failure(str(error))
             _log("request refused", client, name, arguments, error=str(error)[:200])
         else:
@@ -145,7 +164,8 @@ class Handlers:
     def _hello(self, client: Client, hello: Hello) -> Reply:
         if not (hello.container_id and hello.ctl_serial and hello.io_serial):
             raise Refusal("malformed hello command")
-        client.vm = self._registry.register(hello, client.who)
+        with client.share.aside():
+            client.vm = self._registry.register(hello, client.who)
         return _ATTACHED
 
     def _attach(self, client: Client, attach: Attach) -> Reply:
@@ -163,7 +183,7 @@ class Handlers:
         vm = client.vm
         if vm is None or vm.state not in (State.UP, State.LEAVING):
             raise Refusal("client not attached to a vm")
-        io_base, fd = vm.open_session(allocate.n_streams)
+        io_base, fd = vm.open_session(allocate.n_streams, client.share)
         reply = success(AllocateIoResult(io_base))
         reply.passed = fd
         return reply
@@ -174,12 +194,18 @@ class Handlers:
         code = COMMANDS.get(hyper.hyper_name)
         if code is None:
             raise Refusal(f"unknown command '{hyper.hyper_name}'")
-        client.vm.command(code, b"" if isinstance(hyper.data, UnsetType) else bytes(hyper.data))
+        data = b"" if isinstance(hyper.data, UnsetType) else bytes(hyper.data)
+        with client.share.taken("commands"), client.share.aside():
+            client.vm.command(code, data)
         return _DONE
 
     def _status(self, client: Client, _asked: GetStatus) -> Reply:
-        status = describe(self._about, self._registry, client.who, self._connections(client.who))
-        return Reply(messages.encode(_carrying(status), messages.MAX_STATUS))
+        begun = time.thread_time()
+        with client.share.aside():
+            status = describe(self._about, self._registry, client.who, self._connections(client.who))
+        reply = Reply(messages.encode(_carrying(status), messages.MAX_STATUS))
+        _rest(client, time.thread_time() - begun)
+        return reply
 
     def _connections(self, who: Credentials) -> list[Vm | None]:
         """Return the VM, if any, of each connection that a client may know of: its user's, or all."""
@@ -198,6 +224,12 @@ class Handlers:
         logger.info("log level changed", extra=fields)
         set_level(new)
         return success(LogLevelChange(old, new))
+
+
+def _rest(client: Client, seconds: float) -> None:
+    """Have a user whose request took long wait, so that others come to their turns; but root is trusted."""
+    if client.who.uid != ROOT and seconds > _LONG:
+        time.sleep(min(seconds * _REST, _LONGEST_REST))
 
 
 def _arguments(request: Request, decoder: Decoder[Any]) -> Any:

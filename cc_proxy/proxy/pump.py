@@ -239,7 +239,8 @@ class Pump:
 
     @property
     def _timed(self) -> bool:
-        return self._finish_at is not None or self._output.paused or bool(self._stdin.asked)
+        waiting = self._output.paused or bool(self._stdin.asked) or self._stdin.blocked
+        return waiting or self._finish_at is not None
 
     def _timeout(self) -> float | None:
         """Requires that something is `_timed`."""

@@ -4,11 +4,12 @@ import threading
 from collections import deque
 from typing import NamedTuple
 
-from cc_proxy.access import may_use
+from cc_proxy.access import is_admin, may_use
 from cc_proxy.api.payloads import Hello
 from cc_proxy.credentials import Credentials
 from cc_proxy.log import logger
 from cc_proxy.proxy.dial import Dialer
+from cc_proxy.proxy.shares import Shares
 from cc_proxy.proxy.spool import SpoolSpace
 from cc_proxy.proxy.vm import State, Trouble, Vm, VmError
 from cc_proxy.settings import LiveSettings
@@ -40,6 +41,8 @@ class Registry:
         self._live = live
         self._own_address = own_address
         self._space = SpoolSpace(live)
+        #: What each user has.
+        self.shares = Shares(live)
         self._lock = threading.Lock()  # guards all that follows; nothing else is locked while it is held
         self._by_id: dict[str, Vm] = {}  # from the beginning of hello until bye, or until the VM is lost
         self._vms: set[Vm] = set()  # those that have not ended
@@ -48,25 +51,37 @@ class Registry:
     def register(self, hello: Hello, client: Credentials) -> Vm:
         """Register the VM behind two sockets as the client's; returns once it is up.
 
-        The id is taken from the beginning, and free again if this fails. Raises `RegistryError` or `VmError`.
+        The id is taken from the beginning, and free again if this fails. Raises `RegistryError`,
+        `LimitReached` or `VmError`.
         """
         container_id = hello.container_id
+        share = self.shares.of(client.uid)
         vm = Vm(container_id, client.uid, self._live, self._space, self._note_change)
-        with self._lock:
-            if container_id in self._by_id:
-                raise RegistryError(f"{container_id}: container already registered")
-            most = self._live.current.limits.vms
-            if len(self._vms) >= most:
-                raise RegistryError(f"the limit of {most} VMs is reached")
-            self._by_id[container_id] = vm
-            self._vms.add(vm)
+        self._check_free(container_id)  # also for those who have as many as they may: nothing is taken for it
+        share.take("vms")
         try:
-            vm.start(hello, Dialer(client, self._own_address))
+            self._enter(vm)
+        except RegistryError:
+            share.give_back("vms")
+            raise
+        try:
+            vm.start(hello, Dialer(client, share, self._own_address))
         except VmError as error:
             fields = {"vm": container_id, "uid": client.uid, "error": str(error)}
             logger.warning("VM not registered", extra=fields)
             raise
         return vm
+
+    def _check_free(self, container_id: str) -> None:
+        with self._lock:
+            if container_id in self._by_id:
+                raise RegistryError(f"{container_id}: container already registered")
+
+    def _enter(self, vm: Vm) -> None:
+        with self._lock:
+            if self._by_id.setdefault(vm.container_id, vm) is not vm:
+                raise RegistryError(f"{vm.container_id}: container already registered")
+            self._vms.add(vm)
 
     def get(self, container_id: str, client: Credentials) -> Vm:
         """Return the VM that is registered and up under an id. Raises `RegistryError`."""
@@ -106,10 +121,10 @@ class Registry:
             failed = list(reversed(self._failed))
         return [ended for ended in failed if self._may_use(client, ended.owner)]
 
-    @property
-    def spooled(self) -> int:
-        """Bytes that wait on disk for all clients together."""
-        return self._space.used
+    def spooled(self, client: Credentials) -> int:
+        """Bytes that wait on disk for all clients together, or for the client's user if it is no admin."""
+        everything = is_admin(self._live.current.access, client)
+        return self._space.used if everything else self._space.used_by(client.uid)
 
     def _note_change(self, vm: Vm) -> None:
         state = vm.state
@@ -123,5 +138,7 @@ class Registry:
                 self._vms.discard(vm)
                 if vm.failed and vm.trouble:
                     self._failed.append(FailedVm(vm.container_id, vm.owner, vm.trouble))
+        if state is State.ENDED:
+            self.shares.of(vm.owner).give_back("vms")
         if state is State.LEAVING:
             logger.info("VM unregistered", extra={"vm": vm.container_id})

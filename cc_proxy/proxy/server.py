@@ -3,6 +3,7 @@
 import array
 import contextlib
 import errno
+import functools
 import itertools
 import math
 import os
@@ -12,6 +13,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from cc_proxy import faults
@@ -25,14 +27,12 @@ from cc_proxy.log import logger
 from cc_proxy.proxy.handlers import Client, Handlers, Reply, failure
 from cc_proxy.proxy.listener import Listener
 from cc_proxy.proxy.registry import Registry
+from cc_proxy.proxy.shares import LimitReached, Share
 from cc_proxy.proxy.status import About
 from cc_proxy.settings import Limits, LiveSettings
 
-#: Threads that wait for the interpreter ask for it this often, in seconds: at the least, and for each
-#: connection. All of them asking every millisecond, when thousands have something to do at once (their
-#: clients all go, say), leaves no time for doing it.
+#: Threads that wait for the interpreter ask for it this often, in seconds.
 _SWITCH_INTERVAL = 0.001
-_SWITCH_INTERVAL_EACH = 0.000_02
 #: Seconds until the accept thread notices that it is to stop.
 _STOP_POLL = 0.25
 #: What accept(2) says when there is no room for another connection, and how long to wait then, in seconds.
@@ -42,6 +42,8 @@ _SHORTAGE_PAUSE = 0.1
 #: Fits most requests and, as a bytes object, Python's own small blocks: thousands of threads wait with one.
 _READ_SIZE = 448
 _LARGEST_READ = 64 * 1024
+#: What the kernel takes in one piece.
+_LARGEST_SEND = 32 * 1024
 _TIMEVAL = struct.Struct("@ll")
 
 
@@ -62,7 +64,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.handlers = Handlers(registry, live, about)
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()  # guards _connections; nothing else is locked while it is held
-        self._connections: dict[socket.socket, threading.Thread] = {}
+        self._connections: dict[socket.socket, tuple[threading.Thread, Share]] = {}
+        self._shares = registry.shares
         self._stopping = threading.Event()
         self._short = False
         #: When the accept thread has last finished what it had to do; time.monotonic's.
@@ -73,6 +76,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def start(self) -> None:
         """Begin to accept connections, in a thread of its own."""
+        sys.setswitchinterval(_SWITCH_INTERVAL)
         self.turned_at = time.monotonic()
         self._thread.start()
 
@@ -98,7 +102,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         """
         deadline = time.monotonic() + timeout
         with self._lock:
-            threads = list(self._connections.values())
+            threads = [thread for thread, _ in self._connections.values()]
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not self._shut_down_connections(socket.SHUT_RDWR)
@@ -148,7 +152,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 request, who, f"user {who.uid} may not connect: [access] in the settings names who may"
             )
             return
-        client = Client(next(self._numbers), who)
+        share = self._shares.of(who.uid)
+        try:
+            share.take("connections")
+        except LimitReached as limit:
+            self._turn_away(request, who, str(limit))
+            return
+        client = Client(next(self._numbers), who, share)
         thread = threading.Thread(
             target=self.process_request_thread,
             args=(request, client),
@@ -156,14 +166,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             daemon=True,
         )
         with self._lock:
-            most = self.limits.connections
-            full = len(self._connections) >= most
-            if not full:
-                self._connections[request] = thread
-                self._adjust_switch_interval()
-        if full:
-            self._turn_away(request, who, f"the limit of {most} connections is reached")
-            return
+            self._connections[request] = thread, share
         try:
             thread.start()
         except RuntimeError:
@@ -202,13 +205,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def shutdown_request(self, request: Any) -> None:
         """Close a connection, which has been served or is not going to be."""
         with self._lock:
-            self._connections.pop(request, None)
-            self._adjust_switch_interval()
+            _, share = self._connections.pop(request, (None, None))
+        if share:
+            share.give_back("connections")
         close_stream(request)
-
-    def _adjust_switch_interval(self) -> None:
-        """Requires holding _lock."""
-        sys.setswitchinterval(max(_SWITCH_INTERVAL, len(self._connections) * _SWITCH_INTERVAL_EACH))
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         """Log an error that nobody expected; it costs this connection and nothing else."""
@@ -227,46 +227,65 @@ class Connection(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         """Answer requests, one after the other, until the client goes or breaks the protocol."""
         client = self.client_address
+        self._share = client.share
+        self._counted = 0  # bytes of the request that is arriving, or being answered, if that is a long one
         fields = {"client": client.number, "pid": client.who.pid, "uid": client.who.uid}
         logger.debug("client connected", extra=fields)
         reason = "closed by the client"
         self.server.handlers.clients.add(client)
         try:
-            self._set_timeout(socket.SO_SNDTIMEO, self.server.limits.message_timeout)
             self._serve(client)
         except ProtocolError as error:
             reason = str(error)
             logger.warning(
                 "client broke the protocol", extra={"client": client.number, "error": reason[:200]}
             )
+        except LimitReached as limit:
+            reason = str(limit)
+            with contextlib.suppress(OSError):
+                self._send(failure(reason))
         except OSError as error:
             reason = os.strerror(error.errno or 0)
         finally:
+            self._count_no_more()
             self.server.handlers.clients.discard(client)
         logger.debug("client disconnected", extra={"client": client.number, "reason": reason})
 
     def _serve(self, client: Client) -> None:
         parser = MessageParser()
         while (text := self._next_text(parser)) is not None:
-            self._send(self.server.handlers.answer(client, text))
+            reply = self.server.handlers.answer(client, text)
+            if self._counted:
+                self._count_no_more()
+            self._send(reply)
 
     def _next_text(self, parser: MessageParser) -> bytes | None:
         """Return the next request's text; None once the client has closed the connection.
 
         Between messages a client may be silent for as long as it likes, but not in the middle of one.
         """
-        deadline = None
         while (text := parser.next_text()) is None:
-            if not parser.unfinished:
-                data = self.request.recv(_READ_SIZE)
-            else:
-                deadline = deadline or time.monotonic() + self.server.limits.message_timeout
-                data = self._receive_by(deadline, min(parser.missing, _LARGEST_READ))
+            if parser.unfinished:
+                return self._finish_text(parser)
+            data = self.request.recv(_READ_SIZE)
             if not data:
                 return None
             parser.receive_data(data)
-        if deadline is not None:
-            self._set_timeout(socket.SO_RCVTIMEO, 0)
+        return text
+
+    def _finish_text(self, parser: MessageParser) -> bytes | None:
+        """Return the text of a message of which a part has arrived; None if the client closes before."""
+        deadline = time.monotonic() + self.server.limits.message_timeout
+        while (text := parser.next_text()) is None:
+            missing = parser.missing
+            if missing > _LARGEST_READ and not self._counted:
+                self._share.take("request_bytes", missing)
+                self._counted = missing
+            data = self._receive_by(deadline, min(missing, _LARGEST_READ))
+            if not data:
+                return None
+            parser.receive_data(data)
+        self._set_timeout(socket.SO_RCVTIMEO, 0)
         return text
 
     def _receive_by(self, deadline: float, size: int) -> bytes:
@@ -279,14 +298,46 @@ class Connection(socketserver.BaseRequestHandler):
             return self.request.recv(size, socket.MSG_DONTWAIT)
         raise ProtocolError("a message that had begun did not arrive in time")
 
+    def _count_no_more(self) -> None:
+        self._share.give_back("request_bytes", self._counted)
+        self._counted = 0
+
     def _send(self, reply: Reply) -> None:
         if reply.passed is None:
-            self.request.sendall(reply.message)
+            self._send_all(reply.message)
             return
         with reply.passed as passed:
-            self.request.sendall(reply.message)
-            rights = array.array("i", [passed.fileno()])
-            self.request.sendmsg([TAG], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+            self._send_all(reply.message)
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [passed.fileno()]))]
+            self._send_by(self._send_deadline(), lambda flags: self.request.sendmsg([TAG], rights, flags))
+
+    def _send_all(self, message: bytes) -> None:
+        """Send a message whole. Raises `OSError` if it is not taken in time, a little at a time or not."""
+        try:
+            sent = self.request.send(message, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(message):
+            self._send_rest(memoryview(message)[sent:])
+
+    def _send_rest(self, rest: memoryview) -> None:
+        deadline = self._send_deadline()
+        while rest:
+            # The kernel waits anew for each piece that it makes of what it is given.
+            send = functools.partial(self.request.send, rest[:_LARGEST_SEND])
+            rest = rest[self._send_by(deadline, send) :]
+
+    def _send_deadline(self) -> float:
+        return time.monotonic() + self.server.limits.message_timeout
+
+    def _send_by(self, deadline: float, send: Callable[[int], int]) -> int:
+        seconds = deadline - time.monotonic()
+        with contextlib.suppress(BlockingIOError):
+            if seconds > 0:
+                self._set_timeout(socket.SO_SNDTIMEO, seconds)
+                return send(0)
+            return send(socket.MSG_DONTWAIT)
+        raise TimeoutError(errno.ETIMEDOUT, "a response was not taken in time")
 
     def _set_timeout(self, option: int, seconds: float) -> None:
         # Rounded up, because 0 is for ever.

@@ -1,12 +1,16 @@
 """One client's streams: what waits for the client, and what its process may be sent."""
 
+import fcntl
 import socket
+import struct
+import termios
 import time
 from collections.abc import Sequence
 
 from cc_proxy.fds import Piece, close_stream, cut, send_pieces
 from cc_proxy.hyperstart.frames import StdinSplitter
 from cc_proxy.hyperstart.pacing import StdinWindow
+from cc_proxy.proxy.shares import Share
 from cc_proxy.proxy.spool import Spool, SpoolSpace
 
 #: A client whose socket is full is waited for as long as this, in seconds, before its output is spooled.
@@ -28,11 +32,13 @@ class Session:
     """
 
     def __init__(
-        self, seqs: range, sock: socket.socket, space: SpoolSpace, window: StdinWindow | None
+        self, seqs: range, sock: socket.socket, space: SpoolSpace, share: Share, window: StdinWindow | None
     ) -> None:
+        """`share` is that of the client's user, of which one session has been taken."""
         sock.setblocking(False)
         self._sock = sock
-        self._spool = Spool(space)
+        self._spool = Spool(space, share.uid)
+        self._share = share
         self._patience = _PATIENCE
         self._patience_at = 0.0
         self._took_at = 0.0
@@ -165,6 +171,12 @@ class Session:
         except OSError:
             return 0
 
+    @property
+    def unread(self) -> int:
+        """Bytes that the client has sent and nobody has read yet."""
+        (size,) = struct.unpack("i", fcntl.ioctl(self._sock, termios.FIONREAD, bytes(4)))
+        return int(size)
+
     # The end ----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -174,3 +186,4 @@ class Session:
             self.pending = ()
         finally:
             close_stream(self._sock)
+            self._share.give_back("sessions")

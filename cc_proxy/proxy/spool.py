@@ -4,7 +4,7 @@ import contextlib
 import os
 import tempfile
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,8 +23,9 @@ class SpoolSpace:
     """How much may wait in total, and where. Any thread may call."""
 
     def __init__(self, live: LiveSettings) -> None:
-        self._lock = threading.Lock()  # guards _used
+        self._lock = threading.Lock()  # guards all that follows; nothing else is locked while it is held
         self._used = 0
+        self._used_by: Counter[int] = Counter()  # uids
         self._live = live
 
     @property
@@ -37,17 +38,25 @@ class SpoolSpace:
         """Bytes that wait in all spools together."""
         return self._used
 
-    def take(self, wanted: int) -> int:
-        """Reserve up to `wanted` bytes; returns how many there were."""
+    def used_by(self, uid: int) -> int:
+        """Bytes that wait in all spools of one user."""
+        return self._used_by[uid]
+
+    def take(self, wanted: int, uid: int) -> int:
+        """Reserve up to `wanted` bytes for a user; returns how many there were."""
+        limits = self.settings
         with self._lock:
-            taken = max(0, min(wanted, self.settings.total_limit - self._used))
+            left = min(limits.total_limit - self._used, limits.user_limit - self._used_by[uid])
+            taken = max(0, min(wanted, left))
             self._used += taken
+            self._used_by[uid] += taken
         return taken
 
-    def give_back(self, size: int) -> None:
-        """Return `size` bytes that were taken."""
+    def give_back(self, size: int, uid: int) -> None:
+        """Return `size` bytes that were taken for a user."""
         with self._lock:
             self._used -= size
+            self._used_by[uid] -= size
 
 
 class Spool:
@@ -59,8 +68,9 @@ class Spool:
     what the client reads is what they hold by then.
     """
 
-    def __init__(self, space: SpoolSpace) -> None:
+    def __init__(self, space: SpoolSpace, uid: int) -> None:
         self._space = space
+        self._uid = uid
         self._files: deque[_File] = deque()
         #: Bytes that wait.
         self.size = 0
@@ -70,7 +80,8 @@ class Spool:
 
         Raises `OSError` if the file system takes nothing at all: no space, no fd, no directory.
         """
-        wanted = self._space.take(min(sum(map(len, pieces)), self._space.settings.session_limit - self.size))
+        room = self._space.settings.session_limit - self.size
+        wanted = self._space.take(min(sum(map(len, pieces)), room), self._uid)
         done = 0
         try:
             while done < wanted:
@@ -79,7 +90,7 @@ class Spool:
             if not done:
                 raise
         finally:
-            self._space.give_back(wanted - done)
+            self._space.give_back(wanted - done, self._uid)
         return done
 
     def drain_to(self, fd: int) -> int:
@@ -91,14 +102,14 @@ class Spool:
         moved = os.sendfile(fd, file.fd, file.start, min(file.stop - file.start, _DRAIN_AT_ONCE))
         file.start += moved
         self.size -= moved
-        self._space.give_back(moved)
+        self._space.give_back(moved, self._uid)
         if file.start == file.stop:
             os.close(self._files.popleft().fd)
         return moved
 
     def close(self) -> None:
         """Throw away what waits."""
-        self._space.give_back(self.size)
+        self._space.give_back(self.size, self._uid)
         self.size = 0
         while self._files:
             os.close(self._files.popleft().fd)

@@ -59,7 +59,7 @@ def describe(about: About, registry: Registry, asker: Credentials, attached: Ite
         settings_file=about.settings_file,
         log_level=current_level(),
         connections=clients.total(),
-        spooled=registry.spooled,
+        spooled=registry.spooled(asker),
         vms=[_vm(vm, clients[vm], streams, deadline) for vm, streams in asked],
         vm_count=len(vms),
         ended=[

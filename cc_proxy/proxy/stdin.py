@@ -19,6 +19,8 @@ _BUFFER_SIZE = 256 * 1024
 _MOST_SHARES = 4
 #: A client is not read any more in a turn when less than this is left of the buffer.
 _LEAST_READ = 16 * 1024
+#: Seconds between two looks, while the VM takes nothing, for clients that are gone meanwhile.
+_LOOK_INTERVAL = 1.0
 #: An agent that has let so many markers pass, and never sent one back, is taken not to do that.
 _MARKERS_TO_TRY = 10
 
@@ -50,6 +52,7 @@ class Stdin:
         self._left_out: dict[int, None] = {}  # fds that were ready when the buffer was full, in their order
         self._to_vm: Sequence[Piece] = ()
         self._stalled_at = 0.0
+        self._look_at = 0.0  # for clients that are gone, while the VM takes nothing
         self._echoed = False
         self._paced = True
         #: Whose marker is on its way, and when to ask again; oldest first.
@@ -133,14 +136,17 @@ class Stdin:
 
     def moments(self) -> Iterator[float]:
         """Yield when `run_timers` has something to do."""
-        return iter([] if self._to_vm else list(self.asked.values())[:1])
+        return iter([self._look_at] if self._to_vm else list(self.asked.values())[:1])
 
     def put_off(self, now: float) -> None:
         """The VM is not read: no marker can have come back, so their time begins anew."""
         self.asked = dict.fromkeys(self.asked, now + self._echo_timeout)
 
     def run_timers(self, now: float) -> None:
-        """Ask again where a marker did not come back."""
+        """Ask again where a marker did not come back; give up clients that are gone while nobody is read."""
+        if self._to_vm and now >= self._look_at:
+            self._look_at = now + _LOOK_INTERVAL
+            self._give_up_gone()
         while self.asked and not self._to_vm:
             session, ask_at = next(iter(self.asked.items()))
             if now < ask_at:
@@ -186,6 +192,15 @@ class Stdin:
             self._drop(session, "closed by its client")
         else:
             self.clients.change(session.fd, NOTHING_ELSE)
+
+    def _give_up_gone(self) -> None:
+        """Close what is left of clients that are gone, unless something that they sent has yet to be read."""
+        pieces: list[Piece] = []
+        for fd, events in self.clients.poll(0):
+            session = self._sessions.get(fd)
+            if session and events & HANG_UP and not session.unread:
+                self._end(session, events, pieces)
+        self._send(pieces)
 
     def _hung_up(self, session: Session) -> None:
         """The client has closed its fd, while it was not being read."""
@@ -238,5 +253,6 @@ class Stdin:
             self.blocked = bool(self._to_vm)
             if self.blocked:
                 self._stalled_at = time.monotonic()
+                self._look_at = self._stalled_at + _LOOK_INTERVAL
         except OSError as error:
             self.error = self.error or f"I/O channel: {os.strerror(error.errno or 0)}"

@@ -24,6 +24,7 @@ from cc_proxy.proxy.control import ControlLink, ControlLost, NoAnswer
 from cc_proxy.proxy.dial import CannotConnect, Dialer
 from cc_proxy.proxy.pump import Pump
 from cc_proxy.proxy.session import Session
+from cc_proxy.proxy.shares import Share
 from cc_proxy.proxy.spool import SpoolSpace
 from cc_proxy.settings import LiveSettings
 
@@ -150,25 +151,26 @@ class Vm:
             raise VmError(refusal)
         return answer
 
-    def open_session(self, n_streams: int) -> tuple[int, socket.socket]:
-        """Allocate streams. Returns the first one's seq, and the end of their fd that is the client's.
+    def open_session(self, n_streams: int, share: Share) -> tuple[int, socket.socket]:
+        """Allocate streams for a client of `share`'s user.
 
-        Raises `VmError`; no seq is used up then.
+        Returns the first one's seq, and the end of their fd that is the client's. Raises `VmError` or
+        `LimitReached`; no seq is used up then.
         """
         pump = self._pump
         if pump is None or self._state not in (State.UP, State.LEAVING):
             raise VmError(self._gone())
-        try:
-            ours, theirs = socket.socketpair()
-            for end in (ours, theirs):
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SESSION_SEND_BUFFER)
-        except OSError as error:
-            raise VmError(f"the daemon is short of resources: {error.strerror}") from None
+        with contextlib.ExitStack() as undo:
+            share.take("sessions")
+            undo.callback(share.give_back, "sessions")
+            ours, theirs = _session_pair()
+            undo.pop_all()
         with self._lock:
             seqs = range(self._next_seq, self._next_seq + n_streams)
             self._next_seq = seqs.stop
         window = self._live.current.stdin.window
-        session = Session(seqs, ours, self._space, StdinWindow(seqs.start, window) if window else None)
+        paced = StdinWindow(seqs.start, window) if window else None
+        session = Session(seqs, ours, self._space, share, paced)
         if not pump.add(session):
             session.close()
             theirs.close()
@@ -287,3 +289,17 @@ class Vm:
 def _note(container_id: str, event: ControlMessage) -> None:
     if logger.isEnabledFor(logging.DEBUG):  # an agent sends two of them for each command
         logger.debug("event from the VM", extra={"vm": container_id, "event": str(event)})
+
+
+def _session_pair() -> tuple[socket.socket, socket.socket]:
+    """Make the two ends of a session's fd. Raises `VmError`."""
+    with contextlib.ExitStack() as undo:
+        try:
+            pair = socket.socketpair()
+            for end in pair:
+                undo.enter_context(end)
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SESSION_SEND_BUFFER)
+        except OSError as error:
+            raise VmError(f"the daemon is short of resources: {error.strerror}") from None
+        undo.pop_all()
+    return pair

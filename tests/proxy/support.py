@@ -18,8 +18,9 @@ from cc_proxy.proxy.control import ControlLink
 from cc_proxy.proxy.dial import Dialer
 from cc_proxy.proxy.pump import Pump
 from cc_proxy.proxy.session import Session
+from cc_proxy.proxy.shares import Share, Shares
 from cc_proxy.proxy.spool import SpoolSpace
-from cc_proxy.settings import LiveSettings, Settings
+from cc_proxy.settings import Limits, LiveSettings, Settings
 from cc_proxy.settings import Spool as SpoolSettings
 from tests.wire.support import (
     FRAME,
@@ -36,7 +37,18 @@ from tests.wire.support import (
 
 T = TypeVar("T")
 
-DIALER = Dialer(Credentials.own())
+
+def new_share(limits: Limits | None = None, who: Credentials | None = None) -> Share:
+    """A user's who has nothing yet."""
+    shares = Shares(LiveSettings(Settings(limits=limits or Limits())))
+    return shares.of((who or Credentials.own()).uid)
+
+
+def dialer_of(who: Credentials, own_address: str | bytes | None = None) -> Dialer:
+    return Dialer(who, new_share(who=who), own_address)
+
+
+DIALER = dialer_of(Credentials.own())
 
 #: Too long for any test, so that what waits for it shows.
 NEVER = 3_600.0
@@ -45,7 +57,9 @@ NEVER = 3_600.0
 def spool_space(
     directory: Path | str, session_limit: int = 64 << 20, total_limit: int = 1 << 30
 ) -> SpoolSpace:
-    spool = SpoolSettings(directory=str(directory), session_limit=session_limit, total_limit=total_limit)
+    spool = SpoolSettings(
+        directory=str(directory), session_limit=session_limit, total_limit=total_limit, user_limit=total_limit
+    )
     return SpoolSpace(LiveSettings(Settings(spool=spool)))
 
 
@@ -139,6 +153,7 @@ class Rig:
         started: bool = True,
     ) -> None:
         self.space = space
+        self.share = new_share()
         self.owner = FakeOwner("vm")
         self.events: list[ControlMessage] = []
         self._window = window
@@ -167,7 +182,7 @@ class Rig:
         stream = Stream(far, seqs.start)
         self._streams.append(stream)
         window = StdinWindow(seqs.start, self._window) if self._window else None
-        return Session(seqs, near, self.space, window), stream
+        return Session(seqs, near, self.space, self.share, window), stream
 
     def open(self, streams: int = 2, *, buffer: int | None = None) -> Stream:
         session, stream = self.session(streams, buffer=buffer)

@@ -12,7 +12,7 @@ import pytest
 
 from cc_proxy.credentials import Credentials
 from cc_proxy.proxy.dial import CannotConnect, Dialer
-from tests.proxy.support import DIALER, open_fds
+from tests.proxy.support import DIALER, dialer_of, open_fds
 from tests.users import ALICE, BOB, ROOT, give, needs_root
 from tests.wire.support import WAIT, is_silent
 
@@ -125,7 +125,7 @@ def test_the_daemon_is_not_connected_to_by_whatever_name(tmp_sock_dir: Path, way
             path = f"{tmp_sock_dir}/../{tmp_sock_dir.name}//own"
         elif way == "/proc":
             path = f"/proc/self/root{own}"
-        dialer = Dialer(Credentials.own(), listener.getsockname())
+        dialer = dialer_of(Credentials.own(), listener.getsockname())
         assert refusal(dialer, path) == f"ctlSerial: cannot connect to {path}: that is the daemon itself"
         accepted, _ = listener.accept()
         with accepted:
@@ -139,7 +139,7 @@ def test_the_daemon_is_not_connected_to_by_whatever_name(tmp_sock_dir: Path, way
 def test_the_vm_sees_the_client(listener: socket.socket) -> None:
     path = path_of(listener)
     path.chmod(0o777)
-    with Dialer(BOB).connect("ctlSerial", str(path), WAIT), listener.accept()[0] as accepted:
+    with dialer_of(BOB).connect("ctlSerial", str(path), WAIT), listener.accept()[0] as accepted:
         peer = Credentials.of_peer(accepted)
     assert peer == Credentials(os.getpid(), BOB.uid, BOB.gid, BOB.groups)
 
@@ -162,9 +162,9 @@ def test_permissions_are_those_of_the_client(
     path = path_of(listener)
     give(path, ALICE, mode)
     if opens:
-        Dialer(user).connect("ctlSerial", str(path), WAIT).close()
+        dialer_of(user).connect("ctlSerial", str(path), WAIT).close()
     else:
-        assert refusal(Dialer(user), path) == f"ctlSerial: cannot connect to {path}: Permission denied"
+        assert refusal(dialer_of(user), path) == f"ctlSerial: cannot connect to {path}: Permission denied"
         assert is_silent(listener)
 
 
@@ -185,9 +185,9 @@ def test_directory_that_the_client_cannot_enter(listener: socket.socket, open_di
         "/proc": f"/proc/self/root{path}",
         "another process": f"/proc/1/root{path}",
     }
-    assert refusal(Dialer(BOB), ways[way]).endswith(": Permission denied")
+    assert refusal(dialer_of(BOB), ways[way]).endswith(": Permission denied")
     assert is_silent(listener)
-    Dialer(ALICE).connect("ctlSerial", str(path), WAIT).close()
+    dialer_of(ALICE).connect("ctlSerial", str(path), WAIT).close()
 
 
 @needs_root
@@ -205,5 +205,5 @@ def test_link_in_a_sticky_directory_is_followed_for_its_owner_only(
     link = sticky / "link"
     link.symlink_to(path)
     os.chown(link, BOB.uid, BOB.gid, follow_symlinks=False)
-    assert refusal(Dialer(ALICE), link).endswith(": Permission denied")
-    Dialer(BOB).connect("ctlSerial", str(link), WAIT).close()
+    assert refusal(dialer_of(ALICE), link).endswith(": Permission denied")
+    dialer_of(BOB).connect("ctlSerial", str(link), WAIT).close()

@@ -19,9 +19,11 @@ from cc_proxy.hyperstart.control import ControlMessage
 from cc_proxy.log import logger
 from cc_proxy.proxy.handlers import Client, Handlers, Reply, failure, success
 from cc_proxy.proxy.registry import Registry, RegistryError
+from cc_proxy.proxy.shares import Share
 from cc_proxy.proxy.vm import State, Vm, VmError
 from cc_proxy.settings import LiveSettings, Settings
 from tests.proxy.conftest import Logged
+from tests.proxy.support import new_share
 
 OK = b'{"success":true}'
 VERSIONED = b'{"success":true,"data":{"version":1}}'
@@ -43,7 +45,7 @@ class FakeVm:
         self.commands.append((name, payload))
         return ControlMessage(Code.ACK)
 
-    def open_session(self, streams: int) -> tuple[int, socket.socket]:
+    def open_session(self, streams: int, share: Share) -> tuple[int, socket.socket]:
         if self.refuses is not None:
             raise VmError(self.refuses)
         base = self.next_seq
@@ -84,7 +86,7 @@ class Desk:
     def __init__(self) -> None:
         self.registry = FakeRegistry()
         self.handlers = Handlers(cast(Registry, self.registry), LiveSettings(Settings()))
-        self.client = Client(7, Credentials.own())
+        self.client = Client(7, Credentials.own(), new_share())
         self.vm = FakeVm("pod")
         self.registry.vms["pod"] = self.vm
         self._passed: list[socket.socket] = []

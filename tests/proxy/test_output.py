@@ -21,7 +21,7 @@ from cc_proxy.proxy.selector import WRITE, Selector
 from cc_proxy.proxy.session import Session
 from cc_proxy.proxy.spool import SpoolSpace
 from tests.proxy.conftest import Logged
-from tests.proxy.support import NEVER, frames_of, pair, read_now, spool_files, spool_space
+from tests.proxy.support import NEVER, frames_of, new_share, pair, read_now, spool_files, spool_space
 from tests.wire.support import Frame, frame, is_silent
 
 PAUSED = "the VM is not read until its client reads"
@@ -54,7 +54,7 @@ class Bench:
     def open(self, *, streams: int = 2, buffer: int | None = None) -> tuple[Session, socket.socket]:
         near, far = pair(buffer)
         base = max(self.owners, default=0) + 1
-        session = Session(range(base, base + streams), near, self._space, None)
+        session = Session(range(base, base + streams), near, self._space, new_share(), None)
         self.owners |= dict.fromkeys(session.seqs, session)
         self._stack.callback(far.close)
         self._stack.callback(session.close)

@@ -16,6 +16,7 @@ import pytest
 
 from cc_proxy.log import CONSOLE, logger
 from cc_proxy.proxy import session as session_module
+from cc_proxy.proxy import stdin as stdin_module
 from cc_proxy.proxy.console import Console
 from cc_proxy.proxy.control import ControlLink
 from cc_proxy.proxy.output import Output
@@ -868,6 +869,26 @@ def test_vm_that_does_not_read_stops_nothing_else_and_loses_nothing(space: Spool
                     ended.add(seq)
         assert taken == data
         rig.wait(lambda pump: not blocked(pump), "the VM takes all")
+
+
+def test_clients_that_go_while_the_vm_takes_nothing_are_given_up(
+    space: SpoolSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for those who have sent something: that is still the VM's to take."""
+    monkeypatch.setattr(stdin_module, "_LOOK_INTERVAL", 0.01)
+    with Rig(space, io_buffer=SMALL) as rig:
+        busy, *silent, late = [rig.open(1) for _ in range(4)]
+        while not rig.call(lambda: rig.pump._stdin.blocked):
+            busy.send(bytes(1_000))
+        late.send(b"the last word")
+        for stream in (*silent, late):
+            stream.close()
+        rig.wait(lambda pump: pump.session_count == 2, "the silent ones are gone")
+        taken = b""
+        while (item := read_frames(rig.io, 1)[0]) != (late.base, b""):
+            taken += item.payload if item.seq == late.base else b""
+        assert taken == b"the last word"
+        rig.wait(lambda pump: pump.session_count == 1, "all but one are gone")
 
 
 def test_stdin_is_paced_and_goes_on_with_each_echo(space: SpoolSpace) -> None:

@@ -14,10 +14,12 @@ from cc_proxy.api.payloads import Hello
 from cc_proxy.credentials import Credentials
 from cc_proxy.proxy.dial import Dialer
 from cc_proxy.proxy.registry import Registry, RegistryError
+from cc_proxy.proxy.shares import LimitReached
 from cc_proxy.proxy.vm import State, Vm, VmError
 from cc_proxy.settings import Limits, LiveSettings, Settings, Spool
 from cc_proxy.settings import Vm as VmSettings
 from tests.proxy.conftest import Logged
+from tests.proxy.support import new_share
 from tests.wire.support import READY, WAIT, FakeVm, at_end, frame, in_background, is_silent, wait_until
 
 LIMIT = 3
@@ -174,7 +176,7 @@ def test_no_more_vms_than_the_settings_allow_the_lingering_ones_included(office:
     office.registry.unregister("pod0", ME)
     late = office.agent()
     for name in ("pod0", "late"):
-        with pytest.raises(RegistryError, match=f"the limit of {LIMIT} VMs is reached"):
+        with pytest.raises(LimitReached, match=f"the limit of {LIMIT} VMs is reached"):
             office.registry.register(hello(name, late), ME)
         assert not office.knows(name)
     assert late.was_not_dialled()
@@ -185,7 +187,7 @@ def test_no_more_vms_than_the_settings_allow_the_lingering_ones_included(office:
 
 def test_id_is_used_again_while_the_old_vm_lingers(office: Office) -> None:
     old, old_agent = office.register("pod")
-    base, client = old.open_session(1)
+    base, client = old.open_session(1, new_share())
     with client:
         client.settimeout(WAIT)
         office.registry.unregister("pod", ME)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cc_proxy.credentials import ROOT
 from cc_proxy.fds import Piece
 from cc_proxy.proxy import spool as spool_module
 from cc_proxy.proxy.spool import Spool, SpoolSpace
@@ -58,7 +59,7 @@ def test_order_over_many_files_and_partial_drains(
     monkeypatch.setattr(spool_module, "_DRAIN_AT_ONCE", 3_000)
     space = spool_space(tmp_path)
     rng = random.Random(1)
-    spool = Spool(space)
+    spool = Spool(space, ROOT)
     near, far = ends
     written, read = bytearray(), bytearray()
     most_files = 0
@@ -83,7 +84,7 @@ def test_order_over_many_files_and_partial_drains(
 
 def test_a_file_ends_where_it_is_long_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spool_module, "_FILE_SIZE", 100)
-    spool = Spool(spool_space(tmp_path))
+    spool = Spool(spool_space(tmp_path), ROOT)
     spool.append([bytes(99)])
     spool.append([bytes(1)])
     assert spool_files(tmp_path) == 1
@@ -98,14 +99,14 @@ def test_a_file_ends_where_it_is_long_enough(tmp_path: Path, monkeypatch: pytest
 def test_one_drain_moves_no_more_than_is_fair(tmp_path: Path, ends: Ends) -> None:
     near, _ = ends
     near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-    spool = Spool(spool_space(tmp_path))
+    spool = Spool(spool_space(tmp_path), ROOT)
     spool.append([bytes(1_000_000)])
     assert spool.drain_to(near.fileno()) <= spool_module._DRAIN_AT_ONCE
     spool.close()
 
 
 def test_thousands_of_pieces_are_stored_whole(tmp_path: Path, ends: Ends) -> None:
-    spool = Spool(spool_space(tmp_path))
+    spool = Spool(spool_space(tmp_path), ROOT)
     data = random.Random(2).randbytes(5_000)
     assert spool.append([data[at : at + 1] for at in range(5_000)]) == 5_000
     assert drain(spool, ends) == data
@@ -117,7 +118,7 @@ def test_thousands_of_pieces_are_stored_whole(tmp_path: Path, ends: Ends) -> Non
 )
 def test_session_limit(tmp_path: Path, ends: Ends, held: int, wanted: int, stored: int) -> None:
     space = spool_space(tmp_path, session_limit=100)
-    spool = Spool(space)
+    spool = Spool(space, ROOT)
     data = bytes(range(held)) + bytes(range(100, 100 + wanted))
     assert spool.append([data[:held]]) == held
     assert spool.append([data[held : held + 1], data[held + 1 :]]) == stored
@@ -130,7 +131,7 @@ def test_session_limit(tmp_path: Path, ends: Ends, held: int, wanted: int, store
 
 def test_a_limit_of_0_stores_nothing_and_opens_nothing(tmp_path: Path) -> None:
     for space in (spool_space(tmp_path, session_limit=0), spool_space(tmp_path, total_limit=0)):
-        spool = Spool(space)
+        spool = Spool(space, ROOT)
         assert spool.append([b"x"]) == 0
         assert (spool.size, space.used, spool_files(tmp_path)) == (0, 0, 0)
         spool.close()
@@ -138,7 +139,7 @@ def test_a_limit_of_0_stores_nothing_and_opens_nothing(tmp_path: Path) -> None:
 
 def test_total_limit_is_shared(tmp_path: Path, ends: Ends) -> None:
     space = spool_space(tmp_path, session_limit=80, total_limit=100)
-    first, second = Spool(space), Spool(space)
+    first, second = Spool(space, ROOT), Spool(space, ROOT)
     assert first.append([bytes(90)]) == 80
     assert second.append([bytes(90)]) == 20
     assert second.append([b"x"]) == 0
@@ -157,10 +158,10 @@ def test_nothing_is_taken_beyond_the_total_by_many_threads(tmp_path: Path) -> No
     def take_and_give_back(seed: int) -> None:
         rng = random.Random(seed)
         for _ in range(2_000):
-            taken = space.take(rng.randrange(800))
+            taken = space.take(rng.randrange(800), ROOT)
             if not 0 <= space.used <= 1_000:
                 excess.append(space.used)
-            space.give_back(taken)
+            space.give_back(taken, ROOT)
 
     with running([threading.Thread(target=take_and_give_back, args=(seed,)) for seed in range(4)]):
         pass
@@ -172,7 +173,7 @@ def test_nothing_is_taken_beyond_the_total_by_many_threads(tmp_path: Path) -> No
 def test_directory_that_cannot_be_used(tmp_path: Path, directory: str) -> None:
     (tmp_path / "file").touch()
     space = spool_space(tmp_path / directory)
-    spool = Spool(space)
+    spool = Spool(space, ROOT)
     with pytest.raises(OSError):  # noqa: PT011 - which one is the file system's to say
         spool.append([b"x" * 100])
     assert (spool.size, space.used, spool_files(tmp_path)) == (0, 0, 0)
@@ -187,7 +188,7 @@ def test_without_fds_nothing_is_stored_and_nothing_taken(
         raise OSError(24, "Too many open files")
 
     space = spool_space(tmp_path)
-    spool = Spool(space)
+    spool = Spool(space, ROOT)
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", no_fd)
         with pytest.raises(OSError, match="Too many open files"):
@@ -199,7 +200,7 @@ def test_without_fds_nothing_is_stored_and_nothing_taken(
 
 def test_full_disk_stores_what_fits_and_then_says_so(tmp_path: Path, file_limit: int, ends: Ends) -> None:
     space = spool_space(tmp_path)
-    spool = Spool(space)
+    spool = Spool(space, ROOT)
     data = random.Random(3).randbytes(100_000)
     assert spool.append([data[:30_000], data[30_000:]]) == file_limit
     assert spool.size == space.used == file_limit
@@ -220,7 +221,7 @@ def test_full_disk_at_the_first_byte_leaves_no_empty_file(
         raise OSError(28, "No space left on device")
 
     space = spool_space(tmp_path)
-    spool = Spool(space)
+    spool = Spool(space, ROOT)
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", full)
         with pytest.raises(OSError, match="No space left"):
@@ -229,7 +230,7 @@ def test_full_disk_at_the_first_byte_leaves_no_empty_file(
 
 
 def test_files_have_no_name_and_are_nobody_elses(tmp_path: Path) -> None:
-    spool = Spool(spool_space(tmp_path))
+    spool = Spool(spool_space(tmp_path), ROOT)
     spool.append([b"secret"])
     (file,) = spool._files
     assert list(tmp_path.iterdir()) == []
@@ -249,7 +250,7 @@ def test_files_have_no_name_where_the_file_system_cannot_make_such(
         return real_open(path, flags, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", without_tmpfile)
-    spool = Spool(spool_space(tmp_path))
+    spool = Spool(spool_space(tmp_path), ROOT)
     assert spool.append([b"secret"]) == 6
     (file,) = spool._files
     assert list(tmp_path.iterdir()) == []
@@ -263,7 +264,7 @@ def test_socket_that_is_full_takes_nothing_and_nothing_is_lost(tmp_path: Path, e
     near, far = ends
     fill(near)
     space = spool_space(tmp_path)
-    spool = Spool(space)
+    spool = Spool(space, ROOT)
     spool.append([b"first"])
     with pytest.raises(BlockingIOError):
         spool.drain_to(near.fileno())
@@ -275,7 +276,7 @@ def test_socket_that_is_full_takes_nothing_and_nothing_is_lost(tmp_path: Path, e
 def test_client_that_is_gone_is_an_error_and_what_waits_is_thrown_away(tmp_path: Path, ends: Ends) -> None:
     near, far = ends
     space = spool_space(tmp_path)
-    spool = Spool(space)
+    spool = Spool(space, ROOT)
     spool.append([bytes(1_000)])
     far.close()
     with pytest.raises(BrokenPipeError):
@@ -292,7 +293,7 @@ def test_closed_in_the_middle_gives_back_what_is_left(
     monkeypatch.setattr(spool_module, "_FILE_SIZE", 1_000)
     monkeypatch.setattr(spool_module, "_DRAIN_AT_ONCE", 700)
     space = spool_space(tmp_path)
-    spool, other = Spool(space), Spool(space)
+    spool, other = Spool(space, ROOT), Spool(space, ROOT)
     for _ in range(5):
         spool.append([bytes(600)])
     other.append([bytes(10)])
@@ -306,7 +307,7 @@ def test_closed_in_the_middle_gives_back_what_is_left(
 
 def test_what_is_on_its_way_in_the_socket_never_changes(tmp_path: Path, ends: Ends) -> None:
     """sendfile leaves the file's own pages in the socket: who reads them reads what they hold by then."""
-    spool = Spool(spool_space(tmp_path))
+    spool = Spool(spool_space(tmp_path), ROOT)
     near, far = ends
     sent = b""
     for number in range(30):
@@ -325,7 +326,7 @@ def test_files_of_a_client_that_is_slow_for_ever_hold_what_waits_and_little_more
     tmp_path: Path, ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spool_module, "_FILE_SIZE", 10_000)
-    spool = Spool(spool_space(tmp_path))
+    spool = Spool(spool_space(tmp_path), ROOT)
     near, far = ends
     spool.append([bytes(5_000)])
     for _ in range(100):
@@ -339,10 +340,10 @@ def test_files_of_a_client_that_is_slow_for_ever_hold_what_waits_and_little_more
 
 
 def test_space_is_what_the_settings_say(space: SpoolSpace) -> None:
-    assert space.take(10) == 10
-    assert space.take(0) == 0
-    assert space.take(-5) == 0
-    assert space.take(1 << 40) == (1 << 30) - 10
-    assert space.take(1) == 0
-    space.give_back(1 << 30)
+    assert space.take(10, ROOT) == 10
+    assert space.take(0, ROOT) == 0
+    assert space.take(-5, ROOT) == 0
+    assert space.take(1 << 40, ROOT) == (1 << 30) - 10
+    assert space.take(1, ROOT) == 0
+    space.give_back(1 << 30, ROOT)
     assert space.used == 0

@@ -23,11 +23,12 @@ from tests.wire.support import WAIT, frame
 class FakeRegistry:
     """A registry that is a list."""
 
-    spooled = 0
-
     def __init__(self, *vms: Vm, failed: tuple[FailedVm, ...] = ()) -> None:
         self._vms = vms
         self._failed = failed
+
+    def spooled(self, client: Credentials) -> int:
+        return 0
 
     def vms_of(self, client: Credentials) -> list[Vm]:
         return list(self._vms)

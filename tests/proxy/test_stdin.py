@@ -20,7 +20,7 @@ from cc_proxy.proxy.session import Session
 from cc_proxy.proxy.spool import SpoolSpace
 from cc_proxy.proxy.stdin import Stdin
 from tests.proxy.conftest import Logged
-from tests.proxy.support import fill, frames_of, pair, read_now
+from tests.proxy.support import fill, frames_of, new_share, pair, read_now
 from tests.wire.support import FRAME, MARKER, Frame, frame, is_silent, unread_by_peer
 
 WINDOW = 512
@@ -68,9 +68,8 @@ class Bench:
         near, far = pair()
         far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         base = max([0, *self._owners, *(seq for seq, _ in self.dropped)]) + 2
-        session = Session(
-            range(base, base + streams), near, self._space, StdinWindow(base, window) if window else None
-        )
+        paced = StdinWindow(base, window) if window else None
+        session = Session(range(base, base + streams), near, self._space, new_share(), paced)
         self._owners |= dict.fromkeys(session.seqs, session)
         self._stack.callback(far.close)
         self._stack.callback(session.close)

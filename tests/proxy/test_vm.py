@@ -27,7 +27,7 @@ from cc_proxy.settings import LiveSettings, Settings
 from cc_proxy.settings import Stdin as StdinSettings
 from cc_proxy.settings import Vm as VmSettings
 from tests.proxy.conftest import Logged
-from tests.proxy.support import DIALER, open_fds
+from tests.proxy.support import DIALER, new_share, open_fds
 from tests.wire.support import (
     ACK,
     ERROR,
@@ -72,7 +72,7 @@ class Life:
         self.agent.say(READY)
 
     def open(self, streams: int = 1) -> tuple[int, socket.socket]:
-        base, client = self.vm.open_session(streams)
+        base, client = self.vm.open_session(streams, new_share())
         client.settimeout(WAIT)
         self._clients.append(client)
         return base, client
@@ -209,7 +209,7 @@ def test_losing_it_is_told_once_and_as_loudly_as_it_is_unexpected(
     with pytest.raises(VmError, match="VM gone: the first cause"):
         life.vm.command(Code.PING, b"")
     with pytest.raises(VmError, match="VM gone: the first cause"):
-        life.vm.open_session(1)
+        life.vm.open_session(1, new_share())
 
 
 def test_lost_as_it_starts(life: Life) -> None:
@@ -451,7 +451,7 @@ def test_it_takes_neither_commands_nor_sessions_before_it_is_up(space: SpoolSpac
     with pytest.raises(VmError, match="VM gone"):
         vm.command(Code.PING, b"")
     with pytest.raises(VmError, match="VM gone"):
-        vm.open_session(1)
+        vm.open_session(1, new_share())
     vm.leave()
     vm.stop()
     vm.abort()
@@ -465,7 +465,7 @@ def test_seqs_are_counted_by_many_threads(life: Life) -> None:
 
     def open_some() -> None:
         for streams in (1, 2, 2, 1, 2):
-            base, client = life.vm.open_session(streams)
+            base, client = life.vm.open_session(streams, new_share())
             client.close()
             bases.append((base, streams))
 
@@ -482,7 +482,7 @@ def test_session_without_resources_uses_no_seq_and_no_fd(life: Life, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(socket, "socketpair", no_fd)
         with pytest.raises(VmError, match="the daemon is short of resources: Too many open files"):
-            life.vm.open_session(2)
+            life.vm.open_session(2, new_share())
     assert set(open_fds()) == before
     assert life.open()[0] == 1
 
@@ -495,7 +495,7 @@ def test_session_that_comes_too_late_is_refused_and_closed(
     before = set(open_fds())
     monkeypatch.setattr(Pump, "add", lambda pump, session: False)
     with pytest.raises(VmError, match="VM gone: it was unregistered"):
-        life.vm.open_session(2)
+        life.vm.open_session(2, new_share())
     assert set(open_fds()) == before
 
 

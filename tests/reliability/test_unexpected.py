@@ -34,7 +34,7 @@ from cc_proxy.proxy.spool import SpoolSpace
 from cc_proxy.proxy.vm import State, Vm, VmError
 from cc_proxy.settings import LiveSettings, Settings
 from tests.proxy.conftest import Logged
-from tests.proxy.support import DIALER, Rig, open_fds, pair, read_to_end, spool_files
+from tests.proxy.support import DIALER, Rig, new_share, open_fds, pair, read_to_end, spool_files
 from tests.proxy.test_server import UNKNOWN, House
 from tests.wire.support import (
     READY,
@@ -198,7 +198,7 @@ def test_control_channel_that_fails_costs_its_vm(
     agent = FakeVm(tmp_sock_dir, "vm")
     with in_background(partial(boot, agent)):
         vm.start(hello_of(agent), DIALER)
-    _, stream = vm.open_session(1)
+    _, stream = vm.open_session(1, new_share())
     with monkeypatch.context() as patch:
         patch.setattr(ControlChannel, "send", fail)
         with pytest.raises(VmError, match=r"^VM gone: internal error in its control channel$"):

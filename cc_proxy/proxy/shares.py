@@ -1,0 +1,105 @@
+"""What each user has of what the daemon has only so much of, and whose turn it is."""
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import Literal
+
+from cc_proxy.settings import LiveSettings
+
+#: What is counted, as the settings call it: once for each user and once for all.
+Thing = Literal["connections", "vms", "sessions", "commands", "request_bytes"]
+
+_CALLED: dict[Thing, str] = {
+    "connections": "connections",
+    "vms": "VMs",
+    "sessions": "sessions",
+    "commands": "commands that wait",
+    "request_bytes": "bytes of requests that have not arrived whole",
+}
+
+
+class LimitReached(Exception):
+    """There is no more of something; the text says of what, and for whom."""
+
+
+class Share:
+    """One user's part. Any thread.
+
+    `turn` is held while a request of the user's is carried out, so that of one user's threads, however many
+    there are, one at a time competes with the other users' for the interpreter. Whatever waits is done aside.
+    """
+
+    def __init__(self, shares: "Shares", uid: int) -> None:
+        self._shares = shares
+        self.uid = uid
+        self.turn = threading.Lock()  # guards nothing; others are locked while it is held, but never before
+
+    def take(self, thing: Thing, number: int = 1) -> None:
+        """Count some more of something. Raises `LimitReached`, and then nothing is counted."""
+        self._shares.take(self.uid, thing, number)
+
+    def give_back(self, thing: Thing, number: int = 1) -> None:
+        """Count what was taken no more."""
+        self._shares.give_back(self.uid, thing, number)
+
+    @contextlib.contextmanager
+    def taken(self, thing: Thing, number: int = 1) -> Iterator[None]:
+        """Count something for a while. Raises `LimitReached`."""
+        self.take(thing, number)
+        try:
+            yield
+        finally:
+            self.give_back(thing, number)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Let others of the user have their turn meanwhile. Requires holding `turn`."""
+        self.turn.release()
+        try:
+            yield
+        finally:
+            self.turn.acquire()
+
+
+class Shares:
+    """All users' parts, and the limits, as the settings are now. Any thread."""
+
+    def __init__(self, live: LiveSettings) -> None:
+        self._live = live
+        self._lock = threading.Lock()  # guards all that follows; nothing else is locked while it is held
+        self._shares: dict[int, Share] = {}  # by uid; as many as there are users who may connect
+        self._users: Counter[tuple[int, Thing]] = Counter()
+        self._totals: Counter[Thing] = Counter()
+
+    def of(self, uid: int) -> Share:
+        """Return a user's part."""
+        share = self._shares.get(uid)
+        if share is None:
+            new = Share(self, uid)
+            with self._lock:
+                share = self._shares.setdefault(uid, new)
+        return share
+
+    def take(self, uid: int, thing: Thing, number: int) -> None:
+        """Count some more of something for a user. Raises `LimitReached`, and then nothing is counted."""
+        limits = self._live.current.limits
+        total, each = getattr(limits, thing), getattr(limits.user, thing)
+        with self._lock:
+            if self._totals[thing] + number > total:
+                raise LimitReached(f"the limit of {total} {_CALLED[thing]} is reached")
+            if self._users[uid, thing] + number > each:
+                raise LimitReached(f"the limit of {each} {_CALLED[thing]} for one user is reached")
+            self._totals[thing] += number
+            self._users[uid, thing] += number
+
+    def give_back(self, uid: int, thing: Thing, number: int) -> None:
+        """Count for a user what was taken no more."""
+        with self._lock:
+            self._totals[thing] -= number
+            self._users[uid, thing] -= number
+
+    def used(self, uid: int, thing: Thing) -> int:
+        """How much of something a user has now."""
+        return self._users[uid, thing]

@@ -1,0 +1,116 @@
+"""What each user has: counted for each and for all, and whose turn it is."""
+
+from __future__ import annotations
+
+import random
+import threading
+from contextlib import ExitStack
+from typing import get_args
+
+import pytest
+
+from cc_proxy.proxy.shares import LimitReached, Shares, Thing
+from cc_proxy.settings import Limits, LiveSettings, Settings, UserLimits
+from tests.wire.support import WAIT, in_background
+
+ALICE, BOB, CARL = 1, 2, 3
+THINGS: tuple[Thing, ...] = get_args(Thing)
+
+
+def shares_of(total: int, each: int) -> Shares:
+    user = UserLimits(**dict.fromkeys(THINGS, each))
+    return Shares(LiveSettings(Settings(limits=Limits(**dict.fromkeys(THINGS, total), user=user))))
+
+
+@pytest.mark.parametrize("thing", THINGS)
+def test_no_user_gets_more_than_its_share_and_all_together_no_more_than_there_is(thing: Thing) -> None:
+    shares = shares_of(total=5, each=2)
+    for uid in (ALICE, BOB):
+        for _ in range(2):
+            shares.of(uid).take(thing)
+        with pytest.raises(LimitReached, match=r"^the limit of 2 .* for one user is reached$"):
+            shares.of(uid).take(thing)
+    shares.of(CARL).take(thing)
+    with pytest.raises(LimitReached, match=r"^the limit of 5 (?!.*for one user).* is reached$"):
+        shares.of(CARL).take(thing)
+    assert [shares.used(uid, thing) for uid in (ALICE, BOB, CARL)] == [2, 2, 1]
+    shares.of(ALICE).give_back(thing)
+    shares.of(CARL).take(thing)
+
+
+def test_things_are_counted_apart() -> None:
+    shares = shares_of(total=1, each=1)
+    for thing in THINGS:
+        shares.of(ALICE).take(thing)
+
+
+def test_a_user_has_one_share() -> None:
+    shares = shares_of(1, 1)
+    assert shares.of(ALICE) is shares.of(ALICE)
+    assert shares.of(ALICE) is not shares.of(BOB)
+
+
+def test_what_is_too_much_at_once_takes_nothing() -> None:
+    share = shares_of(total=10, each=10).of(ALICE)
+    share.take("request_bytes", 7)
+    with pytest.raises(LimitReached):
+        share.take("request_bytes", 4)
+    share.take("request_bytes", 3)
+
+
+def test_what_is_taken_for_a_while_is_given_back_whatever_happens() -> None:
+    shares = shares_of(total=1, each=1)
+    with pytest.raises(LimitReached), shares.of(ALICE).taken("commands"):
+        shares.of(ALICE).take("commands")
+    assert shares.used(ALICE, "commands") == 0
+
+
+def test_limits_are_those_of_the_settings_now() -> None:
+    live = LiveSettings(Settings(limits=Limits(vms=1)))
+    share = Shares(live).of(ALICE)
+    share.take("vms")
+    with pytest.raises(LimitReached):
+        share.take("vms")
+    live.replace(Settings(limits=Limits(vms=2)))
+    share.take("vms")
+
+
+def test_counting_by_many_threads() -> None:
+    shares = shares_of(total=6, each=4)
+    beyond: list[int] = []
+
+    def live(seed: int) -> None:
+        rng, share = random.Random(seed), shares.of(seed % 3)
+        for _ in range(500):
+            number = rng.randrange(1, 4)
+            try:
+                with share.taken("sessions", number):
+                    if shares.used(share.uid, "sessions") > 4:
+                        beyond.append(seed)
+            except LimitReached:
+                pass
+
+    with ExitStack() as stack:
+        for seed in range(6):
+            stack.enter_context(in_background(lambda seed=seed: live(seed)))  # type: ignore[misc]
+    assert not beyond
+    assert [shares.used(uid, "sessions") for uid in range(3)] == [0, 0, 0]
+
+
+def test_others_have_their_turn_while_one_waits_aside() -> None:
+    share = shares_of(1, 1).of(ALICE)
+    done = threading.Event()
+
+    def have_turn() -> None:
+        with share.turn:
+            done.set()
+
+    with share.turn:
+        thread = threading.Thread(target=have_turn)
+        thread.start()
+        assert not done.is_set()
+        with share.aside():
+            assert done.wait(WAIT)
+        assert share.turn.locked()
+    thread.join()
+    assert not share.turn.locked()
