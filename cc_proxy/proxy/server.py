@@ -25,6 +25,7 @@ from cc_proxy.credentials import Credentials
 from cc_proxy.fds import close_stream
 from cc_proxy.log import logger
 from cc_proxy.proxy.handlers import Client, Handlers, Reply, failure
+from cc_proxy.proxy.idle import Idle
 from cc_proxy.proxy.listener import Listener
 from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.shares import LimitReached, Share
@@ -33,6 +34,9 @@ from cc_proxy.settings import Limits, LiveSettings
 
 #: Threads that wait for the interpreter ask for it this often, in seconds.
 _SWITCH_INTERVAL = 0.001
+#: Seconds that a connection's own thread waits for the next request: one that has just sent one may soon send
+#: another, and to be woken by `Idle` takes longer.
+_BUSY = 0.02
 #: Seconds until the accept thread notices that it is to stop.
 _STOP_POLL = 0.25
 #: What accept(2) says when there is no room for another connection, and how long to wait then, in seconds.
@@ -67,6 +71,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._connections: dict[socket.socket, tuple[threading.Thread, Share]] = {}
         self._shares = registry.shares
         self._stopping = threading.Event()
+        #: Where connections' threads wait.
+        self.idle = Idle()
+        self.idle.admit(os.geteuid())
         self._short = False
         #: When the accept thread has last finished what it had to do; time.monotonic's.
         self.turned_at = 0.0
@@ -77,6 +84,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def start(self) -> None:
         """Begin to accept connections, in a thread of its own."""
         sys.setswitchinterval(_SWITCH_INTERVAL)
+        self.idle.start()
         self.turned_at = time.monotonic()
         self._thread.start()
 
@@ -106,6 +114,11 @@ class Server(socketserver.ThreadingUnixStreamServer):
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not self._shut_down_connections(socket.SHUT_RDWR)
+
+    def server_close(self) -> None:
+        """Give back what is left when everybody has gone, or had the time to."""
+        super().server_close()
+        self.idle.close()
 
     def _accept_waiting(self) -> None:
         self.socket.setblocking(False)
@@ -154,9 +167,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
             return
         share = self._shares.of(who.uid)
         try:
+            self.idle.admit(who.uid)
             share.take("connections")
-        except LimitReached as limit:
-            self._turn_away(request, who, str(limit))
+        except (LimitReached, OSError) as error:
+            self._turn_away(request, who, str(error))
             return
         client = Client(next(self._numbers), who, share)
         thread = threading.Thread(
@@ -234,6 +248,7 @@ class Connection(socketserver.BaseRequestHandler):
         reason = "closed by the client"
         self.server.handlers.clients.add(client)
         try:
+            self._set_timeout(socket.SO_RCVTIMEO, _BUSY)
             self._serve(client)
         except ProtocolError as error:
             reason = str(error)
@@ -267,7 +282,7 @@ class Connection(socketserver.BaseRequestHandler):
         while (text := parser.next_text()) is None:
             if parser.unfinished:
                 return self._finish_text(parser)
-            data = self.request.recv(_READ_SIZE)
+            data = self._receive_by(math.inf, _READ_SIZE)
             if not data:
                 return None
             parser.receive_data(data)
@@ -285,18 +300,17 @@ class Connection(socketserver.BaseRequestHandler):
             if not data:
                 return None
             parser.receive_data(data)
-        self._set_timeout(socket.SO_RCVTIMEO, 0)
         return text
 
     def _receive_by(self, deadline: float, size: int) -> bytes:
-        seconds = deadline - time.monotonic()
-        with contextlib.suppress(BlockingIOError):
-            if seconds > 0:
-                self._set_timeout(socket.SO_RCVTIMEO, seconds)
+        while True:
+            # At first, that is: even if this process was stopped meanwhile, what has come is in time.
+            with contextlib.suppress(BlockingIOError):
                 return self.request.recv(size)
-            # If this process was stopped, it came in time all the same.
-            return self.request.recv(size, socket.MSG_DONTWAIT)
-        raise ProtocolError("a message that had begun did not arrive in time")
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:
+                raise ProtocolError("a message that had begun did not arrive in time")
+            self.server.idle.wait(self._share.uid, self.request, None if seconds == math.inf else seconds)
 
     def _count_no_more(self) -> None:
         self._share.give_back("request_bytes", self._counted)

@@ -1,0 +1,133 @@
+"""Waiting for clients: each is woken when there is something for it, and no user waits for another's."""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from cc_proxy.proxy import idle as idle_module
+from cc_proxy.proxy.idle import Idle
+from tests.proxy.conftest import Logged
+from tests.proxy.support import open_fds, pair
+from tests.wire.support import WAIT, in_background, wait_until
+
+ALICE, BOB = 1, 2
+
+
+@pytest.fixture
+def idle() -> Iterator[Idle]:
+    before = set(open_fds())
+    idle = Idle()
+    for uid in (ALICE, BOB):
+        idle.admit(uid)
+    idle.start()
+    yield idle
+    idle.close()
+    assert set(open_fds()) == before
+
+
+@pytest.mark.parametrize("how", ["sends", "goes", "is shut down"])
+def test_who_waits_is_woken(idle: Idle, how: str) -> None:
+    near, far = pair()
+    with near, far, in_background(lambda: idle.wait(ALICE, near, WAIT)):
+        wait_until(lambda: bool(idle._waiting), "it waits")
+        if how == "sends":
+            far.send(b"x")
+        elif how == "goes":
+            far.close()
+        else:
+            near.shutdown(socket.SHUT_RD)
+        wait_until(lambda: not idle._waiting, "it is woken", WAIT / 2)
+
+
+def test_what_is_there_already_is_not_waited_for(idle: Idle) -> None:
+    near, far = pair()
+    with near, far:
+        far.send(b"x")
+        for _ in range(3):
+            idle.wait(ALICE, near, None)
+
+
+def test_waiting_has_an_end(idle: Idle) -> None:
+    near, far = pair()
+    with near, far:
+        begun = time.monotonic()
+        idle.wait(ALICE, near, 0.02)
+        assert time.monotonic() - begun >= 0.02
+    assert not idle._waiting
+
+
+def test_the_end_wakes_all() -> None:
+    idle = Idle()
+    idle.admit(ALICE)
+    idle.start()
+    near, far = pair()
+    with near, far, in_background(lambda: idle.wait(ALICE, near, None)):
+        wait_until(lambda: bool(idle._waiting), "it waits")
+        idle.close()
+
+
+def test_no_user_waits_until_all_of_another_are_woken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alice's clients have all gone before Bob's one says something."""
+    monkeypatch.setattr(idle_module, "_AT_ONCE", 2)
+    woken: list[int] = []
+    idle = Idle()
+    for uid in (ALICE, BOB):
+        idle.admit(uid)
+
+    def wait(uid: int, sock: socket.socket) -> None:
+        idle.wait(uid, sock, WAIT)
+
+    class Noted(dict[int, object]):
+        """Who is looked up is about to be woken."""
+
+        def get(self, fd: int, default: object = None) -> object:
+            woken.append(fd)
+            return super().get(fd, default)
+
+    idle._waiting = Noted()  # type: ignore[assignment]
+    with ExitStack() as stack:
+        alices = [pair() for _ in range(20)]
+        bob, bobs_client = pair()
+        bobs_fd = bob.fileno()
+        for sock in (*(sock for ends in alices for sock in ends), bob, bobs_client):
+            stack.enter_context(sock)
+        threads = [threading.Thread(target=wait, args=(ALICE, near)) for near, _ in alices]
+        threads.append(threading.Thread(target=wait, args=(BOB, bob)))
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(idle._waiting) == 21, "all wait")
+        for _, far in alices:
+            far.close()
+        bobs_client.send(b"x")
+        idle.start()
+        for thread in threads:
+            thread.join(WAIT)
+        idle.close()
+    assert len(woken) >= 21
+    assert woken.index(bobs_fd) < 4
+
+
+def test_error_that_nobody_expected_wakes_nobody_less(
+    idle: Idle, monkeypatch: pytest.MonkeyPatch, logged: Logged
+) -> None:
+    real, failures = Idle._wake_some, [KeyError("nobody expects it")]
+
+    def fail_once(self: Idle, epoll: select.epoll) -> None:
+        if failures:
+            raise failures.pop()
+        real(self, epoll)
+
+    monkeypatch.setattr(Idle, "_wake_some", fail_once)
+    near, far = pair()
+    with near, far, in_background(lambda: idle.wait(ALICE, near, WAIT)):
+        wait_until(lambda: bool(idle._waiting), "it waits")
+        far.send(b"x")
+        wait_until(lambda: not idle._waiting, "it is woken", WAIT / 2)
+    assert "waking connections failed" in logged.at(40)
