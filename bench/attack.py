@@ -1,4 +1,7 @@
-"""A user who wants all of a daemon: `python -m bench.attack SOCKET UID HABIT CONNECTIONS`, until killed."""
+"""A user who wants all of a daemon: `python -m bench.attack SOCKET UID HABIT CONNECTIONS`, until killed.
+
+`bench.hostile` measures what that costs others.
+"""
 
 import os
 import select
@@ -29,7 +32,7 @@ _HELLO = _request(Hello("mine", "/nonexistent", "/nonexistent"))
 _LONG = _raw(b'{"id":"' + b"x" * (MAX_TEXT - 9) + b'"}')
 _DEEP = _raw(b'{"a":' + b"[" * 400_000 + b"]" * 400_000 + b"}")
 
-#: What is sent on each connection, over and over; with `None` behind it, once.
+#: What is sent on each connection, over and over.
 HABITS: dict[str, bytes] = {
     "flood": _ATTACH * _ROUND,
     "halves": _ATTACH[:-7],
@@ -37,8 +40,11 @@ HABITS: dict[str, bytes] = {
     "long": _LONG,
     "deep": _DEEP,
     "nonsense": _raw(b"{}") + bytes(7) + b"x",
+    "churn": _ATTACH,
 }
-_ONCE = frozenset({"halves", "nonsense"})
+#: Habits of which that is sent once, and those of them that hang up then.
+_ONCE = frozenset({"halves", "nonsense", "churn"})
+_HANGS_UP = frozenset({"churn"})
 
 
 class Attacker:
@@ -48,6 +54,7 @@ class Attacker:
         self._path = path
         self._said = HABITS[habit]
         self._once = habit in _ONCE
+        self._hangs_up = habit in _HANGS_UP
         self._epoll = epoll
         self._left = memoryview(b"")
         self.sock: socket.socket | None = None
@@ -69,7 +76,7 @@ class Attacker:
         """Send and receive what is possible; False if the daemon has had enough."""
         assert self.sock
         try:
-            if events & select.EPOLLIN and not self.sock.recv(_READ_SIZE):
+            if events & select.EPOLLIN and (not self.sock.recv(_READ_SIZE) or self._hangs_up):
                 return False
             if events & select.EPOLLOUT:
                 self._send()

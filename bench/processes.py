@@ -106,6 +106,10 @@ class Daemon(Service):
         """Write its settings file; `settings` begin inside of its table [spool]."""
         self.config.write_text(f'[spool]\ndirectory = "{self._directory}"\n{settings}')
 
+    def connections(self) -> int:
+        """How many there are, about: each has a thread."""
+        return self.count_threads() - self._threads
+
     def resident_bytes(self) -> int:
         return self.memory()["Rss"]
 

@@ -23,5 +23,5 @@ def tmp_sock_dir() -> Iterator[Path]:
 def open_dir() -> Iterator[Path]:
     """A directory for sockets in which every user finds everything."""
     with tempfile.TemporaryDirectory(prefix="ccp-", dir="/tmp") as path:
-        os.chmod(path, 0o755)
+        os.chmod(path, 0o755)  # noqa: S103 - that is what it is for
         yield Path(path)

@@ -1,0 +1,113 @@
+"""`python -m bench.hostile`, as root: what a user's echo and requests take while another does their worst."""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+
+from bench.attack import HABITS
+from bench.processes import BenchError, Child, Daemon, Worker, gather
+
+#: Nobody's number.
+_UID = 54_323
+#: Seconds until an attack has all its connections, at the most.
+_WARM_UP = 10.0
+_FEW = 8  # connections, of those who send a megabyte each time
+_CONTAINER = "victim"
+_HEADING = f"{'attack':10} {'connections':>11}  {'echo p50, p99':>19}  ratio  {'attach p50, p99':>19}  ratio"
+
+Figures = dict[str, dict[str, float]]
+
+
+class Scene:
+    """A daemon, a user who minds their own business, and one who does not."""
+
+    def __init__(self, directory: Path, stack: ExitStack, seconds: float) -> None:
+        self._seconds = seconds
+        self._daemon = stack.enter_context(Daemon("daemon", directory, f"[access]\nusers = [{_UID}]\n"))
+        self._vms = stack.enter_context(Worker("VMs", "bench.vms", str(directory)))
+        self._clients = stack.enter_context(Worker("clients", "bench.clients"))
+        runtime = stack.enter_context(Worker("runtime", "bench.clients"))
+        [paths] = self._vms.call("open", count=1)
+        self._vms.begin("boot")
+        runtime.begin("hello", proxy=self._daemon.path, vms={_CONTAINER: paths})
+        gather(self._vms, runtime)
+
+    def measure(self) -> Figures:
+        """Time echoes over a new session, and attaches."""
+        self._clients.call("attach", proxy=self._daemon.path, containers=[_CONTAINER], connections=1)
+        self._vms.call("assign", streams=self._clients.call("allocate", vms=1))
+        self._vms.begin("echo")
+        self._clients.begin("echo", seconds=self._seconds)
+        echo, _ = gather(self._clients, self._vms)
+        attach = self._clients.call("time_attach", container=_CONTAINER, seconds=self._seconds)
+        self._clients.call("close")
+        return {"echo": echo, "attach": attach}
+
+    @contextmanager
+    def attacked(self, habit: str, connections: int) -> Iterator[None]:
+        """Have another user do that meanwhile."""
+        attack = (self._daemon.path, str(_UID), habit, str(connections))
+        with Child("attacker", "bench.attack", *attack):
+            self._wait_for(connections if habit != "churn" else 1)
+            yield
+        self._daemon.settle()
+
+    def _wait_for(self, connections: int) -> None:
+        deadline = time.monotonic() + _WARM_UP
+        while self._daemon.connections() < connections and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.hostile", description=__doc__)
+    parser.add_argument("--connections", type=int, default=2_000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="for each measurement")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
+    parser.add_argument("habits", nargs="*", metavar="HABIT", help=f"of: all, {', '.join(HABITS)}")
+    options = parser.parse_args()
+    if os.geteuid() != 0:
+        parser.error("it takes root to be two users")
+    try:
+        _run(options.habits or [*HABITS, "all"], options)
+    except BenchError as error:
+        print(f"bench: FAILED: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(habits: list[str], options: argparse.Namespace) -> None:
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cc-proxy-", dir="/tmp")))
+        directory.chmod(0o755)
+        scene = Scene(directory, stack, options.seconds)
+        print(_HEADING)
+        for habit in habits:
+            count = _FEW if habit in {"long", "deep"} else options.connections
+            quiet, attacked = [], []
+            for _ in range(options.rounds):
+                quiet.append(scene.measure())
+                with scene.attacked(habit, count):
+                    attacked.append(scene.measure())
+            print(f"{'(quiet)':10} {'':11}  {_line(quiet, quiet)}")
+            print(f"{habit:10} {count:11}  {_line(attacked, quiet)}", flush=True)
+
+
+def _line(rounds: list[Figures], against: list[Figures]) -> str:
+    cells = []
+    for what in ("echo", "attach"):
+        p50, p99 = (median(figures[what][name] for figures in rounds) for name in ("p50", "p99"))
+        ratio = median(
+            mine[what]["p99"] / theirs[what]["p99"] for mine, theirs in zip(rounds, against, strict=True)
+        )
+        cells.append(f"{p50:7.0f} {p99:8.0f} µs  {ratio:5.2f}")
+    return "  ".join(cells)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
