@@ -93,7 +93,10 @@ def call_as(who: Credentials, function: Callable[[], T]) -> T:
     )
     thread.start()
     thread.join()
-    return outcome.result()
+    try:
+        return outcome.result()
+    finally:
+        del outcome  # an exception refers to this frame
 
 
 def _run(who: Credentials, function: Callable[[], T], outcome: "Future[T]") -> None:
@@ -103,7 +106,7 @@ def _run(who: Credentials, function: Callable[[], T], outcome: "Future[T]") -> N
     except BaseException as error:
         outcome.set_exception(error)
     finally:
-        del outcome  # which an exception would refer to, and be referred to by
+        del outcome  # and to this one
 
 
 def _become(who: Credentials) -> None:

@@ -132,11 +132,13 @@ class Handlers:
         Raises `ProtocolError` if the text is not a JSON object.
         """
         with client.share.turn:
-            begun = time.thread_time() if len(text) > _SHORT else None
-            reply = self._answer(client, text)
-            if begun is not None:
+            if len(text) <= _SHORT:
+                return self._answer(client, text)
+            begun = time.thread_time()
+            try:
+                return self._answer(client, text)
+            finally:
                 _rest(client, time.thread_time() - begun)
-        return reply
 
     def _answer(self, client: Client, text: bytes) -> Reply:
         name, arguments = "", None
