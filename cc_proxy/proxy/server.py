@@ -69,7 +69,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()  # guards _connections; nothing else is locked while it is held
         self._connections: dict[socket.socket, tuple[threading.Thread, Share]] = {}
-        self._shares = registry.shares
+        self.shares = registry.shares
         self._stopping = threading.Event()
         #: Where connections' threads wait.
         self.idle = Idle()
@@ -165,7 +165,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 request, who, f"user {who.uid} may not connect: [access] in the settings names who may"
             )
             return
-        share = self._shares.of(who.uid)
+        share = self.shares.of(who.uid)
         try:
             self.idle.admit(who.uid)
             share.take("connections")

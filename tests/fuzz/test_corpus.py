@@ -80,8 +80,8 @@ def test_no_fuzzer_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         ("pacing", StdinWindow, "_seq", 1 << 63),
         ("requests", handlers, "MAX_RESPONSE", 1 << 20),
         ("requests", server, "TAG", b"G"),
-        ("settings", settings, "_printable", str),
-        ("status", overview, "safe", str),
+        ("settings", settings, "printable", str),
+        ("status", overview, "printable", str),
         ("stdin", frames, "MAX_TO_AGENT", 4_097),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cc_proxy.api.payloads import Hello
+from cc_proxy.credentials import Credentials
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.vm import VmError
@@ -45,8 +46,8 @@ def registry(tmp_sock_dir: Path) -> Registry:
 def test_vm(tmp_sock_dir: Path, registry: Registry) -> None:
     """Its pump has half a megabyte of buffers."""
     with AcknowledgingVm(str(tmp_sock_dir)) as agent, no_circles():
-        vm = registry.register(Hello("pod", agent.control_path, agent.io_path))
-        _, stream = vm.open_session(2)
+        vm = registry.register(Hello("pod", agent.control_path, agent.io_path), Credentials.own())
+        _, stream = vm.open_session(2, registry.shares.of(vm.owner))
         vm.command(Code.PING, b"{}")
         vm.abort()
         assert vm.join(WAIT)
@@ -58,7 +59,7 @@ def test_vm(tmp_sock_dir: Path, registry: Registry) -> None:
 
 def test_vm_that_never_came_up(registry: Registry) -> None:
     with no_circles(), pytest.raises(VmError):
-        registry.register(Hello("pod", "/nonexistent", "/nonexistent"))
+        registry.register(Hello("pod", "/nonexistent", "/nonexistent"), Credentials.own())
 
 
 def test_connection(tmp_sock_dir: Path) -> None:

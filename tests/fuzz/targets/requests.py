@@ -21,8 +21,9 @@ from cc_proxy.api.errors import ProtocolError
 from cc_proxy.api.fdpassing import read_fd
 from cc_proxy.api.messages import MemberError
 from cc_proxy.api.payloads import Hello, Request
+from cc_proxy.credentials import Credentials
 from cc_proxy.log import CONSOLE, _Json, _Text, logger
-from cc_proxy.proxy.handlers import MAX_RESPONSE
+from cc_proxy.proxy.handlers import MAX_RESPONSE, Client
 from cc_proxy.proxy.listener import Listener
 from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.server import Connection, Server
@@ -101,7 +102,7 @@ def _served() -> Iterator[tuple[Server, AcknowledgingVm]]:
         registry = Registry(live)
         server = Server(Listener(socket.socket(socket.AF_UNIX)), registry, live)
         try:
-            registry.register(Hello("vm", vm.control_path, vm.io_path))
+            registry.register(Hello("vm", vm.control_path, vm.io_path), Credentials.own())
             # From now on a hello may be for what never says READY.
             live.replace(replace(settings, vm=Vm(ready_timeout=0.01, ready_ping_after=0.005)))
             yield server, vm
@@ -131,7 +132,8 @@ def _client(server: Server, number: int, stream: bytes, cuts: Iterator[int]) -> 
         served.sizes = cuts
         far.sendall(stream)
         far.shutdown(socket.SHUT_WR)
-        Connection(served, number, server)
+        who = Credentials.of_peer(served)
+        Connection(served, Client(number, who, server.shares.of(who.uid)), server)
         served.shutdown(socket.SHUT_WR)
         _check_answers(far, texts_in(stream)[0])
 
