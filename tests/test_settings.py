@@ -28,7 +28,7 @@ COUNTS = [
     f"{table}.{name}"
     for table in ("limits", "limits.user")
     for name in ("connections", "vms", "sessions", "commands")
-]
+] + ["limits.user.request_rate"]
 BYTES = [
     "spool.session_limit",
     "spool.user_limit",
@@ -69,6 +69,7 @@ DEFAULTS = {
     "limits.user.sessions": 16_384,
     "limits.user.commands": 4_096,
     "limits.user.request_bytes": 64 * 1024 * 1024,
+    "limits.user.request_rate": 2_000,
     "limits.message_timeout": 30.0,
 }
 
@@ -169,15 +170,16 @@ def test_all_at_once() -> None:
         sessions = 12
         commands = 13
         request_bytes = 14
-        message_timeout = 20
+        message_timeout = 21
         [limits.user]
         connections = 15
         vms = 16
         sessions = 17
         commands = 18
         request_bytes = 19
+        request_rate = 20
     """
-    expected = ["/a", (1,), (2,), (3,), "debug", "json", 1, 2, 3, 4, 5, 6, "/b", *range(7, 21)]
+    expected = ["/a", (1,), (2,), (3,), "debug", "json", 1, 2, 3, 4, 5, 6, "/b", *range(7, 22)]
     assert list(values(parse(text, FILE)).values()) == expected
 
 

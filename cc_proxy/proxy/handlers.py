@@ -131,14 +131,18 @@ class Handlers:
 
         Raises `ProtocolError` if the text is not a JSON object.
         """
-        with client.share.turn:
-            if len(text) <= _SHORT:
-                return self._answer(client, text)
-            begun = time.thread_time()
-            try:
-                return self._answer(client, text)
-            finally:
-                _rest(client, time.thread_time() - begun)
+        client.share.take_turn()
+        try:
+            return self._answer(client, text) if len(text) <= _SHORT else self._answer_long(client, text)
+        finally:
+            client.share.turn.release()
+
+    def _answer_long(self, client: Client, text: bytes) -> Reply:
+        begun = time.thread_time()
+        try:
+            return self._answer(client, text)
+        finally:
+            _rest(client, time.thread_time() - begun)
 
     def _answer(self, client: Client, text: bytes) -> Reply:
         name, arguments = "", None

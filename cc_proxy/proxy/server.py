@@ -34,6 +34,8 @@ from cc_proxy.settings import Limits, LiveSettings
 
 #: Threads that wait for the interpreter ask for it this often, in seconds.
 _SWITCH_INTERVAL = 0.001
+#: A new connection is as much work as so many requests.
+_CONNECTING = 10
 #: Seconds that a connection's own thread waits for the next request: one that has just sent one may soon send
 #: another, and to be woken by `Idle` takes longer.
 _BUSY = 0.02
@@ -248,6 +250,8 @@ class Connection(socketserver.BaseRequestHandler):
         reason = "closed by the client"
         self.server.handlers.clients.add(client)
         try:
+            with client.share.turn:
+                client.share.pace(_CONNECTING)
             self._set_timeout(socket.SO_RCVTIMEO, _BUSY)
             self._serve(client)
         except ProtocolError as error:
@@ -303,14 +307,14 @@ class Connection(socketserver.BaseRequestHandler):
         return text
 
     def _receive_by(self, deadline: float, size: int) -> bytes:
-        while True:
-            # At first, that is: even if this process was stopped meanwhile, what has come is in time.
+        while (seconds := deadline - time.monotonic()) > 0:
             with contextlib.suppress(BlockingIOError):
                 return self.request.recv(size)
-            seconds = deadline - time.monotonic()
-            if seconds <= 0:
-                raise ProtocolError("a message that had begun did not arrive in time")
             self.server.idle.wait(self._share.uid, self.request, None if seconds == math.inf else seconds)
+        # If this process was stopped, it came in time all the same.
+        with contextlib.suppress(BlockingIOError):
+            return self.request.recv(size, socket.MSG_DONTWAIT)
+        raise ProtocolError("a message that had begun did not arrive in time")
 
     def _count_no_more(self) -> None:
         self._share.give_back("request_bytes", self._counted)

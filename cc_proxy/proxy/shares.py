@@ -1,7 +1,9 @@
 """What each user has of what the daemon has only so much of, and whose turn it is."""
 
 import contextlib
+import math
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
@@ -20,6 +22,10 @@ _CALLED: dict[Thing, str] = {
 }
 
 
+#: Seconds that several of a user's requests are taken to be under way after one had to wait for another.
+_CROWDED = 0.1
+
+
 class LimitReached(Exception):
     """There is no more of something; the text says of what, and for whom."""
 
@@ -34,7 +40,32 @@ class Share:
     def __init__(self, shares: "Shares", uid: int) -> None:
         self._shares = shares
         self.uid = uid
-        self.turn = threading.Lock()  # guards nothing; others are locked while it is held, but never before
+        # Guards what follows. Others are locked while it is held, but never before.
+        self.turn = threading.Lock()
+        self._left = 0.0  # requests that need not wait, at the moment `_paced_at`
+        self._paced_at = -math.inf
+        self._crowded_at = -math.inf  # when somebody had to wait for `turn`
+
+    def take_turn(self) -> None:
+        """Take `turn`. A user of whose requests one had to wait for another is paced for a while."""
+        if not self.turn.acquire(blocking=False):
+            self._crowded_at = time.monotonic()
+            self.turn.acquire()
+        if not self._shares.alone and time.monotonic() - self._crowded_at < _CROWDED:
+            self.pace()
+
+    def pace(self, requests: int = 1) -> None:
+        """Wait if the user asks for more than it may while others are there. Requires holding `turn`.
+
+        One that floods would have the interpreter all the time, however fair it changes hands.
+        """
+        if self._shares.alone:
+            return
+        rate, now = self._shares.request_rate, time.monotonic()
+        self._left = min(rate, self._left + (now - self._paced_at) * rate) - requests
+        self._paced_at = now
+        if self._left < 0:
+            time.sleep(-self._left / rate)
 
     def take(self, thing: Thing, number: int = 1) -> None:
         """Count some more of something. Raises `LimitReached`, and then nothing is counted."""
@@ -72,6 +103,7 @@ class Shares:
         self._shares: dict[int, Share] = {}  # by uid; as many as there are users who may connect
         self._users: Counter[tuple[int, Thing]] = Counter()
         self._totals: Counter[Thing] = Counter()
+        self._connected = 0  # users
 
     def of(self, uid: int) -> Share:
         """Return a user's part."""
@@ -91,6 +123,7 @@ class Shares:
                 raise LimitReached(f"the limit of {total} {_CALLED[thing]} is reached")
             if self._users[uid, thing] + number > each:
                 raise LimitReached(f"the limit of {each} {_CALLED[thing]} for one user is reached")
+            self._connected += thing == "connections" and not self._users[uid, thing]
             self._totals[thing] += number
             self._users[uid, thing] += number
 
@@ -99,6 +132,17 @@ class Shares:
         with self._lock:
             self._totals[thing] -= number
             self._users[uid, thing] -= number
+            self._connected -= thing == "connections" and not self._users[uid, thing]
+
+    @property
+    def alone(self) -> bool:
+        """Whether no more than one user has connections."""
+        return self._connected <= 1
+
+    @property
+    def request_rate(self) -> int:
+        """Requests a second that one user may go on with while others are there."""
+        return self._live.current.limits.user.request_rate
 
     def used(self, uid: int, thing: Thing) -> int:
         """How much of something a user has now."""

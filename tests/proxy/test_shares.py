@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 import threading
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 
+from cc_proxy.proxy import shares as shares_module
 from cc_proxy.proxy.shares import LimitReached, Shares, Thing
 from cc_proxy.settings import Limits, LiveSettings, Settings, UserLimits
 from tests.wire.support import WAIT, in_background
@@ -95,6 +97,30 @@ def test_counting_by_many_threads() -> None:
             stack.enter_context(in_background(lambda seed=seed: live(seed)))  # type: ignore[misc]
     assert not beyond
     assert [shares.used(uid, "sessions") for uid in range(3)] == [0, 0, 0]
+
+
+def test_a_user_is_paced_while_others_are_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    clock = SimpleNamespace(monotonic=lambda: 1_000.0 + sum(slept), sleep=slept.append)
+    monkeypatch.setattr(shares_module, "time", clock)
+    settings = Settings(limits=Limits(user=UserLimits(request_rate=10)))
+    shares = Shares(LiveSettings(settings))
+    share = shares.of(ALICE)
+    share.take("connections")
+    for _ in range(100):
+        share.pace()
+    assert not slept, "she is alone"
+    shares.of(BOB).take("connections")
+    for _ in range(10):
+        share.pace()
+    assert not slept
+    for _ in range(5):
+        share.pace()
+    share.pace(10)
+    assert sum(slept) == pytest.approx(1.5)
+    shares.of(BOB).give_back("connections")
+    share.pace(1_000)
+    assert sum(slept) == pytest.approx(1.5), "she is alone again"
 
 
 def test_others_have_their_turn_while_one_waits_aside() -> None:
