@@ -131,11 +131,12 @@ class Handlers:
 
         Raises `ProtocolError` if the text is not a JSON object.
         """
-        client.share.take_turn()
+        share = client.share
+        share.take_turn()
         try:
             return self._answer(client, text) if len(text) <= _SHORT else self._answer_long(client, text)
         finally:
-            client.share.turn.release()
+            share.turn.release()
 
     def _answer_long(self, client: Client, text: bytes) -> Reply:
         begun = time.thread_time()

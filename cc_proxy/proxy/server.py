@@ -50,6 +50,8 @@ _READ_SIZE = 448
 _LARGEST_READ = 64 * 1024
 #: What the kernel takes in one piece.
 _LARGEST_SEND = 32 * 1024
+#: A plain number: this is passed with each response.
+_DONTWAIT = int(socket.MSG_DONTWAIT)
 _TIMEVAL = struct.Struct("@ll")
 
 
@@ -286,7 +288,10 @@ class Connection(socketserver.BaseRequestHandler):
         while (text := parser.next_text()) is None:
             if parser.unfinished:
                 return self._finish_text(parser)
-            data = self._receive_by(math.inf, _READ_SIZE)
+            try:
+                data = self.request.recv(_READ_SIZE)
+            except BlockingIOError:
+                data = self._receive_by(math.inf, _READ_SIZE)
             if not data:
                 return None
             parser.receive_data(data)
@@ -332,7 +337,7 @@ class Connection(socketserver.BaseRequestHandler):
     def _send_all(self, message: bytes) -> None:
         """Send a message whole. Raises `OSError` if it is not taken in time, a little at a time or not."""
         try:
-            sent = self.request.send(message, socket.MSG_DONTWAIT)
+            sent = self.request.send(message, _DONTWAIT)
         except BlockingIOError:
             sent = 0
         if sent < len(message):

@@ -48,10 +48,10 @@ class Share:
 
     def take_turn(self) -> None:
         """Take `turn`. A user of whose requests one had to wait for another is paced for a while."""
-        if not self.turn.acquire(blocking=False):
+        if not self.turn.acquire(False):
             self._crowded_at = time.monotonic()
             self.turn.acquire()
-        if not self._shares.alone and time.monotonic() - self._crowded_at < _CROWDED:
+        if self._shares.several and time.monotonic() - self._crowded_at < _CROWDED:
             self.pace()
 
     def pace(self, requests: int = 1) -> None:
@@ -59,7 +59,7 @@ class Share:
 
         One that floods would have the interpreter all the time, however fair it changes hands.
         """
-        if self._shares.alone:
+        if not self._shares.several:
             return
         rate, now = self._shares.request_rate, time.monotonic()
         self._left = min(rate, self._left + (now - self._paced_at) * rate) - requests
@@ -104,6 +104,8 @@ class Shares:
         self._users: Counter[tuple[int, Thing]] = Counter()
         self._totals: Counter[Thing] = Counter()
         self._connected = 0  # users
+        #: Whether more than one user has connections.
+        self.several = False
 
     def of(self, uid: int) -> Share:
         """Return a user's part."""
@@ -123,7 +125,8 @@ class Shares:
                 raise LimitReached(f"the limit of {total} {_CALLED[thing]} is reached")
             if self._users[uid, thing] + number > each:
                 raise LimitReached(f"the limit of {each} {_CALLED[thing]} for one user is reached")
-            self._connected += thing == "connections" and not self._users[uid, thing]
+            if thing == "connections" and not self._users[uid, thing]:
+                self._count_connected(1)
             self._totals[thing] += number
             self._users[uid, thing] += number
 
@@ -132,12 +135,13 @@ class Shares:
         with self._lock:
             self._totals[thing] -= number
             self._users[uid, thing] -= number
-            self._connected -= thing == "connections" and not self._users[uid, thing]
+            if thing == "connections" and not self._users[uid, thing]:
+                self._count_connected(-1)
 
-    @property
-    def alone(self) -> bool:
-        """Whether no more than one user has connections."""
-        return self._connected <= 1
+    def _count_connected(self, number: int) -> None:
+        """Requires holding _lock."""
+        self._connected += number
+        self.several = self._connected > 1
 
     @property
     def request_rate(self) -> int:
