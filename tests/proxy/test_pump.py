@@ -967,7 +967,7 @@ def test_agent_that_never_echoes(space: SpoolSpace, logged: Logged) -> None:
 def vm_that_reads_nothing_with_a_marker_due(rig: Rig) -> None:
     stream = rig.open()
     stream.send(bytes(600))
-    rig.wait(lambda pump: pump._stdin.asked, "a marker is on its way")
+    rig.wait(lambda pump: bool(pump._stdin.asked), "a marker is on its way")
     fill(rig.pump._io)
     rig.wait(blocked, "it is asked for again in vain")
 
@@ -1013,7 +1013,7 @@ def vm_that_takes_no_more_behind_a_full_spool(rig: Rig) -> None:
 def client_that_hung_up_while_its_marker_is_on_its_way(rig: Rig) -> None:
     stream = rig.open()
     stream.send(bytes(5_000))
-    rig.wait(lambda pump: pump._stdin.asked, "a marker is on its way")
+    rig.wait(lambda pump: bool(pump._stdin.asked), "a marker is on its way")
     stream.close()
 
 

@@ -77,7 +77,7 @@ class Bench:
         return session, far
 
     def asked(self) -> bool:
-        return self.stdin.asked
+        return bool(self.stdin.asked)
 
     def blocked(self) -> bool:
         return self.stdin.blocked
