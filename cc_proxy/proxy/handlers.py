@@ -46,9 +46,11 @@ _ELLIPSIS = "…"
 
 #: What is longer, in bytes, may take long. No client in the field sends such requests.
 _SHORT = 16 * 1024
-#: Seconds of a CPU that a request may take without a rest, and how many times as long that is.
+#: Seconds of a CPU that a request may take without a rest, and how many times as long that is. While a long
+#: text is decoded nobody else runs, so that is to be rare: fewer than one in a hundred requests may meet it.
 _LONG = 0.000_5
 _REST = 4.0
+_REST_OF_LONG = 100.0
 _LONGEST_REST = 1.0
 
 
@@ -143,7 +145,7 @@ class Handlers:
         try:
             return self._answer(client, text)
         finally:
-            _rest(client, time.thread_time() - begun)
+            _rest(client, time.thread_time() - begun, _REST_OF_LONG)
 
     def _answer(self, client: Client, text: bytes) -> Reply:
         name, arguments = "", None
@@ -211,7 +213,7 @@ class Handlers:
         with client.share.aside():
             status = describe(self._about, self._registry, client.who, self._connections(client.who))
         reply = Reply(messages.encode(_carrying(status), messages.MAX_STATUS))
-        _rest(client, time.thread_time() - begun)
+        _rest(client, time.thread_time() - begun, _REST)
         return reply
 
     def _connections(self, who: Credentials) -> list[Vm | None]:
@@ -233,10 +235,10 @@ class Handlers:
         return success(LogLevelChange(old, new))
 
 
-def _rest(client: Client, seconds: float) -> None:
+def _rest(client: Client, seconds: float, times: float) -> None:
     """Have a user whose request took long wait, so that others come to their turns; but root is trusted."""
     if client.who.uid != ROOT and seconds > _LONG:
-        time.sleep(min(seconds * _REST, _LONGEST_REST))
+        time.sleep(min(seconds * times, _LONGEST_REST))
 
 
 def _arguments(request: Request, decoder: Decoder[Any]) -> Any:

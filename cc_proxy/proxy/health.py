@@ -16,8 +16,8 @@ _SLEEP = 1.0
 class Health:
     """Looks whether each part of the daemon still takes its turns. Main thread.
 
-    Nothing that waits is ill: the accept thread wakes up several times a second, and a pump answers at once
-    unless it is in the middle of something.
+    Nothing that waits is ill: the accept thread wakes up several times a second, and the others answer at
+    once unless they are in the middle of something.
     """
 
     def __init__(self, server: Server, registry: Registry) -> None:
@@ -44,6 +44,8 @@ class Health:
         stuck = []
         if time.monotonic() - self._server.turned_at > max(patience, _SLEEP):
             stuck.append("the accept thread")
+        if not self._server.idle.answers():
+            stuck.append("the thread that wakes idle connections")
         if not self._server.is_free(_LOCK_TIMEOUT):
             stuck.append("the lock of the connections")
         if not self._registry.is_free(_LOCK_TIMEOUT):

@@ -22,8 +22,10 @@ class Idle:
 
     def __init__(self) -> None:
         self._users = select.epoll()  # has the epoll instance of each
-        self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._users.register(self._stop, select.EPOLLIN)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._users.register(self._wake, select.EPOLLIN)
+        self._stopping = False
+        self._asked = False  # the thread has been asked whether it is alive; it takes that back
         # By uid, and by their fds; as many as there are users who may connect.
         self._clients: dict[int, select.epoll] = {}
         self._by_fd: dict[int, select.epoll] = {}
@@ -38,13 +40,22 @@ class Idle:
     def close(self) -> None:
         """Wake those who still wait, and nobody any more. Main thread."""
         if self._thread.ident is not None:
-            os.eventfd_write(self._stop, 1)
+            self._stopping = True
+            os.eventfd_write(self._wake, 1)
             self._thread.join()
         for waiting in list(self._waiting.values()):
             waiting.put(None)
         for epoll in (*self._clients.values(), self._users):
             epoll.close()
-        os.close(self._stop)
+        os.close(self._wake)
+
+    def answers(self) -> bool:
+        """Whether the thread has answered the last call of this, and ask it again. Main thread."""
+        if self._asked:
+            return False
+        self._asked = True
+        os.eventfd_write(self._wake, 1)
+        return True
 
     def admit(self, uid: int) -> None:
         """Be ready for connections of a user. One thread."""
@@ -73,20 +84,20 @@ class Idle:
 
     def _wake_all(self) -> None:
         """Wake until the end, whatever happens."""
-        stopping = False
-        while not stopping:
+        while not self._stopping:
             try:
-                stopping = self._wake_ready()
+                self._wake_ready()
             except Exception:
                 faults.note("waking connections failed")
 
-    def _wake_ready(self) -> bool:
-        """Wake some of each user's that are ready; returns whether it is over."""
-        ready = [fd for fd, _ in self._users.poll()]
-        for fd in ready:
-            if fd != self._stop:
+    def _wake_ready(self) -> None:
+        """Wake some of each user's that are ready."""
+        for fd, _ in self._users.poll():
+            if fd == self._wake:
+                os.eventfd_read(fd)
+                self._asked = False
+            else:
                 self._wake_some(self._by_fd[fd])
-        return self._stop in ready
 
     def _wake_some(self, epoll: select.epoll) -> None:
         for fd, _ in epoll.poll(0, _AT_ONCE):

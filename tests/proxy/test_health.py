@@ -35,7 +35,10 @@ class Parts:
         self.vm = Vm("pod", ROOT, live, rig.space, lambda vm: None)
         self.vm._pump = rig.pump
         self.registry._vms.add(self.vm)
-        self.server = SimpleNamespace(turned_at=time.monotonic() + NEXT, is_free=lambda timeout: True)
+        self.idle = SimpleNamespace(answers=lambda: True)
+        self.server = SimpleNamespace(
+            turned_at=time.monotonic() + NEXT, is_free=lambda timeout: True, idle=self.idle
+        )
         self.health = Health(cast(Server, self.server), self.registry)
 
     def is_good(self) -> bool:
@@ -61,6 +64,12 @@ def test_all_is_well(parts: Parts, rig: Rig, logged: Logged) -> None:
         assert parts.is_good()
         rig.wait_for_turn()
     assert logged.at(logging.INFO) == []
+
+
+def test_a_thread_that_wakes_nobody_is_named(parts: Parts, logged: Logged) -> None:
+    parts.idle.answers = lambda: False
+    assert not parts.is_good()
+    assert stuck(logged)[0]["stuck"] == ["the thread that wakes idle connections"]
 
 
 def test_pump_that_hangs_is_named_once_until_it_goes_on(parts: Parts, rig: Rig, logged: Logged) -> None:

@@ -131,3 +131,24 @@ def test_error_that_nobody_expected_wakes_nobody_less(
         far.send(b"x")
         wait_until(lambda: not idle._waiting, "it is woken", WAIT / 2)
     assert "waking connections failed" in logged.at(40)
+
+
+def test_its_thread_answers_unless_it_hangs(idle: Idle, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, go = threading.Event(), threading.Event()
+
+    def hang(epoll: select.epoll) -> None:
+        here.set()
+        go.wait(WAIT)
+
+    assert idle.answers()
+    wait_until(lambda: not idle._asked, "it has answered")
+    monkeypatch.setattr(idle, "_wake_some", hang)
+    near, far = pair()
+    with near, far, in_background(lambda: idle.wait(ALICE, near, WAIT)):
+        far.send(b"x")
+        assert here.wait(WAIT)
+        assert idle.answers(), "it has been asked only now"
+        assert not idle.answers()
+        monkeypatch.undo()
+        go.set()
+    wait_until(lambda: not idle._asked, "it goes on")
