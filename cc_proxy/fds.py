@@ -9,7 +9,8 @@ from collections.abc import Sequence
 #: Bytes on their way that are not to be copied.
 Piece = bytes | memoryview
 
-_SCRATCH = 64 * 1024
+#: What nobody wants to read goes here, whichever thread reads it; made once, since memory may be short then.
+_SCRATCH = bytearray(64 * 1024)
 _IOV_MAX = 1024
 
 
@@ -28,7 +29,7 @@ def close_stream(sock: socket.socket) -> None:
     """
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
-        while sock.recv(_SCRATCH, socket.MSG_DONTWAIT):
+        while sock.recv_into(_SCRATCH, 0, socket.MSG_DONTWAIT):
             pass
     sock.close()
 

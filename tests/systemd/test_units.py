@@ -23,7 +23,7 @@ EXCEPTIONS = {
     "ProtectHome=": "ProtectHome=read-only",
     "RestrictAddressFamilies=~AF_UNIX": "RestrictAddressFamilies=AF_UNIX",
     "RootDirectory=/RootImage=": "ProtectSystem=strict",
-    "SystemCallFilter=~@privileged": "SystemCallFilter=setfsuid setfsgid setgroups capset",
+    "SystemCallFilter=~@privileged": "SystemCallFilter=setresuid setresgid setgroups capset",
 }
 
 
