@@ -235,11 +235,10 @@ def test_sigusr1_says_what_every_thread_does(tmp_sock_dir: Path) -> None:
         daemon.process.send_signal(signal.SIGUSR1)
         wait_until(lambda: "MainThread" in str(events(daemon, "stack")), "the stack of the last thread")
         stacks = events(daemon, "stack")
-        # In two places at the most: those who have just begun to wait still do so themselves.
-        clients = [stack for stack in stacks if "_next_text" in str(stack["stack"])]
-        assert len(clients) <= 2
+        # Those who have just been answered may not have come to where all of them wait in the end.
+        clients = [stack for stack in stacks if str(stack["threads"]).startswith("['client ")]
         assert sum(int(str(stack["count"])) for stack in clients) == len(more) + 1
-        assert all(str(stack["threads"]).startswith("['client ") for stack in clients)
+        assert "_next_text" in str(clients[0]["stack"])
         names = str([stack["threads"] for stack in stacks])
         assert all(name in names for name in ("pump pod", "accept", "log"))
         wire.close()
