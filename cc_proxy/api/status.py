@@ -12,6 +12,8 @@ LONGEST_TEXT = 256
 MOST_LISTED = 8
 #: VMs that are listed.
 MOST_VMS = 2_048
+#: Users that are listed.
+MOST_USERS = 1_024
 
 
 class _Part(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
@@ -37,6 +39,9 @@ class WaitingStream(_Part, frozen=True):
 
     #: The first stream of its fd.
     stream: int
+    #: The process and the user that asked for it; the process may have passed it on.
+    pid: int
+    uid: int
     #: Bytes that wait on disk, and in memory.
     spooled: int
     pending: int
@@ -86,6 +91,8 @@ class VmStatus(_Part, frozen=True):
     """One VM."""
 
     id: str
+    #: The user who said hello.
+    uid: int
     #: `starting`, `up`, `leaving` (bye was said) or `lost` (what it sent is still delivered).
     state: str
     #: Since hello.
@@ -102,6 +109,19 @@ class VmStatus(_Part, frozen=True):
     #: Commands that the agent has not answered, those included that nobody waits for any more.
     unanswered: int
     last_error: LastError | None
+
+
+class UserStatus(_Part, frozen=True):
+    """What one user has of what is limited (`[limits.user]` in the settings)."""
+
+    uid: int
+    connections: int
+    vms: int
+    sessions: int
+    #: Commands that wait for their VMs' answers.
+    commands: int
+    #: Bytes that wait on disk.
+    spooled: int
 
 
 class EndedVm(_Part, frozen=True):
@@ -122,6 +142,8 @@ class Status(_Part, frozen=True):
     log_level: str
     #: Clients that are connected.
     connections: int
+    #: Those who have anything, by uid, `MOST_USERS` at most.
+    users: list[UserStatus]
     #: Bytes that wait on disk for all clients together.
     spooled: int
     #: Ordered by id, `MOST_VMS` at most; and how many there are.

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
-from cc_proxy.api import LastError, Status, Streams, VmStatus, WaitingStream
+from cc_proxy.api import LastError, Status, Streams, UserStatus, VmStatus, WaitingStream
 from cc_proxy.printable import printable
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _PERIODS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
-_HEADINGS = ("VM", "STATE", "AGE", "CLIENTS", "SESSIONS", "TO CLIENTS", "TO VM", "STRAYS", "PAUSES")
+_HEADINGS = ("VM", "USER", "STATE", "AGE", "CLIENTS", "SESSIONS", "TO CLIENTS", "TO VM", "STRAYS", "PAUSES")
+_USER_HEADINGS = ("USER", "CONNECTIONS", "VMS", "SESSIONS", "COMMANDS", "SPOOLED")
 _UNKNOWN = "no answer"
 
 
@@ -18,6 +19,8 @@ def overview(status: Status) -> str:
         lines += ["", *_table([_HEADINGS, *map(_row, status.vms)])]
     if status.vm_count > len(status.vms):
         lines.append(f"… and {status.vm_count - len(status.vms)} more")
+    if len(status.users) > 1:
+        lines += ["", *_table([_USER_HEADINGS, *map(_user, status.users)])]
     waiting = [f"{printable(vm.id)}: {what}" for vm in status.vms for what in waits(vm)]
     lines += _section("What waits:", waiting)
     errors = [(vm.id, vm.last_error) for vm in status.vms if vm.last_error]
@@ -73,7 +76,7 @@ def _daemon(status: Status) -> Iterator[str]:
 
 
 def _row(vm: VmStatus) -> tuple[str, ...]:
-    first = printable(vm.id), printable(vm.state), age(vm.age), str(vm.clients)
+    first = printable(vm.id), str(vm.uid), printable(vm.state), age(vm.age), str(vm.clients)
     if vm.streams is None:
         return *first, "-" if vm.answers else _UNKNOWN, "", "", "", ""
     traffic = vm.streams.traffic
@@ -87,6 +90,11 @@ def _row(vm: VmStatus) -> tuple[str, ...]:
     )
 
 
+def _user(user: UserStatus) -> tuple[str, ...]:
+    numbers = (user.uid, user.connections, user.vms, user.sessions, user.commands)
+    return *map(str, numbers), size(user.spooled)
+
+
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
@@ -95,7 +103,8 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 def _stream(stream: WaitingStream) -> str:
     waiting = [f"{size(stream.spooled)} spooled"] if stream.spooled else []
     waiting += [f"{size(stream.pending)} in memory"] if stream.pending else []
-    text = f"its client has taken nothing for {age(stream.idle)}; {', '.join(waiting)}"
+    client = f"its client (pid {stream.pid}, user {stream.uid})"
+    text = f"{client} has taken nothing for {age(stream.idle)}; {', '.join(waiting)}"
     if stream.reason:
         text += f"; {printable(stream.reason)}"
     if stream.holds_vm:

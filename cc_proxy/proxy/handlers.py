@@ -156,6 +156,9 @@ class Handlers:
             reply = handler(client, arguments)
         except (LimitReached, MemberError, Refusal, RegistryError, VmError) as error:
             reply = failure(str(error))
+            if isinstance(error, LimitReached):
+                who = {"pid": client.who.pid, "uid": client.who.uid}
+                logger.warning("limit reached", extra={"payload": name, "error": str(error), **who})
             _log("request refused", client, name, arguments, error=str(error)[:200])
         else:
             _log("request", client, name, arguments)
@@ -192,7 +195,7 @@ class Handlers:
         vm = client.vm
         if vm is None or vm.state not in (State.UP, State.LEAVING):
             raise Refusal("client not attached to a vm")
-        io_base, fd = vm.open_session(allocate.n_streams, client.share)
+        io_base, fd = vm.open_session(allocate.n_streams, client.share, client.who.pid)
         reply = success(AllocateIoResult(io_base))
         reply.passed = fd
         return reply

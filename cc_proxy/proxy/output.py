@@ -171,7 +171,13 @@ class Output:
             self._counters.pauses += 1
             logger.warning(
                 "the VM is not read until its client reads",
-                extra={"vm": self._vm, "stream": session.seqs.start, "reason": session.stuck},
+                extra={
+                    "vm": self._vm,
+                    "stream": session.seqs.start,
+                    "pid": session.pid,
+                    "uid": session.uid,
+                    "reason": session.stuck,
+                },
             )
 
     def _release(self, session: Session) -> None:

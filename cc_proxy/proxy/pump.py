@@ -402,6 +402,8 @@ class Pump:
     def _waiting_stream(self, session: Session, now: float) -> WaitingStream:
         return WaitingStream(
             stream=session.seqs.start,
+            pid=session.pid,
+            uid=session.uid,
             spooled=session.spooled,
             pending=sum(map(len, session.pending)),
             idle=now - session.idle_since,

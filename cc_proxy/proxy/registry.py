@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from cc_proxy.access import is_admin, may_use
 from cc_proxy.api.payloads import Hello
+from cc_proxy.api.status import MOST_USERS, UserStatus
 from cc_proxy.credentials import Credentials
 from cc_proxy.log import logger
 from cc_proxy.proxy.dial import Dialer
@@ -125,6 +126,23 @@ class Registry:
         """Bytes that wait on disk for all clients together, or for the client's user if it is no admin."""
         everything = is_admin(self._live.current.access, client)
         return self._space.used if everything else self._space.used_by(client.uid)
+
+    def users(self, client: Credentials) -> list[UserStatus]:
+        """Return what each user has that a client may know of: its own, or all if it is an admin."""
+        everybody = is_admin(self._live.current.access, client)
+        used = self.shares.used
+        return [
+            UserStatus(
+                uid=uid,
+                connections=used(uid, "connections"),
+                vms=used(uid, "vms"),
+                sessions=used(uid, "sessions"),
+                commands=used(uid, "commands"),
+                spooled=self._space.used_by(uid),
+            )
+            for uid in self.shares.users()
+            if everybody or uid == client.uid
+        ][:MOST_USERS]
 
     def _note_change(self, vm: Vm) -> None:
         state = vm.state

@@ -258,9 +258,7 @@ class Connection(socketserver.BaseRequestHandler):
             self._serve(client)
         except ProtocolError as error:
             reason = str(error)
-            logger.warning(
-                "client broke the protocol", extra={"client": client.number, "error": reason[:200]}
-            )
+            logger.warning("client broke the protocol", extra={**fields, "error": reason[:200]})
         except LimitReached as limit:
             reason = str(limit)
             with contextlib.suppress(OSError):

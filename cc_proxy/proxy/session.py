@@ -39,6 +39,9 @@ class Session:
         self._sock = sock
         self._spool = Spool(space, share.uid)
         self._share = share
+        #: Whose it is: the user, and the process that asked for it.
+        self.uid = share.uid
+        self.pid = 0
         self._patience = _PATIENCE
         self._patience_at = 0.0
         self._took_at = 0.0

@@ -148,6 +148,11 @@ class Shares:
         """Requests a second that one user may go on with while others are there."""
         return self._live.current.limits.user.request_rate
 
+    def users(self) -> list[int]:
+        """Who has anything."""
+        with self._lock:
+            return sorted({uid for (uid, _), number in self._users.items() if number})
+
     def used(self, uid: int, thing: Thing) -> int:
         """How much of something a user has now."""
         return self._users[uid, thing]

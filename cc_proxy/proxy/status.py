@@ -59,6 +59,7 @@ def describe(about: About, registry: Registry, asker: Credentials, attached: Ite
         settings_file=about.settings_file,
         log_level=current_level(),
         connections=clients.total(),
+        users=registry.users(asker),
         spooled=registry.spooled(asker),
         vms=[_vm(vm, clients[vm], streams, deadline) for vm, streams in asked],
         vm_count=len(vms),
@@ -76,6 +77,7 @@ def _vm(vm: Vm, clients: int, asked: Future[Streams] | None, deadline: float) ->
     commands = control.waiting() if control else []
     return VmStatus(
         id=shorten(vm.container_id),
+        uid=vm.owner,
         state=vm.state.name.lower(),
         age=now - vm.created,
         clients=clients,

@@ -151,8 +151,8 @@ class Vm:
             raise VmError(refusal)
         return answer
 
-    def open_session(self, n_streams: int, share: Share) -> tuple[int, socket.socket]:
-        """Allocate streams for a client of `share`'s user.
+    def open_session(self, n_streams: int, share: Share, pid: int = 0) -> tuple[int, socket.socket]:
+        """Allocate streams for a client of `share`'s user, the process `pid`.
 
         Returns the first one's seq, and the end of their fd that is the client's. Raises `VmError` or
         `LimitReached`; no seq is used up then.
@@ -171,6 +171,7 @@ class Vm:
         window = self._live.current.stdin.window
         paced = StdinWindow(seqs.start, window) if window else None
         session = Session(seqs, ours, self._space, share, paced)
+        session.pid = pid
         if not pump.add(session):
             session.close()
             theirs.close()

@@ -5,7 +5,17 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from cc_proxy.api import EndedVm, LastError, Status, Streams, Traffic, VmStatus, WaitingCommand, WaitingStream
+from cc_proxy.api import (
+    EndedVm,
+    LastError,
+    Status,
+    Streams,
+    Traffic,
+    UserStatus,
+    VmStatus,
+    WaitingCommand,
+    WaitingStream,
+)
 from cc_proxy.ctl.overview import age, overview, size
 from tests.ctl.fake_proxy import FakeProxy
 from tests.ctl.running import ctl
@@ -25,9 +35,18 @@ STREAMS = Streams(
     paused=True,
     waiting=[
         WaitingStream(
-            stream=7, spooled=64 * MIB, pending=4096, idle=12.7, holds_vm=True, reason="the spool is full"
+            stream=7,
+            pid=31,
+            uid=0,
+            spooled=64 * MIB,
+            pending=4096,
+            idle=12.7,
+            holds_vm=True,
+            reason="the spool is full",
         ),
-        WaitingStream(stream=9, spooled=MIB, pending=0, idle=2.0, holds_vm=False, reason=""),
+        WaitingStream(
+            stream=9, pid=32, uid=1000, spooled=MIB, pending=0, idle=2.0, holds_vm=False, reason=""
+        ),
     ],
     waiting_sessions=5,
     spooled=66 * MIB,
@@ -38,6 +57,7 @@ STREAMS = Streams(
 )
 VM = VmStatus(
     id="we\x1bb",
+    uid=1000,
     state="up",
     age=187.0,
     clients=2,
@@ -50,6 +70,7 @@ VM = VmStatus(
 )
 STUCK = msgspec.structs.replace(VM, id="db", streams=None, answers=False, commands=[], waiting_commands=0)
 STUCK = msgspec.structs.replace(STUCK, unanswered=0, last_error=None)
+USER = UserStatus(uid=0, connections=1, vms=2, sessions=3, commands=4, spooled=MIB)
 STATUS = Status(
     version="1.2",
     pid=77,
@@ -57,6 +78,7 @@ STATUS = Status(
     settings_file="/etc/cc-proxy.toml",
     log_level="info",
     connections=1,
+    users=[USER, msgspec.structs.replace(USER, uid=1000)],
     spooled=66 * MIB,
     vms=[STUCK, VM],
     vm_count=3,
@@ -68,16 +90,21 @@ cc-proxy 1.2, pid 77, up for 1 d 1 h
 settings: /etc/cc-proxy.toml; log level: info
 3 VMs, 3 sessions, 1 connection; 66 MiB spooled
 
-VM       STATE  AGE        CLIENTS  SESSIONS   TO CLIENTS     TO VM       STRAYS  PAUSES
-db       up     3 min 7 s  2        no answer
-we\\x1bb  up     3 min 7 s  2        3          12 MiB in 900  2 KiB in 7  1       2
+VM       USER  STATE  AGE        CLIENTS  SESSIONS   TO CLIENTS     TO VM       STRAYS  PAUSES
+db       1000  up     3 min 7 s  2        no answer
+we\\x1bb  1000  up     3 min 7 s  2        3          12 MiB in 900  2 KiB in 7  1       2
 … and 1 more
+
+USER  CONNECTIONS  VMS  SESSIONS  COMMANDS  SPOOLED
+0     1            2    3         4         1 MiB
+1000  1            2    3         4         1 MiB
 
 What waits:
   db: its I/O pump does not answer: it is busy or stuck
-  we\\x1bb: the VM waits for stream 7: its client has taken nothing for 12 s; \
+  we\\x1bb: the VM waits for stream 7: its client (pid 31, user 0) has taken nothing for 12 s; \
 64 MiB spooled, 4 KiB in memory; the spool is full
-  we\\x1bb: stream 9 (the VM does not wait for it): its client has taken nothing for 2 s; 1 MiB spooled
+  we\\x1bb: stream 9 (the VM does not wait for it): \
+its client (pid 32, user 1000) has taken nothing for 2 s; 1 MiB spooled
   we\\x1bb: 3 more streams wait for their clients
   we\\x1bb: the VM has taken no stdin for 3 s: 300 B wait for it
   we\\x1bb: stdin of 1 session waits for the agent to acknowledge
@@ -98,7 +125,9 @@ def test_overview() -> None:
 
 
 def test_overview_of_a_daemon_at_rest() -> None:
-    idle = msgspec.structs.replace(STATUS, vms=[], vm_count=0, ended=[], settings_file="", connections=1)
+    idle = msgspec.structs.replace(
+        STATUS, vms=[], vm_count=0, users=[USER], ended=[], settings_file="", connections=1
+    )
     assert overview(idle).splitlines()[1:] == [
         "settings: the defaults, there is no file; log level: info",
         "0 VMs, 0 sessions, 1 connection; 66 MiB spooled",

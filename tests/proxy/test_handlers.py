@@ -45,7 +45,7 @@ class FakeVm:
         self.commands.append((name, payload))
         return ControlMessage(Code.ACK)
 
-    def open_session(self, streams: int, share: Share) -> tuple[int, socket.socket]:
+    def open_session(self, streams: int, share: Share, pid: int) -> tuple[int, socket.socket]:
         if self.refuses is not None:
             raise VmError(self.refuses)
         base = self.next_seq

@@ -343,8 +343,9 @@ def test_message_that_does_not_go_on_ends_its_connection(
         client.send(request("x") + request("x")[:part])
         assert client.receive() == UNKNOWN
         assert at_end(client.sock)
+        who = {"client": 2, "pid": os.getpid(), "uid": os.getuid()}
         assert logged.fields("client broke the protocol") == [
-            {"client": 2, "error": "a message that had begun did not arrive in time"}
+            who | {"error": "a message that had begun did not arrive in time"}
         ]
         assert idle.ask("x") == UNKNOWN, "between messages there is no hurry"
 

@@ -7,9 +7,19 @@ from typing import cast
 
 import msgspec
 
-from cc_proxy.api import EndedVm, LastError, Status, Streams, Traffic, VmStatus, WaitingCommand, WaitingStream
+from cc_proxy.api import (
+    EndedVm,
+    LastError,
+    Status,
+    Streams,
+    Traffic,
+    UserStatus,
+    VmStatus,
+    WaitingCommand,
+    WaitingStream,
+)
 from cc_proxy.api.messages import MAX_STATUS
-from cc_proxy.api.status import LONGEST_TEXT, MOST_LISTED, MOST_VMS, shorten
+from cc_proxy.api.status import LONGEST_TEXT, MOST_LISTED, MOST_USERS, MOST_VMS, shorten
 from cc_proxy.credentials import ROOT, Credentials
 from cc_proxy.proxy import status
 from cc_proxy.proxy.registry import FailedVm, Registry
@@ -29,6 +39,9 @@ class FakeRegistry:
 
     def spooled(self, client: Credentials) -> int:
         return 0
+
+    def users(self, client: Credentials) -> list[UserStatus]:
+        return []
 
     def vms_of(self, client: Credentials) -> list[Vm]:
         return list(self._vms)
@@ -118,7 +131,14 @@ def test_the_largest_status_there_is_fits() -> None:
     error = LastError(text=text, age=1e9 / 7)
     big = 2**60
     waiting = WaitingStream(
-        stream=big, spooled=big, pending=big, idle=1e9 / 7, holds_vm=False, reason="the spool is full " * 5
+        stream=big,
+        pid=2**22,
+        uid=2**32 - 2,
+        spooled=big,
+        pending=big,
+        idle=1e9 / 7,
+        holds_vm=False,
+        reason="the spool is full " * 5,
     )
     traffic = Traffic(
         bytes_to_clients=big,
@@ -142,6 +162,7 @@ def test_the_largest_status_there_is_fits() -> None:
     )
     vm = VmStatus(
         id=text,
+        uid=2**32 - 2,
         state="starting",
         age=1e9 / 7,
         clients=big,
@@ -152,6 +173,7 @@ def test_the_largest_status_there_is_fits() -> None:
         unanswered=big,
         last_error=error,
     )
+    user = UserStatus(uid=2**32 - 2, connections=big, vms=big, sessions=big, commands=big, spooled=big)
     whole = Status(
         version="1",
         pid=1,
@@ -159,6 +181,7 @@ def test_the_largest_status_there_is_fits() -> None:
         settings_file="/" * 4096,
         log_level="console",
         connections=big,
+        users=[user] * MOST_USERS,
         spooled=big,
         vms=[vm] * MOST_VMS,
         vm_count=big,
