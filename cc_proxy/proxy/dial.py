@@ -35,18 +35,29 @@ class Dialer:
         `member` is what clients call it. Raises `CannotConnect`, or `RuntimeError` if there is no thread.
         """
         _check(member, path)
+        deadline = Deadline(timeout)
         try:
             try:
-                with self._share.turn:
-                    return call_as(self.client, lambda: self._connect(path, 0))
-            except TimedOut:  # to wait for somebody is nothing that others should wait for
-                return call_as(self.client, lambda: self._connect(path, timeout))
+                return self._connect_at_once(path, deadline)
+            except BlockingIOError:  # to wait for somebody is nothing that others should wait for
+                return call_as(self.client, lambda: self._connect(path, deadline))
         except CannotAct as error:
             raise CannotConnect(f"{member}: {error}") from None
         except TimedOut:
             raise CannotConnect(f"{member}: cannot connect to {path}: not accepted in time") from None
         except OSError as error:
             raise CannotConnect(f"{member}: cannot connect to {path}: {error.strerror}") from None
+
+    def _connect_at_once(self, path: str, deadline: Deadline) -> socket.socket:
+        """Raises `BlockingIOError` if the backlog is full; or `TimedOut`."""
+        if not self._share.dialing.acquire(timeout=deadline.remaining()):
+            raise TimedOut("others of the same user had their turn all the time")
+        try:
+            return call_as(self.client, lambda: self._connect(path, 0))
+        except TimedOut:
+            raise BlockingIOError from None
+        finally:
+            self._share.dialing.release()
 
     def _connect(self, path: str, timeout: float | Deadline) -> socket.socket:
         sock = connect(path, timeout=timeout)
@@ -62,8 +73,8 @@ class Dialer:
 
 def _check(member: str, path: str) -> None:
     """Refuse what is no place in the file system. Raises `CannotConnect`."""
-    if not path.startswith("/") or "\0" in path:
-        raise CannotConnect(f"{member}: not an absolute path: {path!r}")
     size = len(os.fsencode(path))
     if size > MAX_SOCKET_PATH:
         raise CannotConnect(f"{member}: a path of {size} bytes, the limit is {MAX_SOCKET_PATH}")
+    if not path.startswith("/") or "\0" in path:
+        raise CannotConnect(f"{member}: not an absolute path: {path!r}")

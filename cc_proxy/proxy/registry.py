@@ -144,10 +144,11 @@ class Registry:
             if everybody or uid == client.uid
         ][:MOST_USERS]
 
-    def _note_change(self, vm: Vm) -> None:
-        state = vm.state
+    def _note_change(self, vm: Vm, state: State) -> None:
+        """Several may be told at once, and in any order: each has something of its own to do."""
         if state is State.UP:
-            logger.info("VM registered", extra={"vm": vm.container_id, "uid": vm.owner})
+            if vm.state is State.UP:
+                logger.info("VM registered", extra={"vm": vm.container_id, "uid": vm.owner})
             return
         with self._lock:
             if self._by_id.get(vm.container_id) is vm:

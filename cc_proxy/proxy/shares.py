@@ -42,6 +42,9 @@ class Share:
         self.uid = uid
         # Guards what follows. Others are locked while it is held, but never before.
         self.turn = threading.Lock()
+        # One hello of the user's at a time looks for a socket, so that many that fail do not crowd; held over
+        # I/O, and nothing else is locked then.
+        self.dialing = threading.Lock()
         self._left = 0.0  # requests that need not wait, at the moment `_paced_at`
         self._paced_at = -math.inf
         self._crowded_at = -math.inf  # when somebody had to wait for `turn`

@@ -67,7 +67,7 @@ class Vm:
     """A VM that a client has said hello for. Any thread may call.
 
     `owner` is the uid of that client. `on_change` is called, with no lock held, when the VM has moved to
-    another state.
+    another state, with that: by the time, there may be yet another.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Vm:
         owner: int,
         live: LiveSettings,
         space: SpoolSpace,
-        on_change: Callable[["Vm"], None],
+        on_change: Callable[["Vm", State], None],
     ) -> None:
         self.container_id = container_id
         self.owner = owner
@@ -280,7 +280,7 @@ class Vm:
             if to not in _MOVES[self._state]:
                 return False
             self._state = to
-        self._on_change(self)
+        self._on_change(self, to)
         return True
 
     def _gone(self) -> str:

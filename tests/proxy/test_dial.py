@@ -12,7 +12,7 @@ import pytest
 
 from cc_proxy.credentials import Credentials
 from cc_proxy.proxy.dial import CannotConnect, Dialer
-from tests.proxy.support import DIALER, dialer_of, open_fds
+from tests.proxy.support import DIALER, dialer_of, new_share, open_fds
 from tests.users import ALICE, BOB, ROOT, give, needs_root
 from tests.wire.support import WAIT, is_silent
 
@@ -72,6 +72,19 @@ def test_socket_whose_backlog_is_full_is_waited_for_no_longer_than_that(tmp_sock
         listener.listen(0)
         stack.enter_context(DIALER.connect("ctlSerial", path, 1.0))
         assert refusal(DIALER, path) == f"ctlSerial: cannot connect to {path}: not accepted in time"
+
+
+def test_path_that_is_far_too_long_is_not_said_again() -> None:
+    assert refusal(DIALER, "\x7f" * 1_000_000) == "ctlSerial: a path of 1000000 bytes, the limit is 107"
+
+
+def test_path_that_hangs_holds_up_hellos_of_its_user_only_and_until_their_deadline() -> None:
+    """As on a file system that does not answer."""
+    share = new_share()
+    dialer = Dialer(ROOT, share)
+    with share.dialing:
+        assert refusal(dialer, "/nowhere") == "ctlSerial: cannot connect to /nowhere: not accepted in time"
+        assert not share.turn.locked(), "other requests go on"
 
 
 def test_what_is_no_stream_socket(tmp_sock_dir: Path) -> None:

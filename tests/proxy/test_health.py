@@ -32,7 +32,7 @@ class Parts:
     def __init__(self, rig: Rig) -> None:
         live = LiveSettings(Settings())
         self.registry = Registry(live)
-        self.vm = Vm("pod", ROOT, live, rig.space, lambda vm: None)
+        self.vm = Vm("pod", ROOT, live, rig.space, lambda vm, state: None)
         self.vm._pump = rig.pump
         self.registry._vms.add(self.vm)
         self.idle = SimpleNamespace(answers=lambda: True)

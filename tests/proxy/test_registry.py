@@ -219,21 +219,40 @@ def test_vm_that_is_lost_as_it_comes_up_stays_unregistered(
     real = Registry._note_change
     told: list[State] = []
 
-    def note_late(registry: Registry, vm: Vm) -> None:
-        if vm.state is State.UP:
+    def note_late(registry: Registry, vm: Vm, state: State) -> None:
+        if state is State.UP:
             vm.lose("right away")
             assert vm.join(WAIT)
-        told.append(vm.state)
-        real(registry, vm)
+        told.append(state)
+        real(registry, vm, state)
 
     monkeypatch.setattr(Registry, "_note_change", note_late)
     office.registry = Registry(LiveSettings(Settings()))
     vm, _ = office.register("pod")
     assert vm.state is State.ENDED
-    assert told[-1] is State.ENDED
+    assert told == [State.LOST, State.ENDED, State.UP]
     assert not office.knows("pod")
     assert office.registry.vms() == []
     assert "VM registered" not in logged.at(0)
+
+
+def test_vm_that_ends_before_all_know_that_it_leaves_is_counted_once(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Registry._note_change
+
+    def note_late(registry: Registry, vm: Vm, state: State) -> None:
+        if state is State.LEAVING:
+            vm.abort()
+            assert vm.join(WAIT)
+        real(registry, vm, state)
+
+    monkeypatch.setattr(Registry, "_note_change", note_late)
+    office.registry = Registry(LiveSettings(Settings()))
+    vm, _ = office.register("pod")
+    office.registry.unregister("pod", ME)
+    assert vm.state is State.ENDED
+    assert office.registry.shares.used(ME.uid, "vms") == 0
 
 
 def test_hello_and_bye_from_many_threads(office: Office) -> None:

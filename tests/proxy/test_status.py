@@ -55,7 +55,7 @@ def describe(registry: FakeRegistry, *attached: Vm | None) -> Status:
 
 
 def vm_of(rig: Rig, name: str = "web") -> Vm:
-    vm = Vm(name, ROOT, LiveSettings(Settings()), rig.space, lambda vm: None)
+    vm = Vm(name, ROOT, LiveSettings(Settings()), rig.space, lambda vm, state: None)
     vm._pump = rig.pump
     vm._control = rig.control
     return vm
@@ -84,7 +84,9 @@ def test_pump_that_has_ended_is_not_said_to_be_stuck(rig: Rig) -> None:
 
 
 def test_vm_that_has_no_pump_yet(space: SpoolSpace) -> None:
-    (vm,) = describe(FakeRegistry(Vm("new", ROOT, LiveSettings(Settings()), space, lambda vm: None))).vms
+    (vm,) = describe(
+        FakeRegistry(Vm("new", ROOT, LiveSettings(Settings()), space, lambda vm, state: None))
+    ).vms
     assert (vm.state, vm.answers, vm.streams, vm.unanswered) == ("starting", True, None, 0)
 
 

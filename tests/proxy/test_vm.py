@@ -55,7 +55,7 @@ class Life:
     def __init__(self, directory: Path, space: SpoolSpace, settings: Settings = SETTINGS) -> None:
         self.agent = FakeVm(directory, "vm")
         self.states: list[State] = []
-        self.vm = Vm("pod", ROOT, LiveSettings(settings), space, lambda vm: self.states.append(vm.state))
+        self.vm = Vm("pod", ROOT, LiveSettings(settings), space, lambda vm, state: self.states.append(state))
         self.hello = Hello("pod", str(self.agent.ctl_path), str(self.agent.io_path))
         self._clients: list[socket.socket] = []
 
@@ -124,7 +124,7 @@ def test_moves(space: SpoolSpace, at: State) -> None:
     """An illegal move changes nothing and tells nobody."""
     for to in State:
         told: list[State] = []
-        vm = Vm("pod", ROOT, LiveSettings(SETTINGS), space, lambda vm, told=told: told.append(vm.state))  # type: ignore[misc]
+        vm = Vm("pod", ROOT, LiveSettings(SETTINGS), space, lambda vm, state, told=told: told.append(state))  # type: ignore[misc]
         vm._state = at
         legal = (at, to) in LEGAL
         assert vm._move(to) == legal
@@ -134,7 +134,7 @@ def test_moves(space: SpoolSpace, at: State) -> None:
 
 def test_nothing_is_locked_while_it_tells(space: SpoolSpace) -> None:
     locked: list[bool] = []
-    vm = Vm("pod", ROOT, LiveSettings(SETTINGS), space, lambda vm: locked.append(vm._lock.locked()))
+    vm = Vm("pod", ROOT, LiveSettings(SETTINGS), space, lambda vm, state: locked.append(vm._lock.locked()))
     vm._move(State.UP)
     vm.lose("for a reason")
     assert locked == [False, False]
@@ -143,7 +143,7 @@ def test_nothing_is_locked_while_it_tells(space: SpoolSpace) -> None:
 def test_of_many_threads_that_move_it_one_does(space: SpoolSpace) -> None:
     for _ in range(50):
         told: list[State] = []
-        vm = Vm("pod", ROOT, LiveSettings(SETTINGS), space, lambda vm, told=told: told.append(vm.state))  # type: ignore[misc]
+        vm = Vm("pod", ROOT, LiveSettings(SETTINGS), space, lambda vm, state, told=told: told.append(state))  # type: ignore[misc]
         vm._state = State.UP
         barrier = threading.Barrier(4)
 
@@ -447,7 +447,7 @@ def test_command_in_flight_when_it_is_lost(life: Life, how: str) -> None:
 
 
 def test_it_takes_neither_commands_nor_sessions_before_it_is_up(space: SpoolSpace) -> None:
-    vm = Vm("pod", ROOT, LiveSettings(SETTINGS), space, lambda vm: None)
+    vm = Vm("pod", ROOT, LiveSettings(SETTINGS), space, lambda vm, state: None)
     with pytest.raises(VmError, match="VM gone"):
         vm.command(Code.PING, b"")
     with pytest.raises(VmError, match="VM gone"):

@@ -194,7 +194,7 @@ def test_control_channel_that_fails_costs_its_vm(
 ) -> None:
     """What it was in the middle of nobody knows. Who asked is answered, and so is who waits for the lock."""
     states: list[State] = []
-    vm = Vm("pod", ROOT, LiveSettings(Settings()), space, lambda vm: states.append(vm.state))
+    vm = Vm("pod", ROOT, LiveSettings(Settings()), space, lambda vm, state: states.append(state))
     agent = FakeVm(tmp_sock_dir, "vm")
     with in_background(partial(boot, agent)):
         vm.start(hello_of(agent), DIALER)
