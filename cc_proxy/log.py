@@ -101,8 +101,12 @@ class _Text(logging.Formatter):
         time = self.formatTime(record, "%H:%M:%S")
         parts = [f"{time}.{record.msecs:03.0f} {record.levelname:<7} {record.getMessage()}"]
         # JSON, so that nothing a client sent can break the line or speak to the terminal.
-        parts += [f"{name}={json.dumps(value, default=str)}" for name, value in fields_of(record).items()]
+        fields = fields_of(record)
+        stack = fields.pop("stack", None)
+        parts += [f"{name}={json.dumps(value, default=str)}" for name, value in fields.items()]
         line = printable_json(" ".join(parts))
+        if stack:  # one line of it all would be read by nobody
+            line += "\n" + printable_lines(str(stack).rstrip("\n"))
         if record.exc_info:
             line += "\n" + printable_lines(self.formatException(record.exc_info))
         return line

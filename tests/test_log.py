@@ -115,6 +115,11 @@ def test_text_is_for_people() -> None:
     )
 
 
+def test_stack_is_shown_as_lines() -> None:
+    lines = lines_of(form="text", text="stack", stack="  File x\n    call()\x1b\n", count=1)
+    assert "".join(lines).endswith(" stack count=1\n      File x\n        call()\\x1b\n")
+
+
 @pytest.mark.parametrize("form", get_args(LogFormat))
 def test_error_cannot_forge_a_line(form: LogFormat) -> None:
     """What an exception says may be what a client said."""

@@ -56,11 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     try:
         chosen = choose_settings(options)
+        if options.check_config:
+            return _check(chosen, options.config)
     except SettingsError as error:
         return _refuse(error)
-    if options.check_config:
-        print("cc-proxy: the settings are right")
-        return 0
     _leave_directory(options)
     log = Logging(chosen.log.level, chosen.log.format)
     log.start()
@@ -72,6 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not log.stop():
             os._exit(status)
     return status
+
+
+def _check(chosen: Settings, path: str | None) -> int:
+    """Say which file's settings are right. Raises `SettingsError` if the spool's directory takes no files."""
+    _check_spool(chosen.spool.directory)
+    file = settings.file_read(path)
+    print(f"cc-proxy: {file}: the settings are right" if file else "cc-proxy: no file: the defaults")
+    return 0
 
 
 def _leave_directory(options: argparse.Namespace) -> None:

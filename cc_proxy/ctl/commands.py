@@ -159,7 +159,8 @@ Asking changes nothing.""",
     Command(
         name="agent",
         summary="stand in for a VM: run processes on this machine",
-        description="Listen on two sockets, as a VM with its agent does, and run processes on this machine.",
+        description="Listen on two sockets, as a VM with its agent does, and run processes on this machine. "
+        "It ends, and removes its sockets, when its pod has been destroyed; after `bye` alone it goes on.",
         examples=("agent --ctl /tmp/ctl.sock --io /tmp/io.sock",),
         arguments=(add_sockets, _add_ready_fd),
         read=options.Agent.of,

@@ -176,9 +176,24 @@ def test_usage_that_is_wrong(arguments: list[str], capsys: pytest.CaptureFixture
 def test_check_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is made or listened on."""
     path = tmp_path / "never" / "made"
-    assert main(["--check-config", "--socket-path", str(path)]) == 0
-    assert capsys.readouterr() == ("cc-proxy: the settings are right\n", "")
+    (file := tmp_path / "settings.toml").touch()
+    assert main(["--check-config", "--config", str(file), "--socket-path", str(path)]) == 0
+    assert capsys.readouterr() == (f"cc-proxy: {file}: the settings are right\n", "")
     assert not path.parent.exists()
+
+
+def test_check_config_without_a_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cc_proxy.settings.DEFAULT_FILE", "/nonexistent/cc-proxy.toml")
+    assert main(["--check-config"]) == 0
+    assert capsys.readouterr() == ("cc-proxy: no file: the defaults\n", "")
+
+
+def test_check_config_looks_at_the_spool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file := tmp_path / "settings.toml").write_text('[spool]\ndirectory = "/nonexistent"\n')
+    assert main(["--check-config", "--config", str(file)]) == 78
+    assert "spool.directory: no file can be made in /nonexistent" in capsys.readouterr().err
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,9 @@ def test_its_scriptlets_made_user_and_group(rpm: Rpm) -> None:
 
 def test_what_is_installed_runs(rpm: Rpm) -> None:
     assert rpm.box.output("cc-proxy", "--version") == "cc-proxy 1.0.0"
-    assert rpm.box.output("cc-proxy", "--check-config") == "cc-proxy: the settings are right"
+    assert rpm.box.output("cc-proxy", "--check-config") == (
+        "cc-proxy: /etc/cc-proxy/cc-proxy.toml: the settings are right"
+    )
     rpm.box.run("systemctl", "start", UNITS[0])
     assert runs_a_process(rpm.box)
     assert rpm.box.active(*UNITS) == ["active", "active"]
