@@ -1,6 +1,7 @@
 """What this process does to file descriptors beyond reading and writing them."""
 
 import contextlib
+import errno
 import resource
 import socket
 import sys
@@ -12,6 +13,8 @@ Piece = bytes | memoryview
 #: What nobody wants to read goes here, whichever thread reads it; made once, since memory may be short then.
 _SCRATCH = bytearray(64 * 1024)
 _IOV_MAX = 1024
+#: Since Linux 6.16; Python's `socket` has no name for it.
+_SO_PASSRIGHTS = 83
 
 
 def raise_fd_limit() -> int:
@@ -21,11 +24,33 @@ def raise_fd_limit() -> int:
     return hard
 
 
+def refuse_rights(sock: socket.socket) -> None:
+    """Let nobody pass fds to an AF_UNIX socket, or to those accepted on it: a peer that tries gets EPERM.
+
+    Closing an fd that nobody wants can take as long as whoever passed it chose: a TCP socket with unsent
+    data and SO_LINGER sleeps in close(2). Does nothing where the kernel does not know how.
+    """
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            raise
+
+
+def may_hold_fds(sock: socket.socket) -> bool:
+    """Whether somebody may have passed fds to a socket, so that reading or closing it may take long."""
+    try:
+        return bool(sock.getsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS))
+    except OSError:
+        return True
+
+
 def close_stream(sock: socket.socket) -> None:
     """Close a stream socket so that the peer reads what was sent and then end of file.
 
     Closing an AF_UNIX socket on which something unread is waiting gives the peer ECONNRESET in place of end
-    of file; so nothing more is let in, and what is there is read away first. Never blocks, never raises.
+    of file; so nothing more is let in, and what is there is read away first. Never raises, and blocks only
+    in closing fds that were passed to it (see `refuse_rights`).
     """
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)

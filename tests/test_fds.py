@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import resource
 import socket
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
-from cc_proxy.fds import Piece, close_stream, cut, raise_fd_limit, send_pieces
+from cc_proxy.fds import (
+    Piece,
+    close_stream,
+    cut,
+    may_hold_fds,
+    raise_fd_limit,
+    refuse_rights,
+    send_pieces,
+)
 from tests.wire.support import WAIT, at_end
 
 Ends = tuple[socket.socket, socket.socket]
@@ -140,3 +150,45 @@ def test_cut_is_a_slice_of_the_whole() -> None:
                 found = cut(pieces, start, stop)
                 assert b"".join(found) == data[start:stop]
                 assert start >= stop or all(len(piece) for piece in found)
+
+
+class Kernel:
+    """A socket of a kernel that has another answer to socket options."""
+
+    def __init__(self, answer: int) -> None:
+        self._answer = answer
+
+    def setsockopt(self, *_: object) -> None:
+        raise OSError(self._answer, "")
+
+    def getsockopt(self, *_: object) -> int:
+        raise OSError(self._answer, "")
+
+
+def test_nobody_passes_an_fd_to_who_refuses_them(ends: Ends) -> None:
+    near, far = ends
+    assert may_hold_fds(near)
+    refuse_rights(near)
+    if may_hold_fds(near):
+        pytest.skip("needs Linux 6.16")
+    with pytest.raises(PermissionError):
+        socket.send_fds(far, [b"x"], [0])
+    far.send(b"y")
+    assert receive(near, 1) == b"y"
+
+
+def test_who_refuses_fds_may_pass_them(ends: Ends) -> None:
+    near, far = ends
+    refuse_rights(near)
+    socket.send_fds(near, [b"x"], [near.fileno()])
+    _, [passed], *_ = socket.recv_fds(far, 1, 1)
+    with closing(socket.socket(fileno=passed)) as same:
+        assert same.fileno() == passed
+
+
+def test_kernel_that_cannot_refuse_fds_is_no_error() -> None:
+    older: socket.socket = Kernel(errno.ENOPROTOOPT)  # type: ignore[assignment]
+    refuse_rights(older)
+    assert may_hold_fds(older)
+    with pytest.raises(OSError, match="22"):
+        refuse_rights(Kernel(errno.EINVAL))  # type: ignore[arg-type]

@@ -30,18 +30,26 @@ def connect(path: str, *, timeout: float | Deadline | None = None) -> socket.soc
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        connect_socket(sock, path, timeout)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def connect_socket(sock: socket.socket, path: str, timeout: float | Deadline | None) -> None:
+    """Connect a blocking AF_UNIX socket as `connect` does; the caller closes it if that fails."""
+    try:
         # It waits as long as a send would. 0 would be for ever, so no time left is a little time.
         _set_send_timeout(sock, max(min(Deadline(timeout).remaining(), _LONGEST_WAIT), 1e-6))
         sock.connect(path)
         _set_send_timeout(sock, 0.0)
-    except BaseException as error:
-        sock.close()
-        if isinstance(error, BlockingIOError):
-            raise TimedOut(f"timed out connecting to {path}") from None
-        if isinstance(error, OSError) and error.errno is not None:
+    except BlockingIOError:
+        raise TimedOut(f"timed out connecting to {path}") from None
+    except OSError as error:
+        if error.errno is not None:
             error.filename = path
         raise
-    return sock
 
 
 def _set_send_timeout(sock: socket.socket, seconds: float) -> None:

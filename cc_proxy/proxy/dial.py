@@ -5,8 +5,9 @@ import socket
 
 from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.errors import TimedOut
-from cc_proxy.api.transport import connect
+from cc_proxy.api.transport import connect_socket
 from cc_proxy.credentials import CannotAct, Credentials, call_as
+from cc_proxy.fds import refuse_rights
 from cc_proxy.proxy.shares import Share
 from cc_proxy.settings import MAX_SOCKET_PATH
 
@@ -60,8 +61,10 @@ class Dialer:
             self._share.dialing.release()
 
     def _connect(self, path: str, timeout: float | Deadline) -> socket.socket:
-        sock = connect(path, timeout=timeout)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            refuse_rights(sock)  # before anybody can pass one
+            connect_socket(sock, path, timeout)
             # Whatever links and mounts led there, this is the name it was bound to.
             if self._own_address is not None and sock.getpeername() == self._own_address:
                 raise OSError(0, "that is the daemon itself")

@@ -7,6 +7,7 @@ import socket
 import stat
 from collections.abc import Iterator
 
+from cc_proxy.fds import refuse_rights
 from cc_proxy.settings import MAX_SOCKET_PATH
 
 #: Connections that may wait to be accepted.
@@ -26,6 +27,7 @@ class Listener:
 
     def __init__(self, sock: socket.socket, path: str | None = None) -> None:
         """Take over a socket that listens; `path` is where it stands, if it is to go with this process."""
+        refuse_rights(sock)
         self.socket = sock
         self._path = path
         self._identity = _identity(path) if path else None

@@ -22,7 +22,7 @@ from cc_proxy.api.errors import ProtocolError
 from cc_proxy.api.fdpassing import TAG
 from cc_proxy.api.messages import MessageParser
 from cc_proxy.credentials import Credentials
-from cc_proxy.fds import close_stream
+from cc_proxy.fds import close_stream, may_hold_fds
 from cc_proxy.log import logger
 from cc_proxy.proxy.handlers import Client, Handlers, Reply, failure
 from cc_proxy.proxy.idle import Idle
@@ -227,15 +227,31 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def shutdown_request(self, request: Any) -> None:
         """Close a connection, which has been served or is not going to be."""
         with self._lock:
-            _, share = self._connections.pop(request, (None, None))
+            thread, share = self._connections.pop(request, (None, None))
+        close = functools.partial(self._part, request, share)
+        # Others do not wait for what may take as long as a stranger likes.
+        if thread is threading.current_thread() or not may_hold_fds(request) or not _begin(close):
+            close()
+
+    def _part(self, request: socket.socket, share: Share | None) -> None:
+        """Close a connection; it counts for as long as that takes."""
+        close_stream(request)
         if share:
             share.give_back("connections")
-        close_stream(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         """Log an error that nobody expected; it costs this connection and nothing else."""
         client = client_address.number if isinstance(client_address, Client) else None
         faults.note("connection failed", client=client)
+
+
+def _begin(function: Callable[[], None]) -> bool:
+    """Call a function in a thread of its own, if there is one to be had."""
+    try:
+        threading.Thread(target=function, name="farewell", daemon=True).start()
+    except RuntimeError:
+        return False
+    return True
 
 
 class Connection(socketserver.BaseRequestHandler):

@@ -15,6 +15,7 @@ from cc_proxy import faults
 from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.payloads import Hello
 from cc_proxy.api.status import Streams
+from cc_proxy.fds import refuse_rights
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage
 from cc_proxy.hyperstart.pacing import StdinWindow
@@ -293,12 +294,14 @@ def _note(container_id: str, event: ControlMessage) -> None:
 
 
 def _session_pair() -> tuple[socket.socket, socket.socket]:
-    """Make the two ends of a session's fd. Raises `VmError`."""
+    """Make the two ends of a session's fd, ours and the client's. Raises `VmError`."""
     with contextlib.ExitStack() as undo:
         try:
             pair = socket.socketpair()
             for end in pair:
                 undo.enter_context(end)
+            refuse_rights(pair[0])
+            for end in pair:
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SESSION_SEND_BUFFER)
         except OSError as error:
             raise VmError(f"the daemon is short of resources: {error.strerror}") from None

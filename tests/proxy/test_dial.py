@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cc_proxy.credentials import Credentials
+from cc_proxy.fds import may_hold_fds
 from cc_proxy.proxy.dial import CannotConnect, Dialer
 from tests.proxy.support import DIALER, dialer_of, new_share, open_fds
 from tests.users import ALICE, BOB, ROOT, give, needs_root
@@ -63,6 +64,16 @@ def test_path_of_107_bytes(tmp_sock_dir: Path) -> None:
         listener.bind(path)
         listener.listen()
         DIALER.connect("ctlSerial", path, 1.0).close()
+
+
+def test_who_is_connected_to_cannot_pass_fds(listener: socket.socket) -> None:
+    with DIALER.connect("ctlSerial", str(path_of(listener)), WAIT) as sock:
+        peer, _ = listener.accept()
+        with peer:
+            if may_hold_fds(sock):
+                pytest.skip("needs Linux 6.16")
+            with pytest.raises(PermissionError):
+                socket.send_fds(peer, [b"x"], [0])
 
 
 def test_socket_whose_backlog_is_full_is_waited_for_no_longer_than_that(tmp_sock_dir: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 
 from cc_proxy.api import messages
 from cc_proxy.api.payloads import Response
+from cc_proxy.fds import close_stream, may_hold_fds
 from cc_proxy.proxy import server as server_module
 from cc_proxy.proxy.handlers import Client, Handlers, Reply
 from cc_proxy.proxy.listener import Listener
@@ -327,6 +328,66 @@ def test_fd_for_a_client_that_has_gone_is_closed(house: House, answering: Answer
     answering.proceed.set()
     wait_until(lambda: not house.server._connections, "it is forgotten")
     assert all(sock.fileno() == -1 for sock in answering.passed)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own socket", "inherited"])
+def test_client_cannot_pass_fds(tmp_sock_dir: Path, own: bool) -> None:
+    house = House(tmp_sock_dir, own=own)
+    try:
+        client = house.connect()
+        if may_hold_fds(house.server.socket):
+            pytest.skip("needs Linux 6.16")
+        with pytest.raises(PermissionError):
+            socket.send_fds(client.sock, [request("x")], [0])
+        assert client.ask("x") == UNKNOWN
+    finally:
+        house.close()
+
+
+class Closing:
+    """Connections whose closing takes as long as their clients chose."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun = threading.Semaphore(0)
+        self.over = threading.Event()
+        monkeypatch.setattr(server_module, "close_stream", self._close)
+        monkeypatch.setattr(server_module, "may_hold_fds", lambda sock: True)
+
+    def _close(self, sock: socket.socket) -> None:
+        self.begun.release()
+        assert self.over.wait(WAIT)
+        close_stream(sock)
+
+
+def test_nobody_waits_until_who_is_turned_away_is_closed(
+    tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with limited(tmp_sock_dir, Limits(connections=1)) as house:
+        closing = Closing(monkeypatch)
+        try:
+            first = house.connect()
+            assert first.ask("x") == UNKNOWN
+            for _ in range(3):
+                assert house.connect().receive() == refused("the limit of 1 connections is reached")
+            for _ in range(3):
+                assert closing.begun.acquire(timeout=WAIT)
+            assert first.ask("x") == UNKNOWN
+        finally:
+            closing.over.set()
+
+
+def test_connection_counts_until_it_is_closed(tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with limited(tmp_sock_dir, Limits(connections=1)) as house:
+        closing = Closing(monkeypatch)
+        try:
+            first = house.connect()
+            assert first.ask("x") == UNKNOWN
+            first.close()
+            assert closing.begun.acquire(timeout=WAIT)
+            assert house.connect().receive() == refused("the limit of 1 connections is reached")
+        finally:
+            closing.over.set()
+        wait_until(lambda: not house.server.shares.users(), "it is forgotten")
 
 
 # Time -----------------------------------------------------------------------------------------------------

@@ -18,8 +18,10 @@ import pytest
 
 from cc_proxy.api.payloads import Hello
 from cc_proxy.credentials import ROOT
+from cc_proxy.fds import may_hold_fds
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.log import CONSOLE, logger
+from cc_proxy.proxy import vm as vm_module
 from cc_proxy.proxy.pump import Pump
 from cc_proxy.proxy.spool import SpoolSpace
 from cc_proxy.proxy.vm import State, Vm, VmError
@@ -485,6 +487,18 @@ def test_session_without_resources_uses_no_seq_and_no_fd(life: Life, monkeypatch
             life.vm.open_session(2, new_share())
     assert set(open_fds()) == before
     assert life.open()[0] == 1
+
+
+def test_client_cannot_pass_fds_over_its_session(life: Life) -> None:
+    life.start()
+    _, stream = life.open()
+    ours, theirs = vm_module._session_pair()
+    with ours, theirs:
+        if may_hold_fds(ours):
+            pytest.skip("needs Linux 6.16")
+        assert may_hold_fds(theirs), "that end is the client's own business"
+    with pytest.raises(PermissionError):
+        socket.send_fds(stream, [b"x"], [0])
 
 
 def test_session_that_comes_too_late_is_refused_and_closed(
