@@ -165,13 +165,15 @@ class Vm:
             share.take("sessions")
             undo.callback(share.give_back, "sessions")
             ours, theirs = _session_pair()
+            undo.callback(theirs.close)
+            undo.callback(ours.close)
+            with self._lock:
+                seqs = range(self._next_seq, self._next_seq + n_streams)
+                self._next_seq = seqs.stop
+            window = self._live.current.stdin.window
+            paced = StdinWindow(seqs.start, window) if window else None
+            session = Session(seqs, ours, self._space, share, paced)
             undo.pop_all()
-        with self._lock:
-            seqs = range(self._next_seq, self._next_seq + n_streams)
-            self._next_seq = seqs.stop
-        window = self._live.current.stdin.window
-        paced = StdinWindow(seqs.start, window) if window else None
-        session = Session(seqs, ours, self._space, share, paced)
         session.pid = pid
         if not pump.add(session):
             session.close()

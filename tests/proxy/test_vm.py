@@ -25,7 +25,7 @@ from cc_proxy.proxy import vm as vm_module
 from cc_proxy.proxy.pump import Pump
 from cc_proxy.proxy.spool import SpoolSpace
 from cc_proxy.proxy.vm import State, Vm, VmError
-from cc_proxy.settings import LiveSettings, Settings
+from cc_proxy.settings import Limits, LiveSettings, Settings
 from cc_proxy.settings import Stdin as StdinSettings
 from cc_proxy.settings import Vm as VmSettings
 from tests.proxy.conftest import Logged
@@ -487,6 +487,18 @@ def test_session_without_resources_uses_no_seq_and_no_fd(life: Life, monkeypatch
             life.vm.open_session(2, new_share())
     assert set(open_fds()) == before
     assert life.open()[0] == 1
+
+
+def test_session_that_cannot_be_made_leaves_nothing(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    life.start()
+    share, before = new_share(Limits(sessions=1)), set(open_fds())
+    with monkeypatch.context() as patch:
+        patch.setattr(vm_module, "Session", no_fd)
+        with pytest.raises(OSError, match="Too many open files"):
+            life.vm.open_session(2, share)
+    assert set(open_fds()) == before
+    with share.taken("sessions"):
+        pass
 
 
 def test_client_cannot_pass_fds_over_its_session(life: Life) -> None:
