@@ -6,6 +6,7 @@ import queue
 import select
 import socket
 import threading
+from collections import Counter
 
 from cc_proxy import faults
 
@@ -26,9 +27,12 @@ class Idle:
         self._users.register(self._wake, select.EPOLLIN)
         self._stopping = False
         self._asked = False  # the thread has been asked whether it is alive; it takes that back
-        # By uid, and by their fds; as many as there are users who may connect.
+        # Guards what follows up to _waiting, and that no epoll is closed while it is asked; nothing else is
+        # locked while it is held. By uid, and by their fds; of users who have connections.
+        self._lock = threading.Lock()
         self._clients: dict[int, select.epoll] = {}
         self._by_fd: dict[int, select.epoll] = {}
+        self._connections: Counter[int] = Counter()
         # By fd. Each thread adds and removes its own: single steps of the interpreter, which need no lock.
         self._waiting: dict[int, queue.SimpleQueue[None]] = {}
         self._thread = threading.Thread(target=self._wake_all, name="idle", daemon=True)
@@ -39,8 +43,8 @@ class Idle:
 
     def close(self) -> None:
         """Wake those who still wait, and nobody any more. Main thread."""
+        self._stopping = True
         if self._thread.ident is not None:
-            self._stopping = True
             os.eventfd_write(self._wake, 1)
             self._thread.join()
         for waiting in list(self._waiting.values()):
@@ -58,22 +62,44 @@ class Idle:
         return True
 
     def admit(self, uid: int) -> None:
-        """Be ready for connections of a user. One thread."""
-        if uid not in self._clients:
-            epoll = select.epoll()
-            self._by_fd[epoll.fileno()] = self._clients[uid] = epoll
+        """Be ready for one more connection of a user. Raises `OSError`. Any thread."""
+        with self._lock:
+            if uid not in self._clients:
+                epoll = self._registered()
+                self._by_fd[epoll.fileno()] = self._clients[uid] = epoll
+            self._connections[uid] += 1
+
+    def _registered(self) -> select.epoll:
+        epoll = select.epoll()
+        try:
             self._users.register(epoll, select.EPOLLIN)
+        except BaseException:
+            epoll.close()
+            raise
+        return epoll
+
+    def dismiss(self, uid: int) -> None:
+        """A connection that was admitted has gone; nobody waits for it any more. Any thread."""
+        with self._lock:
+            self._connections[uid] -= 1
+            if not self._connections[uid] and not self._stopping:
+                del self._connections[uid]
+                epoll = self._clients.pop(uid)
+                del self._by_fd[epoll.fileno()]
+                epoll.close()  # which takes it out of `_users`
 
     def wait(self, uid: int, sock: socket.socket, timeout: float | None) -> None:
         """Return once a user's socket has something to read or is closed, or after `timeout` seconds.
 
-        Any thread.
+        After `close`, return at once. Any thread, for a connection that was admitted.
         """
         epoll = self._clients[uid]
         woken: queue.SimpleQueue[None] = queue.SimpleQueue()
         fd = sock.fileno()
         self._waiting[fd] = woken
         try:
+            if self._stopping:
+                return
             epoll.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
             with contextlib.suppress(queue.Empty):
                 woken.get(timeout=timeout)
@@ -97,10 +123,13 @@ class Idle:
                 os.eventfd_read(fd)
                 self._asked = False
             else:
-                self._wake_some(self._by_fd[fd])
+                self._wake_some(fd)
 
-    def _wake_some(self, epoll: select.epoll) -> None:
-        for fd, _ in epoll.poll(0, _AT_ONCE):
+    def _wake_some(self, of_user: int) -> None:
+        with self._lock:
+            epoll = self._by_fd.get(of_user)  # None if the user has just gone
+            ready = epoll.poll(0, _AT_ONCE) if epoll else []
+        for fd, _ in ready:
             waiting = self._waiting.get(fd)
             if waiting:
                 waiting.put(None)

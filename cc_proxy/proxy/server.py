@@ -175,8 +175,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             return
         share = self.shares.of(who.uid)
         try:
-            self.idle.admit(who.uid)
-            share.take("connections")
+            self._admit(share)
         except (LimitReached, OSError) as error:
             self._turn_away(request, who, str(error))
             return
@@ -193,6 +192,15 @@ class Server(socketserver.ThreadingUnixStreamServer):
             thread.start()
         except RuntimeError:
             self._turn_away(request, who, "the daemon cannot start another thread")
+
+    def _admit(self, share: Share) -> None:
+        """Count a connection of a user's. Raises `LimitReached` or `OSError`."""
+        share.take("connections")
+        try:
+            self.idle.admit(share.uid)
+        except BaseException:
+            share.give_back("connections")
+            raise
 
     def service_actions(self) -> None:
         """Called after each look for connections, whether there was one or not."""
@@ -237,6 +245,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         """Close a connection; it counts for as long as that takes."""
         close_stream(request)
         if share:
+            self.idle.dismiss(share.uid)
             share.give_back("connections")
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002

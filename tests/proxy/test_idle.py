@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import socket
 import threading
 import time
@@ -119,10 +118,10 @@ def test_error_that_nobody_expected_wakes_nobody_less(
 ) -> None:
     real, failures = Idle._wake_some, [KeyError("nobody expects it")]
 
-    def fail_once(self: Idle, epoll: select.epoll) -> None:
+    def fail_once(self: Idle, fd: int) -> None:
         if failures:
             raise failures.pop()
-        real(self, epoll)
+        real(self, fd)
 
     monkeypatch.setattr(Idle, "_wake_some", fail_once)
     near, far = pair()
@@ -136,7 +135,7 @@ def test_error_that_nobody_expected_wakes_nobody_less(
 def test_its_thread_answers_unless_it_hangs(idle: Idle, monkeypatch: pytest.MonkeyPatch) -> None:
     here, go = threading.Event(), threading.Event()
 
-    def hang(epoll: select.epoll) -> None:
+    def hang(fd: int) -> None:
         here.set()
         go.wait(WAIT)
 
@@ -152,3 +151,50 @@ def test_its_thread_answers_unless_it_hangs(idle: Idle, monkeypatch: pytest.Monk
         monkeypatch.undo()
         go.set()
     wait_until(lambda: not idle._asked, "it goes on")
+
+
+def test_who_has_gone_leaves_nothing(idle: Idle) -> None:
+    before = set(open_fds())
+    for uid in range(10, 30):
+        idle.admit(uid)
+        idle.admit(uid)
+        idle.dismiss(uid)
+        near, far = pair()
+        with near, far:
+            far.send(b"x")
+            idle.wait(uid, near, None)
+        idle.dismiss(uid)
+    assert set(open_fds()) == before
+    assert set(idle._connections) == set(idle._clients) == {ALICE, BOB}
+
+
+class Full:
+    """An epoll instance that takes no more."""
+
+    def register(self, *_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def test_who_could_not_be_admitted_can_be_later(idle: Idle, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(open_fds())
+    with monkeypatch.context() as patch:
+        patch.setattr(idle, "_users", Full())
+        with pytest.raises(OSError, match="No space"):
+            idle.admit(3)
+    assert set(open_fds()) == before
+    idle.admit(3)
+    near, far = pair()
+    with near, far:
+        far.send(b"x")
+        idle.wait(3, near, None)
+
+
+def test_who_comes_after_the_end_waits_for_nothing() -> None:
+    idle = Idle()
+    idle.admit(ALICE)
+    idle.start()
+    idle.close()
+    near, far = pair()
+    with near, far:
+        idle.wait(ALICE, near, None)
+    idle.dismiss(ALICE)
