@@ -153,11 +153,12 @@ class Registry:
         with self._lock:
             if self._by_id.get(vm.container_id) is vm:
                 del self._by_id[vm.container_id]
-            if state is State.ENDED:
+            ended = state is State.ENDED and vm in self._vms  # two moves may be told of when it has ended
+            if ended:
                 self._vms.discard(vm)
                 if vm.failed and vm.trouble:
                     self._failed.append(FailedVm(vm.container_id, vm.owner, vm.trouble))
-        if state is State.ENDED:
-            self.shares.of(vm.owner).give_back("vms")
+        if ended:
+            self.shares.give_back(vm.owner, "vms", 1)
         if state is State.LEAVING:
             logger.info("VM unregistered", extra={"vm": vm.container_id})

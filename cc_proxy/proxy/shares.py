@@ -24,6 +24,8 @@ _CALLED: dict[Thing, str] = {
 
 #: Seconds that several of a user's requests are taken to be under way after one had to wait for another.
 _CROWDED = 0.1
+#: So many users' parts are kept before those of users who have gone are looked for.
+_FEW = 64
 
 
 class LimitReached(Exception):
@@ -70,6 +72,12 @@ class Share:
         if self._left < 0:
             time.sleep(-self._left / rate)
 
+    @property
+    def paced(self) -> bool:
+        """Whether the user has asked for so much lately that it may not ask for as much as one who is new."""
+        rate = self._shares.request_rate
+        return self._left + (time.monotonic() - self._paced_at) * rate < rate
+
     def take(self, thing: Thing, number: int = 1) -> None:
         """Count some more of something. Raises `LimitReached`, and then nothing is counted."""
         self._shares.take(self.uid, thing, number)
@@ -103,7 +111,8 @@ class Shares:
     def __init__(self, live: LiveSettings) -> None:
         self._live = live
         self._lock = threading.Lock()  # guards all that follows; nothing else is locked while it is held
-        self._shares: dict[int, Share] = {}  # by uid; as many as there are users who may connect
+        self._shares: dict[int, Share] = {}  # by uid; those of users who have gone are dropped some time
+        self._tidy_at = _FEW  # parts
         self._users: Counter[tuple[int, Thing]] = Counter()
         self._totals: Counter[Thing] = Counter()
         self._connected = 0  # users
@@ -111,13 +120,26 @@ class Shares:
         self.several = False
 
     def of(self, uid: int) -> Share:
-        """Return a user's part."""
+        """Return a user's part: the same one for as long as the user has connections.
+
+        Parts of users who have none are made by one thread.
+        """
         share = self._shares.get(uid)
         if share is None:
             new = Share(self, uid)
             with self._lock:
+                if len(self._shares) >= self._tidy_at:
+                    self._drop_gone()
                 share = self._shares.setdefault(uid, new)
         return share
+
+    def _drop_gone(self) -> None:
+        """Drop what is as good as new, so that nobody gets around its pace by going. Requires _lock."""
+        used = self._users
+        self._shares = {
+            uid: share for uid, share in self._shares.items() if (uid, "connections") in used or share.paced
+        }
+        self._tidy_at = max(_FEW, 2 * len(self._shares))
 
     def take(self, uid: int, thing: Thing, number: int) -> None:
         """Count some more of something for a user. Raises `LimitReached`, and then nothing is counted."""
@@ -136,8 +158,13 @@ class Shares:
     def give_back(self, uid: int, thing: Thing, number: int) -> None:
         """Count for a user what was taken no more."""
         with self._lock:
+            left = self._users[uid, thing] - number
+            assert left >= 0, f"{thing} of user {uid}: more given back than was taken"
             self._totals[thing] -= number
-            self._users[uid, thing] -= number
+            if left:
+                self._users[uid, thing] = left
+            else:
+                self._users.pop((uid, thing), None)
             if thing == "connections" and not self._users[uid, thing]:
                 self._count_connected(-1)
 

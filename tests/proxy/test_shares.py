@@ -140,3 +140,36 @@ def test_others_have_their_turn_while_one_waits_aside() -> None:
         assert share.turn.locked()
     thread.join()
     assert not share.turn.locked()
+
+
+def test_users_who_have_gone_leave_nothing() -> None:
+    shares = shares_of(total=10, each=2)
+    here = shares.of(1)
+    here.take("connections")
+    for uid in range(2, 1_500):
+        with shares.of(uid).taken("connections"), shares.of(uid).taken("vms"):
+            pass
+    assert shares.of(1) is here
+    assert len(shares._shares) <= shares_module._FEW
+    assert list(shares._users) == [(1, "connections")]
+
+
+def test_nobody_gets_around_its_pace_by_going(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(monotonic=lambda: 1_000.0, sleep=lambda seconds: None)
+    monkeypatch.setattr(shares_module, "time", clock)
+    shares = shares_of(total=10, each=2)
+    shares.of(BOB).take("connections")
+    alice = shares.of(ALICE)
+    with alice.taken("connections"):
+        alice.pace(10)
+    for uid in range(10, 200):
+        shares.of(uid)
+    assert shares.of(ALICE) is alice
+
+
+def test_no_more_is_given_back_than_was_taken() -> None:
+    share = shares_of(total=10, each=10).of(ALICE)
+    share.take("vms", 2)
+    with pytest.raises(AssertionError, match="vms of user 1"):
+        share.give_back("vms", 3)
+    share.give_back("vms", 2)
