@@ -156,16 +156,16 @@ class Shares:
             self._users[uid, thing] += number
 
     def give_back(self, uid: int, thing: Thing, number: int) -> None:
-        """Count for a user what was taken no more."""
+        """Count for a user what was taken no more; never less than nothing."""
         with self._lock:
+            number = min(number, self._users[uid, thing])
             left = self._users[uid, thing] - number
-            assert left >= 0, f"{thing} of user {uid}: more given back than was taken"
             self._totals[thing] -= number
             if left:
                 self._users[uid, thing] = left
             else:
                 self._users.pop((uid, thing), None)
-            if thing == "connections" and not self._users[uid, thing]:
+            if thing == "connections" and number and not left:
                 self._count_connected(-1)
 
     def _count_connected(self, number: int) -> None:
