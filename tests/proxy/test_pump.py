@@ -833,7 +833,9 @@ def test_spool_that_breaks_in_any_way_is_no_error_of_the_pump(
         rig.wait(paused, "the VM waits")
         reason = "the spool cannot be used: Input/output error"
         wait_until(lambda: bool(logged.records), "it is said")
-        assert logged.fields(PAUSED) == [{"vm": "vm", "stream": 1, "reason": reason}]
+        assert logged.fields(PAUSED) == [
+            {"vm": "vm", "stream": 1, "pid": 0, "uid": os.geteuid(), "reason": reason}
+        ]
         assert read_exact(stream.sock, len(numbered(1, 10))) == numbered(1, 10)
 
 
