@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from cc_proxy.api import Client
+
 _CHECKOUT = Path(__file__).parent.parent
 _START_TIMEOUT = 20.0
 _STOP_TIMEOUT = 10.0
@@ -100,7 +102,7 @@ class Daemon(Service):
         except BaseException:
             self.stop()
             raise
-        self._threads = self.count_threads()
+        self._threads = self._threads_of_its_own()
 
     def configure(self, settings: str) -> None:
         """Write its settings file; `settings` begin inside of its table [spool]."""
@@ -120,10 +122,21 @@ class Daemon(Service):
         return {fields[0].rstrip(":"): int(fields[1]) * 1024 for fields in lines}
 
     def settle(self, seconds: float = 5.0) -> None:
-        """Wait until what was closed is gone, so that its end is no part of the next measurement."""
+        """Wait until what was closed is gone, so that its end is no part of the next measurement.
+
+        Raises `BenchError` if it does not go.
+        """
         deadline = time.monotonic() + seconds
-        while self.count_threads() > self._threads and time.monotonic() < deadline:
+        while self.count_threads() > self._threads:
+            if time.monotonic() > deadline:
+                raise BenchError(f"{self.name} keeps {self.connections()} threads of what has ended")
             time.sleep(0.005)
+
+    def _threads_of_its_own(self) -> int:
+        # All have been started once a connection is served; which has one more.
+        with Client(self.path, timeout=_START_TIMEOUT) as client:
+            client.status()
+            return self.count_threads() - 1
 
     def count_threads(self) -> int:
         return len(os.listdir(self._proc("task")))
