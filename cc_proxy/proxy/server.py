@@ -24,6 +24,7 @@ from cc_proxy.api.messages import MessageParser
 from cc_proxy.credentials import Credentials
 from cc_proxy.fds import close_stream, may_hold_fds
 from cc_proxy.log import logger
+from cc_proxy.proxy.crew import Crew
 from cc_proxy.proxy.handlers import Client, Handlers, Reply, failure
 from cc_proxy.proxy.idle import Idle
 from cc_proxy.proxy.listener import Listener
@@ -76,7 +77,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.handlers = Handlers(registry, live, about)
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()  # guards _connections; nothing else is locked while it is held
-        self._connections: dict[socket.socket, tuple[threading.Thread, Share]] = {}
+        self._connections: dict[socket.socket, Share] = {}
+        self._crew = Crew()
         self.shares = registry.shares
         self._stopping = threading.Event()
         #: Where connections' threads wait.
@@ -109,6 +111,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if self._listener.own:
             self._accept_waiting()
         self.socket.close()
+        self._crew.close()
         self._shut_down_connections(socket.SHUT_RD)
 
     def join_connections(self, timeout: float) -> bool:
@@ -116,11 +119,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
         Returns whether all had ended.
         """
-        deadline = time.monotonic() + timeout
-        with self._lock:
-            threads = [thread for thread, _ in self._connections.values()]
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        self._crew.join(timeout)
         return not self._shut_down_connections(socket.SHUT_RDWR)
 
     def server_close(self) -> None:
@@ -166,7 +165,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         return request
 
     def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        """Serve a connection in a thread of its own, if whoever made it may connect."""
+        """Have a connection served in a thread of its own, if whoever made it may connect."""
         who = Credentials.of_peer(request)
         if not may_connect(self._live.current.access, who):
             self._turn_away(
@@ -180,16 +179,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self._turn_away(request, who, str(error))
             return
         client = Client(next(self._numbers), who, share)
-        thread = threading.Thread(
-            target=self.process_request_thread,
-            args=(request, client),
-            name=f"client {client.number}",
-            daemon=True,
-        )
         with self._lock:
-            self._connections[request] = thread, share
+            self._connections[request] = share
         try:
-            thread.start()
+            self._crew.hand_over(f"client {client.number}", lambda: self._serve(request, client))
         except RuntimeError:
             self._turn_away(request, who, "the daemon cannot start another thread")
 
@@ -218,6 +211,16 @@ class Server(socketserver.ThreadingUnixStreamServer):
             request.send(failure(why).message, socket.MSG_DONTWAIT)
         self.shutdown_request(request)
 
+    # A connection's thread --------------------------------------------------------------------------------
+
+    def _serve(self, request: socket.socket, client: Client) -> None:
+        try:
+            self.finish_request(request, client)
+        except Exception:
+            self.handle_error(request, client)
+        finally:
+            self._close(request)
+
     # Any thread -------------------------------------------------------------------------------------------
 
     @property
@@ -233,17 +236,17 @@ class Server(socketserver.ThreadingUnixStreamServer):
         return free
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection, which has been served or is not going to be."""
-        with self._lock:
-            thread, share = self._connections.pop(request, (None, None))
-        close = functools.partial(self._part, request, share)
-        # Others do not wait for what may take as long as a stranger likes.
-        if thread is threading.current_thread() or not may_hold_fds(request) or not _begin(close):
+        """Close a connection that nobody serves."""
+        close = functools.partial(self._close, request)
+        # The accept thread does not wait for what may take as long as a stranger likes.
+        if not may_hold_fds(request) or not _begin(close):
             close()
 
-    def _part(self, request: socket.socket, share: Share | None) -> None:
-        """Close a connection; it counts for as long as that takes."""
+    def _close(self, request: socket.socket) -> None:
+        """Close a connection; if it was admitted, it counts for as long as that takes."""
         close_stream(request)
+        with self._lock:
+            share = self._connections.pop(request, None)
         if share:
             self.idle.dismiss(share.uid)
             share.give_back("connections")
