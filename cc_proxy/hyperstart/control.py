@@ -19,6 +19,7 @@ MAX_COMMAND = 10_240
 MAX_ANSWER = 64 * 1024 * 1024
 #: As much of an answer's payload is kept.
 KEPT_PAYLOAD = 64 * 1024
+_ANSWERS = (Code.ACK, Code.ERROR)
 
 
 class ControlMessage(NamedTuple):
@@ -72,32 +73,33 @@ class ControlParser:
         return messages
 
     def _next_message(self) -> ControlMessage | None:
-        if self._begun is None:
-            self._begin()
-        if self._begun is None:
-            return None
+        message = self._begun or self._begin()
+        return self._skip_rest(message) if message and self._skip else message
+
+    def _skip_rest(self, message: ControlMessage) -> ControlMessage | None:
+        """Skip what is not kept of a message; returns it once all of that has come."""
         skipped = min(self._skip, len(self._buffer))
         del self._buffer[:skipped]
         self._skip -= skipped
-        if self._skip:
-            return None
-        message, self._begun = self._begun, None
-        return message
+        self._begun = message if self._skip else None
+        return None if self._skip else message
 
-    def _begin(self) -> None:
+    def _begin(self) -> ControlMessage | None:
+        """Return the next message once all that is kept of it has come."""
         buffer = self._buffer
         if len(buffer) < HEADER.size:
-            return
+            return None
         code, length = HEADER.unpack_from(buffer)
         if not HEADER.size <= length <= MAX_ANSWER:
             self.error = f"{describe(code)} with a total length of {length}"
-            return
+            return None
         kept = min(length, HEADER.size + KEPT_PAYLOAD)
         if len(buffer) < kept:
-            return
-        self._begun = ControlMessage(code, bytes(buffer[HEADER.size : kept]))
+            return None
+        payload = bytes(buffer[HEADER.size : kept])
         self._skip = length - kept
         del buffer[:kept]
+        return ControlMessage(code, payload)
 
 
 class ControlChannel:
@@ -140,7 +142,7 @@ class ControlChannel:
         """
         events = []
         for message in self._parser.receive_data(data):
-            if message.code in (Code.ACK, Code.ERROR) and self._unanswered:
+            if message.code in _ANSWERS and self._unanswered:
                 self._unanswered.popleft().answer = message
             else:
                 self.ready = self.ready or message.code == Code.READY

@@ -207,7 +207,7 @@ class Handlers:
         if code is None:
             raise Refusal(f"unknown command '{hyper.hyper_name}'")
         data = b"" if isinstance(hyper.data, UnsetType) else bytes(hyper.data)
-        with client.share.taken("commands"), client.share.aside():
+        with client.share.aside("commands"):
             client.vm.command(code, data)
         return _DONE
 

@@ -95,14 +95,32 @@ class Share:
         finally:
             self.give_back(thing, number)
 
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Let others of the user have their turn meanwhile. Requires holding `turn`."""
-        self.turn.release()
-        try:
-            yield
-        finally:
-            self.turn.acquire()
+    def aside(self, thing: Thing | None = None) -> "_Aside":
+        """Let others of the user have their turn for a while; whatever waits may be counted meanwhile.
+
+        Requires holding `turn`. Raises `LimitReached` as it is entered.
+        """
+        return _Aside(self, thing)
+
+
+class _Aside:
+    """A context manager. Not made from a generator: each command of an agent's passes through here."""
+
+    __slots__ = ("_share", "_thing")
+
+    def __init__(self, share: Share, thing: Thing | None) -> None:
+        self._share = share
+        self._thing = thing
+
+    def __enter__(self) -> None:
+        if self._thing:
+            self._share.take(self._thing)
+        self._share.turn.release()
+
+    def __exit__(self, *exception: object) -> None:
+        self._share.turn.acquire()
+        if self._thing:
+            self._share.give_back(self._thing)
 
 
 class Shares:
