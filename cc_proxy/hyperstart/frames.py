@@ -224,6 +224,9 @@ class StdinSplitter:
         self._full_header = _pack(io_base, MAX_TO_AGENT)
         self._header = b""
         self._missing = 0
+        # How a long frame is cut, and how long the last one was: most often the next is as long.
+        self._cuts: list[tuple[bytes, int, int]] = []
+        self._cut_length = 0
         #: Payload bytes handed out so far.
         self.payload_bytes = 0
         #: Frames handed out so far, those counted that longer ones were made into.
@@ -298,14 +301,37 @@ class StdinSplitter:
     def _split_frames(
         self, buffer: bytearray, view: memoryview, pos: int, stop: int, pieces: list[bytes | memoryview]
     ) -> int:
-        """Split the frames that are whole and too long."""
+        """Split the frames that are whole and too long, those of one length together."""
         while stop - pos >= HEADER_SIZE and not self._missing:
             seq, length = _unpack_from(buffer, pos)
             if seq != self._io_base or not MAX_TO_AGENT < length <= stop - pos:
                 break
-            self._frame(view, pos + HEADER_SIZE, pos + length, pieces)
-            pos += length
+            header, end = buffer[pos : pos + HEADER_SIZE], pos + length
+            while end + length <= stop and buffer[end : end + HEADER_SIZE] == header:
+                end += length
+            self._split_row(view, range(pos, end, length), pieces)
+            pos = end
         return pos
+
+    def _split_row(self, view: memoryview, row: range, pieces: list[bytes | memoryview]) -> None:
+        """Split frames that begin at each of `row` and are all as long as its step."""
+        if row.step != self._cut_length:
+            self._cut_length, self._cuts = row.step, list(self._cut(row.step))
+        pieces += [
+            piece
+            for pos in row
+            for header, begin, end in self._cuts
+            for piece in (header, view[pos + begin : pos + end])
+        ]
+        self.payload_bytes += len(row) * (row.step - HEADER_SIZE)
+        self.frames += len(row) * len(self._cuts)
+        self.at_eof = False
+
+    def _cut(self, length: int) -> Iterator[tuple[bytes, int, int]]:
+        """Yield headers of the frames that a long one is made into, and where in it their payload is."""
+        for begin in range(HEADER_SIZE, length, _ROOM):
+            end = min(begin + _ROOM, length)
+            yield _pack(self._io_base, HEADER_SIZE + end - begin), begin, end
 
     def _collect_header(
         self, buffer: bytearray, pos: int, stop: int, pieces: list[bytes | memoryview]

@@ -16,7 +16,7 @@ from cc_proxy.proxy.session import Session
 
 _BUFFER_SIZE = 256 * 1024
 #: So many clients share the buffer in a turn, if so many have sent something.
-_MOST_SHARES = 4
+_MOST_SHARES = 2
 #: A client is not read any more in a turn when less than this is left of the buffer.
 _LEAST_READ = 16 * 1024
 #: Seconds between two looks, while the VM takes nothing, for clients that are gone meanwhile.
@@ -49,7 +49,7 @@ class Stdin:
         self._buffer = bytearray(_BUFFER_SIZE)
         self._view = memoryview(self._buffer)
         self._sessions: dict[int, Session] = {}  # by fd
-        self._left_out: dict[int, None] = {}  # fds that were ready when the buffer was full, in their order
+        self._left_out: list[int] = []  # fds that were ready when the buffer was full, in their order
         self._to_vm: Sequence[Piece] = ()
         self._stalled_at = 0.0
         self._look_at = 0.0  # for clients that are gone, while the VM takes nothing
@@ -88,7 +88,6 @@ class Stdin:
         """The session is to be closed."""
         self._sessions.pop(session.fd, None)
         self.asked.pop(session, None)
-        self._left_out.pop(session.fd, None)
         self.clients.remove(session.fd)
 
     def read_clients(self, ready: list[tuple[int, int]]) -> None:
@@ -100,22 +99,27 @@ class Stdin:
         used = 0
         share = _BUFFER_SIZE // min(len(ready), _MOST_SHARES)
         if self._left_out:
-            # epoll names them in the same order each time: those at the end would never have their turn.
-            turn = {fd: number for number, fd in enumerate(self._left_out)}
-            ready = sorted(ready, key=lambda fd_and_events: turn.get(fd_and_events[0], len(turn)))
-        for fd, events in ready:
+            ready = self._left_out_first(ready)
+        for number, (fd, events) in enumerate(ready):
+            if _BUFFER_SIZE - used < _LEAST_READ:
+                self._left_out = [fd for fd, _ in ready[number:]]
+                break
             session = self._sessions.get(fd)
             if session is None:
                 continue
-            if not events & READ:
-                self._hung_up(session)
-            elif _BUFFER_SIZE - used >= _LEAST_READ:
-                self._left_out.pop(fd, None)
+            if events & READ:
                 used += self._read(session, used, share, events, pieces)
             else:
-                self._left_out[fd] = None
+                self._hung_up(session)
         self._counters.bytes_to_vm += used
         self._send(pieces)
+
+    def _left_out_first(self, ready: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        # epoll names them in the same order each time: those at the end would never have their turn.
+        events = dict(ready)
+        first = [(fd, events.pop(fd)) for fd in self._left_out if fd in events]
+        self._left_out = []
+        return [*first, *events.items()]
 
     def flush(self) -> None:
         """The VM takes something again."""
