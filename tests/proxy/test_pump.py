@@ -90,6 +90,10 @@ def stall(rig: Rig, stream: Stream) -> bytes:
     return sent
 
 
+def spooled(pump: Pump, stream: Stream) -> bool:
+    return pump._owners[stream.base].spooled > 0
+
+
 def paused(pump: Pump) -> bool:
     return pump._output.paused
 
@@ -346,8 +350,7 @@ def bring_into(state: str, rig: Rig, stream: Stream) -> bytes:
     rig.io.sendall(sent[:60_007])
     if state == "spooled":
         rig.io.sendall(sent[60_007:])
-        rig.settle()
-        assert rig.call(lambda: rig.pump._owners[stream.base].spooled and not paused(rig.pump))
+        rig.wait(lambda pump: spooled(pump, stream) and not paused(pump), "all is spooled")
         return sent
     rig.wait(paused, "the VM waits")
     assert rig.call(lambda: rig.pump._owners[stream.base].spooled) == (20_000 if state == "full" else 0)
