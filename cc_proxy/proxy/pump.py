@@ -207,13 +207,12 @@ class Pump:
         self._stdin.clients.add(self._io_fd, READ)
 
     def _turn(self) -> None:
-        timed = self._timed
-        timeout = self._timeout() if timed else None
+        timeout = self._timeout() if self._timed else None
         if self._stdin.blocked or not self._io_open:
             self._serve(self._selector.poll(timeout))
         else:
             self._serve_all(self._stdin.clients.poll(timeout))
-        if timed:  # what is so from now on has its time in the next turn
+        if self._timed:
             self._run_timers(time.monotonic())
         self._watch_io()
 
