@@ -15,11 +15,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict
 from typing import Protocol
 
 from cc_proxy import faults
-from cc_proxy.api.status import MOST_LISTED, Streams, Traffic, WaitingStream
+from cc_proxy.api.status import Streams
 from cc_proxy.fds import close_stream
 from cc_proxy.hyperstart.pacing import FIRST_MARKER
 from cc_proxy.log import logger
@@ -30,6 +29,7 @@ from cc_proxy.proxy.output import FramingLost, Output
 from cc_proxy.proxy.selector import NOTHING_ELSE, READ, WRITE, Selector
 from cc_proxy.proxy.session import Session
 from cc_proxy.proxy.stdin import Stdin
+from cc_proxy.proxy.streams import describe_streams
 
 
 class Owner(Protocol):
@@ -286,6 +286,12 @@ class Pump:
         while self._mail:
             self._mail.popleft()()
 
+    def _tell(self, answer: Future[Streams]) -> None:
+        try:
+            answer.set_result(describe_streams(self._sessions, self._output, self._stdin, self.counters))
+        except Exception as error:  # whatever it is, a question must not end the pump
+            answer.set_exception(error)
+
     def _on_control(self, _events: int) -> None:
         try:
             self._control.read_unasked()
@@ -374,42 +380,6 @@ class Pump:
                 self._owners.pop(seq, None)
             self._stdin.forget(session)
             self._output.forget(session)
-
-    # Pump thread: questions -------------------------------------------------------------------------------
-
-    def _tell(self, answer: Future[Streams]) -> None:
-        try:
-            answer.set_result(self._streams(time.monotonic()))
-        except Exception as error:  # whatever it is, a question must not end the pump
-            answer.set_exception(error)
-
-    def _streams(self, now: float) -> Streams:
-        waiting = [self._waiting_stream(session, now) for session in self._sessions if session.waits]
-        waiting.sort(key=lambda stream: (not stream.holds_vm, -stream.idle))
-        return Streams(
-            sessions=len(self._sessions),
-            traffic=Traffic(**asdict(self.counters)),
-            paused=self._output.paused,
-            waiting=waiting[:MOST_LISTED],
-            waiting_sessions=len(waiting),
-            spooled=sum(stream.spooled for stream in waiting),
-            pending=sum(stream.pending for stream in waiting),
-            stdin_held=self._stdin.held,
-            stdin_stalled=now - self._stdin.stalled_since if self._stdin.blocked else 0.0,
-            stdin_unacknowledged=self._stdin.unacknowledged,
-        )
-
-    def _waiting_stream(self, session: Session, now: float) -> WaitingStream:
-        return WaitingStream(
-            stream=session.seqs.start,
-            pid=session.pid,
-            uid=session.uid,
-            spooled=session.spooled,
-            pending=sum(map(len, session.pending)),
-            idle=now - session.idle_since,
-            holds_vm=self._output.holds(session),
-            reason=session.stuck,
-        )
 
     # Pump thread: the end ---------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
 """What `status` answers with: how the daemon and its VMs are, put together from all who know a part of it.
 
-A pump's part comes from its own thread, through its mailbox, so that it is of one moment and nothing on the
-data path is locked. All pumps are asked before any is waited for, and they have `_PATIENCE` together: one
-that is stuck has no part in the answer, which says so. The rest are plain reads of single values, each
-right when it was read.
+A pump's part (`streams.py`) comes from its own thread, through its mailbox, so that it is of one moment and
+nothing on the data path is locked. All pumps are asked before any is waited for, and they have `_PATIENCE`
+together: one that is stuck has no part in the answer, which says so. The rest are plain reads of single
+values, each right when it was read.
 """
 
 import os

@@ -26,7 +26,6 @@ from cc_proxy.proxy import server as server_module
 from cc_proxy.proxy import session as session_module
 from cc_proxy.proxy.console import Console
 from cc_proxy.proxy.control import ControlLink
-from cc_proxy.proxy.pump import Pump
 from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.server import Server
 from cc_proxy.proxy.session import Session
@@ -331,7 +330,7 @@ def test_console_that_fails_costs_nothing_but_the_console(
 
 
 def test_question_that_fails_is_no_error_of_the_pump(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pump, "_streams", fail)
+    monkeypatch.setattr("cc_proxy.proxy.pump.describe_streams", fail)
     with pytest.raises(KeyError):
         rig.pump.describe().result(WAIT)
     assert not rig.owner.causes
