@@ -10,9 +10,10 @@ _SHOWN = 48
 
 
 def dump_frames(vm: str, direction: str, pieces: Sequence[Piece]) -> None:
-    """Log each frame that `pieces` make up: its stream, its size and how its payload begins."""
-    if not logger.isEnabledFor(IO):
-        return
+    """Log each frame that `pieces` make up: its stream, its size and how its payload begins.
+
+    Whoever calls looks first whether that is wanted at all: it hardly ever is.
+    """
     data = b"".join(pieces)
     pos = 0
     while pos < len(data):

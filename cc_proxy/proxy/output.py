@@ -7,7 +7,7 @@ import termios
 from collections.abc import Callable, Iterator, Mapping
 
 from cc_proxy.hyperstart.frames import Batch, gather
-from cc_proxy.log import logger
+from cc_proxy.log import IO, logger
 from cc_proxy.proxy.counters import Counters
 from cc_proxy.proxy.dump import dump_frames
 from cc_proxy.proxy.selector import WRITE, Selector
@@ -92,7 +92,8 @@ class Output:
         batch = gather(buffer, view, start, stop, self._owners)
         self._counters.bytes_to_clients += batch.stop - start
         self._counters.frames_to_clients += batch.frames
-        dump_frames(self._vm, "output", (view[start : batch.stop],))
+        if logger.isEnabledFor(IO):
+            dump_frames(self._vm, "output", (view[start : batch.stop],))
         return batch
 
     def _deliver(self, batch: Batch[Session]) -> None:

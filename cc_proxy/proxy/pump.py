@@ -239,8 +239,9 @@ class Pump:
 
     @property
     def _timed(self) -> bool:
-        waiting = self._output.paused or bool(self._stdin.asked) or self._stdin.blocked
-        return waiting or self._finish_at is not None
+        if self._output.paused or self._stdin.asked or self._stdin.blocked:
+            return True
+        return self._finish_at is not None
 
     def _timeout(self) -> float | None:
         """Requires that something is `_timed`."""

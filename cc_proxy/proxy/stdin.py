@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from cc_proxy.api.frames import encode_frame
 from cc_proxy.fds import Piece, send_pieces
 from cc_proxy.hyperstart.pacing import marked_stream
-from cc_proxy.log import logger
+from cc_proxy.log import IO, logger
 from cc_proxy.proxy.counters import Counters
 from cc_proxy.proxy.dump import dump_frames
 from cc_proxy.proxy.selector import HANG_UP, NOTHING_ELSE, READ, Selector
@@ -172,7 +172,8 @@ class Stdin:
         before, frames = splitter.payload_bytes, splitter.frames
         good = splitter.split(self._buffer, self._view, start, start + size)
         self._counters.frames_to_vm += splitter.frames - frames
-        dump_frames(self._vm, "stdin", good)
+        if logger.isEnabledFor(IO):
+            dump_frames(self._vm, "stdin", good)
         pieces += good
         if splitter.error:
             self._drop(session, splitter.error)

@@ -9,11 +9,6 @@ from tests.proxy.conftest import Logged
 from tests.wire.support import frame
 
 
-def test_nothing_is_dumped_unless_the_log_wants_it(logged: Logged) -> None:
-    dump_frames("vm", "output", [frame(1, b"x"), b"short"])
-    assert logged.records == []
-
-
 def test_each_frame_is_a_line_however_it_is_cut_into_pieces(logged: Logged) -> None:
     logger.setLevel(IO)
     data = frame(1, b"one") + frame(2) + frame(2**64 - 1, b"\x00\xff\n'\"")
