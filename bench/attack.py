@@ -1,5 +1,7 @@
 """A user who wants all of a daemon: `python -m bench.attack SOCKET UID HABIT CONNECTIONS`, until killed.
 
+For some habits these are not connections, but VMs (`bench.hostile_vms`).
+
 `bench.hostile` measures what that costs others.
 """
 
@@ -11,6 +13,7 @@ from contextlib import suppress
 
 import msgspec
 
+from bench import hostile_vms
 from cc_proxy.api import Attach, Hello, Request
 from cc_proxy.api.messages import HEADER, MAX_TEXT, encode
 
@@ -41,10 +44,13 @@ HABITS: dict[str, bytes] = {
     "deep": _DEEP,
     "nonsense": _raw(b"{}") + bytes(7) + b"x",
     "churn": _ATTACH,
+    "dribble": _LONG,
 }
 #: Habits of which that is sent once, and those of them that hang up then.
 _ONCE = frozenset({"halves", "nonsense", "churn"})
 _HANGS_UP = frozenset({"churn"})
+#: Bytes that are sent at once.
+_PIECE = {"dribble": 1}
 
 
 class Attacker:
@@ -55,6 +61,7 @@ class Attacker:
         self._said = HABITS[habit]
         self._once = habit in _ONCE
         self._hangs_up = habit in _HANGS_UP
+        self._piece = _PIECE.get(habit, len(self._said))
         self._epoll = epoll
         self._left = memoryview(b"")
         self.sock: socket.socket | None = None
@@ -88,7 +95,7 @@ class Attacker:
 
     def _send(self) -> None:
         assert self.sock
-        self._left = self._left[self.sock.send(self._left) :]
+        self._left = self._left[self.sock.send(self._left[: self._piece]) :]
         if not self._left:
             if self._once:
                 self._epoll.modify(self.sock, select.EPOLLIN)
@@ -127,7 +134,7 @@ def main(path: str, uid: int, habit: str, connections: int) -> None:
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
     with suppress(KeyboardInterrupt):
-        attack(path, habit, connections)
+        (hostile_vms.attack if habit in hostile_vms.HABITS else attack)(path, habit, connections)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,26 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 
-from bench.attack import HABITS
+from bench import attack, hostile_vms
 from bench.processes import BenchError, Child, Daemon, Worker, gather
 
 #: Nobody's number.
 _UID = 54_323
 #: Seconds until an attack has all its connections, at the most.
 _WARM_UP = 10.0
+#: Seconds in which those who come and go have used up what a user may take in one go.
+_USED_UP = 2.0
+#: Seconds until it has noticed that all of them are gone, at the most: it reads on at the user's pace.
+_GOODBYE = 120.0
+#: Threads of the victim's VM and of the connection that said hello for it.
+_STAYING = 2
 _FEW = 8  # connections, of those who send a megabyte each time
+_VMS = 8
+_COMING_AND_GOING = frozenset({"churn", "nonsense"})
 _CONTAINER = "victim"
-_HEADING = f"{'attack':10} {'connections':>11}  {'echo p50, p99':>19}  ratio  {'attach p50, p99':>19}  ratio"
+_HEADING = f"{'attack':10} {'at once':>11}  {'echo p50, p99':>19}  ratio  {'attach p50, p99':>19}  ratio"
+
+_HABITS = [*attack.HABITS, "all", *hostile_vms.HABITS]
 
 Figures = dict[str, dict[str, float]]
 
@@ -50,13 +60,16 @@ class Scene:
         return {"echo": echo, "attach": attach}
 
     @contextmanager
-    def attacked(self, habit: str, connections: int) -> Iterator[None]:
-        """Have another user do that meanwhile."""
-        attack = (self._daemon.path, str(_UID), habit, str(connections))
-        with Child("attacker", "bench.attack", *attack):
-            self._wait_for(connections if habit != "churn" else 1)
+    def attacked(self, habit: str, count: int) -> Iterator[None]:
+        """Have another user do that meanwhile, with so many connections or VMs."""
+        arguments = (self._daemon.path, str(_UID), habit, str(count))
+        with Child("attacker", "bench.attack", *arguments):
+            if habit in _COMING_AND_GOING:
+                time.sleep(_USED_UP)
+            else:
+                self._wait_for(count)
             yield
-        self._daemon.settle()
+        self._daemon.settle(_GOODBYE, _STAYING)
 
     def _wait_for(self, connections: int) -> None:
         deadline = time.monotonic() + _WARM_UP
@@ -69,12 +82,12 @@ def main() -> int:
     parser.add_argument("--connections", type=int, default=2_000, metavar="N", help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="for each measurement")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
-    parser.add_argument("habits", nargs="*", metavar="HABIT", help=f"of: all, {', '.join(HABITS)}")
+    parser.add_argument("habits", nargs="*", metavar="HABIT", help=f"of: {', '.join(_HABITS)}")
     options = parser.parse_args()
     if os.geteuid() != 0:
         parser.error("it takes root to be two users")
     try:
-        _run(options.habits or [*HABITS, "all"], options)
+        _run(options.habits or _HABITS, options)
     except BenchError as error:
         print(f"bench: FAILED: {error}", file=sys.stderr)
         return 1
@@ -88,7 +101,7 @@ def _run(habits: list[str], options: argparse.Namespace) -> None:
         scene = Scene(directory, stack, options.seconds)
         print(_HEADING)
         for habit in habits:
-            count = _FEW if habit in {"long", "deep"} else options.connections
+            count = _count(habit, options.connections)
             quiet, attacked = [], []
             for _ in range(options.rounds):
                 quiet.append(scene.measure())
@@ -96,6 +109,12 @@ def _run(habits: list[str], options: argparse.Namespace) -> None:
                     attacked.append(scene.measure())
             print(f"{'(quiet)':10} {'':11}  {_line(quiet, quiet)}")
             print(f"{habit:10} {count:11}  {_line(attacked, quiet)}", flush=True)
+
+
+def _count(habit: str, connections: int) -> int:
+    if habit in hostile_vms.HABITS:
+        return _VMS
+    return _FEW if habit in {"long", "deep"} else connections
 
 
 def _line(rounds: list[Figures], against: list[Figures]) -> str:

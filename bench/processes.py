@@ -121,15 +121,16 @@ class Daemon(Service):
         lines = (line.split() for line in self._proc("smaps_rollup").read_text().splitlines()[1:])
         return {fields[0].rstrip(":"): int(fields[1]) * 1024 for fields in lines}
 
-    def settle(self, seconds: float = 5.0) -> None:
+    def settle(self, seconds: float = 5.0, staying: int = 0) -> None:
         """Wait until what was closed is gone, so that its end is no part of the next measurement.
 
-        Raises `BenchError` if it does not go.
+        `staying` are the threads of what was not closed. Raises `BenchError` if the others do not go.
         """
         deadline = time.monotonic() + seconds
-        while self.count_threads() > self._threads:
+        while self.connections() > staying:
             if time.monotonic() > deadline:
-                raise BenchError(f"{self.name} keeps {self.connections()} threads of what has ended")
+                left = self.connections() - staying
+                raise BenchError(f"{self.name} keeps {left} threads of what has ended")
             time.sleep(0.005)
 
     def _threads_of_its_own(self) -> int:

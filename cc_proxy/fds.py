@@ -4,6 +4,7 @@ import contextlib
 import errno
 import resource
 import socket
+import struct
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ Piece = bytes | memoryview
 #: What nobody wants to read goes here, whichever thread reads it; made once, since memory may be short then.
 _SCRATCH = bytearray(64 * 1024)
 _IOV_MAX = 1024
+_FD = struct.Struct("i")
 #: Since Linux 6.16; Python's `socket` has no name for it.
 _SO_PASSRIGHTS = 83
 
@@ -43,6 +45,15 @@ def may_hold_fds(sock: socket.socket) -> bool:
         return bool(sock.getsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS))
     except OSError:
         return True
+
+
+def check_passable(sock: socket.socket, peer: socket.socket) -> None:
+    """Find out whether `peer`, which is connected to `sock`, could be passed to somebody now.
+
+    Raises `OSError` if not: the kernel passes no more once too many were passed that nobody has received.
+    """
+    sock.sendmsg([b"?"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _FD.pack(peer.fileno()))])
+    peer.recv(1)
 
 
 def close_stream(sock: socket.socket) -> None:

@@ -23,7 +23,8 @@ HEADER = struct.Struct(">II")
 #: Arrays and objects inside each other that a text may have.
 MAX_NESTING = 200
 
-_STRINGS_AND_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
+_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
+_STRINGS_AND_BRACKETS = re.compile(_STRINGS.pattern + rb"|[\[\]{}]", re.DOTALL)
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -97,18 +98,22 @@ def _is_object(text: bytes) -> bool:
 def _check_nesting(text: bytes) -> None:
     """Refuse what a decoder that calls itself for each level must not be given.
 
-    Raises `MemberError`, or `ProtocolError` if the brackets do not even match.
+    Behind the first such place brackets are only counted: to look at each would take long. Raises
+    `MemberError`, or `ProtocolError` if the brackets do not even match.
     """
-    depth = deepest = 0
+    depth = 0
     for token in _STRINGS_AND_BRACKETS.finditer(text):
         first = text[token.start()]
         depth += (first in b"[{") - (first in b"]}")
-        deepest = max(depth, deepest)
-    if deepest <= MAX_NESTING:
+        if depth > MAX_NESTING:
+            break
+    else:
         return
-    if depth or not text.lstrip().startswith(b"{"):
+    bare = _STRINGS.sub(b"", text)
+    opened, closed = (sum(map(bare.count, kinds)) for kinds in ((b"[", b"{"), (b"]", b"}")))
+    if opened != closed or not bare.lstrip().startswith(b"{"):
         raise ProtocolError("not a JSON object")
-    raise MemberError(f"nested {deepest} levels deep, the limit is {MAX_NESTING}")
+    raise MemberError(f"nested more than {MAX_NESTING} levels deep")
 
 
 class MessageParser:

@@ -27,7 +27,7 @@ class Dialer:
     def __init__(self, client: Credentials, share: Share, own_address: str | bytes | None = None) -> None:
         """`own_address` is the name that the daemon's listening socket was bound to."""
         self.client = client
-        self._share = share
+        self.share = share
         self._own_address = own_address
 
     def connect(self, member: str, path: str, timeout: float | Deadline) -> socket.socket:
@@ -51,14 +51,14 @@ class Dialer:
 
     def _connect_at_once(self, path: str, deadline: Deadline) -> socket.socket:
         """Raises `BlockingIOError` if the backlog is full; or `TimedOut`."""
-        if not self._share.dialing.acquire(timeout=deadline.remaining()):
+        if not self.share.dialing.acquire(timeout=deadline.remaining()):
             raise TimedOut("others of the same user had their turn all the time")
         try:
             return call_as(self.client, lambda: self._connect(path, 0))
         except TimedOut:
             raise BlockingIOError from None
         finally:
-            self._share.dialing.release()
+            self.share.dialing.release()
 
     def _connect(self, path: str, timeout: float | Deadline) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

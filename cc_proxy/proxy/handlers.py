@@ -44,6 +44,9 @@ MAX_RESPONSE = 1024
 
 _ELLIPSIS = "…"
 
+#: A hello is as much work as so many requests, as it takes threads of its own; and one that fails, which is
+#: easily repeated, counts as so many more.
+_HELLO, _FAILED_HELLO = 20, 50
 #: What is longer, in bytes, may take long. No client in the field sends such requests.
 _SHORT = 16 * 1024
 #: Seconds of a CPU that a request may take without a rest, and how many times as long that is. While a long
@@ -51,7 +54,7 @@ _SHORT = 16 * 1024
 _LONG = 0.000_5
 _REST = 4.0
 _REST_OF_LONG = 100.0
-_LONGEST_REST = 1.0
+_LONGEST_REST = 30.0
 
 
 class Refusal(Exception):
@@ -176,8 +179,13 @@ class Handlers:
     def _hello(self, client: Client, hello: Hello) -> Reply:
         if not (hello.container_id and hello.ctl_serial and hello.io_serial):
             raise Refusal("malformed hello command")
-        with client.share.aside():
-            client.vm = self._registry.register(hello, client.who)
+        client.share.pace(_HELLO)
+        try:
+            with client.share.aside():
+                client.vm = self._registry.register(hello, client.who)
+        except (LimitReached, RegistryError, VmError):
+            client.share.pace(_FAILED_HELLO)
+            raise
         return _ATTACHED
 
     def _attach(self, client: Client, attach: Attach) -> Reply:
@@ -240,7 +248,7 @@ class Handlers:
 
 def _rest(client: Client, seconds: float, times: float) -> None:
     """Have a user whose request took long wait, so that others come to their turns; but root is trusted."""
-    if client.who.uid != ROOT and seconds > _LONG:
+    if client.who.uid != ROOT and client.share.others and seconds > _LONG:
         time.sleep(min(seconds * times, _LONGEST_REST))
 
 

@@ -1,12 +1,17 @@
 """Waiting for clients that say nothing: their threads are woken a few at a time."""
 
 import contextlib
+import heapq
+import itertools
+import math
 import os
 import queue
 import select
 import socket
 import threading
+import time
 from collections import Counter
+from collections.abc import Callable
 
 from cc_proxy import faults
 
@@ -33,6 +38,8 @@ class Idle:
         self._clients: dict[int, select.epoll] = {}
         self._by_fd: dict[int, select.epoll] = {}
         self._connections: Counter[int] = Counter()
+        self._later: list[tuple[float, int, Callable[[], None]]] = []  # when, in which order, what; a heap
+        self._order = itertools.count()
         # By fd. Each thread adds and removes its own: single steps of the interpreter, which need no lock.
         self._waiting: dict[int, queue.SimpleQueue[None]] = {}
         self._thread = threading.Thread(target=self._wake_all, name="idle", daemon=True)
@@ -108,6 +115,32 @@ class Idle:
             with contextlib.suppress(OSError, ValueError):  # it may be closed by now
                 epoll.unregister(fd)
 
+    def call_later(self, seconds: float, function: Callable[[], None]) -> None:
+        """Have a function called by the thread, in so many seconds. Any thread."""
+        later = time.monotonic() + seconds, next(self._order), function
+        with self._lock:
+            heapq.heappush(self._later, later)
+            first = self._later[0] is later
+        if first:
+            os.eventfd_write(self._wake, 1)
+
+    def call_all(self) -> None:
+        """Call now what was to be called later. Main thread."""
+        self._call_until(math.inf)
+
+    def _call_until(self, moment: float) -> None:
+        while function := self._next_until(moment):
+            function()
+
+    def _next_until(self, moment: float) -> Callable[[], None] | None:
+        with self._lock:
+            due = bool(self._later) and self._later[0][0] <= moment
+            return heapq.heappop(self._later)[2] if due else None
+
+    def _until_next(self) -> float | None:
+        with self._lock:
+            return max(0.0, self._later[0][0] - time.monotonic()) if self._later else None
+
     def _wake_all(self) -> None:
         """Wake until the end, whatever happens."""
         while not self._stopping:
@@ -118,12 +151,13 @@ class Idle:
 
     def _wake_ready(self) -> None:
         """Wake some of each user's that are ready."""
-        for fd, _ in self._users.poll():
+        for fd, _ in self._users.poll(self._until_next()):
             if fd == self._wake:
                 os.eventfd_read(fd)
                 self._asked = False
             else:
                 self._wake_some(fd)
+        self._call_until(time.monotonic())
 
     def _wake_some(self, of_user: int) -> None:
         with self._lock:

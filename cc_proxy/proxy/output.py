@@ -14,6 +14,9 @@ from cc_proxy.proxy.selector import WRITE, Selector
 from cc_proxy.proxy.session import Session
 
 _BUFFER_SIZE = 256 * 1024
+#: Seconds at a stretch for what is read at once when it has to suit others, and the least that is read.
+_LONG, _SHORT = 0.000_1, 0.000_05
+_LEAST = 2 * 1024
 
 
 class FramingLost(Exception):
@@ -47,6 +50,8 @@ class Output:
         self._on_stray = on_stray
         self._buffer = bytearray(_BUFFER_SIZE)
         self._view = memoryview(self._buffer)
+        self._most = _BUFFER_SIZE  # that is read at once, beyond what is there
+        self._empty = self._view  # so much of the buffer
         # Where a frame stands in the buffer that has not arrived whole.
         self._start = self._stop = 0
         #: Sessions that are watched, by fd, because something waits for their clients.
@@ -118,6 +123,16 @@ class Output:
         session.flush()
         self._settle(session)
 
+    def adapt(self, stretch: float) -> None:
+        """Read less at once if the last turn had the interpreter long at a stretch, or more if not."""
+        if stretch > _LONG and self._most > _LEAST:
+            self._most = max(_LEAST, self._most // 2)
+        elif stretch < _SHORT and self._most < _BUFFER_SIZE:
+            self._most += _LEAST
+        else:
+            return
+        self._empty = self._view[: self._most]
+
     def holds(self, session: Session) -> bool:
         """Whether the VM is not read because of this session."""
         return session in self._holding
@@ -146,7 +161,7 @@ class Output:
         if held and self._start:
             self._buffer[:held] = self._buffer[self._start : self._stop]
         self._start, self._stop = 0, held
-        return self._view[held:] if held else self._view
+        return self._view[held : held + self._most] if held else self._empty
 
     def _settle(self, session: Session) -> None:
         """Watch the session's client for as long as something waits for it."""

@@ -28,8 +28,12 @@ from cc_proxy.proxy.counters import Counters
 from cc_proxy.proxy.output import FramingLost, Output
 from cc_proxy.proxy.selector import NOTHING_ELSE, READ, WRITE, Selector
 from cc_proxy.proxy.session import Session
+from cc_proxy.proxy.shares import Share
 from cc_proxy.proxy.stdin import Stdin
 from cc_proxy.proxy.streams import describe_streams
+
+#: Seconds that a frame may take the interpreter, whatever it is; a system call lets others have it.
+_FRAME = 0.000_001
 
 
 class Owner(Protocol):
@@ -54,7 +58,9 @@ class Pump:
         control: ControlLink,
         console: Console | None,
         echo_timeout: float,
+        payer: Share | None = None,
     ) -> None:
+        """`payer` is whose share of the interpreter it takes; root's pumps take what they need."""
         io.setblocking(False)
         self._owner = owner
         self._vm = vm = owner.container_id
@@ -62,6 +68,7 @@ class Pump:
         self._io_fd = io.fileno()
         self._control = control
         self._console = console
+        self._payer = payer
         self.counters = Counters()
 
         self._mail_lock = threading.Lock()  # guards _mail and _wake against use once _wake is closed
@@ -189,8 +196,27 @@ class Pump:
         self._copy()
 
     def _copy(self) -> None:
+        turn = self._paid_turn if self._payer else self._turn
         while self._io_open or self._sessions:
+            turn()
+
+    def _paid_turn(self) -> None:
+        """Do as `_turn`, but while other users are there no more at once, and no more often, than is fair."""
+        payer = self._payer
+        if payer is None or not payer.others:
+            self._output.adapt(0.0)
             self._turn()
+            return
+        begun, before = time.thread_time(), self._frames
+        self._turn()
+        took = time.thread_time() - begun
+        stretch = min(took, (self._frames - before) * _FRAME)
+        self._output.adapt(stretch)
+        payer.spend(took, stretch)
+
+    @property
+    def _frames(self) -> int:
+        return self.counters.frames_to_clients + self.counters.frames_to_vm
 
     def _watch(self) -> None:
         """Wait for everything, in two epoll instances.

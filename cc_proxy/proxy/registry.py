@@ -10,13 +10,15 @@ from cc_proxy.api.status import MOST_USERS, UserStatus
 from cc_proxy.credentials import Credentials
 from cc_proxy.log import logger
 from cc_proxy.proxy.dial import Dialer
-from cc_proxy.proxy.shares import Shares
+from cc_proxy.proxy.shares import LimitReached, Share, Shares
 from cc_proxy.proxy.spool import SpoolSpace
 from cc_proxy.proxy.vm import State, Trouble, Vm, VmError
 from cc_proxy.settings import LiveSettings
 
 #: VMs that failed and are gone, of which the last error is kept.
 _MOST_ENDED = 32
+#: Characters of the id of a VM that has ended.
+_MOST_KEPT = 4_096
 
 
 class RegistryError(Exception):
@@ -59,11 +61,11 @@ class Registry:
         share = self.shares.of(client.uid)
         vm = Vm(container_id, client.uid, self._live, self._space, self._note_change)
         self._check_free(container_id)  # also for those who have as many as they may: nothing is taken for it
-        share.take("vms")
+        _take(share, container_id)
         try:
             self._enter(vm)
         except RegistryError:
-            share.give_back("vms")
+            _give_back(share, container_id)
             raise
         try:
             vm.start(hello, Dialer(client, share, self._own_address))
@@ -157,8 +159,24 @@ class Registry:
             if ended:
                 self._vms.discard(vm)
                 if vm.failed and vm.trouble:
-                    self._failed.append(FailedVm(vm.container_id, vm.owner, vm.trouble))
+                    self._failed.append(FailedVm(vm.container_id[:_MOST_KEPT], vm.owner, vm.trouble))
         if ended:
-            self.shares.give_back(vm.owner, "vms", 1)
+            _give_back(self.shares.of(vm.owner), vm.container_id)
+            vm.container_id = vm.container_id[:_MOST_KEPT]  # a client may stay attached, and keep it
         if state is State.LEAVING:
             logger.info("VM unregistered", extra={"vm": vm.container_id})
+
+
+def _take(share: Share, container_id: str) -> None:
+    """Count a VM, and what its id takes of memory for as long as there is the VM. Raises `LimitReached`."""
+    share.take("vms")
+    try:
+        share.take("request_bytes", len(container_id))
+    except LimitReached:
+        share.give_back("vms")
+        raise
+
+
+def _give_back(share: Share, container_id: str) -> None:
+    share.give_back("vms")
+    share.give_back("request_bytes", len(container_id))

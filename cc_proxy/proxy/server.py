@@ -35,11 +35,12 @@ from cc_proxy.settings import Limits, LiveSettings
 
 #: Threads that wait for the interpreter ask for it this often, in seconds.
 _SWITCH_INTERVAL = 0.001
-#: A new connection is as much work as so many requests.
-_CONNECTING = 10
 #: Seconds that a connection's own thread waits for the next request: one that has just sent one may soon send
 #: another, and to be woken by `Idle` takes longer.
 _BUSY = 0.02
+#: Seconds that the accept thread leaves to others after a connection that came too early. More come, and to
+#: accept them as fast as it can is to hold the interpreter, which a thread that is quick gets back each time.
+_BREATH = 0.000_1
 #: Seconds until the accept thread notices that it is to stop.
 _STOP_POLL = 0.25
 #: What accept(2) says when there is no room for another connection, and how long to wait then, in seconds.
@@ -49,10 +50,16 @@ _SHORTAGE_PAUSE = 0.1
 #: Fits most requests and, as a bytes object, Python's own small blocks: thousands of threads wait with one.
 _READ_SIZE = 448
 _LARGEST_READ = 64 * 1024
+#: Bytes of a request that need not be counted before they have arrived: more than those in the field have.
+_UNCOUNTED = 4 * 1024
 #: Messages in the field come in so many pieces at the most, a header and a text; of others' it is a while, in
 #: seconds, until the next piece is looked for.
 _PIECES = 2
 _PATIENCE = 0.005
+#: Such a look is as much work as so many requests.
+_LOOKING = 50
+#: Who breaks the protocol will have to come again, and that is taken for as much work as so many requests.
+_BREAKING = 50
 #: What the kernel takes in one piece.
 _LARGEST_SEND = 32 * 1024
 #: A plain number: this is passed with each response.
@@ -111,6 +118,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if self._listener.own:
             self._accept_waiting()
         self.socket.close()
+        self.idle.call_all()
         self._crew.close()
         self._shut_down_connections(socket.SHUT_RD)
 
@@ -181,10 +189,19 @@ class Server(socketserver.ThreadingUnixStreamServer):
         client = Client(next(self._numbers), who, share)
         with self._lock:
             self._connections[request] = share
+        wait = share.arrive()
+        if wait:
+            self.idle.call_later(wait, lambda: self._begin(request, client))
+            time.sleep(_BREATH)
+        else:
+            self._begin(request, client)
+
+    def _begin(self, request: socket.socket, client: Client) -> None:
+        """Have a connection served in a thread of its own. Accept thread, or the one that wakes."""
         try:
             self._crew.hand_over(f"client {client.number}", lambda: self._serve(request, client))
         except RuntimeError:
-            self._turn_away(request, who, "the daemon cannot start another thread")
+            self._turn_away(request, client.who, "the daemon cannot start another thread")
 
     def _admit(self, share: Share) -> None:
         """Count a connection of a user's. Raises `LimitReached` or `OSError`."""
@@ -284,23 +301,34 @@ class Connection(socketserver.BaseRequestHandler):
         reason = "closed by the client"
         self.server.handlers.clients.add(client)
         try:
-            with client.share.turn:
-                client.share.pace(_CONNECTING)
             self._set_timeout(socket.SO_RCVTIMEO, _BUSY)
             self._serve(client)
         except ProtocolError as error:
             reason = str(error)
             logger.warning("client broke the protocol", extra={**fields, "error": reason[:200]})
+            with client.share.turn:
+                client.share.pace(_BREAKING)
         except LimitReached as limit:
             reason = str(limit)
-            with contextlib.suppress(OSError):
-                self._send(failure(reason))
+            self._refuse(reason)
         except OSError as error:
             reason = os.strerror(error.errno or 0)
         finally:
             self._count_no_more()
             self.server.handlers.clients.discard(client)
         logger.debug("client disconnected", extra={"client": client.number, "reason": reason})
+
+    def _refuse(self, why: str) -> None:
+        """Say why a request is not let in, and throw away the rest of it.
+
+        Who still writes when a connection is closed is told of that, and never reads why.
+        """
+        deadline = time.monotonic() + self.server.limits.message_timeout
+        with contextlib.suppress(OSError, ProtocolError):
+            self._send(failure(why))
+            self.request.shutdown(socket.SHUT_WR)
+            while self._receive_by(deadline, _LARGEST_READ):
+                self._let_more_come()
 
     def _serve(self, client: Client) -> None:
         parser = MessageParser()
@@ -336,7 +364,7 @@ class Connection(socketserver.BaseRequestHandler):
             if pieces >= _PIECES:
                 self._let_more_come()
             missing = parser.missing
-            if missing > _LARGEST_READ and not self._counted:
+            if missing > _UNCOUNTED and not self._counted:
                 self._share.take("request_bytes", missing)
                 self._counted = missing
             data = self._receive_by(deadline, min(missing, _LARGEST_READ))
@@ -348,7 +376,7 @@ class Connection(socketserver.BaseRequestHandler):
     def _let_more_come(self) -> None:
         """Read who sends a little at a time less often: each look takes the interpreter from others."""
         with self._share.turn:
-            self._share.pace()
+            self._share.pace(_LOOKING)
         time.sleep(_PATIENCE)
 
     def _receive_by(self, deadline: float, size: int) -> bytes:

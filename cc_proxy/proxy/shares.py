@@ -18,18 +18,48 @@ _CALLED: dict[Thing, str] = {
     "vms": "VMs",
     "sessions": "sessions",
     "commands": "commands that wait",
-    "request_bytes": "bytes of requests that have not arrived whole",
+    "request_bytes": "bytes of ids, and of requests that have not arrived whole",
 }
 
+#: Who has any of this is there.
+_PRESENCE = frozenset({"connections", "vms"})
 
 #: Seconds that several of a user's requests are taken to be under way after one had to wait for another.
 _CROWDED = 0.1
+#: For each second of a CPU a user's VMs pay with a second of rest, and so many times as much as they had the
+#: interpreter longer than this, in seconds at a stretch: that keeps it from as many times as many others.
+_STRETCH = 0.000_03
+#: A new connection is as much work as so many requests.
+_CONNECTING = 20
+#: Seconds of rest that may be due before it is taken, and that are taken at once at the most.
+_CREDIT = 0.001
+_LONGEST_REST = 0.25
+_MOST_DUE = 10.0
 #: So many users' parts are kept before those of users who have gone are looked for.
 _FEW = 64
 
 
 class LimitReached(Exception):
     """There is no more of something; the text says of what, and for whom."""
+
+
+class _Pace:
+    """So many a second, after as many in one go. One thread at a time."""
+
+    def __init__(self) -> None:
+        self._left = 0.0  # what need not wait, at the moment `_at`
+        self._at = -math.inf
+
+    def take(self, number: int, rate: int) -> float:
+        """Take some; returns the seconds until they are there, which is never more than 0 for the first."""
+        now = time.monotonic()
+        self._left = min(rate, self._left + (now - self._at) * rate) - number
+        self._at = now
+        return max(0.0, -self._left / rate)
+
+    def used(self, rate: int) -> bool:
+        """Whether there are fewer now than for one who is new."""
+        return self._left + (time.monotonic() - self._at) * rate < rate
 
 
 class Share:
@@ -47,9 +77,12 @@ class Share:
         # One hello of the user's at a time looks for a socket, so that many that fail do not crowd; held over
         # I/O, and nothing else is locked then.
         self.dialing = threading.Lock()
-        self._left = 0.0  # requests that need not wait, at the moment `_paced_at`
-        self._paced_at = -math.inf
+        self._requests = _Pace()
         self._crowded_at = -math.inf  # when somebody had to wait for `turn`
+        self._arrivals = _Pace()  # of connections; the accept thread's
+        # When what the user's VMs have taken of the interpreter is paid for. Any thread's, without a lock: of
+        # two that pay in the same moment one may pay nothing, which is rare, and cheaper for all.
+        self._paid_at = -math.inf
 
     def take_turn(self) -> None:
         """Take `turn`. A user of whose requests one had to wait for another is paced for a while."""
@@ -64,19 +97,42 @@ class Share:
 
         One that floods would have the interpreter all the time, however fair it changes hands.
         """
+        if self._shares.several:
+            wait = self._requests.take(requests, self._shares.request_rate)
+            if wait > 0:
+                time.sleep(wait)
+
+    def arrive(self) -> float:
+        """Return the seconds until a new connection of the user's is to be served. Accept thread."""
+        return self._arrivals.take(_CONNECTING, self._shares.request_rate) if self._shares.several else 0.0
+
+    def spend(self, seconds: float, stretch: float) -> None:
+        """Count time of a CPU that one of the user's VMs has taken, and rest if it is too much.
+
+        `stretch` is for how much of it nobody else had the interpreter. Whoever wants it waits for it after
+        each system call: so what takes long at a stretch has to be rare, and all VMs of a user share what
+        there is. A rest is not worth its while before some of it is due.
+        """
         if not self._shares.several:
             return
-        rate, now = self._shares.request_rate, time.monotonic()
-        self._left = min(rate, self._left + (now - self._paced_at) * rate) - requests
-        self._paced_at = now
-        if self._left < 0:
-            time.sleep(-self._left / rate)
+        now = time.monotonic()
+        price = seconds * max(1.0, stretch / _STRETCH)
+        due = min(max(0.0, self._paid_at - now) + price, _MOST_DUE)
+        self._paid_at = now + due
+        if due > _CREDIT:
+            time.sleep(min(due, _LONGEST_REST))
+
+    @property
+    def others(self) -> bool:
+        """Whether there are other users."""
+        return self._shares.several
 
     @property
     def paced(self) -> bool:
         """Whether the user has asked for so much lately that it may not ask for as much as one who is new."""
         rate = self._shares.request_rate
-        return self._left + (time.monotonic() - self._paced_at) * rate < rate
+        owing = self._paid_at > time.monotonic()
+        return owing or self._requests.used(rate) or self._arrivals.used(rate)
 
     def take(self, thing: Thing, number: int = 1) -> None:
         """Count some more of something. Raises `LimitReached`, and then nothing is counted."""
@@ -133,12 +189,12 @@ class Shares:
         self._tidy_at = _FEW  # parts
         self._users: Counter[tuple[int, Thing]] = Counter()
         self._totals: Counter[Thing] = Counter()
-        self._connected = 0  # users
-        #: Whether more than one user has connections.
+        self._here: Counter[int] = Counter()  # by uid: connections and VMs
+        #: Whether more than one user has any of these.
         self.several = False
 
     def of(self, uid: int) -> Share:
-        """Return a user's part: the same one for as long as the user has connections.
+        """Return a user's part: the same one for as long as the user has connections or VMs.
 
         Parts of users who have none are made by one thread.
         """
@@ -153,10 +209,7 @@ class Shares:
 
     def _drop_gone(self) -> None:
         """Drop what is as good as new, so that nobody gets around its pace by going. Requires _lock."""
-        used = self._users
-        self._shares = {
-            uid: share for uid, share in self._shares.items() if (uid, "connections") in used or share.paced
-        }
+        self._shares = {uid: share for uid, share in self._shares.items() if uid in self._here or share.paced}
         self._tidy_at = max(_FEW, 2 * len(self._shares))
 
     def take(self, uid: int, thing: Thing, number: int) -> None:
@@ -168,28 +221,29 @@ class Shares:
                 raise LimitReached(f"the limit of {total} {_CALLED[thing]} is reached")
             if self._users[uid, thing] + number > each:
                 raise LimitReached(f"the limit of {each} {_CALLED[thing]} for one user is reached")
-            if thing == "connections" and not self._users[uid, thing]:
-                self._count_connected(1)
+            self._count_here(uid, thing, number)
             self._totals[thing] += number
             self._users[uid, thing] += number
 
     def give_back(self, uid: int, thing: Thing, number: int) -> None:
-        """Count for a user what was taken no more; never less than nothing."""
+        """Count for a user what was taken no more."""
         with self._lock:
-            number = min(number, self._users[uid, thing])
             left = self._users[uid, thing] - number
+            assert left >= 0, f"{number} {thing} of user {uid} are given back, of {left + number}"
             self._totals[thing] -= number
             if left:
                 self._users[uid, thing] = left
             else:
                 self._users.pop((uid, thing), None)
-            if thing == "connections" and number and not left:
-                self._count_connected(-1)
+            self._count_here(uid, thing, -number)
 
-    def _count_connected(self, number: int) -> None:
+    def _count_here(self, uid: int, thing: Thing, number: int) -> None:
         """Requires holding _lock."""
-        self._connected += number
-        self.several = self._connected > 1
+        if thing in _PRESENCE:
+            self._here[uid] += number
+            if not self._here[uid]:
+                del self._here[uid]
+            self.several = len(self._here) > 1
 
     @property
     def request_rate(self) -> int:

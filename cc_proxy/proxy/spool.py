@@ -48,15 +48,20 @@ class SpoolSpace:
         with self._lock:
             left = min(limits.total_limit - self._used, limits.user_limit - self._used_by[uid])
             taken = max(0, min(wanted, left))
-            self._used += taken
-            self._used_by[uid] += taken
+            self._count(taken, uid)
         return taken
 
     def give_back(self, size: int, uid: int) -> None:
         """Return `size` bytes that were taken for a user."""
         with self._lock:
-            self._used -= size
-            self._used_by[uid] -= size
+            self._count(-size, uid)
+
+    def _count(self, size: int, uid: int) -> None:
+        """Users of whom nothing waits leave nothing. Requires _lock."""
+        self._used += size
+        self._used_by[uid] += size
+        if not self._used_by[uid]:
+            del self._used_by[uid]
 
 
 class Spool:

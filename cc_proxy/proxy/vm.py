@@ -15,7 +15,8 @@ from cc_proxy import faults
 from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.payloads import Hello
 from cc_proxy.api.status import Streams
-from cc_proxy.fds import refuse_rights
+from cc_proxy.credentials import ROOT
+from cc_proxy.fds import check_passable, refuse_rights
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage
 from cc_proxy.hyperstart.pacing import StdinWindow
@@ -32,6 +33,8 @@ from cc_proxy.settings import LiveSettings
 #: A socket is writable again when three quarters of this are free: the rest must last until more is there.
 _SEND_BUFFER = 1024 * 1024
 _SESSION_SEND_BUFFER = 256 * 1024
+#: Seconds of a CPU that an event is taken for: more than it takes, as an agent has no need of many.
+_EVENT = 0.000_02
 
 
 class VmError(Exception):
@@ -258,7 +261,8 @@ class Vm:
         limits = self._live.current.vm
         deadline = Deadline(limits.ready_timeout)
         ctl = undo.enter_context(dialer.connect("ctlSerial", hello.ctl_serial, deadline))
-        control = ControlLink(ctl, functools.partial(_note, self.container_id))
+        payer = dialer.share if self.owner != ROOT else None
+        control = ControlLink(ctl, functools.partial(_note, self.container_id, payer))
         undo.callback(control.close)
         self._control = control
         io = undo.enter_context(dialer.connect("ioSerial", hello.io_serial, deadline))
@@ -268,7 +272,7 @@ class Vm:
         console = Console.open(self.container_id, hello.console, dialer)
         if console:
             undo.callback(console.close)
-        self._pump = Pump(self, io, control, console, self._live.current.stdin.echo_timeout)
+        self._pump = Pump(self, io, control, console, self._live.current.stdin.echo_timeout, payer)
         return self._pump
 
     def _fail(self, cause: str) -> None:
@@ -290,7 +294,9 @@ class Vm:
         return f"VM gone: {self._cause or 'it was unregistered'}"
 
 
-def _note(container_id: str, event: ControlMessage) -> None:
+def _note(container_id: str, payer: Share | None, event: ControlMessage) -> None:
+    if payer:
+        payer.spend(_EVENT, _EVENT)
     if logger.isEnabledFor(logging.DEBUG):  # an agent sends two of them for each command
         logger.debug("event from the VM", extra={"vm": container_id, "event": str(event)})
 
@@ -305,6 +311,7 @@ def _session_pair() -> tuple[socket.socket, socket.socket]:
             refuse_rights(pair[0])
             for end in pair:
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SESSION_SEND_BUFFER)
+            check_passable(*pair)
         except OSError as error:
             raise VmError(f"the daemon is short of resources: {error.strerror}") from None
         undo.pop_all()

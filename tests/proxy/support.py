@@ -44,6 +44,19 @@ def new_share(limits: Limits | None = None, who: Credentials | None = None) -> S
     return shares.of((who or Credentials.own()).uid)
 
 
+def share_of_session() -> Share:
+    """A user's who has one session, as whoever makes one has taken it."""
+    share = new_share()
+    share.take("sessions")
+    return share
+
+
+def close_once(session: Session) -> None:
+    """Close a session that may be closed by now: what it took is given back once."""
+    if session._sock.fileno() >= 0:
+        session.close()
+
+
 def dialer_of(who: Credentials, own_address: str | bytes | None = None) -> Dialer:
     return Dialer(who, new_share(who=who), own_address)
 
@@ -151,6 +164,7 @@ class Rig:
         io_buffer: int | None = None,
         console: Console | None = None,
         started: bool = True,
+        payer: Share | None = None,
     ) -> None:
         self.space = space
         self.share = new_share()
@@ -164,7 +178,7 @@ class Rig:
         self.control = ControlLink(ctl, self.events.append)
         self.ctl.sendall(command(READY))
         self.control.wait_until_up(io, WAIT, WAIT)
-        self.pump = Pump(self.owner, io, self.control, console, echo_timeout)
+        self.pump = Pump(self.owner, io, self.control, console, echo_timeout, payer)
         if started:
             self.pump.start()
 
@@ -182,6 +196,7 @@ class Rig:
         stream = Stream(far, seqs.start)
         self._streams.append(stream)
         window = StdinWindow(seqs.start, self._window) if self._window else None
+        self.share.take("sessions")
         return Session(seqs, near, self.space, self.share, window), stream
 
     def open(self, streams: int = 2, *, buffer: int | None = None) -> Stream:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import time
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import cast
 
 import msgspec
@@ -17,6 +20,7 @@ from cc_proxy.credentials import Credentials
 from cc_proxy.hyperstart.codes import FROM_AGENT, Code
 from cc_proxy.hyperstart.control import ControlMessage
 from cc_proxy.log import logger
+from cc_proxy.proxy import handlers as handlers_module
 from cc_proxy.proxy.handlers import Client, Handlers, Reply, failure, success
 from cc_proxy.proxy.registry import Registry, RegistryError
 from cc_proxy.proxy.shares import Share
@@ -307,3 +311,32 @@ def test_error_is_never_left_out_because_it_is_short() -> None:
 
 def test_results_are_compact() -> None:
     assert success(AllocateIoResult(1)).message[8:] == b'{"success":true,"data":{"ioBase":1}}'
+
+
+def test_hello_is_as_much_work_as_many_requests(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    paced: list[int] = []
+    monkeypatch.setattr(Share, "pace", lambda share, requests=1: paced.append(requests))
+    hello = {"containerId": "new", "ctlSerial": "/nowhere", "ioSerial": "/nowhere"}
+    desk.ask("hello", hello)
+    assert paced == [handlers_module._HELLO]
+
+    def fail(*_: object) -> Vm:
+        raise RegistryError("new: container already registered")
+
+    monkeypatch.setattr(desk.registry, "register", fail)
+    desk.ask("hello", hello)
+    assert paced[1:] == [handlers_module._HELLO, handlers_module._FAILED_HELLO]
+
+
+@pytest.mark.parametrize(("others", "rests"), [(True, [0.5]), (False, [])])
+def test_request_that_took_long_is_followed_by_a_rest_while_others_are_there(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, others: bool, rests: list[float]
+) -> None:
+    slept: list[float] = []
+    times = iter([1.0, 1.005])
+    clock = SimpleNamespace(thread_time=lambda: next(times), sleep=slept.append, monotonic=time.monotonic)
+    monkeypatch.setattr(handlers_module, "time", clock)
+    monkeypatch.setattr(Share, "others", others)
+    desk.client.who = replace(Credentials.own(), uid=1)
+    desk.ask("x" * 20_000)
+    assert slept == pytest.approx(rests)

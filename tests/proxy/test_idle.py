@@ -13,7 +13,7 @@ import pytest
 from cc_proxy.proxy import idle as idle_module
 from cc_proxy.proxy.idle import Idle
 from tests.proxy.conftest import Logged
-from tests.proxy.support import open_fds, pair
+from tests.proxy.support import NEVER, open_fds, pair
 from tests.wire.support import WAIT, in_background, wait_until
 
 ALICE, BOB = 1, 2
@@ -198,3 +198,22 @@ def test_who_comes_after_the_end_waits_for_nothing() -> None:
     with near, far:
         idle.wait(ALICE, near, None)
     idle.dismiss(ALICE)
+
+
+def test_what_is_to_be_done_later_is_done_in_its_turn_and_not_before(idle: Idle) -> None:
+    done: list[tuple[str, float]] = []
+    begun = time.monotonic()
+    for name, seconds in (("last", 0.04), ("first", 0.02), ("second", 0.02)):
+        idle.call_later(seconds, lambda name=name: done.append((name, time.monotonic())))  # type: ignore[misc]
+    wait_until(lambda: len(done) == 3, "all is done")
+    assert [name for name, _ in done] == ["first", "second", "last"]
+    assert done[0][1] >= begun + 0.02
+    assert done[2][1] >= begun + 0.04
+
+
+def test_what_was_to_be_done_later_is_done_at_the_end(idle: Idle) -> None:
+    done: list[int] = []
+    for number in range(3):
+        idle.call_later(NEVER, lambda number=number: done.append(number))  # type: ignore[misc]
+    idle.call_all()
+    assert done == [0, 1, 2]

@@ -22,7 +22,16 @@ from cc_proxy.proxy.selector import WRITE, Selector
 from cc_proxy.proxy.session import Session
 from cc_proxy.proxy.spool import SpoolSpace
 from tests.proxy.conftest import Logged
-from tests.proxy.support import NEVER, frames_of, new_share, pair, read_now, spool_files, spool_space
+from tests.proxy.support import (
+    NEVER,
+    close_once,
+    frames_of,
+    pair,
+    read_now,
+    share_of_session,
+    spool_files,
+    spool_space,
+)
 from tests.wire.support import Frame, frame, is_silent
 
 PAUSED = "the VM is not read until its client reads"
@@ -55,10 +64,10 @@ class Bench:
     def open(self, *, streams: int = 2, buffer: int | None = None) -> tuple[Session, socket.socket]:
         near, far = pair(buffer)
         base = max(self.owners, default=0) + 1
-        session = Session(range(base, base + streams), near, self._space, new_share(), None)
+        session = Session(range(base, base + streams), near, self._space, share_of_session(), None)
         self.owners |= dict.fromkeys(session.seqs, session)
         self._stack.callback(far.close)
-        self._stack.callback(session.close)
+        self._stack.callback(close_once, session)
         return session, far
 
     def send(self, data: bytes) -> None:
@@ -490,3 +499,20 @@ def test_every_byte_for_clients_of_any_speed(
         assert not bench.watched(session)
     assert bool(pauses) == (limit < 1_000_000)
     assert spool_files(tmp_path) == 0
+
+
+def test_what_takes_long_is_read_in_smaller_pieces_until_it_does_not(bench: Bench) -> None:
+    _, client = bench.open()
+    frames = frame(1, bytes(88)) * 100
+    for _ in range(10):
+        bench.output.adapt(1.0)
+    bench.send(frames)
+    sizes: list[int] = []
+    while sum(sizes) < len(frames):
+        sizes.append(bench.output.read())
+    assert max(sizes) == output_module._LEAST
+    assert read_now(client) == frames
+    for _ in range(200):
+        bench.output.adapt(0.0)
+    assert bench.pass_on(frames) == len(frames)
+    assert read_now(client) == frames

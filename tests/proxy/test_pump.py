@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -22,12 +23,14 @@ from cc_proxy.proxy.control import ControlLink
 from cc_proxy.proxy.output import Output
 from cc_proxy.proxy.pump import Pump
 from cc_proxy.proxy.session import Session
+from cc_proxy.proxy.shares import Share
 from cc_proxy.proxy.spool import SpoolSpace
 from cc_proxy.proxy.stdin import Stdin
 from tests.proxy.conftest import Logged
 from tests.proxy.support import (
     NEVER,
     Rig,
+    close_once,
     fill,
     frames_of,
     open_fds,
@@ -818,7 +821,7 @@ def test_error_in_the_middle_of_letting_a_session_go_leaks_nothing(
     stream.sock.sendall(frame(99))
     rig.wait_ended()
     closed = session._sock.fileno() == -1
-    session.close()
+    close_once(session)
     assert closed
 
 
@@ -1113,3 +1116,34 @@ def test_many_threads_open_sessions_while_frames_flow(rig: Rig) -> None:
             stack.enter_context(in_background(use))
     rig.wait(lambda pump: not pump._sessions and not pump._owners, "all are closed")
     assert rig.call(lambda: rig.pump.counters.stray_frames) == 0
+
+
+class Payer:
+    """A user's share, as far as a pump needs it."""
+
+    def __init__(self) -> None:
+        self.others = True
+        self.spent: list[float] = []
+
+    def spend(self, seconds: float, stretch: float) -> None:
+        assert 0 <= stretch <= seconds
+        self.spent.append(seconds)
+
+
+def test_turns_are_paid_for_while_others_are_there(space: SpoolSpace) -> None:
+    payer = Payer()
+    with Rig(space, payer=cast(Share, payer)) as rig:
+        stream = rig.open()
+        for number in range(3):
+            rig.io.sendall(frame(stream.base, b"%d" % number))
+            assert stream.read_frame().payload == b"%d" % number
+        rig.call(lambda: None)
+        assert len(payer.spent) >= 3
+        assert min(payer.spent) > 0
+        payer.others = False
+        rig.call(lambda: None)  # the turn in which that was seen may have been paid for
+        before = len(payer.spent)
+        rig.io.sendall(frame(stream.base, b"more"))
+        assert stream.read_frame().payload == b"more"
+        rig.call(lambda: None)
+        assert len(payer.spent) == before

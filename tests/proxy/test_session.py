@@ -15,7 +15,16 @@ from cc_proxy.proxy import session as session_module
 from cc_proxy.proxy import spool as spool_module
 from cc_proxy.proxy.session import Session
 from cc_proxy.proxy.spool import SpoolSpace
-from tests.proxy.support import NEVER, new_share, pair, read_now, read_to_end, spool_files, spool_space
+from tests.proxy.support import (
+    NEVER,
+    close_once,
+    pair,
+    read_now,
+    read_to_end,
+    share_of_session,
+    spool_files,
+    spool_space,
+)
 from tests.wire.support import at_end, is_silent
 
 SMALL = 4_608
@@ -44,7 +53,7 @@ class Case:
     def __init__(self, space: SpoolSpace) -> None:
         near, self.client = pair(SMALL)
         self.space = space
-        self.session = Session(range(1, 3), near, space, new_share(), None)
+        self.session = Session(range(1, 3), near, space, share_of_session(), None)
         self.sent = bytearray()
         self.read = bytearray()
 
@@ -78,7 +87,7 @@ class Case:
         self.deliver(random.Random(7).randbytes(50_000))
 
     def close(self) -> None:
-        self.session.close()
+        close_once(self.session)
         self.client.close()
 
 

@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 
 from cc_proxy.proxy import shares as shares_module
-from cc_proxy.proxy.shares import LimitReached, Shares, Thing
+from cc_proxy.proxy.shares import LimitReached, Share, Shares, Thing
 from cc_proxy.settings import Limits, LiveSettings, Settings, UserLimits
 from tests.wire.support import WAIT, in_background
 
@@ -168,10 +168,100 @@ def test_nobody_gets_around_its_pace_by_going(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_no_more_is_given_back_than_was_taken() -> None:
-    shares = shares_of(total=2, each=2)
-    share = shares.of(ALICE)
-    share.take("vms", 1)
-    share.give_back("vms", 3)
-    share.take("vms", 2)
-    with pytest.raises(LimitReached):
-        share.take("vms")
+    share = shares_of(total=2, each=2).of(ALICE)
+    share.take("vms")
+    with pytest.raises(AssertionError, match="3 vms of user 1 are given back, of 1"):
+        share.give_back("vms", 3)
+    share.give_back("vms")
+
+
+class Clock:
+    """Time passes only while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.slept: list[float] = []
+
+    def monotonic(self) -> float:
+        return 1_000.0 + sum(self.slept)
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(shares_module, "time", clock)
+    return clock
+
+
+def two_users(each: int = 1_000) -> tuple[Share, Share]:
+    shares = shares_of(total=2_000, each=each)
+    for uid in (ALICE, BOB):
+        shares.of(uid).take("connections")
+    return shares.of(ALICE), shares.of(BOB)
+
+
+def test_connections_that_come_too_fast_wait_in_their_order(clock: Clock) -> None:
+    alice, bob = two_users()
+    rate = UserLimits().request_rate / shares_module._CONNECTING
+    burst = [alice.arrive() for _ in range(int(rate))]
+    assert burst == [0.0] * int(rate)
+    beyond = [alice.arrive() for _ in range(3)]
+    assert beyond == pytest.approx([1 / rate, 2 / rate, 3 / rate])
+    assert bob.arrive() == 0.0
+    bob.give_back("connections")
+    assert alice.arrive() == 0.0, "she is alone"
+
+
+def test_what_vms_take_is_paid_for_and_the_dearer_the_longer_the_stretch(clock: Clock) -> None:
+    alice, bob = two_users()
+    alice.spend(0.002, 0.0)
+    bob.spend(0.002, 3 * shares_module._STRETCH)
+    assert clock.slept == pytest.approx([0.002, 0.006])
+
+
+def test_a_vm_that_is_as_busy_as_can_be_with_a_frame_at_a_time_does_not_rest(clock: Clock) -> None:
+    alice, _ = two_users()
+    turn, waited = 0.000_025, 0.0
+    for _ in range(1_000):
+        waited += turn  # as long as it took, at least
+        clock.slept = [waited]
+        alice.spend(turn, 0.000_001)
+    assert clock.slept == [waited]
+
+
+def test_vms_of_a_user_pay_together_and_those_of_who_is_alone_do_not(clock: Clock) -> None:
+    alice, bob = two_users()
+    for _ in range(400):
+        alice.spend(0.000_02, 0.0)
+    assert sum(clock.slept) == pytest.approx(400 * 0.000_02, abs=shares_module._CREDIT)
+    bob.give_back("connections")
+    before = list(clock.slept)
+    alice.spend(1.0, 1.0)
+    assert clock.slept == before
+
+
+def test_a_long_rest_is_taken_in_pieces_and_has_an_end(clock: Clock) -> None:
+    alice, _ = two_users()
+    alice.spend(1.0, 1.0)
+    assert clock.slept == [shares_module._LONGEST_REST]
+    for _ in range(100):
+        alice.spend(0.0, 0.0)
+    assert sum(clock.slept) == pytest.approx(shares_module._MOST_DUE, abs=shares_module._CREDIT)
+
+
+def test_who_has_gone_and_left_a_vm_is_there() -> None:
+    shares = shares_of(total=10, each=5)
+    alice, bob = shares.of(ALICE), shares.of(BOB)
+    bob.take("connections")
+    alice.take("vms")
+    assert bob.others
+    with alice.taken("connections"):
+        pass
+    assert bob.others
+    for uid in range(10, 200):
+        shares.of(uid)
+    assert shares.of(ALICE) is alice
+    alice.give_back("vms")
+    assert not bob.others

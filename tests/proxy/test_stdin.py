@@ -20,7 +20,7 @@ from cc_proxy.proxy.session import Session
 from cc_proxy.proxy.spool import SpoolSpace
 from cc_proxy.proxy.stdin import Stdin
 from tests.proxy.conftest import Logged
-from tests.proxy.support import fill, frames_of, new_share, pair, read_now
+from tests.proxy.support import close_once, fill, frames_of, pair, read_now, share_of_session
 from tests.wire.support import FRAME, MARKER, Frame, frame, is_silent, unread_by_peer
 
 WINDOW = 512
@@ -69,10 +69,10 @@ class Bench:
         far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         base = max([0, *self._owners, *(seq for seq, _ in self.dropped)]) + 2
         paced = StdinWindow(base, window) if window else None
-        session = Session(range(base, base + streams), near, self._space, new_share(), paced)
+        session = Session(range(base, base + streams), near, self._space, share_of_session(), paced)
         self._owners |= dict.fromkeys(session.seqs, session)
         self._stack.callback(far.close)
-        self._stack.callback(session.close)
+        self._stack.callback(close_once, session)
         self.stdin.add(session)
         return session, far
 

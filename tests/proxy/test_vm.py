@@ -6,6 +6,7 @@ import errno
 import gc
 import logging
 import os
+import resource
 import select
 import socket
 import threading
@@ -17,7 +18,7 @@ import msgspec
 import pytest
 
 from cc_proxy.api.payloads import Hello
-from cc_proxy.credentials import ROOT
+from cc_proxy.credentials import ROOT, call_as
 from cc_proxy.fds import may_hold_fds
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.log import CONSOLE, logger
@@ -29,7 +30,8 @@ from cc_proxy.settings import Limits, LiveSettings, Settings
 from cc_proxy.settings import Stdin as StdinSettings
 from cc_proxy.settings import Vm as VmSettings
 from tests.proxy.conftest import Logged
-from tests.proxy.support import DIALER, new_share, open_fds
+from tests.proxy.support import DIALER, new_share, open_fds, pair
+from tests.users import ALICE, needs_root
 from tests.wire.support import (
     ACK,
     ERROR,
@@ -89,6 +91,15 @@ class Life:
         self.vm.abort()
         if State.UP in self.states:
             assert self.vm.join(WAIT)
+
+
+FD_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+@pytest.fixture
+def keeps_fd_limit() -> Iterator[None]:
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, FD_LIMIT)
 
 
 @pytest.fixture
@@ -511,6 +522,21 @@ def test_client_cannot_pass_fds_over_its_session(life: Life) -> None:
         assert may_hold_fds(theirs), "that end is the client's own business"
     with pytest.raises(PermissionError):
         socket.send_fds(stream, [b"x"], [0])
+
+
+@needs_root
+def test_session_whose_fd_could_not_be_passed_is_refused(life: Life, keeps_fd_limit: None) -> None:
+    """The kernel counts what was passed and not received; who has CAP_SYS_RESOURCE may pass more."""
+    life.start()
+    share, (near, far) = new_share(), pair()
+    with near, far:
+        socket.send_fds(near, [b"x"], [0] * 250)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, FD_LIMIT[1]))
+        before = set(open_fds())
+        with pytest.raises(VmError, match="the daemon is short of resources: Too many references"):
+            call_as(ALICE, lambda: life.vm.open_session(1, share))
+        assert set(open_fds()) == before
+    assert life.open()[0] == 1
 
 
 def test_session_that_comes_too_late_is_refused_and_closed(

@@ -19,6 +19,7 @@ from tests.wire.support import (
     VERSIONED,
     error_of,
     hello_data,
+    is_silent,
     message,
     refused,
     request,
@@ -48,6 +49,9 @@ SHARES = ACCESS.replace("[vm]", LIMITS.rstrip()).replace("ready_timeout = 60\n",
 @pytest.fixture
 def town(open_dir: Path) -> Iterator[Town]:
     yield from town_of(open_dir, SHARES)
+
+
+BYTES = "bytes of ids, and of requests that have not arrived whole"
 
 
 def reached(limit: int, what: str) -> bytes:
@@ -143,10 +147,7 @@ def test_requests_that_do_not_arrive(town: Town) -> None:
     halves[0].send(struct.pack(">II", 1_000_000, 0) + b"{")
     wait_until(lambda: unread_by_peer(halves[0].sock) == 0, "it is begun")
     halves[1].send(struct.pack(">II", 1_000_000, 0) + b"{")
-    answer = refused(
-        "the limit of 1500000 bytes of requests that have not arrived whole for one user is reached"
-    )
-    assert halves[1].receive() == answer
+    assert halves[1].receive() == reached(1_500_000, BYTES)
     assert halves[1].is_closed_unanswered()
     long = message(b'{"id":"%s"}' % (b"x" * 1_000_000))
     bob, alice = town.client(BOB), town.client(ALICE)
@@ -155,6 +156,28 @@ def test_requests_that_do_not_arrive(town: Town) -> None:
     assert halves[0].is_closed_unanswered(), "it had half a second"
     alice.send(long)
     assert error_of(alice.receive()).startswith("no payload named 'xxx")
+
+
+def test_who_writes_all_of_a_request_that_is_refused_reads_why(town: Town) -> None:
+    half, whole = town.client(ALICE), town.client(ALICE)
+    half.send(struct.pack(">II", 1_000_000, 0) + b"{")
+    wait_until(lambda: unread_by_peer(half.sock) == 0, "it is begun")
+    whole.send(message(b'{"id":"%s"}' % (b"x" * 1_000_000)))
+    assert error_of(whole.receive()).startswith("the limit of 1500000 bytes of ids")
+    assert whole.is_closed_unanswered()
+
+
+def test_ids_count_for_as_long_as_their_vms_are_there(town: Town) -> None:
+    client, vm = town.client(ALICE), town.vm(ALICE)
+    client.hello("x" * 700_000, vm)
+    vm.accept()
+    vm.say(READY)
+    assert client.receive() == VERSIONED
+    other = town.client(ALICE)
+    beyond = hello_data("y" * 700_000, town.vm(ALICE))
+    assert error_of(other.ask("hello", beyond)).startswith("the limit of 1500000 bytes of ids")
+    vm.hang_up()
+    wait_until(lambda: not error_of(other.ask("hello", beyond)).startswith("the limit"), "they are forgotten")
 
 
 def test_response_that_is_taken_byte_by_byte(town: Town) -> None:
@@ -186,3 +209,32 @@ def full(listener: socket.socket) -> Iterator[None]:
     with socket.socket(socket.AF_UNIX) as first:
         first.connect(listener.getsockname())
         yield
+
+
+CROWD = SHARES.replace("connections = 6", "connections = 40\nrequest_rate = 400")
+
+
+def test_connections_that_come_too_fast_are_served_later_and_others_meanwhile(open_dir: Path) -> None:
+    """Twenty in one go, and then twenty a second."""
+    for town in town_of(open_dir, CROWD):
+        bob = town.client(BOB)
+        assert bob.ask("x") == refused("no payload named 'x'")
+        begun = time.monotonic()
+        alices = [town.client(ALICE) for _ in range(26)]
+        for alice in alices:
+            alice.send(request("x"))
+        assert bob.ask("x") == refused("no payload named 'x'")
+        assert is_silent(alices[-1].sock)
+        assert all(alice.receive() == refused("no payload named 'x'") for alice in alices)
+        assert time.monotonic() - begun >= 0.25
+
+
+def test_connections_that_wait_are_served_when_the_daemon_stops(open_dir: Path) -> None:
+    for town in town_of(open_dir, CROWD.replace("request_rate = 400", "request_rate = 20")):
+        bob, served, waiting = town.client(BOB), town.client(ALICE), town.client(ALICE)
+        for client in (bob, served):
+            assert client.ask("x") == refused("no payload named 'x'")
+        waiting.send(request("x"))
+        assert is_silent(waiting.sock)
+        town.wire.daemon.process.terminate()
+        assert waiting.receive() == refused("no payload named 'x'")
