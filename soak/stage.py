@@ -63,6 +63,7 @@ class Stage:
             return record
 
     def _soak(self, daemon: Daemon, directory: str, show: Show) -> Record:
+        daemon.settle()
         before = self._at_rest(daemon)
         self._begun = time.monotonic()
         with _worlds(directory) as worlds:
