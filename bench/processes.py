@@ -16,6 +16,8 @@ from cc_proxy.api import Client
 _CHECKOUT = Path(__file__).parent.parent
 _START_TIMEOUT = 20.0
 _STOP_TIMEOUT = 10.0
+#: Seconds in which a thread of the daemon's that has nothing to do has certainly ended.
+_LINGERING = 0.5
 #: No order takes longer; generators give up before that.
 _ORDER_TIMEOUT = 120.0
 #: What would change the daemon if it were set.
@@ -134,9 +136,11 @@ class Daemon(Service):
             time.sleep(0.005)
 
     def _threads_of_its_own(self) -> int:
-        # All have been started once a connection is served; which has one more.
+        # All have been started once a connection is served; which has one more. What served another one
+        # before it, to see whether the daemon is there, needs a moment to end.
         with Client(self.path, timeout=_START_TIMEOUT) as client:
             client.status()
+            time.sleep(_LINGERING)
             return self.count_threads() - 1
 
     def count_threads(self) -> int:
