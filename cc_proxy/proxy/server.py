@@ -191,12 +191,12 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self._connections[request] = share
         wait = share.arrive()
         if wait:
-            self.idle.call_later(wait, lambda: self._begin(request, client))
+            self.idle.call_later(wait, lambda: self._hand_over(request, client))
             time.sleep(_BREATH)
         else:
-            self._begin(request, client)
+            self._hand_over(request, client)
 
-    def _begin(self, request: socket.socket, client: Client) -> None:
+    def _hand_over(self, request: socket.socket, client: Client) -> None:
         """Have a connection served in a thread of its own. Accept thread, or the one that wakes."""
         try:
             self._crew.hand_over(f"client {client.number}", lambda: self._serve(request, client))
@@ -327,7 +327,7 @@ class Connection(socketserver.BaseRequestHandler):
         with contextlib.suppress(OSError, ProtocolError):
             self._send(failure(why))
             self.request.shutdown(socket.SHUT_WR)
-            while self._receive_by(deadline, _LARGEST_READ):
+            while self._receive_by(deadline, _LARGEST_READ) and time.monotonic() < deadline:
                 self._let_more_come()
 
     def _serve(self, client: Client) -> None:

@@ -167,6 +167,17 @@ def test_who_writes_all_of_a_request_that_is_refused_reads_why(town: Town) -> No
     assert whole.is_closed_unanswered()
 
 
+def test_who_never_stops_writing_a_request_that_is_refused_is_hung_up_on(town: Town) -> None:
+    endless = town.client(ALICE)
+    endless.send(struct.pack(">II", 1_000_000, 0) + b"{")
+    wait_until(lambda: unread_by_peer(endless.sock) == 0, "it is begun")
+    other = town.client(ALICE)
+    other.send(struct.pack(">II", 1_000_000, 0))
+    with pytest.raises(BrokenPipeError):
+        other.sock.sendall(bytes(64 * 1024 * 1024))
+    assert other.receive() == reached(1_500_000, BYTES)
+
+
 def test_ids_count_for_as_long_as_their_vms_are_there(town: Town) -> None:
     client, vm = town.client(ALICE), town.vm(ALICE)
     client.hello("x" * 700_000, vm)
