@@ -29,7 +29,7 @@ from cc_proxy.api.payloads import (
     SetLogLevel,
     Version,
 )
-from cc_proxy.credentials import ROOT, Credentials
+from cc_proxy.credentials import Credentials
 from cc_proxy.hyperstart.codes import COMMANDS
 from cc_proxy.log import LEVELS, current_level, logger, set_level
 from cc_proxy.proxy.registry import Registry, RegistryError
@@ -247,8 +247,8 @@ class Handlers:
 
 
 def _rest(client: Client, seconds: float, times: float) -> None:
-    """Have a user whose request took long wait, so that others come to their turns; but root is trusted."""
-    if client.who.uid != ROOT and client.share.others and seconds > _LONG:
+    """Have a user whose request took long wait, so that others come to their turns."""
+    if client.share.others and seconds > _LONG:
         time.sleep(min(seconds * times, _LONGEST_REST))
 
 

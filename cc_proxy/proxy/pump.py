@@ -8,6 +8,7 @@ the VM is not read.
 """
 
 import contextlib
+import functools
 import os
 import socket
 import threading
@@ -196,14 +197,13 @@ class Pump:
         self._copy()
 
     def _copy(self) -> None:
-        turn = self._paid_turn if self._payer else self._turn
+        turn = functools.partial(self._paid_turn, self._payer) if self._payer else self._turn
         while self._io_open or self._sessions:
             turn()
 
-    def _paid_turn(self) -> None:
+    def _paid_turn(self, payer: Share) -> None:
         """Do as `_turn`, but while other users are there no more at once, and no more often, than is fair."""
-        payer = self._payer
-        if payer is None or not payer.others:
+        if not payer.others:
             self._output.adapt(0.0)
             self._turn()
             return

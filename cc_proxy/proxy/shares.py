@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
 
+from cc_proxy.credentials import ROOT
 from cc_proxy.settings import LiveSettings
 
 #: What is counted, as the settings call it: once for each user and once for all.
@@ -89,7 +90,7 @@ class Share:
         if not self.turn.acquire(False):
             self._crowded_at = time.monotonic()
             self.turn.acquire()
-        if self._shares.several and time.monotonic() - self._crowded_at < _CROWDED:
+        if self.others and time.monotonic() - self._crowded_at < _CROWDED:
             self.pace()
 
     def pace(self, requests: int = 1) -> None:
@@ -97,14 +98,14 @@ class Share:
 
         One that floods would have the interpreter all the time, however fair it changes hands.
         """
-        if self._shares.several:
+        if self.others:
             wait = self._requests.take(requests, self._shares.request_rate)
             if wait > 0:
                 time.sleep(wait)
 
     def arrive(self) -> float:
         """Return the seconds until a new connection of the user's is to be served. Accept thread."""
-        return self._arrivals.take(_CONNECTING, self._shares.request_rate) if self._shares.several else 0.0
+        return self._arrivals.take(_CONNECTING, self._shares.request_rate) if self.others else 0.0
 
     def spend(self, seconds: float, stretch: float) -> None:
         """Count time of a CPU that one of the user's VMs has taken, and rest if it is too much.
@@ -113,7 +114,7 @@ class Share:
         each system call: so what takes long at a stretch has to be rare, and all VMs of a user share what
         there is. A rest is not worth its while before some of it is due.
         """
-        if not self._shares.several:
+        if not self.others:
             return
         now = time.monotonic()
         price = seconds * max(1.0, stretch / _STRETCH)
@@ -124,8 +125,12 @@ class Share:
 
     @property
     def others(self) -> bool:
-        """Whether there are other users."""
-        return self._shares.several
+        """Whether there are other users to whom it has to leave their turns.
+
+        root does not have to: it runs the host's containers, and whoever may connect could slow all of them
+        down by being there.
+        """
+        return self._shares.several and self.uid != ROOT
 
     @property
     def paced(self) -> bool:

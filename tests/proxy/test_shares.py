@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import get_args
@@ -15,7 +16,7 @@ from cc_proxy.proxy.shares import LimitReached, Share, Shares, Thing
 from cc_proxy.settings import Limits, LiveSettings, Settings, UserLimits
 from tests.wire.support import WAIT, in_background
 
-ALICE, BOB, CARL = 1, 2, 3
+ROOT, ALICE, BOB, CARL = 0, 1, 2, 3
 THINGS: tuple[Thing, ...] = get_args(Thing)
 
 
@@ -249,6 +250,26 @@ def test_a_long_rest_is_taken_in_pieces_and_has_an_end(clock: Clock) -> None:
     for _ in range(100):
         alice.spend(0.0, 0.0)
     assert sum(clock.slept) == pytest.approx(shares_module._MOST_DUE, abs=shares_module._CREDIT)
+
+
+def test_root_is_not_slowed_down_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    shares = Shares(LiveSettings(Settings(limits=Limits(user=UserLimits(request_rate=1)))))
+    waits = {}
+    for uid in (ALICE, ROOT):
+        share = shares.of(uid)
+        share.take("connections")
+        shares.of(BOB).take("connections")
+        waits[uid] = [share.arrive() for _ in range(3)]
+        share.pace(100)
+        share.spend(1.0, 1.0)
+        if uid == ALICE:
+            assert len(slept) == 2
+            slept.clear()
+    assert waits[ALICE][-1] > 0
+    assert waits[ROOT] == [0.0] * 3
+    assert not slept
 
 
 def test_who_has_gone_and_left_a_vm_is_there() -> None:
