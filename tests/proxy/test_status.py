@@ -127,66 +127,66 @@ def test_frames_are_counted_in_both_directions(rig: Rig) -> None:
     assert rig.call(lambda: rig.pump.counters.frames_to_vm) == len(frames) == 4
 
 
-def test_the_largest_status_there_is_fits() -> None:
-    text = shorten("\0" * 10_000)
-    assert len(text) == LONGEST_TEXT
-    error = LastError(text=text, age=1e9 / 7)
-    big = 2**60
+#: As long as numbers get in JSON.
+BIG, LONG_AGO, LAST_UID = 2**60, 1e9 / 7, 2**32 - 2
+
+
+def largest_streams() -> Streams:
     waiting = WaitingStream(
-        stream=big,
+        stream=BIG,
         pid=2**22,
-        uid=2**32 - 2,
-        spooled=big,
-        pending=big,
-        idle=1e9 / 7,
+        uid=LAST_UID,
+        spooled=BIG,
+        pending=BIG,
+        idle=LONG_AGO,
         holds_vm=False,
         reason="the spool is full " * 5,
     )
-    traffic = Traffic(
-        bytes_to_clients=big,
-        bytes_to_vm=big,
-        frames_to_clients=big,
-        frames_to_vm=big,
-        stray_frames=big,
-        pauses=big,
-    )
-    streams = Streams(
-        sessions=big,
-        traffic=traffic,
+    return Streams(
+        sessions=BIG,
+        traffic=Traffic(*[BIG] * len(Traffic.__struct_fields__)),
         paused=False,
         waiting=[waiting] * MOST_LISTED,
-        waiting_sessions=big,
-        spooled=big,
-        pending=big,
-        stdin_held=big,
-        stdin_stalled=1e9 / 7,
-        stdin_unacknowledged=big,
+        waiting_sessions=BIG,
+        spooled=BIG,
+        pending=BIG,
+        stdin_held=BIG,
+        stdin_stalled=LONG_AGO,
+        stdin_unacknowledged=BIG,
     )
-    vm = VmStatus(
-        id=text,
-        uid=2**32 - 2,
+
+
+def largest_vm(error: LastError) -> VmStatus:
+    return VmStatus(
+        id=error.text,
+        uid=LAST_UID,
         state="starting",
-        age=1e9 / 7,
-        clients=big,
-        streams=streams,
+        age=LONG_AGO,
+        clients=BIG,
+        streams=largest_streams(),
         answers=False,
-        commands=[WaitingCommand(name="restartcontainer", age=1e9 / 7)] * MOST_LISTED,
-        waiting_commands=big,
-        unanswered=big,
+        commands=[WaitingCommand(name="restartcontainer", age=LONG_AGO)] * MOST_LISTED,
+        waiting_commands=BIG,
+        unanswered=BIG,
         last_error=error,
     )
-    user = UserStatus(uid=2**32 - 2, connections=big, vms=big, sessions=big, commands=big, spooled=big)
+
+
+def test_the_largest_status_there_is_fits() -> None:
+    error = LastError(text=shorten("\0" * 10_000), age=LONG_AGO)
+    assert len(error.text) == LONGEST_TEXT
+    user = UserStatus(uid=LAST_UID, connections=BIG, vms=BIG, sessions=BIG, commands=BIG, spooled=BIG)
     whole = Status(
         version="1",
         pid=1,
         uptime=1.0,
         settings_file="/" * 4096,
         log_level="console",
-        connections=big,
+        connections=BIG,
         users=[user] * MOST_USERS,
-        spooled=big,
-        vms=[vm] * MOST_VMS,
-        vm_count=big,
-        ended=[EndedVm(id=text, error=error)] * 32,
+        spooled=BIG,
+        vms=[largest_vm(error)] * MOST_VMS,
+        vm_count=BIG,
+        ended=[EndedVm(id=error.text, error=error)] * 32,
     )
     assert len(msgspec.json.encode(whole)) < MAX_STATUS - 100
