@@ -261,9 +261,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _close(self, request: socket.socket) -> None:
         """Close a connection; if it was admitted, it counts for as long as that takes."""
-        close_stream(request)
         with self._lock:
             share = self._connections.pop(request, None)
+        close_stream(request)
         if share:
             self.idle.dismiss(share.uid)
             share.give_back("connections")
