@@ -2,13 +2,12 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import stat
-from collections.abc import Iterator
 
 from cc_proxy.agent.errors import ListenError
+from cc_proxy.socketfile import Identity, identity, locked
 
 #: The longest path that fits an AF_UNIX address, without the byte that ends it.
 MAX_PATH = 107
@@ -41,33 +40,17 @@ class SocketFile:
     def close(self) -> None:
         """Close the socket and remove its file, if the file is still this socket's. No matter if done."""
         with contextlib.suppress(OSError):
-            if _identity(self.path) == self._identity:
+            if identity(self.path) == self._identity:
                 os.unlink(self.path)
         self.sock.close()
 
-    def _bind(self) -> tuple[int, int]:
-        with _locked(os.path.dirname(self.path) or "."):
+    def _bind(self) -> Identity:
+        with locked(os.path.dirname(self.path) or "."):
             _remove_stale(self.path)
             self.sock.bind(self.path)
-            identity = _identity(self.path)
+            bound = identity(self.path)
             self.sock.listen(_BACKLOG)
-        return identity
-
-
-def _identity(path: str) -> tuple[int, int]:
-    status = os.stat(path, follow_symlinks=False)
-    return status.st_dev, status.st_ino
-
-
-@contextlib.contextmanager
-def _locked(directory: str) -> Iterator[None]:
-    """Keep a second agent from finding the same stale file, and from removing what the first has made."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+        return bound
 
 
 def _remove_stale(path: str) -> None:

@@ -1,14 +1,13 @@
 """The socket the daemon listens on, where it makes that itself."""
 
 import contextlib
-import fcntl
 import os
 import socket
 import stat
-from collections.abc import Iterator
 
 from cc_proxy.fds import refuse_rights
 from cc_proxy.settings import MAX_SOCKET_PATH
+from cc_proxy.socketfile import identity, locked
 
 #: Connections that may wait to be accepted.
 _BACKLOG = 4096
@@ -30,7 +29,7 @@ class Listener:
         refuse_rights(sock)
         self.socket = sock
         self._path = path
-        self._identity = _identity(path) if path else None
+        self._identity = identity(path) if path else None
 
     @classmethod
     def bind(cls, path: str, *, for_all: bool = False) -> "Listener":
@@ -47,7 +46,7 @@ class Listener:
             if not os.path.isdir(directory):
                 os.makedirs(directory)
                 os.chmod(directory, _DIRECTORY_MODES[for_all])
-            with _locked(directory):
+            with locked(directory):
                 _remove_stale(path)
                 return cls(_bind(path, _SOCKET_UMASKS[for_all]), path)
         except OSError as error:
@@ -61,24 +60,8 @@ class Listener:
     def remove(self) -> None:
         """Remove an own socket from the file system, if what stands there is still it. Never raises."""
         with contextlib.suppress(OSError):
-            if self._path and _identity(self._path) == self._identity:
+            if self._path and identity(self._path) == self._identity:
                 os.unlink(self._path)
-
-
-def _identity(path: str) -> tuple[int, int]:
-    status = os.lstat(path)
-    return status.st_dev, status.st_ino
-
-
-@contextlib.contextmanager
-def _locked(directory: str) -> Iterator[None]:
-    """Keep other daemons that are starting from looking at, and replacing, the same socket meanwhile."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
 
 
 def _remove_stale(path: str) -> None:
