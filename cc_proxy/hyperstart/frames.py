@@ -224,9 +224,6 @@ class StdinSplitter:
         self._full_header = _pack(io_base, MAX_TO_AGENT)
         self._header = b""
         self._missing = 0
-        # How a long frame is cut, and how long the last one was: most often the next is as long.
-        self._cuts: list[tuple[bytes, int, int]] = []
-        self._cut_length = 0
         #: Payload bytes handed out so far.
         self.payload_bytes = 0
         #: Frames handed out so far, those counted that longer ones were made into.
@@ -239,19 +236,19 @@ class StdinSplitter:
     def split(self, buffer: bytearray, view: memoryview, start: int, stop: int) -> list[bytes | memoryview]:
         """Return what of `buffer[start:stop]` may go to the agent, as pieces to be written in turn.
 
-        `view` is a memoryview of `buffer`. At a frame on another seq than the client's own or with a total
-        length under 12, `error` is set and nothing of it, or after it, is in the pieces.
+        `view` is a memoryview of `buffer`, whose bytes from `start` to `stop` are this method's to change.
+        At a frame on another seq than the client's own or with a total length under 12, `error` is set and
+        nothing of it, or after it, is in the pieces. A piece may be empty.
         """
         pieces: list[bytes | memoryview] = []
         pos = self._pass_only_frame(buffer, view, start, stop, pieces)
         while pos < stop and self.error is None:
             if self._missing:
-                pos = self._pass_payload(view, pos, stop, pieces)
+                pos = self._frame_anew(buffer, view, pos, stop, pieces)
             elif self._header or stop - pos < HEADER_SIZE:
                 pos = self._collect_header(buffer, pos, stop, pieces)
             else:
                 pos = self._pass_frames(buffer, view, pos, stop, pieces)
-                pos = self._split_frames(buffer, view, pos, stop, pieces)
         return pieces
 
     def _pass_only_frame(
@@ -282,11 +279,9 @@ class StdinSplitter:
                 continue
             if not self._allowed(seq, length):
                 break
-            if length > stop - pos:
+            if length > MAX_TO_AGENT or length > stop - pos:
                 begun = HEADER_SIZE
                 self._missing = length - HEADER_SIZE
-                break
-            if length > MAX_TO_AGENT:
                 break
             last_length = length
             frames += 1
@@ -297,41 +292,6 @@ class StdinSplitter:
             self.frames += frames
             self.at_eof = last_length == HEADER_SIZE
         return pos + begun
-
-    def _split_frames(
-        self, buffer: bytearray, view: memoryview, pos: int, stop: int, pieces: list[bytes | memoryview]
-    ) -> int:
-        """Split the frames that are whole and too long, those of one length together."""
-        while stop - pos >= HEADER_SIZE and not self._missing:
-            seq, length = _unpack_from(buffer, pos)
-            if seq != self._io_base or not MAX_TO_AGENT < length <= stop - pos:
-                break
-            header, end = buffer[pos : pos + HEADER_SIZE], pos + length
-            while end + length <= stop and buffer[end : end + HEADER_SIZE] == header:
-                end += length
-            self._split_row(view, range(pos, end, length), pieces)
-            pos = end
-        return pos
-
-    def _split_row(self, view: memoryview, row: range, pieces: list[bytes | memoryview]) -> None:
-        """Split frames that begin at each of `row` and are all as long as its step."""
-        if row.step != self._cut_length:
-            self._cut_length, self._cuts = row.step, list(self._cut(row.step))
-        pieces += [
-            piece
-            for pos in row
-            for header, begin, end in self._cuts
-            for piece in (header, view[pos + begin : pos + end])
-        ]
-        self.payload_bytes += len(row) * (row.step - HEADER_SIZE)
-        self.frames += len(row) * len(self._cuts)
-        self.at_eof = False
-
-    def _cut(self, length: int) -> Iterator[tuple[bytes, int, int]]:
-        """Yield headers of the frames that a long one is made into, and where in it their payload is."""
-        for begin in range(HEADER_SIZE, length, _ROOM):
-            end = min(begin + _ROOM, length)
-            yield _pack(self._io_base, HEADER_SIZE + end - begin), begin, end
 
     def _collect_header(
         self, buffer: bytearray, pos: int, stop: int, pieces: list[bytes | memoryview]
@@ -349,23 +309,42 @@ class StdinSplitter:
                     self.at_eof = True
         return pos + taken
 
-    def _pass_payload(self, view: memoryview, pos: int, stop: int, pieces: list[bytes | memoryview]) -> int:
-        end = pos + min(self._missing, stop - pos)
-        self._missing -= end - pos
-        self._frame(view, pos, end, pieces)
-        return end
+    def _frame_anew(
+        self, buffer: bytearray, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
+    ) -> int:
+        """Put payload into frames of its own: what is missing of a frame, and long ones that follow it.
 
-    def _frame(self, view: memoryview, pos: int, end: int, pieces: list[bytes | memoryview]) -> None:
-        """Put payload into frames of its own."""
-        self.payload_bytes += end - pos
+        What is left of one long frame moves up to the payload of the next, over its header, so that a
+        header can be written before it in place: a frame of 8 KiB makes two pieces, not six, at the price
+        of copying some hundred bytes.
+        """
+        begin = pos = start
+        end, joined, full_header = start + self._missing, 0, self._full_header
+        while stop - end >= MAX_TO_AGENT:
+            seq, length = _unpack_from(buffer, end)
+            if seq != self._io_base or length <= MAX_TO_AGENT:
+                break
+            left = end - (end - pos) % _ROOM
+            while pos < left:
+                pieces += (view[begin:pos], full_header)
+                begin = pos
+                pos += _ROOM
+            view[left : end + HEADER_SIZE] = full_header + buffer[left:end]
+            pos = left + MAX_TO_AGENT
+            end += length
+            joined += 1
+        self._missing, end = max(0, end - stop), min(end, stop)
+        while pos < end:
+            size = min(_ROOM, end - pos)
+            pieces += (view[begin:pos], _pack(self._io_base, HEADER_SIZE + size))
+            begin = pos
+            pos += size
+        pieces.append(view[begin:end])
+        payload_bytes = end - start - joined * HEADER_SIZE
+        self.payload_bytes += payload_bytes
+        self.frames += -(-payload_bytes // _ROOM)
         self.at_eof = False
-        while end - pos >= _ROOM:
-            pieces += (self._full_header, view[pos : pos + _ROOM])
-            self.frames += 1
-            pos += _ROOM
-        if pos < end:
-            pieces += (_pack(self._io_base, HEADER_SIZE + end - pos), view[pos:end])
-            self.frames += 1
+        return end
 
     def _allowed(self, seq: int, length: int) -> bool:
         if seq != self._io_base:

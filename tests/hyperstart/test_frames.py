@@ -304,6 +304,8 @@ def check_split(pieces: Iterable[bytes]) -> StdinSplitter:
         came += piece
         buffer = bytearray(b"before" + piece + b"behind")
         out = b"".join(splitter.split(buffer, memoryview(buffer), 6, 6 + len(piece)))
+        assert buffer.startswith(b"before")
+        assert buffer.endswith(b"behind")
         for whole in frames_in(out):
             went.add(whole[12:], end=len(whole) == 12)
         expected = Said.by(came)
@@ -366,6 +368,28 @@ def test_a_longer_one_is_cut(size: int, sizes: list[int]) -> None:
     assert split(frame(MINE, b"a") + frame(MINE, payload) + frame(MINE)) == (
         frame(MINE, b"a") + expected + frame(MINE)
     )
+
+
+@pytest.mark.parametrize(
+    "sizes", [(4_085,), (8_168,), (8_180,), (8_192,), (4_085, 8_168, 10_228, 4_084, 20_000)]
+)
+def test_long_ones_in_a_row_fill_frames_together(sizes: tuple[int, ...]) -> None:
+    chance = random.Random(7)
+    payloads = [chance.randbytes(size) for size in sizes * (40 // len(sizes))]
+    stream = b"".join(frame(MINE, payload) for payload in payloads)
+    splitter = check_split([stream, frame(MINE)])
+    assert splitter.payload_bytes == sum(map(len, payloads))
+    for size in (5_000, 8_204, 65_536):
+        check_split([stream[pos : pos + size] for pos in range(0, len(stream), size)])
+
+
+def test_long_ones_in_a_row_make_two_pieces_each() -> None:
+    payload = random.Random(7).randbytes(8_192)
+    buffer = bytearray(frame(MINE, payload) * 30)
+    splitter = StdinSplitter(MINE)
+    pieces = splitter.split(buffer, memoryview(buffer), 0, len(buffer))
+    assert len(pieces) < 2 * 30 + 8
+    assert splitter.frames == -(-30 * 8_192 // 4_084) == len(list(frames_in(b"".join(pieces))))
 
 
 def test_a_payload_that_is_still_arriving_goes_on_as_far_as_it_has() -> None:
