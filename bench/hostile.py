@@ -20,7 +20,7 @@ _WARM_UP = 10.0
 #: Seconds in which those who come and go have used up what a user may take in one go.
 _USED_UP = 2.0
 #: Seconds until it has noticed that all of them are gone, at the most: it reads on at the user's pace.
-_GOODBYE = 120.0
+_GOODBYE = 300.0
 #: Threads of the victim's VM and of the connection that said hello for it.
 _STAYING = 2
 _FEW = 8  # connections, of those who send a megabyte each time
@@ -79,7 +79,7 @@ class Scene:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.hostile", description=__doc__)
-    parser.add_argument("--connections", type=int, default=2_000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--connections", type=int, default=1_000, metavar="N", help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="for each measurement")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("habits", nargs="*", metavar="HABIT", help=f"of: {', '.join(_HABITS)}")

@@ -103,8 +103,8 @@ class UserLimits(_Table, frozen=True):
     sessions: _Count = 16_384
     commands: _Count = 4_096
     request_bytes: _Bytes = 64 * 1024 * 1024
-    #: Requests a second, while others are connected, once as many have been made.
-    request_rate: _Count = 2_000
+    #: Requests a second, while others are connected, after five seconds' worth in one go.
+    request_rate: _Count = 100
 
 
 class Limits(_Table, frozen=True):

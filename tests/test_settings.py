@@ -69,7 +69,7 @@ DEFAULTS = {
     "limits.user.sessions": 16_384,
     "limits.user.commands": 4_096,
     "limits.user.request_bytes": 64 * 1024 * 1024,
-    "limits.user.request_rate": 2_000,
+    "limits.user.request_rate": 100,
     "limits.message_timeout": 30.0,
 }
 

@@ -46,7 +46,7 @@ _ELLIPSIS = "…"
 
 #: A hello is as much work as so many requests, as it takes threads of its own; and one that fails, which is
 #: easily repeated, counts as so many more.
-_HELLO, _FAILED_HELLO = 20, 50
+_HELLO, _FAILED_HELLO = 2, 10
 #: What is longer, in bytes, may take long. No client in the field sends such requests.
 _SHORT = 16 * 1024
 #: Seconds of a CPU that a request may take without a rest, and how many times as long that is. While a long
@@ -136,12 +136,9 @@ class Handlers:
 
         Raises `ProtocolError` if the text is not a JSON object.
         """
-        share = client.share
-        share.take_turn()
-        try:
+        with client.share.turn:
+            client.share.pace()
             return self._answer(client, text) if len(text) <= _SHORT else self._answer_long(client, text)
-        finally:
-            share.turn.release()
 
     def _answer_long(self, client: Client, text: bytes) -> Reply:
         begun = time.thread_time()

@@ -57,9 +57,9 @@ _UNCOUNTED = 4 * 1024
 _PIECES = 2
 _PATIENCE = 0.005
 #: Such a look is as much work as so many requests.
-_LOOKING = 50
+_LOOKING = 3
 #: Who breaks the protocol will have to come again, and that is taken for as much work as so many requests.
-_BREAKING = 50
+_BREAKING = 3
 #: What the kernel takes in one piece.
 _LARGEST_SEND = 32 * 1024
 #: A plain number: this is passed with each response.

@@ -25,13 +25,13 @@ _CALLED: dict[Thing, str] = {
 #: Who has any of this is there.
 _PRESENCE = frozenset({"connections", "vms"})
 
-#: Seconds that several of a user's requests are taken to be under way after one had to wait for another.
-_CROWDED = 0.1
 #: For each second of a CPU a user's VMs pay with a second of rest, and so many times as much as they had the
 #: interpreter longer than this, in seconds at a stretch: that keeps it from as many times as many others.
 _STRETCH = 0.000_03
+#: So many seconds' requests may come in one go. Starting many containers at once is not an attack.
+_IN_ONE_GO = 5
 #: A new connection is as much work as so many requests.
-_CONNECTING = 20
+_CONNECTING = 2
 #: Seconds of rest that may be due before it is taken, and that are taken at once at the most.
 _CREDIT = 0.001
 _LONGEST_REST = 0.25
@@ -45,7 +45,7 @@ class LimitReached(Exception):
 
 
 class _Pace:
-    """So many a second, after as many in one go. One thread at a time."""
+    """So many a second, after more in one go. One thread at a time."""
 
     def __init__(self) -> None:
         self._left = 0.0  # what need not wait, at the moment `_at`
@@ -54,13 +54,13 @@ class _Pace:
     def take(self, number: int, rate: int) -> float:
         """Take some; returns the seconds until they are there, which is never more than 0 for the first."""
         now = time.monotonic()
-        self._left = min(rate, self._left + (now - self._at) * rate) - number
+        self._left = min(rate * _IN_ONE_GO, self._left + (now - self._at) * rate) - number
         self._at = now
         return max(0.0, -self._left / rate)
 
     def used(self, rate: int) -> bool:
         """Whether there are fewer now than for one who is new."""
-        return self._left + (time.monotonic() - self._at) * rate < rate
+        return self._left + (time.monotonic() - self._at) * rate < rate * _IN_ONE_GO
 
 
 class Share:
@@ -79,19 +79,10 @@ class Share:
         # I/O, and nothing else is locked then.
         self.dialing = threading.Lock()
         self._requests = _Pace()
-        self._crowded_at = -math.inf  # when somebody had to wait for `turn`
         self._arrivals = _Pace()  # of connections; the accept thread's
         # When what the user's VMs have taken of the interpreter is paid for. Any thread's, without a lock: of
         # two that pay in the same moment one may pay nothing, which is rare, and cheaper for all.
         self._paid_at = -math.inf
-
-    def take_turn(self) -> None:
-        """Take `turn`. A user of whose requests one had to wait for another is paced for a while."""
-        if not self.turn.acquire(False):
-            self._crowded_at = time.monotonic()
-            self.turn.acquire()
-        if self.others and time.monotonic() - self._crowded_at < _CROWDED:
-            self.pace()
 
     def pace(self, requests: int = 1) -> None:
         """Wait if the user asks for more than it may while others are there. Requires holding `turn`.

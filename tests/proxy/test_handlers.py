@@ -318,14 +318,24 @@ def test_hello_is_as_much_work_as_many_requests(desk: Desk, monkeypatch: pytest.
     monkeypatch.setattr(Share, "pace", lambda share, requests=1: paced.append(requests))
     hello = {"containerId": "new", "ctlSerial": "/nowhere", "ioSerial": "/nowhere"}
     desk.ask("hello", hello)
-    assert paced == [handlers_module._HELLO]
+    assert paced == [1, handlers_module._HELLO]
 
     def fail(*_: object) -> Vm:
         raise RegistryError("new: container already registered")
 
     monkeypatch.setattr(desk.registry, "register", fail)
     desk.ask("hello", hello)
-    assert paced[1:] == [handlers_module._HELLO, handlers_module._FAILED_HELLO]
+    assert paced[2:] == [1, handlers_module._HELLO, handlers_module._FAILED_HELLO]
+
+
+def test_each_request_is_paced_however_few_connections_they_come_on(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paced: list[int] = []
+    monkeypatch.setattr(Share, "pace", lambda share, requests=1: paced.append(requests))
+    for _ in range(3):
+        desk.ask("nothing", {})
+    assert paced == [1, 1, 1]
 
 
 @pytest.mark.parametrize(("others", "rests"), [(True, [0.5]), (False, [])])
