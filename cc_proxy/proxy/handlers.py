@@ -44,9 +44,9 @@ MAX_RESPONSE = 1024
 
 _ELLIPSIS = "…"
 
-#: A hello is as much work as so many requests, as it takes threads of its own; and one that fails, which is
-#: easily repeated, counts as so many more.
-_HELLO, _FAILED_HELLO = 2, 10
+#: A hello counts as so many requests more, as it takes threads of its own; and one that fails, which is
+#: easily repeated, as so many more again.
+_HELLO, _FAILED_HELLO = 1, 10
 #: What is longer, in bytes, may take long. No client in the field sends such requests.
 _SHORT = 16 * 1024
 #: Seconds of a CPU that a request may take without a rest, and how many times as long that is. While a long
