@@ -1,8 +1,8 @@
 """The I/O channel in batches (docs/protocol.md, 3 and 4). No I/O.
 
-What arrived in one read is walked once and comes out as few, long slices of the same buffer: no payload
-is copied. `gather` sorts what a VM sent by the owners of its streams; `StdinSplitter` makes frames an
-agent can take of what a client sent.
+What arrived in one read is walked once and comes out as few, long slices of the same buffer. `gather` sorts
+what a VM sent by the owners of its streams, and copies no payload; `StdinSplitter` makes frames an agent can
+take of what a client sent, and moves a little of it within the buffer where frames are too long.
 """
 
 from collections.abc import Iterator, Mapping
