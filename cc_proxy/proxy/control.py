@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import os
 import select
 import socket
@@ -9,19 +10,17 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from typing import Literal
 
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import Command, ControlChannel, ControlMessage
+from cc_proxy.proxy.eager import Eager
 
 #: So many commands may be without an answer, their senders having given up, before no more are sent.
 _MOST_UNANSWERED = 64
 _READ_SIZE = 4 * 1024
 #: So many reads empty a socket's buffer, and an agent that never stops talking gets no more.
 _MOST_LAST_READS = 64
-#: Seconds that an answer is looked for before the thread goes to sleep for it.
-_SPIN = 0.000_06
-#: Seconds in which a quick agent answers.
-_QUICK = 0.000_2
 _TIMEVAL = struct.Struct("@ll")
 
 
@@ -54,7 +53,7 @@ class ControlLink:
         # single steps of the interpreter, which need no lock.
         self._waiting: dict[int, tuple[Code, float]] = {}
         self._receive_ticks = 0
-        self._quick = True
+        self._eager = Eager()
         self._unasked = select.epoll()
         self._unasked.register(sock, 0)
 
@@ -165,17 +164,18 @@ class ControlLink:
 
     # Requires holding _turn -------------------------------------------------------------------------------
 
-    def _exchange(self, timeout: float) -> None:
+    def _exchange(self, timeout: float) -> Literal[True]:
         """Wait up to `timeout` seconds for the agent, and read once what it said."""
         if self._channel.outgoing:
             ready = select.poll()
             ready.register(self._sock)
             self._exchange_when_ready(ready, timeout)
-            return
+            return True
         # One call that waits and reads: this is where most of the time of a command goes.
         self._limit_receive(timeout)
         with contextlib.suppress(BlockingIOError):
             self._read(0)
+        return True
 
     def _exchange_when_ready(self, ready: select.poll, timeout: float) -> None:
         if self._channel.outgoing:
@@ -194,12 +194,8 @@ class ControlLink:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, until)
 
     def _await(self, command: Command, deadline: float, timeout: float) -> None:
-        """Wait for the answer.
-
-        To be woken takes about as long as a quick agent needs, so one that was quick last time is looked at
-        for a moment before the thread goes to sleep.
-        """
-        begun = now = time.monotonic()
+        """Wait for the answer."""
+        now = time.monotonic()
         late = False
         while not command.is_answered():
             if late:
@@ -208,11 +204,8 @@ class ControlLink:
             try:
                 if late:
                     self._read_what_is_there()
-                elif self._quick and now - begun < _SPIN:
-                    with contextlib.suppress(BlockingIOError):
-                        self._read(socket.MSG_DONTWAIT)
                 else:
-                    self._exchange(deadline - now)
+                    self._eager.wait(self._read_at_once, functools.partial(self._exchange, deadline - now))
             except ControlLost as lost:
                 if not command.is_answered():
                     raise
@@ -220,7 +213,14 @@ class ControlLink:
                 self._lost = lost
                 self.hang_up()
             now = time.monotonic()
-        self._quick = now - begun < _QUICK
+
+    def _read_at_once(self) -> Literal[True] | None:
+        """Read once; None if there is nothing yet."""
+        try:
+            self._read(socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        return True
 
     def _read_what_is_there(self) -> None:
         """If this process was stopped, the answer may have come in time, behind events."""

@@ -26,6 +26,7 @@ from cc_proxy.log import logger
 from cc_proxy.proxy.console import Console
 from cc_proxy.proxy.control import ControlLink, ControlLost
 from cc_proxy.proxy.counters import Counters
+from cc_proxy.proxy.eager import Eager
 from cc_proxy.proxy.output import FramingLost, Output
 from cc_proxy.proxy.selector import NOTHING_ELSE, READ, WRITE, Selector
 from cc_proxy.proxy.session import Session
@@ -100,6 +101,10 @@ class Pump:
             self._handlers[console.fileno()] = self._on_console
         self._io_events = (READ, NOTHING_ELSE)  # what the I/O channel is watched for
         self._io_open = True
+        # Whether the VM and its clients speak in turn, so that an answer is to come at once. Of who speaks
+        # without end more is to come, but the more at a time the better.
+        self._conversing = self._vm_spoke_last = False
+        self._eager = Eager()
         self._finish_at: float | None = None
         self._finish_cause = ""
         self._thread = threading.Thread(target=self._run, name=f"pump {vm[:32]}", daemon=True)
@@ -207,6 +212,7 @@ class Pump:
             self._output.adapt(0.0)
             self._turn()
             return
+        self._conversing = False  # to look all the time is not fair
         begun, before = time.thread_time(), self._frames
         self._turn()
         took = time.thread_time() - begun
@@ -237,10 +243,16 @@ class Pump:
         if self._stdin.blocked or not self._io_open:
             self._serve(self._selector.poll(timeout))
         else:
-            self._serve_all(self._stdin.clients.poll(timeout))
+            self._serve_all(self._wait(timeout))
         if self._timed:
             self._run_timers(time.monotonic())
         self._watch_io()
+
+    def _wait(self, timeout: float | None) -> list[tuple[int, int]]:
+        clients = self._stdin.clients
+        if not self._conversing:
+            return clients.poll(timeout)
+        return self._eager.wait(lambda: clients.poll(0) or None, lambda: clients.poll(timeout))
 
     def _serve_all(self, ready: list[tuple[int, int]]) -> None:
         """Serve what is ready, the clients all together."""
@@ -252,6 +264,7 @@ class Pump:
             else:
                 clients.append(pair)
         if clients and self._io_open and not self._stdin.blocked:
+            self._conversing, self._vm_spoke_last = self._vm_spoke_last, False
             self._stdin.read_clients(clients)
 
     def _serve(self, ready: list[tuple[int, int]]) -> None:
@@ -356,6 +369,7 @@ class Pump:
             self._read_vm()
 
     def _read_vm(self) -> None:
+        self._conversing, self._vm_spoke_last = not self._vm_spoke_last, True
         try:
             size = self._output.read()
         except BlockingIOError:

@@ -25,6 +25,7 @@ from cc_proxy.credentials import Credentials
 from cc_proxy.fds import close_stream, may_hold_fds
 from cc_proxy.log import logger
 from cc_proxy.proxy.crew import Crew
+from cc_proxy.proxy.eager import Eager
 from cc_proxy.proxy.handlers import Client, Handlers, Reply, failure
 from cc_proxy.proxy.idle import Idle
 from cc_proxy.proxy.listener import Listener
@@ -295,6 +296,7 @@ class Connection(socketserver.BaseRequestHandler):
         """Answer requests, one after the other, until the client goes or breaks the protocol."""
         client = self.client_address
         self._share = client.share
+        self._eager = Eager()
         self._counted = 0  # bytes of the request that is arriving, or being answered, if that is a long one
         fields = {"client": client.number, "pid": client.who.pid, "uid": client.who.uid}
         logger.debug("client connected", extra=fields)
@@ -346,14 +348,24 @@ class Connection(socketserver.BaseRequestHandler):
         while (text := parser.next_text()) is None:
             if parser.unfinished:
                 return self._finish_text(parser)
-            try:
-                data = self.request.recv(_READ_SIZE)
-            except BlockingIOError:
-                data = self._receive_by(math.inf, _READ_SIZE)
+            # Who asks one thing after the other is not to wait longer for each than it takes.
+            data = self._sleep() if self._share.others else self._eager.wait(self._look, self._sleep)
             if not data:
                 return None
             parser.receive_data(data)
         return text
+
+    def _look(self) -> bytes | None:
+        try:
+            return self.request.recv(_READ_SIZE, _DONTWAIT)
+        except BlockingIOError:
+            return None
+
+    def _sleep(self) -> bytes:
+        try:
+            return self.request.recv(_READ_SIZE)
+        except BlockingIOError:
+            return self._receive_by(math.inf, _READ_SIZE)
 
     def _finish_text(self, parser: MessageParser) -> bytes | None:
         """Return the text of a message of which a part has arrived; None if the client closes before."""

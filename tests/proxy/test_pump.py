@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import pytest
 
@@ -20,6 +20,7 @@ from cc_proxy.proxy import session as session_module
 from cc_proxy.proxy import stdin as stdin_module
 from cc_proxy.proxy.console import Console
 from cc_proxy.proxy.control import ControlLink
+from cc_proxy.proxy.eager import Eager
 from cc_proxy.proxy.output import Output
 from cc_proxy.proxy.pump import Pump
 from cc_proxy.proxy.session import Session
@@ -57,6 +58,8 @@ from tests.wire.support import (
     unread_by_peer,
     wait_until,
 )
+
+T = TypeVar("T")
 
 SMALL = 4_608
 
@@ -1147,3 +1150,56 @@ def test_turns_are_paid_for_while_others_are_there(space: SpoolSpace) -> None:
         assert stream.read_frame().payload == b"more"
         rig.call(lambda: None)
         assert len(payer.spent) == before
+
+
+class Counted(Eager):
+    """Looks once, and counts how often it was to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = 0
+
+    def wait(self, look: Callable[[], T | None], sleep: Callable[[], T]) -> T:
+        self.waits += 1
+        return look() or sleep()
+
+
+def converse(rig: Rig) -> int:
+    """Have the client and the VM speak in turn; returns how often the pump waited eagerly meanwhile."""
+    stream = rig.open()
+    eager = Counted()
+    rig.call(lambda: setattr(rig.pump, "_eager", eager))
+    for _ in range(4):
+        stream.send(b"question")
+        assert read_frames(rig.io, 1) == [(stream.base, b"question")]
+        rig.io.sendall(frame(stream.base, b"answer"))
+        assert stream.read_frame().payload == b"answer"
+    rig.settle()
+    return eager.waits
+
+
+def test_answer_is_waited_for_eagerly(rig: Rig) -> None:
+    assert converse(rig) >= 4
+
+
+def test_who_speaks_without_end_is_not_waited_for_eagerly(rig: Rig) -> None:
+    stream = rig.open()
+    eager = Counted()
+    rig.io.sendall(frame(stream.base, b"first"))
+    assert stream.read_frame().payload == b"first"
+    rig.io.sendall(frame(stream.base, b"second"))
+    assert stream.read_frame().payload == b"second"
+    rig.call(lambda: setattr(rig.pump, "_eager", eager))
+    for _ in range(4):
+        rig.io.sendall(frame(stream.base, b"more"))
+        assert stream.read_frame().payload == b"more"
+    rig.settle()
+    assert eager.waits == 0
+
+
+def test_nobody_is_waited_for_eagerly_while_others_are_there(space: SpoolSpace) -> None:
+    payer = Payer()
+    with Rig(space, payer=cast(Share, payer)) as rig:
+        assert converse(rig) == 0
+        payer.others = False
+        assert converse(rig) >= 4

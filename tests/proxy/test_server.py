@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +22,12 @@ from cc_proxy.api import messages
 from cc_proxy.api.payloads import Response
 from cc_proxy.fds import close_stream, may_hold_fds
 from cc_proxy.proxy import server as server_module
+from cc_proxy.proxy.eager import Eager
 from cc_proxy.proxy.handlers import Client, Handlers, Reply
 from cc_proxy.proxy.listener import Listener
 from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.server import Connection, Server
+from cc_proxy.proxy.shares import Share
 from cc_proxy.settings import Limits, LiveSettings, Settings
 from tests.proxy.conftest import Logged
 from tests.proxy.support import open_fds, read_to_end
@@ -619,3 +621,22 @@ def test_lock_is_free_unless_somebody_holds_it(house: House) -> None:
     assert not house.server._lock.locked()
     with house.server._lock:
         assert not house.server.is_free(0.01)
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_next_request_is_waited_for_eagerly_unless_other_users_are_there(
+    house: House, monkeypatch: pytest.MonkeyPatch, others: bool
+) -> None:
+    waits: list[Eager] = []
+
+    def wait(eager: Eager, look: Callable[[], object], sleep: Callable[[], object]) -> object:
+        waits.append(eager)
+        found = look()
+        return sleep() if found is None else found
+
+    monkeypatch.setattr(Eager, "wait", wait)
+    monkeypatch.setattr(Share, "others", others)
+    client = house.connect()
+    for _ in range(3):
+        assert client.ask("x") == UNKNOWN
+    assert bool(waits) is not others
