@@ -18,6 +18,7 @@ from argparse_manpage.manpage import Manpage
 
 import cc_proxy
 from cc_proxy.cli import ctl, daemon
+from cc_proxy.ctl.commands import COMMANDS
 
 HERE = Path(__file__).parent
 CONF = HERE.parent / "conf" / "cc-proxy.toml"
@@ -65,9 +66,17 @@ def program_page(parser: argparse.ArgumentParser, section: int) -> str:
         "include": str(HERE / "man" / f"{name}.include"),
     }
     page = str(Manpage(parser, data, format="single-commands-section"))
+    if parser.prog == "cc-proxyctl":
+        page = page.replace(".SH EXIT STATUS", f"{_examples()}.SH EXIT STATUS", 1)
     return page.replace(
         _date().replace("-", r"\-"), _date(), 1
     )  # mandoc reads no date with troff's minus signs
+
+
+def _examples() -> str:
+    """Return a section with those that the help of each command has."""
+    lines = (f"cc-proxyctl {example}" for command in COMMANDS for example in command.examples)
+    return "\n".join((".SH EXAMPLES", ".EX", *map(_escaped, lines), ".EE", ""))
 
 
 def completion(parser: argparse.ArgumentParser, shell: str) -> str:

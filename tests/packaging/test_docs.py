@@ -72,6 +72,13 @@ def test_page_has_every_setting(docs: Path) -> None:
     assert found == set(DEFAULTS)
 
 
+def test_page_has_the_examples_of_every_command(docs: Path) -> None:
+    text = (docs / "cc-proxyctl.1").read_text()
+    found = text.partition(".SH EXAMPLES")[2].partition(".SH")[0].replace(r"\-", "-").splitlines()
+    examples = [f"cc-proxyctl {example}" for command in COMMANDS for example in command.examples]
+    assert found[2:-1] == examples
+
+
 @pytest.mark.skipif(not shutil.which("mandoc"), reason="mandoc is not installed")
 @pytest.mark.parametrize("page", PAGES)
 def test_page_is_right(docs: Path, page: str) -> None:
