@@ -8,6 +8,7 @@ take of what a client sent, and moves a little of it within the buffer where fra
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import repeat
+from mmap import mmap
 from operator import length_hint
 from struct import iter_unpack
 from typing import Generic, TypeVar
@@ -32,6 +33,8 @@ _pack = FRAME_HEADER.pack
 _unpack_from = FRAME_HEADER.unpack_from
 
 Owner = TypeVar("Owner")
+#: What the daemon reads into, and what tests and the fuzzer do.
+Buffer = bytearray | mmap
 
 
 @dataclass(slots=True)
@@ -67,7 +70,7 @@ class _Lists(Generic[Owner]):
 
 
 def gather(
-    buffer: bytearray, view: memoryview, start: int, stop: int, owners: Mapping[int, Owner]
+    buffer: Buffer, view: memoryview, start: int, stop: int, owners: Mapping[int, Owner]
 ) -> Batch[Owner]:
     """Sort the whole frames in `buffer[start:stop]` by the owner of their seq.
 
@@ -78,7 +81,7 @@ def gather(
 
 
 def _only_frame(
-    buffer: bytearray, view: memoryview, start: int, stop: int, owners: Mapping[int, Owner]
+    buffer: Buffer, view: memoryview, start: int, stop: int, owners: Mapping[int, Owner]
 ) -> Batch[Owner] | None:
     """Do it where there is one whole frame and nothing else, as in interactive use: in half the time.
 
@@ -96,7 +99,7 @@ def _only_frame(
 
 
 def _sort(  # noqa: C901, PLR0915 - one loop, which a call a frame would slow down by half
-    buffer: bytearray, view: memoryview, start: int, stop: int, owners: Mapping[int, Owner]
+    buffer: Buffer, view: memoryview, start: int, stop: int, owners: Mapping[int, Owner]
 ) -> Batch[Owner]:
     """Do it for any number of frames."""
     batch: Batch[Owner] = Batch()
@@ -181,7 +184,7 @@ def _headers(frames: memoryview) -> Iterator[tuple[int, int]]:
         pos += length
 
 
-def _alike(buffer: bytearray, pos: int, length: int, stop: int, first: int = 0) -> int:
+def _alike(buffer: Buffer, pos: int, length: int, stop: int, first: int = 0) -> int:
     """Return how many whole frames in a row, from `pos` on, have the header at `pos`, from byte `first` on.
 
     The headers of frames of one length are columns of a table: comparing a column is one call, where
@@ -203,7 +206,7 @@ def _alike(buffer: bytearray, pos: int, length: int, stop: int, first: int = 0) 
         rows *= 4
 
 
-def _rows_alike(header: bytearray, buffer: bytearray, pos: int, length: int, rows: int) -> int:
+def _rows_alike(header: bytes | bytearray, buffer: Buffer, pos: int, length: int, rows: int) -> int:
     """Return how many of `rows` stretches, `length` bytes apart, are `header` before one is not."""
     for offset in range(len(header)):
         column = buffer[pos + offset : pos + rows * length : length]
@@ -233,7 +236,7 @@ class StdinSplitter:
         #: What the client sent that it may not; nothing is handed out any more after that.
         self.error: str | None = None
 
-    def split(self, buffer: bytearray, view: memoryview, start: int, stop: int) -> list[bytes | memoryview]:
+    def split(self, buffer: Buffer, view: memoryview, start: int, stop: int) -> list[bytes | memoryview]:
         """Return what of `buffer[start:stop]` may go to the agent, as pieces to be written in turn.
 
         `view` is a memoryview of `buffer`, whose bytes from `start` to `stop` are this method's to change.
@@ -252,7 +255,7 @@ class StdinSplitter:
         return pieces
 
     def _pass_only_frame(
-        self, buffer: bytearray, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
+        self, buffer: Buffer, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
     ) -> int:
         """Pass a frame that is whole, short and alone, as in interactive use."""
         if not HEADER_SIZE <= stop - start <= MAX_TO_AGENT or self._missing or self._header or self.error:
@@ -266,7 +269,7 @@ class StdinSplitter:
         return stop
 
     def _pass_frames(
-        self, buffer: bytearray, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
+        self, buffer: Buffer, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
     ) -> int:
         """Pass the frames that are whole and short enough; at one that is neither, begin its payload."""
         pos, frames, last_length, begun = start, 0, -1, 0
@@ -293,9 +296,7 @@ class StdinSplitter:
             self.at_eof = last_length == HEADER_SIZE
         return pos + begun
 
-    def _collect_header(
-        self, buffer: bytearray, pos: int, stop: int, pieces: list[bytes | memoryview]
-    ) -> int:
+    def _collect_header(self, buffer: Buffer, pos: int, stop: int, pieces: list[bytes | memoryview]) -> int:
         taken = min(HEADER_SIZE - len(self._header), stop - pos)
         self._header += buffer[pos : pos + taken]
         if len(self._header) == HEADER_SIZE:
@@ -310,7 +311,7 @@ class StdinSplitter:
         return pos + taken
 
     def _frame_anew(
-        self, buffer: bytearray, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
+        self, buffer: Buffer, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
     ) -> int:
         """Put payload into frames of its own: what is missing of a frame, and long ones that follow it.
 

@@ -6,10 +6,11 @@ import struct
 import termios
 from collections.abc import Callable, Iterator, Mapping
 
-from cc_proxy.hyperstart.frames import Batch, gather
+from cc_proxy.hyperstart.frames import Batch, Buffer, gather
 from cc_proxy.log import IO, logger
 from cc_proxy.proxy.counters import Counters
 from cc_proxy.proxy.dump import dump_frames
+from cc_proxy.proxy.memory import new_buffer
 from cc_proxy.proxy.selector import WRITE, Selector
 from cc_proxy.proxy.session import Session
 
@@ -48,7 +49,7 @@ class Output:
         self._counters = counters
         self._before_delivery = before_delivery
         self._on_stray = on_stray
-        self._buffer = bytearray(_BUFFER_SIZE)
+        self._buffer = new_buffer(_BUFFER_SIZE)
         self._view = memoryview(self._buffer)
         self._most = _BUFFER_SIZE  # that is read at once, beyond what is there
         self._empty = self._view  # so much of the buffer
@@ -84,14 +85,14 @@ class Output:
         Raises `OSError`.
         """
         (size,) = struct.unpack("i", fcntl.ioctl(self._io, termios.FIONREAD, bytes(4)))
-        rest = self._buffer[self._start : self._stop]
+        rest = bytearray(self._buffer[self._start : self._stop])
         while size > 0 and (piece := self._io.recv(size)):
             rest += piece
             size -= len(piece)
         self._start = self._stop
         self._deliver(self._take_apart(rest, memoryview(rest), 0, len(rest)))
 
-    def _take_apart(self, buffer: bytearray, view: memoryview, start: int, stop: int) -> Batch[Session]:
+    def _take_apart(self, buffer: Buffer, view: memoryview, start: int, stop: int) -> Batch[Session]:
         """Find the whole frames there, and whose they are."""
         self._before_delivery()
         batch = gather(buffer, view, start, stop, self._owners)

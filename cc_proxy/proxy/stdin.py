@@ -11,6 +11,7 @@ from cc_proxy.hyperstart.pacing import marked_stream
 from cc_proxy.log import IO, logger
 from cc_proxy.proxy.counters import Counters
 from cc_proxy.proxy.dump import dump_frames
+from cc_proxy.proxy.memory import new_buffer
 from cc_proxy.proxy.selector import HANG_UP, NOTHING_ELSE, READ, Selector
 from cc_proxy.proxy.session import Session
 
@@ -46,7 +47,7 @@ class Stdin:
         self._counters = counters
         self._echo_timeout = echo_timeout
         self._drop = drop
-        self._buffer = bytearray(_BUFFER_SIZE)
+        self._buffer = new_buffer(_BUFFER_SIZE)
         self._view = memoryview(self._buffer)
         self._sessions: dict[int, Session] = {}  # by fd
         self._left_out: list[int] = []  # fds that were ready when the buffer was full, in their order
