@@ -153,12 +153,15 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _accept_all(self) -> None:
         """Accept connections until the end, whatever happens."""
-        while not self._stopping.is_set():
+        # At least once, however early the end comes: `shutdown` waits until this has been left.
+        while True:
             try:
                 self.serve_forever(_STOP_POLL)
             except Exception:
                 faults.note("accepting connections failed")
                 self._stopping.wait(_SHORTAGE_PAUSE)
+            if self._stopping.is_set():
+                return
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. While there is no room for one, wait a little instead of spinning."""

@@ -564,6 +564,22 @@ def test_at_the_end_who_is_not_ready_in_time_is_cut_off(house: House, answering:
     wait_until(lambda: not house.server._connections, "it is forgotten")
 
 
+def test_it_stops_even_if_it_is_told_before_it_has_begun(
+    tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Server._accept_all
+
+    def begin_late(server: Server) -> None:
+        assert server._stopping.wait(WAIT)
+        real(server)
+
+    monkeypatch.setattr(Server, "_accept_all", begin_late)
+    stopping = threading.Thread(target=House(tmp_sock_dir).stop, daemon=True)
+    stopping.start()
+    stopping.join(WAIT)
+    assert not stopping.is_alive()
+
+
 def test_who_has_connected_to_an_own_socket_is_still_served(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
