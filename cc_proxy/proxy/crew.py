@@ -1,5 +1,6 @@
 """Threads that serve connections: one each, and the next one when that has gone."""
 
+import contextlib
 import queue
 import threading
 import time
@@ -40,8 +41,10 @@ class Crew:
     def close(self) -> None:
         """Let the threads end as soon as they have nothing to do. Any thread."""
         self._closed = True
-        while self._spare:
-            self._spare.pop().put(None)
+        # Not while there is one: who has waited long enough takes itself out at any moment.
+        with contextlib.suppress(IndexError):
+            while True:
+                self._spare.pop().put(None)
 
     def join(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds for all threads to end; returns whether they have. After `close`."""
