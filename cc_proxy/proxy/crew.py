@@ -47,7 +47,10 @@ class Crew:
                 self._spare.pop().put(None)
 
     def join(self, timeout: float) -> bool:
-        """Wait up to `timeout` seconds for all threads to end; returns whether they have. After `close`."""
+        """Wait up to `timeout` seconds for all threads to end; returns whether they have.
+
+        After `close`, when nobody hands over anything any more: who is just being started cannot be joined.
+        """
         deadline = time.monotonic() + timeout
         for member in list(self._members):
             member.join(max(0.0, deadline - time.monotonic()))

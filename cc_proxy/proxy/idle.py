@@ -17,6 +17,8 @@ from cc_proxy import faults
 
 #: So many threads of a user are woken before this one has to get the interpreter again, as they then have to.
 _AT_ONCE = 16
+#: Seconds that the thread gets at the end to finish what it is at.
+_LAST_CALL = 1.0
 
 
 class Idle:
@@ -125,8 +127,12 @@ class Idle:
             os.eventfd_write(self._wake, 1)
 
     def call_all(self) -> None:
-        """Call now what was to be called later. Main thread."""
+        """Call now what was to be called later, and return once all of it has been. Main thread."""
         self._call_until(math.inf)
+        # The thread may have taken one out, and be at it.
+        done = threading.Event()
+        self.call_later(0.0, done.set)
+        done.wait(_LAST_CALL)
 
     def _call_until(self, moment: float) -> None:
         while function := self._next_until(moment):

@@ -217,3 +217,24 @@ def test_what_was_to_be_done_later_is_done_at_the_end(idle: Idle) -> None:
         idle.call_later(NEVER, lambda number=number: done.append(number))  # type: ignore[misc]
     idle.call_all()
     assert done == [0, 1, 2]
+
+
+def test_at_the_end_what_is_being_done_is_waited_for(idle: Idle) -> None:
+    here, done = threading.Event(), []
+
+    def work() -> None:
+        here.set()
+        time.sleep(0.05)
+        done.append("work")
+
+    idle.call_later(0.0, work)
+    assert here.wait(WAIT)
+    idle.call_all()
+    assert done == ["work"]
+
+
+def test_at_the_end_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idle_module, "_LAST_CALL", 0.01)
+    idle = Idle()
+    idle.call_all()
+    idle.close()
