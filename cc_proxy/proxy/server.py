@@ -90,7 +90,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.shares = registry.shares
         self._stopping = threading.Event()
         #: Where connections' threads wait.
-        self.idle = Idle()
+        self.idle = Idle(lambda: not self.shares.several)
         self.idle.admit(os.geteuid())
         self._short = False
         #: When the accept thread has last finished what it had to do; time.monotonic's.

@@ -238,3 +238,18 @@ def test_at_the_end_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> No
     idle = Idle()
     idle.call_all()
     idle.close()
+
+
+def test_once_nobody_has_to_wait_for_others_nothing_is_done_later() -> None:
+    alone = threading.Event()
+    done: list[int] = []
+    idle = Idle(alone.is_set)
+    idle.start()
+    for number in range(40):
+        idle.call_later(NEVER, lambda number=number: done.append(number))  # type: ignore[misc]
+    time.sleep(0.01)
+    assert not done
+    alone.set()
+    wait_until(lambda: len(done) == 40, "all is done")
+    assert done == list(range(40))
+    idle.close()

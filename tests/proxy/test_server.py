@@ -30,7 +30,7 @@ from cc_proxy.proxy.server import Connection, Server
 from cc_proxy.proxy.shares import Share
 from cc_proxy.settings import Limits, LiveSettings, Settings
 from tests.proxy.conftest import Logged
-from tests.proxy.support import open_fds, read_to_end
+from tests.proxy.support import NEVER, open_fds, read_to_end
 from tests.wire.support import (
     WAIT,
     RawClient,
@@ -562,6 +562,13 @@ def test_at_the_end_who_is_not_ready_in_time_is_cut_off(house: House, answering:
     assert at_end(client.sock)
     answering.proceed.set()
     wait_until(lambda: not house.server._connections, "it is forgotten")
+
+
+def test_connection_that_comes_too_fast_is_served_once_nobody_else_is_there(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Share, "arrive", lambda _: NEVER)
+    assert house.connect().ask("x") == UNKNOWN
 
 
 def test_it_stops_even_if_it_is_told_before_it_has_begun(
