@@ -195,13 +195,21 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self._connections[request] = share
         wait = share.arrive()
         if wait:
-            self.idle.call_later(wait, lambda: self._hand_over(request, client))
+            self.idle.call_later(wait, lambda: self._hand_over_late(request, client))
             time.sleep(_BREATH)
         else:
             self._hand_over(request, client)
 
+    def _hand_over_late(self, request: socket.socket, client: Client) -> None:
+        """Do it for one that came too fast. The thread that wakes, or at the end the main thread."""
+        try:
+            self._hand_over(request, client)
+        except Exception:  # for the accept thread `socketserver` does this
+            self.handle_error(request, client)
+            self.shutdown_request(request)
+
     def _hand_over(self, request: socket.socket, client: Client) -> None:
-        """Have a connection served in a thread of its own. Accept thread, or the one that wakes."""
+        """Have a connection served in a thread of its own."""
         try:
             self._crew.hand_over(f"client {client.number}", lambda: self._serve(request, client))
         except RuntimeError:

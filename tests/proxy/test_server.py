@@ -22,6 +22,7 @@ from cc_proxy.api import messages
 from cc_proxy.api.payloads import Response
 from cc_proxy.fds import close_stream, may_hold_fds
 from cc_proxy.proxy import server as server_module
+from cc_proxy.proxy.crew import Crew
 from cc_proxy.proxy.eager import Eager
 from cc_proxy.proxy.handlers import Client, Handlers, Reply
 from cc_proxy.proxy.listener import Listener
@@ -569,6 +570,22 @@ def test_connection_that_comes_too_fast_is_served_once_nobody_else_is_there(
 ) -> None:
     monkeypatch.setattr(Share, "arrive", lambda _: NEVER)
     assert house.connect().ask("x") == UNKNOWN
+
+
+def test_error_that_nobody_expects_costs_a_connection_that_waits_its_turn(
+    house: House, monkeypatch: pytest.MonkeyPatch, logged: Logged
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Share, "arrive", lambda _: NEVER)
+    with monkeypatch.context() as patch:
+        patch.setattr(Crew, "hand_over", fail)
+        client = house.connect()
+        assert at_end(client.sock)
+    assert logged.at(logging.ERROR) == ["connection failed"]
+    assert house.connect().ask("x") == UNKNOWN
+    wait_until(lambda: len(house.server._connections) == 1, "only the second is known")
 
 
 def test_it_stops_even_if_it_is_told_before_it_has_begun(
