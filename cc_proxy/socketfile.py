@@ -3,10 +3,14 @@
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 
 #: Which file it is, whatever is called like it later: device and inode.
 Identity = tuple[int, int]
+
+#: Seconds that others get to look at a socket and make theirs, more than it takes; and between two looks.
+_PATIENCE, _INTERVAL = 2.0, 0.01
 
 
 def identity(path: str) -> Identity:
@@ -17,10 +21,23 @@ def identity(path: str) -> Identity:
 
 @contextlib.contextmanager
 def locked(directory: str) -> Iterator[None]:
-    """Keep others that are starting from looking at, and replacing, the same socket meanwhile."""
+    """Keep others that are starting from looking at, and replacing, the same socket meanwhile.
+
+    Whoever may read the directory can lock it too, and never let go of it: that is not waited for.
+    """
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        _lock(fd)
         yield
     finally:
         os.close(fd)
+
+
+def _lock(fd: int) -> None:
+    """Lock what an fd leads to, unless somebody keeps that locked for longer than it takes to start."""
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(_INTERVAL)

@@ -1,5 +1,6 @@
 """Threads that serve connections: one each, and the next one when that has gone."""
 
+import contextlib
 import queue
 import threading
 import time
@@ -40,11 +41,16 @@ class Crew:
     def close(self) -> None:
         """Let the threads end as soon as they have nothing to do. Any thread."""
         self._closed = True
-        while self._spare:
-            self._spare.pop().put(None)
+        # Not while there is one: who has waited long enough takes itself out at any moment.
+        with contextlib.suppress(IndexError):
+            while True:
+                self._spare.pop().put(None)
 
     def join(self, timeout: float) -> bool:
-        """Wait up to `timeout` seconds for all threads to end; returns whether they have. After `close`."""
+        """Wait up to `timeout` seconds for all threads to end; returns whether they have.
+
+        After `close`, when nobody hands over anything any more: who is just being started cannot be joined.
+        """
         deadline = time.monotonic() + timeout
         for member in list(self._members):
             member.join(max(0.0, deadline - time.monotonic()))

@@ -17,6 +17,10 @@ from cc_proxy import faults
 
 #: So many threads of a user are woken before this one has to get the interpreter again, as they then have to.
 _AT_ONCE = 16
+#: Seconds between two looks whether there is still somebody for whom others have to wait.
+_LOOK_INTERVAL = 0.25
+#: Seconds that the thread gets at the end to finish what it is at.
+_LAST_CALL = 1.0
 
 
 class Idle:
@@ -26,7 +30,9 @@ class Idle:
     they fight for the interpreter nobody else gets it, for seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alone: Callable[[], bool] = lambda: False) -> None:
+        """`alone` says whether nobody has to wait for others now: nothing is put off then."""
+        self._alone = alone
         self._users = select.epoll()  # has the epoll instance of each
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._users.register(self._wake, select.EPOLLIN)
@@ -116,7 +122,7 @@ class Idle:
                 epoll.unregister(fd)
 
     def call_later(self, seconds: float, function: Callable[[], None]) -> None:
-        """Have a function called by the thread, in so many seconds. Any thread."""
+        """Have a function called by the thread, in so many seconds at the latest. Any thread."""
         later = time.monotonic() + seconds, next(self._order), function
         with self._lock:
             heapq.heappush(self._later, later)
@@ -125,12 +131,13 @@ class Idle:
             os.eventfd_write(self._wake, 1)
 
     def call_all(self) -> None:
-        """Call now what was to be called later. Main thread."""
-        self._call_until(math.inf)
-
-    def _call_until(self, moment: float) -> None:
-        while function := self._next_until(moment):
+        """Call now what was to be called later, and return once all of it has been. Main thread."""
+        while function := self._next_until(math.inf):
             function()
+        # The thread may have taken one out, and be at it.
+        done = threading.Event()
+        self.call_later(0.0, done.set)
+        done.wait(_LAST_CALL)
 
     def _next_until(self, moment: float) -> Callable[[], None] | None:
         with self._lock:
@@ -139,7 +146,10 @@ class Idle:
 
     def _until_next(self) -> float | None:
         with self._lock:
-            return max(0.0, self._later[0][0] - time.monotonic()) if self._later else None
+            if not self._later:
+                return None
+            wait = self._later[0][0] - time.monotonic()
+        return 0.0 if self._alone() else max(0.0, min(wait, _LOOK_INTERVAL))
 
     def _wake_all(self) -> None:
         """Wake until the end, whatever happens."""
@@ -157,7 +167,11 @@ class Idle:
                 self._asked = False
             else:
                 self._wake_some(fd)
-        self._call_until(time.monotonic())
+        for _ in range(_AT_ONCE):
+            function = self._next_until(math.inf if self._alone() else time.monotonic())
+            if function is None:
+                break
+            function()
 
     def _wake_some(self, of_user: int) -> None:
         with self._lock:

@@ -90,7 +90,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.shares = registry.shares
         self._stopping = threading.Event()
         #: Where connections' threads wait.
-        self.idle = Idle()
+        self.idle = Idle(lambda: not self.shares.several)
         self.idle.admit(os.geteuid())
         self._short = False
         #: When the accept thread has last finished what it had to do; time.monotonic's.
@@ -153,12 +153,15 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _accept_all(self) -> None:
         """Accept connections until the end, whatever happens."""
-        while not self._stopping.is_set():
+        # At least once, however early the end comes: `shutdown` waits until this has been left.
+        while True:
             try:
                 self.serve_forever(_STOP_POLL)
             except Exception:
                 faults.note("accepting connections failed")
                 self._stopping.wait(_SHORTAGE_PAUSE)
+            if self._stopping.is_set():
+                return
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. While there is no room for one, wait a little instead of spinning."""
@@ -192,13 +195,21 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self._connections[request] = share
         wait = share.arrive()
         if wait:
-            self.idle.call_later(wait, lambda: self._hand_over(request, client))
+            self.idle.call_later(wait, lambda: self._hand_over_late(request, client))
             time.sleep(_BREATH)
         else:
             self._hand_over(request, client)
 
+    def _hand_over_late(self, request: socket.socket, client: Client) -> None:
+        """Do it for one that came too fast. The thread that wakes, or at the end the main thread."""
+        try:
+            self._hand_over(request, client)
+        except Exception:  # for the accept thread `socketserver` does this
+            self.handle_error(request, client)
+            self.shutdown_request(request)
+
     def _hand_over(self, request: socket.socket, client: Client) -> None:
-        """Have a connection served in a thread of its own. Accept thread, or the one that wakes."""
+        """Have a connection served in a thread of its own."""
         try:
             self._crew.hand_over(f"client {client.number}", lambda: self._serve(request, client))
         except RuntimeError:

@@ -113,6 +113,17 @@ def test_nothing_is_kept_of_what_was_done(crew: Crew, monkeypatch: pytest.Monkey
     wait_for_spare(crew, 1)
 
 
+def test_one_that_gives_up_at_the_end_is_missed_by_nobody(crew: Crew) -> None:
+    class JustLeft(deque["queue.SimpleQueue[Job]"]):
+        """Whoever was here has taken itself out since somebody looked."""
+
+        def __bool__(self) -> bool:
+            return True
+
+    crew._spare = JustLeft()
+    crew.close()
+
+
 def test_after_the_end_threads_end_when_they_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LINGER", 60)
     crew = Crew()

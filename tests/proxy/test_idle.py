@@ -217,3 +217,39 @@ def test_what_was_to_be_done_later_is_done_at_the_end(idle: Idle) -> None:
         idle.call_later(NEVER, lambda number=number: done.append(number))  # type: ignore[misc]
     idle.call_all()
     assert done == [0, 1, 2]
+
+
+def test_at_the_end_what_is_being_done_is_waited_for(idle: Idle) -> None:
+    here, done = threading.Event(), []
+
+    def work() -> None:
+        here.set()
+        time.sleep(0.05)
+        done.append("work")
+
+    idle.call_later(0.0, work)
+    assert here.wait(WAIT)
+    idle.call_all()
+    assert done == ["work"]
+
+
+def test_at_the_end_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idle_module, "_LAST_CALL", 0.01)
+    idle = Idle()
+    idle.call_all()
+    idle.close()
+
+
+def test_once_nobody_has_to_wait_for_others_nothing_is_done_later() -> None:
+    alone = threading.Event()
+    done: list[int] = []
+    idle = Idle(alone.is_set)
+    idle.start()
+    for number in range(40):
+        idle.call_later(NEVER, lambda number=number: done.append(number))  # type: ignore[misc]
+    time.sleep(0.01)
+    assert not done
+    alone.set()
+    wait_until(lambda: len(done) == 40, "all is done")
+    assert done == list(range(40))
+    idle.close()

@@ -6,15 +6,17 @@ import fcntl
 import os
 import socket
 import stat
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from cc_proxy import socketfile
 from cc_proxy.proxy import listener as listener_module
 from cc_proxy.proxy.listener import Listener, ListenError
 from tests.proxy.support import open_fds
-from tests.wire.support import in_background, wait_until
+from tests.wire.support import WAIT, in_background, wait_until
 
 
 def close(listener: Listener) -> None:
@@ -152,6 +154,24 @@ def test_two_daemons_that_start_at_once_look_at_it_one_after_the_other(path: Pat
     with pytest.raises(ListenError, match="another process serves this socket"):
         Listener.bind(str(path))
     close(listeners[0])
+
+
+def test_nobody_who_may_read_the_directory_keeps_the_daemon_from_starting(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socketfile, "_PATIENCE", 0.05)
+    listeners: list[Listener] = []
+    directory = os.open(path.parent, os.O_RDONLY)
+    fcntl.flock(directory, fcntl.LOCK_EX)
+    try:
+        starting = threading.Thread(target=lambda: listeners.append(Listener.bind(str(path))))
+        starting.start()
+        starting.join(WAIT / 2)
+        assert listeners
+    finally:
+        os.close(directory)
+        starting.join(WAIT)
+        close(listeners[0])
 
 
 def waits_for_lock(directory: Path) -> bool:

@@ -22,6 +22,7 @@ from cc_proxy.api import messages
 from cc_proxy.api.payloads import Response
 from cc_proxy.fds import close_stream, may_hold_fds
 from cc_proxy.proxy import server as server_module
+from cc_proxy.proxy.crew import Crew
 from cc_proxy.proxy.eager import Eager
 from cc_proxy.proxy.handlers import Client, Handlers, Reply
 from cc_proxy.proxy.listener import Listener
@@ -30,7 +31,7 @@ from cc_proxy.proxy.server import Connection, Server
 from cc_proxy.proxy.shares import Share
 from cc_proxy.settings import Limits, LiveSettings, Settings
 from tests.proxy.conftest import Logged
-from tests.proxy.support import open_fds, read_to_end
+from tests.proxy.support import NEVER, open_fds, read_to_end
 from tests.wire.support import (
     WAIT,
     RawClient,
@@ -562,6 +563,45 @@ def test_at_the_end_who_is_not_ready_in_time_is_cut_off(house: House, answering:
     assert at_end(client.sock)
     answering.proceed.set()
     wait_until(lambda: not house.server._connections, "it is forgotten")
+
+
+def test_connection_that_comes_too_fast_is_served_once_nobody_else_is_there(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Share, "arrive", lambda _: NEVER)
+    assert house.connect().ask("x") == UNKNOWN
+
+
+def test_error_that_nobody_expects_costs_a_connection_that_waits_its_turn(
+    house: House, monkeypatch: pytest.MonkeyPatch, logged: Logged
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Share, "arrive", lambda _: NEVER)
+    with monkeypatch.context() as patch:
+        patch.setattr(Crew, "hand_over", fail)
+        client = house.connect()
+        assert at_end(client.sock)
+    assert logged.at(logging.ERROR) == ["connection failed"]
+    assert house.connect().ask("x") == UNKNOWN
+    wait_until(lambda: len(house.server._connections) == 1, "only the second is known")
+
+
+def test_it_stops_even_if_it_is_told_before_it_has_begun(
+    tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Server._accept_all
+
+    def begin_late(server: Server) -> None:
+        assert server._stopping.wait(WAIT)
+        real(server)
+
+    monkeypatch.setattr(Server, "_accept_all", begin_late)
+    stopping = threading.Thread(target=House(tmp_sock_dir).stop, daemon=True)
+    stopping.start()
+    stopping.join(WAIT)
+    assert not stopping.is_alive()
 
 
 def test_who_has_connected_to_an_own_socket_is_still_served(
