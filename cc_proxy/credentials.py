@@ -18,6 +18,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
+from cc_proxy.threads import start_thread
+
 T = TypeVar("T")
 
 ROOT = 0
@@ -91,7 +93,7 @@ def call_as(who: Credentials, function: Callable[[], T]) -> T:
     thread = threading.Thread(
         target=_run, args=(who, function, outcome), name=f"as user {who.uid}", daemon=True
     )
-    thread.start()
+    start_thread(thread)
     thread.join()
     try:
         return outcome.result()

@@ -7,6 +7,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from cc_proxy.threads import start_thread
+
 #: What a thread is called meanwhile, and what it does; None is the end.
 Job = tuple[str, Callable[[], object]] | None
 
@@ -62,7 +64,7 @@ class Crew:
         member = threading.Thread(target=self._do_all, args=(jobs,), name=name, daemon=True)
         self._members.add(member)
         try:
-            member.start()
+            start_thread(member)
         except BaseException:
             self._members.discard(member)
             raise
