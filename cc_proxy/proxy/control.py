@@ -18,9 +18,10 @@ from cc_proxy.proxy.eager import Eager
 
 #: So many commands may be without an answer, their senders having given up, before no more are sent.
 _MOST_UNANSWERED = 64
-_READ_SIZE = 4 * 1024
+#: Answers are short; and while events are taken apart nobody else runs.
+_READ_SIZE = 512
 #: So many reads empty a socket's buffer, and an agent that never stops talking gets no more.
-_MOST_LAST_READS = 64
+_MOST_LAST_READS = 512
 _TIMEVAL = struct.Struct("@ll")
 
 
@@ -43,10 +44,10 @@ class ControlLink:
     this VM wait for it.
     """
 
-    def __init__(self, sock: socket.socket, on_event: Callable[[ControlMessage], None]) -> None:
+    def __init__(self, sock: socket.socket, on_events: Callable[[list[ControlMessage]], None]) -> None:
         self._turn = threading.Lock()  # guards _channel, _lost, and reading and writing _sock
         self._sock = sock
-        self._on_event = on_event
+        self._on_events = on_events
         self._channel = ControlChannel()
         self._lost: ControlLost | None = None
         # Commands and since when, by the thread that waits for them. Each thread adds and removes its own:
@@ -248,8 +249,8 @@ class ControlLink:
             raise self._lost
         if not data:
             raise ControlLost("the VM hung up its control channel")
-        for event in self._channel.receive_data(data):
-            self._on_event(event)
+        if events := self._channel.receive_data(data):
+            self._on_events(events)
         if self._channel.error:
             raise ControlLost(f"control channel: {self._channel.error}")
 

@@ -33,6 +33,7 @@ from cc_proxy.proxy.session import Session
 from cc_proxy.proxy.shares import Share
 from cc_proxy.proxy.stdin import Stdin
 from cc_proxy.proxy.streams import describe_streams
+from cc_proxy.threads import start_thread
 
 #: Seconds that a frame may take the interpreter, whatever it is; a system call lets others have it.
 _FRAME = 0.000_001
@@ -114,7 +115,7 @@ class Pump:
     def start(self) -> None:
         """Begin to copy. Raises `RuntimeError` if there is no thread to be had; everything is closed then."""
         try:
-            self._thread.start()
+            start_thread(self._thread)
         except BaseException:
             self._close()
             raise
@@ -213,12 +214,14 @@ class Pump:
             self._turn()
             return
         self._conversing = False  # to look all the time is not fair
-        begun, before = time.thread_time(), self._frames
-        self._turn()
-        took = time.thread_time() - begun
-        stretch = min(took, (self._frames - before) * _FRAME)
-        self._output.adapt(stretch)
-        payer.spend(took, stretch)
+        ready = self._wait()
+        with payer.one_pump():
+            begun, before = time.thread_time(), self._frames
+            self._proceed(ready)
+            took = time.thread_time() - begun
+            stretch = min(took, (self._frames - before) * _FRAME)
+            self._output.adapt(stretch)
+            payer.spend(took, stretch)
 
     @property
     def _frames(self) -> int:
@@ -239,20 +242,31 @@ class Pump:
         self._stdin.clients.add(self._io_fd, READ)
 
     def _turn(self) -> None:
-        timeout = self._timeout() if self._timed else None
-        if self._stdin.blocked or not self._io_open:
-            self._serve(self._selector.poll(timeout))
-        else:
-            self._serve_all(self._wait(timeout))
-        if self._timed:
-            self._run_timers(time.monotonic())
-        self._watch_io()
+        self._proceed(self._wait())
 
-    def _wait(self, timeout: float | None) -> list[tuple[int, int]]:
+    def _wait(self) -> list[tuple[int, int]]:
+        """Return what is ready, once something is or a timer is due."""
+        timeout = self._timeout() if self._timed else None
+        if not self._reads_clients:
+            return self._selector.poll(timeout)
         clients = self._stdin.clients
         if not self._conversing:
             return clients.poll(timeout)
         return self._eager.wait(lambda: clients.poll(0) or None, lambda: clients.poll(timeout))
+
+    def _proceed(self, ready: list[tuple[int, int]]) -> None:
+        """Do what there is to do about it."""
+        if self._reads_clients:
+            self._serve_all(ready)
+        else:
+            self._serve(ready)
+        if self._timed:
+            self._run_timers(time.monotonic())
+        self._watch_io()
+
+    @property
+    def _reads_clients(self) -> bool:
+        return self._io_open and not self._stdin.blocked
 
     def _serve_all(self, ready: list[tuple[int, int]]) -> None:
         """Serve what is ready, the clients all together."""

@@ -33,6 +33,7 @@ from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.shares import LimitReached, Share
 from cc_proxy.proxy.status import About
 from cc_proxy.settings import Limits, LiveSettings
+from cc_proxy.threads import start_thread
 
 #: Threads that wait for the interpreter ask for it this often, in seconds.
 _SWITCH_INTERVAL = 0.001
@@ -289,7 +290,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 def _begin(function: Callable[[], None]) -> bool:
     """Call a function in a thread of its own, if there is one to be had."""
     try:
-        threading.Thread(target=function, name="farewell", daemon=True).start()
+        start_thread(threading.Thread(target=function, name="farewell", daemon=True))
     except RuntimeError:
         return False
     return True

@@ -27,15 +27,17 @@ _PRESENCE = frozenset({"connections", "vms"})
 
 #: For each second of a CPU a user's VMs pay with a second of rest, and so many times as much as they had the
 #: interpreter longer than this, in seconds at a stretch: that keeps it from as many times as many others.
-_STRETCH = 0.000_03
+_STRETCH = 0.000_06
 #: So many seconds' requests may come in one go. Starting many containers at once is not an attack.
 _IN_ONE_GO = 5
 #: A new connection is as much work as so many requests.
 _CONNECTING = 2
 #: Seconds of rest that may be due before it is taken, and that are taken at once at the most.
-_CREDIT = 0.001
+_CREDIT = 0.000_03
 _LONGEST_REST = 0.25
 _MOST_DUE = 10.0
+#: Seconds that a pump waits at the most for others of the same user to have done what they are at.
+_COURTESY = 0.05
 #: So many users' parts are kept before those of users who have gone are looked for.
 _FEW = 64
 
@@ -78,6 +80,9 @@ class Share:
         # One hello of the user's at a time looks for a socket, so that many that fail do not crowd; held over
         # I/O, and nothing else is locked then.
         self.dialing = threading.Lock()
+        # Held by a pump while it has something to do, and rests; over I/O, but nobody waits longer than
+        # _COURTESY for it.
+        self._pumping = threading.Lock()
         self._requests = _Pace()
         self._arrivals = _Pace()  # of connections; the accept thread's
         # When what the user's VMs have taken of the interpreter is paid for. Any thread's, without a lock: of
@@ -113,6 +118,19 @@ class Share:
         self._paid_at = now + due
         if due > _CREDIT:
             time.sleep(min(due, _LONGEST_REST))
+
+    @contextlib.contextmanager
+    def one_pump(self) -> Iterator[None]:
+        """Have one at a time of the user's pumps compete with the other users' threads, as with requests.
+
+        A disk may keep one for long, and none is to wait for another's disk: so it is a courtesy, no lock.
+        """
+        mine = self._pumping.acquire(timeout=_COURTESY)
+        try:
+            yield
+        finally:
+            if mine:
+                self._pumping.release()
 
     @property
     def others(self) -> bool:

@@ -294,11 +294,12 @@ class Vm:
         return f"VM gone: {self._cause or 'it was unregistered'}"
 
 
-def _note(container_id: str, payer: Share | None, event: ControlMessage) -> None:
+def _note(container_id: str, payer: Share | None, events: list[ControlMessage]) -> None:
     if payer:
-        payer.spend(_EVENT, _EVENT)
+        payer.spend(len(events) * _EVENT, _EVENT)
     if logger.isEnabledFor(logging.DEBUG):  # an agent sends two of them for each command
-        logger.debug("event from the VM", extra={"vm": container_id, "event": str(event)})
+        for event in events:
+            logger.debug("event from the VM", extra={"vm": container_id, "event": str(event)})
 
 
 def _session_pair() -> tuple[socket.socket, socket.socket]:

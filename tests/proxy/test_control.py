@@ -42,9 +42,13 @@ class Agent:
     def __init__(self) -> None:
         near, self.sock = pair()
         self.events: queue.SimpleQueue[ControlMessage] = queue.SimpleQueue()
-        self.link = ControlLink(near, self.events.put)
+        self.link = ControlLink(near, self._note)
         self.io, self.far_io = pair()
         self.results: queue.SimpleQueue[object] = queue.SimpleQueue()
+
+    def _note(self, events: list[ControlMessage]) -> None:
+        for event in events:
+            self.events.put(event)
 
     def say(self, code: int, payload: bytes = b"") -> None:
         self.sock.sendall(command(code, payload))

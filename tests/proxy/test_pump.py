@@ -1127,8 +1127,13 @@ class Payer:
     def __init__(self) -> None:
         self.others = True
         self.spent: list[float] = []
+        self.pumping = threading.Lock()
+
+    def one_pump(self) -> threading.Lock:
+        return self.pumping
 
     def spend(self, seconds: float, stretch: float) -> None:
+        assert self.pumping.locked()
         assert 0 <= stretch <= seconds
         self.spent.append(seconds)
 

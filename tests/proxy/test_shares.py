@@ -143,6 +143,35 @@ def test_others_have_their_turn_while_one_waits_aside() -> None:
     assert not share.turn.locked()
 
 
+def test_one_pump_of_a_user_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shares_module, "_COURTESY", WAIT)
+    shares = shares_of(1, 1)
+    share = shares.of(ALICE)
+    served: list[str] = []
+
+    def serve() -> None:
+        with share.one_pump():
+            served.append("second")
+
+    with ExitStack() as first:
+        first.enter_context(share.one_pump())
+        with in_background(serve):
+            assert not shares.of(BOB)._pumping.locked(), "another user's do not wait"
+            served.append("first")
+            first.close()
+    assert served == ["first", "second"]
+
+
+def test_pump_does_not_wait_long_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shares_module, "_COURTESY", 0.01)
+    share = shares_of(1, 1).of(ALICE)
+    with share.one_pump():
+        with share.one_pump():
+            pass
+        assert share._pumping.locked(), "it is still the first one's"
+    assert not share._pumping.locked()
+
+
 def test_users_who_have_gone_leave_nothing() -> None:
     shares = shares_of(total=10, each=2)
     here = shares.of(1)
