@@ -277,7 +277,7 @@ class Pump:
                 handler(pair[1])
             else:
                 clients.append(pair)
-        if clients and self._io_open and not self._stdin.blocked:
+        if clients and self._reads_clients:
             self._conversing, self._vm_spoke_last = self._vm_spoke_last, False
             self._stdin.read_clients(clients)
 
