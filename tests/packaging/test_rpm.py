@@ -31,15 +31,17 @@ pytestmark = [pytest.mark.package, pytest.mark.timeout(900)]
 
 
 class Rpm:
-    """The package, and rpm, which is this machine's."""
+    """The package, and rpm, which is this machine's; `database` is a directory for what it knows."""
 
-    def __init__(self, path: Path, box: Box) -> None:
+    def __init__(self, path: Path, box: Box, database: Path) -> None:
         self.path = path
         self.box = box
+        # SQLite takes /proc/PID/root for a link to this machine's root, so there has to be one here too.
+        self._database = database
 
     def run(self, *arguments: str | Path) -> str:
         """Has rpm do something in the box; returns what it said."""
-        command = ["rpm", "--root", self.box.root, *arguments]
+        command = ["rpm", "--root", self.box.root, "--dbpath", self._database, *arguments]
         result = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
@@ -57,10 +59,10 @@ def built(release: None) -> Path:
 
 
 @pytest.fixture
-def rpm(system: Box, built: Path) -> Iterator[Rpm]:
+def rpm(system: Box, built: Path, tmp_path: Path) -> Iterator[Rpm]:
     """The package is installed; erased in the end."""
     system.apt("install", "python3-pythonjsonlogger")
-    rpm = Rpm(built, system)
+    rpm = Rpm(built, system, tmp_path)
     rpm.run("--install", "--nodeps", built)
     system.run("systemctl", "daemon-reload")
     yield rpm
@@ -106,7 +108,8 @@ def test_erased_it_leaves_nothing(rpm: Rpm) -> None:
     assert found(rpm.box, FILES | MORE_FILES).keys() <= {"/run/cc-oci-runtime"}
 
 
-def test_the_policy_is_a_package_of_its_own(built: Path) -> None:
+def test_the_policy_is_a_package_of_its_own(built: Path, tmp_path: Path) -> None:
     (policy,) = built.parents[1].glob("noarch/cc-proxy-selinux-*.rpm")
-    files = subprocess.run(["rpm", "-qlp", policy], check=True, capture_output=True, text=True).stdout.split()
+    list_files: list[str | Path] = ["rpm", "--dbpath", tmp_path, "-qlp", policy]
+    files = subprocess.run(list_files, check=True, capture_output=True, text=True).stdout.split()
     assert "/usr/share/selinux/packages/cc_proxy.pp" in files
