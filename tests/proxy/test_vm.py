@@ -24,6 +24,7 @@ from cc_proxy.hyperstart.codes import Code
 from cc_proxy.log import CONSOLE, logger
 from cc_proxy.proxy import vm as vm_module
 from cc_proxy.proxy.pump import Pump
+from cc_proxy.proxy.shares import Share
 from cc_proxy.proxy.spool import SpoolSpace
 from cc_proxy.proxy.vm import State, Vm, VmError
 from cc_proxy.settings import Limits, LiveSettings, Settings
@@ -34,6 +35,7 @@ from tests.proxy.support import DIALER, new_share, open_fds, pair
 from tests.users import ALICE, needs_root
 from tests.wire.support import (
     ACK,
+    ASYNC_EVENT,
     ERROR,
     PING,
     READY,
@@ -115,6 +117,21 @@ def hasty_life(tmp_sock_dir: Path, space: SpoolSpace) -> Iterator[Life]:
     life = Life(tmp_sock_dir, space, msgspec.structs.replace(SETTINGS, vm=limits))
     yield life
     life.close()
+
+
+@pytest.mark.parametrize(("owner", "events"), [(ROOT, 0), (ALICE.uid, 4)])
+def test_events_are_paid_for_unless_it_is_roots(
+    life: Life, monkeypatch: pytest.MonkeyPatch, owner: int, events: int
+) -> None:
+    spent: list[float] = []
+    monkeypatch.setattr(Share, "spend", lambda _, seconds, __: spent.append(seconds))
+    life.vm.owner = owner
+    life.start()
+    for _ in range(3):
+        life.agent.say(ASYNC_EVENT, b"{}")
+    with in_background(life.take_command):
+        life.vm.command(Code.PING, b"{}")
+    assert sum(spent) == pytest.approx(events * vm_module._EVENT), "READY is one, too"
 
 
 # States ---------------------------------------------------------------------------------------------------
