@@ -11,6 +11,7 @@ import pytest
 
 from cc_proxy.log import fields_of, logger
 from cc_proxy.proxy.spool import SpoolSpace
+from tests.proxy.house import Answering, House
 from tests.proxy.support import Rig, spool_space
 
 
@@ -68,3 +69,15 @@ def file_limit() -> Iterator[int]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     yield limit
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def house(tmp_sock_dir: Path) -> Iterator[House]:
+    house = House(tmp_sock_dir)
+    yield house
+    house.close()
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> Answering:
+    return Answering(monkeypatch)

@@ -6,35 +6,26 @@ import errno
 import logging
 import os
 import resource
-import select
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from cc_proxy.api import messages
-from cc_proxy.api.payloads import Response
 from cc_proxy.fds import close_stream, may_hold_fds
 from cc_proxy.proxy import server as server_module
 from cc_proxy.proxy.crew import Crew
-from cc_proxy.proxy.eager import Eager
-from cc_proxy.proxy.handlers import Client, Handlers, Reply
-from cc_proxy.proxy.listener import Listener
-from cc_proxy.proxy.registry import Registry
-from cc_proxy.proxy.server import Connection, Server
+from cc_proxy.proxy.server import Server
 from cc_proxy.proxy.shares import Share
-from cc_proxy.settings import Limits, LiveSettings, Settings
+from cc_proxy.settings import Limits
 from tests.proxy.conftest import Logged
-from tests.proxy.support import NEVER, open_fds, read_to_end
+from tests.proxy.house import UNKNOWN, Answering, House, limited
+from tests.proxy.support import NEVER, open_fds
 from tests.wire.support import (
     WAIT,
-    RawClient,
     at_end,
     is_silent,
     message,
@@ -42,104 +33,6 @@ from tests.wire.support import (
     request,
     wait_until,
 )
-
-UNKNOWN = refused("no payload named 'x'")
-DEFAULT_LIMITS = Limits()
-
-
-class House:
-    """A server that runs, and clients of it."""
-
-    def __init__(self, directory: Path, limits: Limits = DEFAULT_LIMITS, *, own: bool = True) -> None:
-        self.path = directory / "sock"
-        self._stack = ExitStack()
-        if own:
-            listener = Listener.bind(str(self.path))
-        else:
-            sock = socket.socket(socket.AF_UNIX)
-            sock.bind(str(self.path))
-            sock.listen()
-            self.kept = sock.dup()
-            self._stack.callback(self.kept.close)
-            listener = Listener(sock)
-        self._listener = listener
-        live = LiveSettings(Settings(limits=limits))
-        self.server = Server(listener, Registry(live), live)
-        self.server.start()
-        self._stopped = False
-
-    def connect(self) -> RawClient:
-        client = RawClient(self.path)
-        self._stack.callback(client.close)
-        return client
-
-    def stop(self, seconds: float = WAIT) -> bool:
-        self._stopped = True
-        self.server.stop_accepting()
-        try:
-            return self.server.join_connections(seconds)
-        finally:
-            self.server.server_close()
-
-    def close(self) -> None:
-        self._stack.close()
-        if not self._stopped:
-            self.stop()
-        self._listener.remove()
-
-
-@pytest.fixture(autouse=True)
-def quick_and_reversible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(server_module, "_STOP_POLL", 0.01)
-    interval = sys.getswitchinterval()
-    yield
-    sys.setswitchinterval(interval)
-
-
-@pytest.fixture
-def house(tmp_sock_dir: Path) -> Iterator[House]:
-    house = House(tmp_sock_dir)
-    yield house
-    house.close()
-
-
-@contextmanager
-def limited(directory: Path, limits: Limits) -> Iterator[House]:
-    house = House(directory, limits)
-    try:
-        yield house
-    finally:
-        house.close()
-
-
-class Answering:
-    """Handlers whose answers a test chooses."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.clients: list[int] = []
-        self.passed: list[socket.socket] = []
-        self.proceed = threading.Event()
-        self.error: Exception | None = None
-        monkeypatch.setattr(Handlers, "answer", lambda handlers, client, text: self.answer(client, text))
-
-    def answer(self, client: Client, text: bytes) -> Reply:
-        self.clients.append(client.number)
-        if text == b"wait":
-            assert self.proceed.wait(WAIT)
-        if text == b"error":
-            raise KeyError("nobody expects it")
-        if text == b"fd":
-            near, far = socket.socketpair()
-            near.close()
-            self.passed.append(far)
-            return Reply(messages.frame_text(b"here it is"), far)
-        return Reply(messages.frame_text(b"answer"))
-
-
-@pytest.fixture
-def answering(monkeypatch: pytest.MonkeyPatch) -> Answering:
-    return Answering(monkeypatch)
-
 
 # Connections ----------------------------------------------------------------------------------------------
 
@@ -313,26 +206,6 @@ def test_shortage_does_not_delay_the_end(house: House, monkeypatch: pytest.Monke
         assert house.stop()
 
 
-def test_fd_that_was_passed_is_closed_here(house: House, answering: Answering) -> None:
-    client = house.connect()
-    client.send(message("fd") + message("x"))
-    assert client.receive() == b"here it is"
-    stream = client.receive_fd(1)
-    assert client.receive() == b"answer"
-    assert answering.passed[0].fileno() == -1
-    assert at_end(stream.sock)
-    client.close_all()
-
-
-def test_fd_for_a_client_that_has_gone_is_closed(house: House, answering: Answering) -> None:
-    client = house.connect()
-    client.send(message("wait") + message("fd") + message("fd"))
-    client.close()
-    answering.proceed.set()
-    wait_until(lambda: not house.server._connections, "it is forgotten")
-    assert all(sock.fileno() == -1 for sock in answering.passed)
-
-
 @pytest.mark.parametrize("own", [True, False], ids=["own socket", "inherited"])
 def test_client_cannot_pass_fds(tmp_sock_dir: Path, own: bool) -> None:
     house = House(tmp_sock_dir, own=own)
@@ -391,144 +264,6 @@ def test_connection_counts_until_it_is_closed(tmp_sock_dir: Path, monkeypatch: p
         finally:
             closing.over.set()
         wait_until(lambda: not house.server.shares.users(), "it is forgotten")
-
-
-# Time -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("part", [1, 7, 8, 12])
-def test_message_that_does_not_go_on_ends_its_connection(
-    tmp_sock_dir: Path, logged: Logged, part: int
-) -> None:
-    with limited(tmp_sock_dir, Limits(message_timeout=0.05)) as house:
-        idle = house.connect()
-        assert idle.ask("x") == UNKNOWN
-        client = house.connect()
-        client.send(request("x") + request("x")[:part])
-        assert client.receive() == UNKNOWN
-        assert at_end(client.sock)
-        who = {"client": 2, "pid": os.getpid(), "uid": os.getuid()}
-        assert logged.fields("client broke the protocol") == [
-            who | {"error": "a message that had begun did not arrive in time"}
-        ]
-        assert idle.ask("x") == UNKNOWN, "between messages there is no hurry"
-
-
-def test_message_that_comes_a_byte_at_a_time_has_as_much_time_as_any(tmp_sock_dir: Path) -> None:
-    """Its time is not begun anew with each byte."""
-    with limited(tmp_sock_dir, Limits(message_timeout=0.2)) as house:
-        client = house.connect()
-        never = threading.Event()
-        data = message(" " * 5_000)
-        sent = 0
-        while sent < len(data):
-            try:
-                client.send(data[sent : sent + 1])
-            except BrokenPipeError:
-                break
-            sent += 1
-            never.wait(0.005)
-            if not is_silent(client.sock):
-                break
-        assert 10 < sent < 1_000
-        assert at_end(client.sock)
-
-
-def test_slow_message_in_time_is_answered_and_the_next_one_has_its_own(tmp_sock_dir: Path) -> None:
-    with limited(tmp_sock_dir, Limits(message_timeout=2)) as house:
-        client = house.connect()
-        for _ in range(3):
-            data = request("x")
-            for at in range(0, len(data), 5):
-                client.send(data[at : at + 5])
-            assert client.receive() == UNKNOWN
-        wait_until(lambda: bool(house.server.idle._waiting), "it is silent")
-        assert client.ask("x") == UNKNOWN
-
-
-class Waiting:
-    """A connection that takes nothing: notes how long it would be waited for."""
-
-    def __init__(self) -> None:
-        self.timeouts: list[bytes] = []
-
-    def setsockopt(self, level: int, option: int, value: bytes) -> None:
-        self.timeouts.append(value)
-
-    def send(self, flags: int) -> int:
-        raise BlockingIOError
-
-
-@pytest.mark.parametrize("left", [1.0, 1e-3, 1e-5, 9e-7, 1e-7, 0.0, -1.0])
-def test_last_microsecond_is_not_for_ever(monkeypatch: pytest.MonkeyPatch, left: float) -> None:
-    """To the kernel a timeout of 0 is none at all."""
-    monkeypatch.setattr(server_module, "time", SimpleNamespace(monotonic=lambda: 1_000.0))
-    connection = Connection.__new__(Connection)
-    request = Waiting()
-    connection.request = request  # type: ignore[assignment]  # in its place
-    with pytest.raises(TimeoutError, match="a response was not taken in time"):
-        connection._send_by(1_000.0 + left, request.send)
-    assert bytes(16) not in request.timeouts
-
-
-def test_client_that_does_not_take_its_responses_is_let_go_in_time(
-    tmp_sock_dir: Path, logged: Logged
-) -> None:
-    with limited(tmp_sock_dir, Limits(message_timeout=0.05)) as house:
-        client = house.connect()
-        client.sock.setblocking(False)
-        data = request("x") * 1_000
-        rest = memoryview(data)
-        while True:
-            _, writable, _ = select.select([], [client.sock], [], WAIT)
-            assert writable
-            try:
-                rest = rest[client.sock.send(rest) :] or memoryview(data)
-            except (BlockingIOError, BrokenPipeError, ConnectionResetError):
-                if not house.server._connections:
-                    break
-        fields = logged.fields("client disconnected")
-        assert fields == [{"client": 1, "reason": "Connection timed out"}]
-
-
-# Errors ---------------------------------------------------------------------------------------------------
-
-
-def test_error_that_nobody_expects_costs_its_connection_alone(
-    house: House, answering: Answering, logged: Logged
-) -> None:
-    other, client = house.connect(), house.connect()
-    other.send(message("x"))
-    assert other.receive() == b"answer"
-    client.send(message("x") + message("error") + message("never"))
-    assert client.receive() == b"answer"
-    assert at_end(client.sock)
-    other.send(message("x"))
-    assert other.receive() == b"answer"
-    assert logged.fields("connection failed") == [{"client": 2}]
-    assert logged.at(logging.ERROR) == ["connection failed"]
-    assert len(house.server._connections) == 1
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (message("[]"), "not a JSON object"),
-        (message("{}", length=2**20 + 1), "a message announces 1048577 bytes"),
-        (message("{}", reserved=1), "the reserved field"),
-    ],
-)
-def test_broken_protocol_is_logged_with_its_reason(
-    house: House, logged: Logged, data: bytes, reason: str
-) -> None:
-    client = house.connect()
-    client.send(data)
-    assert read_to_end(client.sock) == b""
-    wait_until(lambda: bool(logged.fields("client disconnected")), "it is noticed")
-    (fields,) = logged.fields("client broke the protocol")
-    assert str(fields["error"]).startswith(reason)
-    (connected,) = logged.fields("client connected")
-    assert connected == {"client": 1, "pid": os.getpid(), "uid": os.getuid()}
 
 
 # The end --------------------------------------------------------------------------------------------------
@@ -639,15 +374,6 @@ def no_request(server: Server) -> object:
     raise OSError(errno.EAGAIN, "not now")
 
 
-def test_responses_are_written_whole(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = messages.encode(Response(False, "x" * 1_000_000))
-    monkeypatch.setattr(Handlers, "answer", lambda *_: Reply(text))
-    client = house.connect()
-    client.send(request("x") * 3)
-    for _ in range(3):
-        assert len(client.receive()) == len(text) - 8
-
-
 # What the watchdog looks at -------------------------------------------------------------------------------
 
 
@@ -661,22 +387,3 @@ def test_lock_is_free_unless_somebody_holds_it(house: House) -> None:
     assert not house.server._lock.locked()
     with house.server._lock:
         assert not house.server.is_free(0.01)
-
-
-@pytest.mark.parametrize("others", [False, True])
-def test_next_request_is_waited_for_eagerly_unless_other_users_are_there(
-    house: House, monkeypatch: pytest.MonkeyPatch, others: bool
-) -> None:
-    waits: list[Eager] = []
-
-    def wait(eager: Eager, look: Callable[[], object], sleep: Callable[[], object]) -> object:
-        waits.append(eager)
-        found = look()
-        return sleep() if found is None else found
-
-    monkeypatch.setattr(Eager, "wait", wait)
-    monkeypatch.setattr(Share, "others", others)
-    client = house.connect()
-    for _ in range(3):
-        assert client.ask("x") == UNKNOWN
-    assert bool(waits) is not others

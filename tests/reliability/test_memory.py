@@ -16,8 +16,8 @@ from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.vm import VmError
 from cc_proxy.settings import LiveSettings, Settings, Spool
 from tests.fuzz.acknowledging import AcknowledgingVm
+from tests.proxy.house import UNKNOWN, House
 from tests.proxy.support import read_to_end
-from tests.proxy.test_server import UNKNOWN, House
 from tests.wire.support import WAIT, request, wait_until
 
 

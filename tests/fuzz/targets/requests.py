@@ -23,10 +23,11 @@ from cc_proxy.api.messages import MemberError
 from cc_proxy.api.payloads import Hello, Request
 from cc_proxy.credentials import Credentials
 from cc_proxy.log import CONSOLE, _Json, _Text, logger
+from cc_proxy.proxy.connection import Connection
 from cc_proxy.proxy.handlers import MAX_RESPONSE, Client
 from cc_proxy.proxy.listener import Listener
 from cc_proxy.proxy.registry import Registry
-from cc_proxy.proxy.server import Connection, Server
+from cc_proxy.proxy.server import Server
 from cc_proxy.settings import LiveSettings, Settings, Spool, Vm
 from tests.fuzz.acknowledging import AcknowledgingVm
 from tests.fuzz.choices import Choices

@@ -1,0 +1,101 @@
+"""A server that runs in this process, and its clients."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from cc_proxy.api import messages
+from cc_proxy.proxy import server as server_module
+from cc_proxy.proxy.handlers import Client, Handlers, Reply
+from cc_proxy.proxy.listener import Listener
+from cc_proxy.proxy.registry import Registry
+from cc_proxy.proxy.server import Server
+from cc_proxy.settings import Limits, LiveSettings, Settings
+from tests.wire.support import WAIT, RawClient, refused
+
+UNKNOWN = refused("no payload named 'x'")
+DEFAULT_LIMITS = Limits()
+
+
+class House:
+    """A server that runs, and clients of it."""
+
+    def __init__(self, directory: Path, limits: Limits = DEFAULT_LIMITS, *, own: bool = True) -> None:
+        self.path = directory / "sock"
+        self._stack = ExitStack()
+        if own:
+            listener = Listener.bind(str(self.path))
+        else:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.bind(str(self.path))
+            sock.listen()
+            self.kept = sock.dup()
+            self._stack.callback(self.kept.close)
+            listener = Listener(sock)
+        self._listener = listener
+        live = LiveSettings(Settings(limits=limits))
+        self._patch = pytest.MonkeyPatch()
+        self._patch.setattr(server_module, "_STOP_POLL", 0.01)
+        self._stack.callback(self._patch.undo)
+        self._stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+        self.server = Server(listener, Registry(live), live)
+        self.server.start()
+        self._stopped = False
+
+    def connect(self) -> RawClient:
+        client = RawClient(self.path)
+        self._stack.callback(client.close)
+        return client
+
+    def stop(self, seconds: float = WAIT) -> bool:
+        self._stopped = True
+        self.server.stop_accepting()
+        try:
+            return self.server.join_connections(seconds)
+        finally:
+            self.server.server_close()
+
+    def close(self) -> None:
+        self._stack.close()
+        if not self._stopped:
+            self.stop()
+        self._listener.remove()
+
+
+@contextmanager
+def limited(directory: Path, limits: Limits) -> Iterator[House]:
+    house = House(directory, limits)
+    try:
+        yield house
+    finally:
+        house.close()
+
+
+class Answering:
+    """Handlers whose answers a test chooses."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clients: list[int] = []
+        self.passed: list[socket.socket] = []
+        self.proceed = threading.Event()
+        monkeypatch.setattr(Handlers, "answer", lambda handlers, client, text: self.answer(client, text))
+
+    def answer(self, client: Client, text: bytes) -> Reply:
+        self.clients.append(client.number)
+        if text == b"wait":
+            assert self.proceed.wait(WAIT)
+        if text == b"error":
+            raise KeyError("nobody expects it")
+        if text == b"fd":
+            near, far = socket.socketpair()
+            near.close()
+            self.passed.append(far)
+            return Reply(messages.frame_text(b"here it is"), far)
+        return Reply(messages.frame_text(b"answer"))
