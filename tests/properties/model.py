@@ -62,6 +62,9 @@ class Session:
         self.held = 0  # by the agent, since it last sent a marker back
         self.may_end = False  # whether the agent is told of an end depends on who is quicker
         self.half_closed = self.closed = self.broken = False
+        self.done = (
+            False  # nothing is done with it any more; unlike the others, this is never up to the daemon
+        )
         self._header = b""
         self._missing = 0
 
@@ -120,6 +123,8 @@ class Session:
 
     def close(self) -> None:
         """One that has sent something ends; one that has only half closed may be too quick to be noticed."""
+        if self.closed:
+            return
         if self.half_closed and not self.said.data and self.got != self.said:
             self.said.ends, self.may_end = [], True
         elif not self.over and self.said.data and not self.said.at_end:
@@ -153,6 +158,7 @@ class Session:
         if not self.closed:
             assert self.stream.at_end()
             self.close()
+        self.done = True
 
 
 class Vm:

@@ -93,7 +93,8 @@ class World(RuleBasedStateMachine):
 
     @property
     def sessions(self) -> list[Session]:
-        return [session for vm in self.vms for session in vm.sessions if not session.closed]
+        """Closed by the daemon or not: when that is noticed must not change what can be done next."""
+        return [session for vm in self.vms for session in vm.sessions if not session.done]
 
     @property
     def attached(self) -> list[Client]:
@@ -360,6 +361,7 @@ class World(RuleBasedStateMachine):
             session.half_close()
         elif how == "whole":
             session.close()
+            session.done = True
         elif not session.over:
             wrong = (
                 frame(session.seqs.start + 1) if how == "wrong seq" else frame(session.seqs.start, length=11)
