@@ -111,7 +111,7 @@ def _check_nesting(text: bytes) -> None:
         return
     bare = _STRINGS.sub(b"", text)
     opened, closed = (sum(map(bare.count, kinds)) for kinds in ((b"[", b"{"), (b"]", b"}")))
-    if opened != closed or not bare.lstrip().startswith(b"{"):
+    if opened != closed or not text.lstrip().startswith(b"{"):
         raise ProtocolError("not a JSON object")
     raise MemberError(f"nested more than {MAX_NESTING} levels deep")
 

@@ -50,6 +50,7 @@ class ControlLink:
         self._on_events = on_events
         self._channel = ControlChannel()
         self._lost: ControlLost | None = None
+        self._end = "the VM hung up its control channel"  # what that is called; set once at the most
         # Commands and since when, by the thread that waits for them. Each thread adds and removes its own:
         # single steps of the interpreter, which need no lock.
         self._waiting: dict[int, tuple[Code, float]] = {}
@@ -129,8 +130,12 @@ class ControlLink:
                 self._unasked.modify(self._sock, select.EPOLLIN)
             self._turn.release()
 
-    def hang_up(self) -> None:
-        """Make everybody who waits on this channel find it lost. The socket stays open until `close`."""
+    def hang_up(self, cause: str = "") -> None:
+        """Make everybody who waits on this channel find it lost, for this cause if there is one.
+
+        The socket stays open until `close`.
+        """
+        self._end = cause or self._end
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError as error:
@@ -148,7 +153,7 @@ class ControlLink:
         """Note the events that came between commands. Raises `ControlLost`; never waits."""
         if not self._turn.acquire(blocking=False):
             if self._hung_up():
-                raise ControlLost("the VM hung up its control channel")
+                raise ControlLost(self._end)
             return
         try:
             with contextlib.suppress(BlockingIOError):
@@ -248,7 +253,7 @@ class ControlLink:
         if self._lost:
             raise self._lost
         if not data:
-            raise ControlLost("the VM hung up its control channel")
+            raise ControlLost(self._end)
         if events := self._channel.receive_data(data):
             self._on_events(events)
         if self._channel.error:

@@ -113,8 +113,8 @@ class Idle:
         try:
             if self._stopping:
                 return
-            epoll.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
-            with contextlib.suppress(queue.Empty):
+            with contextlib.suppress(queue.Empty, ValueError):  # it is closed in this moment
+                epoll.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
                 woken.get(timeout=timeout)
         finally:
             del self._waiting[fd]

@@ -35,8 +35,8 @@ _SWITCH_INTERVAL = 0.001
 #: Seconds that the accept thread leaves to others after a connection that came too early. More come, and to
 #: accept them as fast as it can is to hold the interpreter, which a thread that is quick gets back each time.
 _BREATH = 0.000_1
-#: So many connections are accepted before the next one is served: few enough that none waits long for them, and
-#: enough that all who wait are soon known.
+#: So many connections are accepted before the next one is served: few enough that it does not wait long for
+#: them, and enough that all who wait are soon known.
 _AT_ONCE = 16
 #: Seconds until the accept thread notices that it is to stop.
 _STOP_POLL = 0.25

@@ -35,6 +35,8 @@ _SEND_BUFFER = 1024 * 1024
 _SESSION_SEND_BUFFER = 256 * 1024
 #: Seconds of a CPU that an event is taken for: more than it takes, as an agent has no need of many.
 _EVENT = 0.000_02
+#: Why everything ends some time.
+_STOPS = "the daemon stops"
 
 
 class VmError(Exception):
@@ -230,9 +232,9 @@ class Vm:
         pump, control = self._pump, self._control
         self._powering_off = True
         if pump:
-            pump.finish("the daemon stops")
+            pump.finish(_STOPS)
         elif control:
-            control.hang_up()
+            control.hang_up(_STOPS)
 
     def abort(self) -> None:
         """End now, whatever waits."""

@@ -434,6 +434,7 @@ def test_an_object_nested_200_000_deep_is_refused(text: bytes) -> None:
 def test_what_is_nested_200_000_deep_and_no_json_at_all_is_refused_too() -> None:
     for text in (b"{%b}", b'{"a":%b}}{', b'{"a":%b]}', b'{"a":"%b}'):
         refusal(text % DEEP, Request)
+    assert not isinstance(refusal(b'"a"{"b":%b}' % DEEP, Request), MemberError), "it begins with a string"
 
 
 @pytest.mark.parametrize("depth", [100, 199])

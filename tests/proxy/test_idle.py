@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +74,11 @@ def test_the_end_wakes_all() -> None:
         idle.close()
 
 
+def watched(epoll: select.epoll) -> int:
+    """How many fds it has."""
+    return Path(f"/proc/self/fdinfo/{epoll.fileno()}").read_text().count("tfd:")
+
+
 def test_no_user_waits_until_all_of_another_are_woken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Alice's clients have all gone before Bob's one says something."""
     monkeypatch.setattr(idle_module, "_AT_ONCE", 2)
@@ -101,7 +108,7 @@ def test_no_user_waits_until_all_of_another_are_woken(monkeypatch: pytest.Monkey
         threads.append(threading.Thread(target=wait, args=(BOB, bob)))
         for thread in threads:
             thread.start()
-        wait_until(lambda: len(idle._waiting) == 21, "all wait")
+        wait_until(lambda: sum(map(watched, idle._clients.values())) == 21, "all wait")
         for _, far in alices:
             far.close()
         bobs_client.send(b"x")
@@ -197,6 +204,9 @@ def test_who_comes_after_the_end_waits_for_nothing() -> None:
     near, far = pair()
     with near, far:
         idle.wait(ALICE, near, None)
+        idle._stopping = False  # as for who has just looked when it ends
+        idle.wait(ALICE, near, None)
+        idle._stopping = True
     idle.dismiss(ALICE)
 
 

@@ -589,7 +589,7 @@ def test_stop_before_it_is_up_ends_hello(life: Life) -> None:
         wait_until(lambda: life.vm._control is not None, "it waits for READY")
         life.vm.stop()
 
-    with in_background(stop), pytest.raises(VmError, match="hung up"):
+    with in_background(stop), pytest.raises(VmError, match="the daemon stops"):
         life.vm.start(life.hello, DIALER)
     assert life.vm.state is State.ENDED
 
