@@ -10,7 +10,6 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from typing import Literal
 
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import Command, ControlChannel, ControlMessage
@@ -170,26 +169,21 @@ class ControlLink:
 
     # Requires holding _turn -------------------------------------------------------------------------------
 
-    def _exchange(self, timeout: float) -> Literal[True]:
-        """Wait up to `timeout` seconds for the agent, and read once what it said."""
+    def _exchange(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds for the agent and read once; returns whether it said something."""
         if self._channel.outgoing:
             ready = select.poll()
             ready.register(self._sock)
-            self._exchange_when_ready(ready, timeout)
-            return True
+            return self._exchange_when_ready(ready, timeout)
         # One call that waits and reads: this is where most of the time of a command goes.
         self._limit_receive(timeout)
-        with contextlib.suppress(BlockingIOError):
-            self._read(0)
-        return True
+        return self._has_read(0)
 
-    def _exchange_when_ready(self, ready: select.poll, timeout: float) -> None:
+    def _exchange_when_ready(self, ready: select.poll, timeout: float) -> bool:
         if self._channel.outgoing:
             self._write()
         ready.modify(self._sock, select.POLLIN | (select.POLLOUT if self._channel.outgoing else 0))
-        if ready.poll(int(timeout * 1000) + 1):
-            with contextlib.suppress(BlockingIOError):
-                self._read(socket.MSG_DONTWAIT)
+        return bool(ready.poll(int(timeout * 1000) + 1)) and self._has_read(socket.MSG_DONTWAIT)
 
     def _limit_receive(self, timeout: float) -> None:
         """Have recv(2) wait `timeout` seconds at the most, rounded up to a hundredth."""
@@ -211,7 +205,7 @@ class ControlLink:
                 if late:
                     self._read_what_is_there()
                 else:
-                    self._eager.wait(self._read_at_once, functools.partial(self._exchange, deadline - now))
+                    self._eager.wait(self._look, functools.partial(self._exchange, deadline - now))
             except ControlLost as lost:
                 if not command.is_answered():
                     raise
@@ -220,13 +214,9 @@ class ControlLink:
                 self.hang_up()
             now = time.monotonic()
 
-    def _read_at_once(self) -> Literal[True] | None:
+    def _look(self) -> bool | None:
         """Read once; None if there is nothing yet."""
-        try:
-            self._read(socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return None
-        return True
+        return self._has_read(socket.MSG_DONTWAIT) or None
 
     def _read_what_is_there(self) -> None:
         """If this process was stopped, the answer may have come in time, behind events."""
@@ -242,6 +232,13 @@ class ControlLink:
             return
         except OSError as error:
             raise ControlLost(f"control channel: {os.strerror(error.errno or 0)}") from None
+
+    def _has_read(self, flags: int) -> bool:
+        try:
+            self._read(flags)
+        except BlockingIOError:
+            return False
+        return True
 
     def _read(self, flags: int) -> None:
         try:

@@ -9,11 +9,9 @@ the VM is not read.
 
 import contextlib
 import functools
-import os
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol
@@ -27,6 +25,7 @@ from cc_proxy.proxy.console import Console
 from cc_proxy.proxy.control import ControlLink, ControlLost
 from cc_proxy.proxy.counters import Counters
 from cc_proxy.proxy.eager import Eager
+from cc_proxy.proxy.mailbox import Mailbox
 from cc_proxy.proxy.output import FramingLost, Output
 from cc_proxy.proxy.selector import NOTHING_ELSE, READ, WRITE, Selector
 from cc_proxy.proxy.session import Session
@@ -74,9 +73,6 @@ class Pump:
         self._payer = payer
         self.counters = Counters()
 
-        self._mail_lock = threading.Lock()  # guards _mail and _wake against use once _wake is closed
-        self._mail: deque[Callable[[], None]] = deque()
-
         self._asked = False  # the pump thread has been asked whether it is alive; it takes that back
 
         # From here on the pump thread's.
@@ -85,16 +81,17 @@ class Pump:
         with contextlib.ExitStack() as undo:
             self._selector = Selector()  # for all but the clients
             undo.callback(self._selector.close)
+            self._mailbox = Mailbox()
+            undo.callback(self._mailbox.close)
             self._output = Output(
-                vm, io, self._selector, self._owners, self.counters, self._open_mail, self._on_stray
+                vm, io, self._selector, self._owners, self.counters, self._mailbox.open, self._on_stray
             )
             self._stdin = Stdin(vm, io, self._owners, self.counters, echo_timeout, self._drop)
             undo.callback(self._stdin.clients.close)
-            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             undo.pop_all()
         self._handlers: dict[int, Callable[[int], None]] = {
             self._io_fd: self._on_io,
-            self._wake: self._on_wake,
+            self._mailbox.fileno(): self._on_mail,
             control.unasked.fileno(): self._on_control,
             self._selector.fileno(): self._on_others,
         }
@@ -122,7 +119,7 @@ class Pump:
 
     def add(self, session: Session) -> bool:
         """Take over a session: frames for its seqs reach it from now on. False if the pump has ended."""
-        return self._post(lambda: self._add(session))
+        return self._mailbox.post(lambda: self._add(session))
 
     def describe(self) -> Future[Streams]:
         """Ask how things stand: what comes is of one moment. Cancelled if the pump has ended.
@@ -130,18 +127,18 @@ class Pump:
         The answer comes from the pump thread, after what that is at, so waiting for it needs a deadline.
         """
         answer: Future[Streams] = Future()
-        if not self._post(lambda: self._tell(answer)):
+        if not self._mailbox.post(lambda: self._tell(answer)):
             answer.cancel()
         return answer
 
     def finish(self, cause: str, after: float = 0.0) -> None:
         """In `after` seconds at the latest, close both channels, deliver what came by then, and end."""
         at = time.monotonic() + after
-        self._post(lambda: self._finish_by(at, cause))
+        self._mailbox.post(lambda: self._finish_by(at, cause))
 
     def abort(self) -> None:
         """End now, whatever waits."""
-        self._post(self._abort)
+        self._mailbox.post(self._abort)
 
     def join(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds for the thread's end; returns whether it has ended."""
@@ -164,20 +161,11 @@ class Pump:
         if self._asked and self._thread.is_alive():
             return False
         self._asked = True
-        self._post(self._answer)
+        self._mailbox.post(self._answer)
         return True
 
     def _answer(self) -> None:
         self._asked = False
-
-    def _post(self, letter: Callable[[], None]) -> bool:
-        """Have the pump thread call `letter`. False if it has ended."""
-        with self._mail_lock:
-            if self._wake < 0:
-                return False
-            self._mail.append(letter)
-            os.eventfd_write(self._wake, 1)
-        return True
 
     # Pump thread: the loop --------------------------------------------------------------------------------
 
@@ -332,13 +320,8 @@ class Pump:
 
     # Pump thread: what is ready ---------------------------------------------------------------------------
 
-    def _on_wake(self, _events: int) -> None:
-        os.eventfd_read(self._wake)
-        self._open_mail()
-
-    def _open_mail(self) -> None:
-        while self._mail:
-            self._mail.popleft()()
+    def _on_mail(self, _events: int) -> None:
+        self._mailbox.receive()
 
     def _tell(self, answer: Future[Streams]) -> None:
         try:
@@ -487,16 +470,11 @@ class Pump:
             last_first.callback(self._stdin.clients.close)
             last_first.callback(self._control.close)
             last_first.callback(self._close_console)
-            last_first.callback(self._open_mail)
+            last_first.callback(self._mailbox.open)
             last_first.callback(self._abort)
-            last_first.callback(self._close_mailbox)
+            last_first.callback(self._mailbox.close)
 
     def _let_go(self) -> None:
         """Undo what refers to this in a circle: or the buffers would stay until a collector comes by."""
         self._handlers.clear()
         del self._output, self._stdin
-
-    def _close_mailbox(self) -> None:
-        with self._mail_lock:
-            os.close(self._wake)
-            self._wake = -1

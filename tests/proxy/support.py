@@ -215,14 +215,14 @@ class Rig:
             finally:
                 done.set()
 
-        assert self.pump._post(ask)
+        assert self.pump._mailbox.post(ask)
         assert done.wait(WAIT)
         return answers[0]
 
     def wait_for_turn(self) -> None:
         """Until the pump has done all that it was doing, or has ended."""
         done = threading.Event()
-        if self.pump._post(done.set):
+        if self.pump._mailbox.post(done.set):
             wait_until(lambda: done.is_set() or self.owner.over.is_set(), "a turn of the pump")
 
     def wait(self, condition: Callable[[Pump], bool], what: str) -> None:

@@ -81,7 +81,7 @@ def test_pump_that_hangs_is_named_once_until_it_goes_on(parts: Parts, rig: Rig, 
 
     assert parts.is_good()
     rig.wait_for_turn()
-    rig.pump._post(hang)
+    rig.pump._mailbox.post(hang)
     assert here.wait(WAIT)
     try:
         assert parts.is_good(), "it has been asked only now"

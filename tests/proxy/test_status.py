@@ -65,7 +65,7 @@ def test_pump_that_is_stuck_is_said_to_be_and_holds_up_no_other(rig: Rig, space:
     release = threading.Event()
     with Rig(space) as other:
         stuck, well = vm_of(rig, "a"), vm_of(other, "b")
-        rig.pump._post(lambda: cast(None, release.wait(WAIT)))
+        rig.pump._mailbox.post(lambda: cast(None, release.wait(WAIT)))
         try:
             first, second = describe(FakeRegistry(stuck, well), stuck, None, stuck).vms
         finally:
