@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from cc_proxy.log import logger
 
 pytest_plugins = ["tests.leaks", "tests.locks"]
 
@@ -25,3 +28,14 @@ def open_dir() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="ccp-", dir="/tmp") as path:
         os.chmod(path, 0o755)  # noqa: S103 - that is what it is for
         yield Path(path)
+
+
+@pytest.fixture
+def logging_as_it_was() -> Iterator[None]:
+    """For tests that change how the project logs."""
+    before = logger.level, logger.propagate, list(logger.handlers), logging.raiseExceptions
+    yield
+    logger.setLevel(before[0])
+    logger.propagate = before[1]
+    logger.handlers[:] = before[2]
+    logging.raiseExceptions = before[3]

@@ -14,10 +14,10 @@ import pytest
 
 from cc_proxy import journal
 from cc_proxy.log import Logging, logger
-from tests.test_log import journal_of, logging_as_it_was, piped
+from tests.test_log import journal_of, piped
 from tests.wire.support import wait_until
 
-__all__ = ["logging_as_it_was"]
+pytestmark = pytest.mark.usefixtures("logging_as_it_was")
 
 
 class Journal:

@@ -31,17 +31,9 @@ from cc_proxy.log import (
 from cc_proxy.settings import LogFormat, LogLevel
 from tests.wire.support import WAIT, in_background, wait_until
 
+pytestmark = pytest.mark.usefixtures("logging_as_it_was")
+
 NASTY = "\x1b[31m\r\n\x07\x00\x7f\x9b\u2028\u202e\ufeff\"'\\ é😀"
-
-
-@pytest.fixture(autouse=True)
-def logging_as_it_was() -> Iterator[None]:
-    before = logger.level, logger.propagate, list(logger.handlers), logging.raiseExceptions
-    yield
-    logger.setLevel(before[0])
-    logger.propagate = before[1]
-    logger.handlers[:] = before[2]
-    logging.raiseExceptions = before[3]
 
 
 @contextmanager

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,32 +12,17 @@ from cc_proxy import log as log_module
 from cc_proxy import ratelimit
 from cc_proxy.log import Logging, logger
 from cc_proxy.ratelimit import BURST, PER_SECOND, RateLimit
+from tests.clock import Clock
 
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_000.0
-
-    def monotonic(self) -> float:
-        return self.now
+pytestmark = pytest.mark.usefixtures("logging_as_it_was")
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(ratelimit, "time", SimpleNamespace(monotonic=clock.monotonic))
-    monkeypatch.setattr(log_module, "time", SimpleNamespace(monotonic=clock.monotonic))
+    monkeypatch.setattr(ratelimit, "time", clock)
+    monkeypatch.setattr(log_module, "time", clock)
     return clock
-
-
-@pytest.fixture(autouse=True)
-def logging_as_it_was() -> Iterator[None]:
-    before = logger.level, logger.propagate, list(logger.handlers), logging.raiseExceptions
-    yield
-    logger.setLevel(before[0])
-    logger.propagate = before[1]
-    logger.handlers[:] = before[2]
-    logging.raiseExceptions = before[3]
 
 
 def passed(limit: RateLimit, times: int, text: str = "event", level: int = logging.WARNING) -> int:

@@ -136,7 +136,9 @@ def test_agent_that_says_nothing(agent: Agent, ping_after: float) -> None:
     assert read_now(agent.sock) == (b"" if ping_after == NEVER else command(PING, b"{}"))
 
 
-def test_agent_that_talks_without_end_is_given_up_too(agent: Agent) -> None:
+@contextmanager
+def talking(agent: Agent) -> Iterator[None]:
+    """Without end, until this is left."""
     over = threading.Event()
 
     def talk() -> None:
@@ -145,9 +147,13 @@ def test_agent_that_talks_without_end_is_given_up_too(agent: Agent) -> None:
             over.wait(0.001)
 
     with in_background(talk):
-        with pytest.raises(NoAnswer):
-            agent.link.wait_until_up(agent.io, 0.1, NEVER)
+        yield
         over.set()
+
+
+def test_agent_that_talks_without_end_is_given_up_too(agent: Agent) -> None:
+    with talking(agent), pytest.raises(NoAnswer):
+        agent.link.wait_until_up(agent.io, 0.1, NEVER)
 
 
 @pytest.mark.parametrize("ping_after", [0.0, NEVER])
@@ -251,17 +257,8 @@ def test_another_command_in_the_way_all_the_time(agent: Agent) -> None:
 
 
 def test_events_do_not_prolong_the_deadline(agent: Agent) -> None:
-    over = threading.Event()
-
-    def talk() -> None:
-        while not over.is_set():
-            agent.say(ASYNC_EVENT)
-            over.wait(0.001)
-
-    with in_background(talk):
-        with pytest.raises(NoAnswer):
-            agent.transact(timeout=0.1)
-        over.set()
+    with talking(agent), pytest.raises(NoAnswer):
+        agent.transact(timeout=0.1)
 
 
 def test_late_answers_are_their_own(agent: Agent) -> None:

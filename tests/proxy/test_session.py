@@ -15,6 +15,7 @@ from cc_proxy.proxy import session as session_module
 from cc_proxy.proxy import spool as spool_module
 from cc_proxy.proxy.session import Session
 from cc_proxy.proxy.spool import SpoolSpace
+from tests.clock import Clock
 from tests.proxy.support import (
     NEVER,
     close_once,
@@ -28,16 +29,6 @@ from tests.proxy.support import (
 from tests.wire.support import at_end, is_silent
 
 SMALL = 4_608
-
-
-class Clock:
-    """Stands in for the module `time`."""
-
-    def __init__(self) -> None:
-        self.now = 1_000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture
