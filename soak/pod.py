@@ -1,7 +1,6 @@
 """One VM and its clients, from a hello that succeeds to a death."""
 
 import contextlib
-import os
 import random
 import socket
 import time
@@ -11,19 +10,16 @@ from enum import Enum, auto
 
 import msgspec
 
-from bench.flow import make_blocking
 from bench.streams import FIRST_MARKER, MAX_TO_AGENT, WrongBytesError
-from bench.vms import ACK, MESSAGE, READY, listen
-from cc_proxy.api import AllocateIo, Attach, Bye, Hello, Hyper, Payload, Request, Response
+from bench.vms import ACK, MESSAGE, READY
+from cc_proxy.api import AllocateIo, Attach, Bye, Hyper, Payload
 from cc_proxy.api.fdpassing import read_fd
 from cc_proxy.api.frames import FRAME_HEADER
-from cc_proxy.api.transport import connect, read_message, write_message
 from cc_proxy.hyperstart.codes import Code
 from soak.habits import HABITS, lifetime
 from soak.session import Chunk, Session
+from soak.sockets import PATIENCE, Connection, VmSockets
 
-#: Seconds for anything that is bound to happen.
-PATIENCE = 30.0
 #: While so much waits for the VM's socket its processes write nothing.
 _OUTBOX = 256 * 1024
 _MOST_SESSIONS = 6
@@ -32,58 +28,6 @@ _READ_SIZE = 256 * 1024
 _STAYS = 25.0
 _ERROR = MESSAGE.pack(Code.ERROR, MESSAGE.size)
 _NEXT = MESSAGE.pack(Code.NEXT, MESSAGE.size + 4) + bytes(4)
-
-
-class Connection:
-    """A client's connection, with requests and responses apart."""
-
-    def __init__(self, proxy: str) -> None:
-        self.sock = connect(proxy, timeout=PATIENCE)
-
-    def send(self, *payloads: Payload) -> None:
-        for payload in payloads:
-            data = msgspec.Raw(msgspec.json.encode(payload))
-            write_message(self.sock, Request(payload.NAME, data), timeout=PATIENCE)
-
-    def receive(self) -> Response:
-        response = read_message(self.sock, Response, timeout=PATIENCE)
-        if response is None:
-            raise WrongBytesError("a connection was closed in place of a response")
-        return response
-
-    def expect(self, success: bool, what: str) -> Response:
-        response = self.receive()
-        if response.success is not success:
-            raise WrongBytesError(f"{what}: {response.error or 'succeeded'}")
-        return response
-
-    def expect_hang_up(self) -> None:
-        self.sock.settimeout(PATIENCE)
-        with contextlib.suppress(ConnectionResetError):
-            if self.sock.recv(1):
-                raise WrongBytesError("nonsense was answered")
-
-    def close(self) -> None:
-        self.sock.close()
-
-
-class VmSockets:
-    """Both channels of a VM."""
-
-    def __init__(self, directory: str, number: int) -> None:
-        self.paths = [f"{directory}/{number}.{channel}" for channel in ("ctl", "io")]
-        self._listeners = [listen(path) for path in self.paths]
-
-    def hello(self, container: str) -> Hello:
-        return Hello(container, *self.paths)
-
-    def accept(self) -> list[socket.socket]:
-        return [make_blocking(listener.accept()[0]) for listener in self._listeners]
-
-    def close(self) -> None:
-        for path, listener in zip(self.paths, self._listeners, strict=True):
-            listener.close()
-            os.unlink(path)
 
 
 class _State(Enum):

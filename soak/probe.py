@@ -13,7 +13,7 @@ from bench.vms import ACK, MESSAGE, READY
 from cc_proxy.api import AllocateIo, Bye, Hyper, encode_frame
 from cc_proxy.api.fdpassing import read_fd
 from cc_proxy.api.frames import FRAME_HEADER
-from soak.pod import PATIENCE, Connection, VmSockets
+from soak.sockets import PATIENCE, Connection, VmSockets
 
 _CONTAINER = "probe"
 _PAYLOAD = 64

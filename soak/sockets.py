@@ -1,0 +1,68 @@
+"""The sockets of a VM and of its clients, which wait for what is bound to happen, and no longer."""
+
+import contextlib
+import os
+import socket
+
+import msgspec
+
+from bench.flow import make_blocking
+from bench.streams import WrongBytesError
+from bench.vms import listen
+from cc_proxy.api import Hello, Payload, Request, Response
+from cc_proxy.api.transport import connect, read_message, write_message
+
+#: Seconds for anything that is bound to happen.
+PATIENCE = 30.0
+
+
+class Connection:
+    """A client's connection, with requests and responses apart."""
+
+    def __init__(self, proxy: str) -> None:
+        self.sock = connect(proxy, timeout=PATIENCE)
+
+    def send(self, *payloads: Payload) -> None:
+        for payload in payloads:
+            data = msgspec.Raw(msgspec.json.encode(payload))
+            write_message(self.sock, Request(payload.NAME, data), timeout=PATIENCE)
+
+    def receive(self) -> Response:
+        response = read_message(self.sock, Response, timeout=PATIENCE)
+        if response is None:
+            raise WrongBytesError("a connection was closed in place of a response")
+        return response
+
+    def expect(self, success: bool, what: str) -> Response:
+        response = self.receive()
+        if response.success is not success:
+            raise WrongBytesError(f"{what}: {response.error or 'succeeded'}")
+        return response
+
+    def expect_hang_up(self) -> None:
+        self.sock.settimeout(PATIENCE)
+        with contextlib.suppress(ConnectionResetError):
+            if self.sock.recv(1):
+                raise WrongBytesError("nonsense was answered")
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class VmSockets:
+    """Both channels of a VM."""
+
+    def __init__(self, directory: str, number: int) -> None:
+        self.paths = [f"{directory}/{number}.{channel}" for channel in ("ctl", "io")]
+        self._listeners = [listen(path) for path in self.paths]
+
+    def hello(self, container: str) -> Hello:
+        return Hello(container, *self.paths)
+
+    def accept(self) -> list[socket.socket]:
+        return [make_blocking(listener.accept()[0]) for listener in self._listeners]
+
+    def close(self) -> None:
+        for path, listener in zip(self.paths, self._listeners, strict=True):
+            listener.close()
+            os.unlink(path)
