@@ -4,6 +4,7 @@ import fcntl
 import os
 import signal
 import stat
+import sys
 
 from cc_proxy.ctl import options
 
@@ -21,7 +22,9 @@ def agent(asked: options.Agent) -> int:
         _end_with_peer(fd)
 
     def announce() -> None:
-        if fd is not None:
+        if fd is None:
+            print(f"cc-proxy agent: listens on {asked.vm.ctl} and {asked.vm.io}", file=sys.stderr, flush=True)
+        else:
             os.write(fd, READY)
 
     return run_agent(asked.vm.ctl, asked.vm.io, on_listening=announce)

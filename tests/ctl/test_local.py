@@ -212,6 +212,20 @@ def running_agent(ctl_path: str, io_path: str) -> Iterator[subprocess.Popen[byte
             agent.terminate()
 
 
+def test_an_agent_in_the_foreground_says_when_it_listens(tmp_sock_dir: Path) -> None:
+    paths = [str(tmp_sock_dir / name) for name in ("ctl", "io")]
+    command = [sys.executable, "-m", "cc_proxy.ctl", "agent", "--ctl", paths[0], "--io", paths[1]]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, cwd=CHECKOUT) as agent:
+        assert agent.stderr
+        assert agent.stderr.readline().decode() == f"cc-proxy agent: listens on {paths[0]} and {paths[1]}\n"
+        for path in paths:
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(path)
+        agent.terminate()
+        assert agent.stderr.read() == b""
+        assert agent.wait() == 0
+
+
 def test_an_agent_that_cannot_listen(tmp_sock_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     occupied = tmp_sock_dir / "ctl"
     occupied.touch()
