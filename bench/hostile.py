@@ -17,7 +17,7 @@ from bench.processes import BenchError, Child, Daemon, Worker, gather
 _UID = 54_323
 #: Seconds until an attack has all its connections, at the most.
 _WARM_UP = 10.0
-#: Seconds in which those who come and go have used up what a user may take in one go.
+#: Seconds in which it has used up what a user may take in one go.
 _USED_UP = 2.0
 #: Seconds until it has noticed that all of them are gone, at the most: it reads on at the user's pace.
 _GOODBYE = 300.0
@@ -64,10 +64,9 @@ class Scene:
         """Have another user do that meanwhile, with so many connections or VMs."""
         arguments = (self._daemon.path, str(_UID), habit, str(count))
         with Child("attacker", "bench.attack", *arguments):
-            if habit in _COMING_AND_GOING:
-                time.sleep(_USED_UP)
-            else:
+            if habit not in _COMING_AND_GOING:
                 self._wait_for(count)
+            time.sleep(_USED_UP)
             yield
         self._daemon.settle(_GOODBYE, _STAYING)
 

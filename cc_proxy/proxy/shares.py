@@ -28,7 +28,10 @@ _PRESENCE = frozenset({"connections", "vms"})
 #: For each second of a CPU a user's VMs pay with a second of rest, and so many times as much as they had the
 #: interpreter longer than this, in seconds at a stretch: that keeps it from as many times as many others.
 _STRETCH = 0.000_06
-#: So many seconds' requests may come in one go. Starting many containers at once is not an attack.
+#: Of each second of a CPU so much is a user's VMs', in the long run.
+_SUSTAINED = 0.1
+#: So many seconds' of these, or of requests, may come in one go: starting many containers at once is not an
+#: attack.
 _IN_ONE_GO = 5
 #: A new connection is as much work as so many requests.
 _CONNECTING = 2
@@ -88,6 +91,8 @@ class Share:
         # When what the user's VMs have taken of the interpreter is paid for. Any thread's, without a lock: of
         # two that pay in the same moment one may pay nothing, which is rare, and cheaper for all.
         self._paid_at = -math.inf
+        # The same for what they take in the long run.
+        self._earned_at = -math.inf
 
     def pace(self, requests: int = 1) -> None:
         """Wait if the user asks for more than it may while others are there. Requires holding `turn`.
@@ -108,7 +113,8 @@ class Share:
 
         `stretch` is for how much of it nobody else had the interpreter. Whoever wants it waits for it after
         each system call: so what takes long at a stretch has to be rare, and all VMs of a user share what
-        there is. A rest is not worth its while before some of it is due.
+        there is. Who never stops has to be rarer still: how long others wait for their turn is then up to
+        how often they meet with one of these. A rest is not worth its while before some of it is due.
         """
         if not self.others:
             return
@@ -116,8 +122,11 @@ class Share:
         price = seconds * max(1.0, stretch / _STRETCH)
         due = min(max(0.0, self._paid_at - now) + price, _MOST_DUE)
         self._paid_at = now + due
-        if due > _CREDIT:
-            time.sleep(min(due, _LONGEST_REST))
+        earned_at = max(self._earned_at, now - _IN_ONE_GO) + seconds / _SUSTAINED
+        self._earned_at = min(earned_at, now + _MOST_DUE)
+        rest = max(due, self._earned_at - now)
+        if rest > _CREDIT:
+            time.sleep(min(rest, _LONGEST_REST))
 
     @contextlib.contextmanager
     def one_pump(self) -> Iterator[None]:
@@ -145,7 +154,8 @@ class Share:
     def paced(self) -> bool:
         """Whether the user has asked for so much lately that it may not ask for as much as one who is new."""
         rate = self._shares.request_rate
-        owing = self._paid_at > time.monotonic()
+        now = time.monotonic()
+        owing = self._paid_at > now or self._earned_at > now - _IN_ONE_GO
         return owing or self._requests.used(rate) or self._arrivals.used(rate)
 
     def take(self, thing: Thing, number: int = 1) -> None:
