@@ -95,6 +95,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.shutdown()
         self._thread.join()
         self._listener.remove()
+        self._serve_all()  # the accept thread may have failed, and not begun again
         if self._listener.own:
             self._accept_waiting()
         self.socket.close()
@@ -118,7 +119,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def _accept_waiting(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                self.process_request(*self.socket.accept())
+                self._accept_one()
+                self._serve_all()
 
     def _shut_down_connections(self, how: int) -> int:
         with self._lock:
@@ -155,13 +157,24 @@ class Server(socketserver.ThreadingUnixStreamServer):
         return request
 
     def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        """Have a connection served, and all that wait behind it: one of each user's in turn.
+        """Take a connection in. It is served after that: what fails there has nothing to do with this one."""
+        self._take_in(request)
+
+    def service_actions(self) -> None:
+        """Called after each look for connections, whether there was one or not."""
+        self._serve_all()
+        self.turned_at = time.monotonic()
+
+    def _serve_all(self) -> None:
+        """Have all who wait served, and those who come meanwhile: one of each user's in turn.
 
         Whoever comes behind a thousand of somebody else's has not waited for these, then.
         """
-        self._take_in(request)
         while (arrival := self._arrivals.take()) is not None:
-            self._serve_in_time(*arrival)
+            try:
+                self._serve_in_time(*arrival)
+            except Exception:
+                self._give_up(*arrival)
             self._take_in_some()
             self.turned_at = time.monotonic()
 
@@ -172,11 +185,15 @@ class Server(socketserver.ThreadingUnixStreamServer):
             for _ in range(_AT_ONCE):
                 if self._stopping.is_set():
                     return
-                request, _ = self.socket.accept()
-                try:
-                    self._take_in(request)
-                except Exception:
-                    self._give_up(request)
+                self._accept_one()
+
+    def _accept_one(self) -> None:
+        """Accept one of those who wait. Raises `OSError` if nobody does."""
+        request, _ = self.socket.accept()
+        try:
+            self._take_in(request)
+        except Exception:
+            self._give_up(request)
 
     def _take_in(self, request: socket.socket) -> None:
         """Count a connection and see to it that it will be served, if whoever made it may connect."""
@@ -202,10 +219,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if not wait:
             self._hand_over(request, client)
             return
-        try:
-            self.idle.call_later(wait, lambda: self._hand_over(request, client))
-        except Exception:
-            self._give_up(request, client)
+        self.idle.call_later(wait, lambda: self._hand_over(request, client))
         self._stopping.wait(_BREATH)
 
     def _admit(self, share: Share) -> None:
@@ -216,10 +230,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
         except BaseException:
             share.give_back("connections")
             raise
-
-    def service_actions(self) -> None:
-        """Called after each look for connections, whether there was one or not."""
-        self.turned_at = time.monotonic()
 
     def _wait_for_room(self, error: OSError) -> None:
         if not self._short:
@@ -238,10 +248,11 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def _hand_over(self, request: socket.socket, client: Client) -> None:
         """Have a connection served in a thread of its own."""
         try:
-            self._crew.hand_over(f"client {client.number}", lambda: self._serve(request, client))
-        except RuntimeError:
-            self._turn_away(request, client.who, "the daemon cannot start another thread")
-        except Exception:
+            try:
+                self._crew.hand_over(f"client {client.number}", lambda: self._serve(request, client))
+            except RuntimeError:
+                self._turn_away(request, client.who, "the daemon cannot start another thread")
+        except Exception:  # there may not even be memory for the refusal
             self._give_up(request, client)
 
     def _give_up(self, request: socket.socket, client: Client | None = None) -> None:
