@@ -117,7 +117,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.idle.close()
 
     def _accept_waiting(self) -> None:
+        """Serve who waits. No more come: a socket that has been removed can still be connected to."""
         with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RD)
             while True:
                 self._accept_one()
                 self._serve_all()

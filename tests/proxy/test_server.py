@@ -352,6 +352,35 @@ def test_who_has_connected_to_an_own_socket_is_still_served(
         assert at_end(client.sock)
 
 
+def test_nobody_comes_any_more_through_a_socket_that_was_removed(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has it open still has a path to it, and could keep the daemon from its end."""
+    still_open = os.open(house.path, os.O_PATH)
+    take_in = Server._take_in
+    refusals: list[OSError] = []
+
+    def bring_another(server: Server, sock: socket.socket) -> None:
+        take_in(server, sock)
+        assert len(house.server._connections) <= 10, "there would be no end"
+        another = stack.enter_context(socket.socket(socket.AF_UNIX))
+        try:
+            another.connect(f"/proc/self/fd/{still_open}")
+        except ConnectionRefusedError as error:
+            refusals.append(error)
+
+    monkeypatch.setattr(Server, "get_request", no_request)
+    monkeypatch.setattr(Server, "_take_in", bring_another)
+    with ExitStack() as stack:
+        stack.callback(os.close, still_open)
+        late = [house.connect() for _ in range(2)]
+        for client in late:
+            client.send(request("x"))
+        assert house.stop()
+        assert [client.receive() for client in late] == [UNKNOWN] * 2
+    assert len(refusals) == 2
+
+
 def test_who_has_connected_to_an_inherited_socket_is_left_to_the_next_daemon(
     tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
