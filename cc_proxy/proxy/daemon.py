@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from cc_proxy.log import Logging, logger
 from cc_proxy.proxy.health import Health
 from cc_proxy.proxy.listener import Listener
-from cc_proxy.proxy.memory import have_one_arena
 from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.server import Server
 from cc_proxy.proxy.status import About
@@ -54,7 +53,6 @@ class Host:
 def serve(listener: Listener, settings: Settings, host: Host) -> None:
     """Serve clients on a listening socket until SIGTERM or SIGINT. Main thread, after `block_signals`."""
     threading.stack_size(_STACK_SIZE)
-    have_one_arena()
     _tune_collector()
     live = LiveSettings(settings)
     registry = Registry(live, listener.socket.getsockname())
