@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import itertools
+import math
 import os
 import socket
 import socketserver
@@ -40,6 +41,9 @@ _BREATH = 0.000_1
 _AT_ONCE = 16
 #: Seconds until the accept thread notices that it is to stop.
 _STOP_POLL = 0.25
+#: Seconds at the end in which those who wait are still served. There may be as many as users like, and each
+#: takes a thread; who waits longer is hung up on.
+_LAST_SERVED = 2.0
 #: What accept(2) says when there is no room for another connection, and how long to wait then, in seconds.
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _SHORTAGE_PAUSE = 0.1
@@ -68,6 +72,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._crew = Crew()
         self.shares = registry.shares
         self._stopping = threading.Event()
+        self._serve_until = math.inf  # time.monotonic's
         #: Where connections' threads wait.
         self.idle = Idle(lambda: not self.shares.several)
         self.idle.admit(os.geteuid())
@@ -88,9 +93,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def stop_accepting(self) -> None:
         """Accept no more, and read no more requests; those that have arrived are still answered.
 
-        Who has connected to a socket of our own is not left to wait for nobody; who has connected to an
-        inherited one will be served by our successor.
+        Who has connected to a socket of our own is not left to wait for nobody, if there is time for all of
+        them; who has connected to an inherited one will be served by our successor.
         """
+        self._serve_until = time.monotonic() + _LAST_SERVED
         self._stopping.set()
         self.shutdown()
         self._thread.join()
@@ -249,6 +255,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _hand_over(self, request: socket.socket, client: Client) -> None:
         """Have a connection served in a thread of its own."""
+        if time.monotonic() > self._serve_until:
+            self.shutdown_request(request)
+            return
         try:
             try:
                 self._crew.hand_over(f"client {client.number}", lambda: self._serve(request, client))

@@ -352,6 +352,21 @@ def test_who_has_connected_to_an_own_socket_is_still_served(
         assert at_end(client.sock)
 
 
+def test_who_still_waits_when_the_last_ones_have_had_their_time_is_hung_up_on(
+    house: House, monkeypatch: pytest.MonkeyPatch, logged: Logged
+) -> None:
+    monkeypatch.setattr(Server, "get_request", no_request)
+    monkeypatch.setattr(server_module, "_LAST_SERVED", -1.0)
+    monkeypatch.setattr(Crew, "hand_over", NotImplemented)
+    late = [house.connect() for _ in range(5)]
+    for client in late:
+        client.send(request("x"))
+    assert house.stop()
+    assert all(at_end(client.sock) for client in late)
+    wait_until(lambda: not house.server.shares.users(), "they are forgotten")
+    assert logged.at(logging.WARNING) == []
+
+
 def test_nobody_comes_any_more_through_a_socket_that_was_removed(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
