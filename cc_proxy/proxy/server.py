@@ -29,7 +29,7 @@ from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.shares import LimitReached, Share
 from cc_proxy.proxy.status import About
 from cc_proxy.settings import Limits, LiveSettings
-from cc_proxy.threads import start_thread
+from cc_proxy.threads import check_room, start_thread
 
 #: Threads that wait for the interpreter ask for it this often, in seconds.
 _SWITCH_INTERVAL = 0.001
@@ -47,6 +47,7 @@ _LAST_SERVED = 2.0
 #: What accept(2) says when there is no room for another connection, and how long to wait then, in seconds.
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _SHORTAGE_PAUSE = 0.1
+_NO_THREAD = "the daemon cannot start another thread"
 
 
 class Server(socketserver.ThreadingUnixStreamServer):
@@ -217,6 +218,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
         except (LimitReached, OSError) as error:
             self._turn_away(request, who, str(error))
             return
+        except RuntimeError:
+            self._turn_away(request, who, _NO_THREAD)
+            return
         with self._lock:
             self._connections[request] = share
         self._arrivals.add(who.uid, (request, Client(next(self._numbers), who, share)))
@@ -231,7 +235,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._stopping.wait(_BREATH)
 
     def _admit(self, share: Share) -> None:
-        """Count a connection of a user's. Raises `LimitReached` or `OSError`."""
+        """Count a connection of a user's. Raises `LimitReached`, `OSError` or `RuntimeError`."""
+        check_room()  # it may get its thread much later, and thousands may wait for theirs
         share.take("connections")
         try:
             self.idle.admit(share.uid)
@@ -262,7 +267,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             try:
                 self._crew.hand_over(f"client {client.number}", lambda: self._serve(request, client))
             except RuntimeError:
-                self._turn_away(request, client.who, "the daemon cannot start another thread")
+                self._turn_away(request, client.who, _NO_THREAD)
         except Exception:  # there may not even be memory for the refusal
             self._give_up(request, client)
 

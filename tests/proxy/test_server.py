@@ -99,6 +99,23 @@ def test_thread_that_cannot_be_had_costs_that_connection(
     assert logged.at(logging.WARNING) == ["connection refused"] * 3
 
 
+def test_connection_that_may_find_no_memory_for_its_thread_is_not_let_in(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Be it served at once or later."""
+
+    def refuse() -> None:
+        raise RuntimeError("no memory for another thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server_module, "check_room", refuse)
+        client = house.connect()
+        assert client.receive() == refused("the daemon cannot start another thread")
+        assert at_end(client.sock)
+    assert not house.server.shares.users()
+    assert house.connect().ask("x") == UNKNOWN
+
+
 # Fds ------------------------------------------------------------------------------------------------------
 
 
