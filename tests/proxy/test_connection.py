@@ -19,11 +19,11 @@ from cc_proxy.proxy.connection import Connection
 from cc_proxy.proxy.eager import Eager
 from cc_proxy.proxy.handlers import Handlers, Reply
 from cc_proxy.proxy.shares import Share
-from cc_proxy.settings import Limits
+from cc_proxy.settings import Limits, UserLimits
 from tests.proxy.conftest import Logged
 from tests.proxy.house import UNKNOWN, Answering, House, limited
 from tests.proxy.support import read_to_end
-from tests.wire.support import WAIT, at_end, is_silent, message, request, wait_until
+from tests.wire.support import WAIT, at_end, is_silent, message, refused, request, wait_until
 
 # Messages -------------------------------------------------------------------------------------------------
 
@@ -54,6 +54,32 @@ def test_next_request_is_waited_for_eagerly_unless_other_users_are_there(
     for _ in range(3):
         assert client.ask("x") == UNKNOWN
     assert bool(waits) is not others
+
+
+def test_long_responses_that_nobody_takes_are_limited(
+    tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = messages.encode(Response(False, "x" * 1_000_000))
+    monkeypatch.setattr(Handlers, "answer", lambda *_: Reply(long))
+    with limited(tmp_sock_dir, Limits(user=UserLimits(request_bytes=1_500_000))) as house:
+        share = house.server.shares.of(os.getuid())
+
+        def counted() -> int:
+            return house.server.shares.used(share.uid, "request_bytes")
+
+        slow, other = house.connect(), house.connect()
+        slow.send(message("x"))
+        wait_until(lambda: counted() == len(long), "it is on its way")
+        assert other.ask("x") == refused(
+            "the limit of 1500000 bytes of ids, and of messages that are on their way for one user is reached"
+        )
+        assert len(slow.receive()) == len(long) - 8
+        wait_until(lambda: counted() == 0, "it is given back")
+        assert len(other.ask("x")) == len(long) - 8
+        slow.send(message("x"))
+        wait_until(lambda: counted() == len(long), "it is on its way")
+        slow.close()
+        wait_until(lambda: counted() == 0, "it is given back though nobody took it")
 
 
 # Fds that are passed --------------------------------------------------------------------------------------
