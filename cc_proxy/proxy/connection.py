@@ -62,9 +62,8 @@ class Connection(socketserver.BaseRequestHandler):
         client = self.client_address
         self._share = client.share
         self._eager = Eager()
-        self._counted = (
-            0  # bytes of the request that is arriving, or answered, or its response, if it is long
-        )
+        # Bytes of the request that is arriving, or being answered, or of its response, if that is a long one.
+        self._counted = 0
         fields = {"client": client.number, "pid": client.who.pid, "uid": client.who.uid}
         logger.debug("client connected", extra=fields)
         reason = "closed by the client"
@@ -108,6 +107,8 @@ class Connection(socketserver.BaseRequestHandler):
             if len(reply.message) > _UNCOUNTED:
                 reply = self._count(reply)
             self._send(reply)
+            # They do not count any more, and the client may be silent for as long as it likes.
+            del text, reply
             if self._counted:
                 self._count_no_more()
 

@@ -9,10 +9,12 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
 from cc_proxy.api import messages
+from cc_proxy.api.messages import MessageParser
 from cc_proxy.api.payloads import Response
 from cc_proxy.proxy import connection as connection_module
 from cc_proxy.proxy.connection import Connection
@@ -54,6 +56,35 @@ def test_next_request_is_waited_for_eagerly_unless_other_users_are_there(
     for _ in range(3):
         assert client.ask("x") == UNKNOWN
     assert bool(waits) is not others
+
+
+class Kept(bytes):
+    """Says when it is gone."""
+
+    gone: ClassVar[list[bytes]] = []
+
+    def __del__(self) -> None:
+        self.gone.append(bytes(self))
+
+
+def test_silent_client_takes_no_memory_for_what_it_has_asked(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither for the request, which may have had a megabyte, nor for the response."""
+    next_text = MessageParser.next_text
+
+    def next_kept(parser: MessageParser) -> bytes | None:
+        text = next_text(parser)
+        return text if text is None else Kept(text)
+
+    monkeypatch.setattr(MessageParser, "next_text", next_kept)
+    monkeypatch.setattr(Handlers, "answer", lambda *_: Reply(Kept(messages.frame_text(b"answer"))))
+    monkeypatch.setattr(Kept, "gone", [])
+    client = house.connect()
+    client.send(message("x"))
+    assert client.receive() == b"answer"
+    wait_until(lambda: len(Kept.gone) == 2, "both are gone")
+    assert set(Kept.gone) == {b"x", messages.frame_text(b"answer")}
 
 
 def test_long_responses_that_nobody_takes_are_limited(
