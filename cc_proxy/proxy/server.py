@@ -273,8 +273,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _give_up(self, request: socket.socket, client: Client | None = None) -> None:
         """Close a connection that nobody serves, for an error that nobody expected."""
-        self.handle_error(request, client)
-        self.shutdown_request(request)
+        try:
+            self.handle_error(request, client)
+        finally:  # to say so takes memory, of which there may be none
+            self.shutdown_request(request)
 
     # A connection's thread --------------------------------------------------------------------------------
 

@@ -194,6 +194,19 @@ def test_refusal_that_fails_too_costs_its_connection_alone(
     assert len(house.server._connections) == 1
 
 
+def test_error_that_cannot_even_be_logged_leaves_nothing_open(
+    house: House, monkeypatch: pytest.MonkeyPatch, counted: Counted
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Share, "arrive", fail)
+        failed = fail_once(patch, Server, "handle_error")
+        assert at_end(house.connect().sock)
+        assert failed.is_set()
+    asks(house)
+    assert counted() == {"accepting connections failed": 1}
+    assert len(house.server._connections) == 1
+
+
 @pytest.mark.parametrize("own", [True, False], ids=["own socket", "inherited"])
 def test_connections_that_were_accepted_are_served_though_the_end_comes_with_an_error(
     tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch, own: bool
