@@ -115,7 +115,8 @@ class Limits(_Table, frozen=True):
     sessions: _Count = 32_768
     #: That wait for their VMs.
     commands: _Count = 8_192
-    #: Announced by requests over 4 KiB that have not arrived whole, and of the ids of VMs.
+    #: Announced by requests over 4 KiB that have not arrived whole, of responses over 4 KiB that have not
+    #: been taken, and of the ids of VMs.
     request_bytes: _Bytes = 256 * 1024 * 1024
     user: UserLimits = UserLimits()
     #: Seconds for a message to arrive once it has begun to, and for a response to be taken.

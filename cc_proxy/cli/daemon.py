@@ -15,6 +15,7 @@ from cc_proxy.log import LEVELS, VERBOSE, Logging, logger, stderr_is_journal
 from cc_proxy.proxy import daemon
 from cc_proxy.proxy.daemon import Host
 from cc_proxy.proxy.listener import Listener, ListenError
+from cc_proxy.proxy.memory import have_one_arena
 from cc_proxy.proxy.spool import check_directory
 from cc_proxy.settings import Settings, SettingsError
 from cc_proxy.systemd import ActivationError, Notifier
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SettingsError as error:
         return _refuse(error)
     _leave_directory(options)
+    have_one_arena()  # the log has a thread, which would get one of its own
     log = Logging(chosen.log.level, chosen.log.format)
     log.start()
     status = EXIT_FAILED

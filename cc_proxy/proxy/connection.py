@@ -31,7 +31,8 @@ _BUSY = 0.02
 #: Fits most requests and, as a bytes object, Python's own small blocks: thousands of threads wait with one.
 _READ_SIZE = 448
 _LARGEST_READ = 64 * 1024
-#: Bytes of a request that need not be counted before they have arrived: more than those in the field have.
+#: Bytes of a request that need not be counted before they have arrived, and of a response before it has been
+#: taken: more than those in the field have.
 _UNCOUNTED = 4 * 1024
 #: Messages in the field come in so many pieces at the most, a header and a text; of others' it is a while, in
 #: seconds, until the next piece is looked for.
@@ -61,7 +62,8 @@ class Connection(socketserver.BaseRequestHandler):
         client = self.client_address
         self._share = client.share
         self._eager = Eager()
-        self._counted = 0  # bytes of the request that is arriving, or being answered, if that is a long one
+        # Bytes of the request that is arriving, or being answered, or of its response, if that is a long one.
+        self._counted = 0
         fields = {"client": client.number, "pid": client.who.pid, "uid": client.who.uid}
         logger.debug("client connected", extra=fields)
         reason = "closed by the client"
@@ -102,7 +104,22 @@ class Connection(socketserver.BaseRequestHandler):
             reply = self.server.handlers.answer(client, text)
             if self._counted:
                 self._count_no_more()
+            if len(reply.message) > _UNCOUNTED:
+                reply = self._count(reply)
             self._send(reply)
+            # They do not count any more, and the client may be silent for as long as it likes.
+            del text, reply
+            if self._counted:
+                self._count_no_more()
+
+    def _count(self, reply: Reply) -> Reply:
+        """Count a long response until it has been taken; returns the refusal that goes out in its place."""
+        try:
+            self._share.take("request_bytes", len(reply.message))
+        except LimitReached as limit:
+            return failure(str(limit))
+        self._counted = len(reply.message)
+        return reply
 
     def _next_text(self, parser: MessageParser) -> bytes | None:
         """Return the next request's text; None once the client has closed the connection.

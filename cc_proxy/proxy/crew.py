@@ -51,11 +51,12 @@ class Crew:
     def join(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds for all threads to end; returns whether they have.
 
-        After `close`, when nobody hands over anything any more: who is just being started cannot be joined.
+        After `close`, when nobody hands over anything any more: who is just being started is not waited for.
         """
         deadline = time.monotonic() + timeout
         for member in list(self._members):
-            member.join(max(0.0, deadline - time.monotonic()))
+            with contextlib.suppress(RuntimeError):  # it has not begun, as Python sees it
+                member.join(max(0.0, deadline - time.monotonic()))
         return not self._members
 
     def _start(self, name: str, work: Callable[[], object]) -> None:

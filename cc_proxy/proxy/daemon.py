@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from cc_proxy.log import Logging, logger
 from cc_proxy.proxy.health import Health
 from cc_proxy.proxy.listener import Listener
-from cc_proxy.proxy.memory import have_one_arena
 from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.server import Server
 from cc_proxy.proxy.status import About
@@ -54,7 +53,6 @@ class Host:
 def serve(listener: Listener, settings: Settings, host: Host) -> None:
     """Serve clients on a listening socket until SIGTERM or SIGINT. Main thread, after `block_signals`."""
     threading.stack_size(_STACK_SIZE)
-    have_one_arena()
     _tune_collector()
     live = LiveSettings(settings)
     registry = Registry(live, listener.socket.getsockname())
@@ -163,7 +161,9 @@ def _stop(server: Server, registry: Registry) -> None:
     """Stop accepting; let requests in flight finish, then what VMs have sent; give up when time is over."""
     deadline = time.monotonic() + STOP_TIMEOUT
     server.stop_accepting()
-    server.join_connections(STOP_TIMEOUT - _DELIVERY_TIME)
+    server.join_connections(max(0.0, deadline - _DELIVERY_TIME - time.monotonic()))
+    # Users may have seen to it that all of that took longer.
+    deadline = max(deadline, time.monotonic() + _DELIVERY_TIME)
     vms = registry.vms()
     for vm in vms:
         vm.stop()

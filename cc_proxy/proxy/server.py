@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import itertools
+import math
 import os
 import socket
 import socketserver
@@ -28,7 +29,7 @@ from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.shares import LimitReached, Share
 from cc_proxy.proxy.status import About
 from cc_proxy.settings import Limits, LiveSettings
-from cc_proxy.threads import start_thread
+from cc_proxy.threads import check_room, start_thread
 
 #: Threads that wait for the interpreter ask for it this often, in seconds.
 _SWITCH_INTERVAL = 0.001
@@ -40,9 +41,13 @@ _BREATH = 0.000_1
 _AT_ONCE = 16
 #: Seconds until the accept thread notices that it is to stop.
 _STOP_POLL = 0.25
+#: Seconds at the end in which those who wait are still served. There may be as many as users like, and each
+#: takes a thread; who waits longer is hung up on.
+_LAST_SERVED = 2.0
 #: What accept(2) says when there is no room for another connection, and how long to wait then, in seconds.
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _SHORTAGE_PAUSE = 0.1
+_NO_THREAD = "the daemon cannot start another thread"
 
 
 class Server(socketserver.ThreadingUnixStreamServer):
@@ -68,6 +73,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._crew = Crew()
         self.shares = registry.shares
         self._stopping = threading.Event()
+        self._serve_until = math.inf  # time.monotonic's
         #: Where connections' threads wait.
         self.idle = Idle(lambda: not self.shares.several)
         self.idle.admit(os.geteuid())
@@ -88,13 +94,15 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def stop_accepting(self) -> None:
         """Accept no more, and read no more requests; those that have arrived are still answered.
 
-        Who has connected to a socket of our own is not left to wait for nobody; who has connected to an
-        inherited one will be served by our successor.
+        Who has connected to a socket of our own is not left to wait for nobody, if there is time for all of
+        them; who has connected to an inherited one will be served by our successor.
         """
+        self._serve_until = time.monotonic() + _LAST_SERVED
         self._stopping.set()
         self.shutdown()
         self._thread.join()
         self._listener.remove()
+        self._serve_all()  # the accept thread may have failed, and not begun again
         if self._listener.own:
             self._accept_waiting()
         self.socket.close()
@@ -116,9 +124,12 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.idle.close()
 
     def _accept_waiting(self) -> None:
+        """Serve who waits. No more come: a socket that has been removed can still be connected to."""
         with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RD)
             while True:
-                self.process_request(*self.socket.accept())
+                self._accept_one()
+                self._serve_all()
 
     def _shut_down_connections(self, how: int) -> int:
         with self._lock:
@@ -155,13 +166,24 @@ class Server(socketserver.ThreadingUnixStreamServer):
         return request
 
     def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        """Have a connection served, and all that wait behind it: one of each user's in turn.
+        """Take a connection in. It is served after that: what fails there has nothing to do with this one."""
+        self._take_in(request)
+
+    def service_actions(self) -> None:
+        """Called after each look for connections, whether there was one or not."""
+        self._serve_all()
+        self.turned_at = time.monotonic()
+
+    def _serve_all(self) -> None:
+        """Have all who wait served, and those who come meanwhile: one of each user's in turn.
 
         Whoever comes behind a thousand of somebody else's has not waited for these, then.
         """
-        self._take_in(request)
         while (arrival := self._arrivals.take()) is not None:
-            self._serve_in_time(*arrival)
+            try:
+                self._serve_in_time(*arrival)
+            except Exception:
+                self._give_up(*arrival)
             self._take_in_some()
             self.turned_at = time.monotonic()
 
@@ -172,11 +194,15 @@ class Server(socketserver.ThreadingUnixStreamServer):
             for _ in range(_AT_ONCE):
                 if self._stopping.is_set():
                     return
-                request, _ = self.socket.accept()
-                try:
-                    self._take_in(request)
-                except Exception:
-                    self._give_up(request)
+                self._accept_one()
+
+    def _accept_one(self) -> None:
+        """Accept one of those who wait. Raises `OSError` if nobody does."""
+        request, _ = self.socket.accept()
+        try:
+            self._take_in(request)
+        except Exception:
+            self._give_up(request)
 
     def _take_in(self, request: socket.socket) -> None:
         """Count a connection and see to it that it will be served, if whoever made it may connect."""
@@ -192,6 +218,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
         except (LimitReached, OSError) as error:
             self._turn_away(request, who, str(error))
             return
+        except RuntimeError:
+            self._turn_away(request, who, _NO_THREAD)
+            return
         with self._lock:
             self._connections[request] = share
         self._arrivals.add(who.uid, (request, Client(next(self._numbers), who, share)))
@@ -202,24 +231,18 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if not wait:
             self._hand_over(request, client)
             return
-        try:
-            self.idle.call_later(wait, lambda: self._hand_over(request, client))
-        except Exception:
-            self._give_up(request, client)
+        self.idle.call_later(wait, lambda: self._hand_over(request, client))
         self._stopping.wait(_BREATH)
 
     def _admit(self, share: Share) -> None:
-        """Count a connection of a user's. Raises `LimitReached` or `OSError`."""
+        """Count a connection of a user's. Raises `LimitReached`, `OSError` or `RuntimeError`."""
+        check_room()  # it may get its thread much later, and thousands may wait for theirs
         share.take("connections")
         try:
             self.idle.admit(share.uid)
         except BaseException:
             share.give_back("connections")
             raise
-
-    def service_actions(self) -> None:
-        """Called after each look for connections, whether there was one or not."""
-        self.turned_at = time.monotonic()
 
     def _wait_for_room(self, error: OSError) -> None:
         if not self._short:
@@ -237,17 +260,23 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _hand_over(self, request: socket.socket, client: Client) -> None:
         """Have a connection served in a thread of its own."""
+        if time.monotonic() > self._serve_until:
+            self.shutdown_request(request)
+            return
         try:
-            self._crew.hand_over(f"client {client.number}", lambda: self._serve(request, client))
-        except RuntimeError:
-            self._turn_away(request, client.who, "the daemon cannot start another thread")
-        except Exception:
+            try:
+                self._crew.hand_over(f"client {client.number}", lambda: self._serve(request, client))
+            except RuntimeError:
+                self._turn_away(request, client.who, _NO_THREAD)
+        except Exception:  # there may not even be memory for the refusal
             self._give_up(request, client)
 
     def _give_up(self, request: socket.socket, client: Client | None = None) -> None:
         """Close a connection that nobody serves, for an error that nobody expected."""
-        self.handle_error(request, client)
-        self.shutdown_request(request)
+        try:
+            self.handle_error(request, client)
+        finally:  # to say so takes memory, of which there may be none
+            self.shutdown_request(request)
 
     # A connection's thread --------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ _CALLED: dict[Thing, str] = {
     "vms": "VMs",
     "sessions": "sessions",
     "commands": "commands that wait",
-    "request_bytes": "bytes of ids, and of requests that have not arrived whole",
+    "request_bytes": "bytes of ids, and of messages that are on their way",
 }
 
 #: Who has any of this is there.

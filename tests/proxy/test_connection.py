@@ -9,21 +9,23 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
 from cc_proxy.api import messages
+from cc_proxy.api.messages import MessageParser
 from cc_proxy.api.payloads import Response
 from cc_proxy.proxy import connection as connection_module
 from cc_proxy.proxy.connection import Connection
 from cc_proxy.proxy.eager import Eager
 from cc_proxy.proxy.handlers import Handlers, Reply
 from cc_proxy.proxy.shares import Share
-from cc_proxy.settings import Limits
+from cc_proxy.settings import Limits, UserLimits
 from tests.proxy.conftest import Logged
 from tests.proxy.house import UNKNOWN, Answering, House, limited
 from tests.proxy.support import read_to_end
-from tests.wire.support import WAIT, at_end, is_silent, message, request, wait_until
+from tests.wire.support import WAIT, at_end, is_silent, message, refused, request, wait_until
 
 # Messages -------------------------------------------------------------------------------------------------
 
@@ -54,6 +56,61 @@ def test_next_request_is_waited_for_eagerly_unless_other_users_are_there(
     for _ in range(3):
         assert client.ask("x") == UNKNOWN
     assert bool(waits) is not others
+
+
+class Kept(bytes):
+    """Says when it is gone."""
+
+    gone: ClassVar[list[bytes]] = []
+
+    def __del__(self) -> None:
+        self.gone.append(bytes(self))
+
+
+def test_silent_client_takes_no_memory_for_what_it_has_asked(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither for the request, which may have had a megabyte, nor for the response."""
+    next_text = MessageParser.next_text
+
+    def next_kept(parser: MessageParser) -> bytes | None:
+        text = next_text(parser)
+        return text if text is None else Kept(text)
+
+    monkeypatch.setattr(MessageParser, "next_text", next_kept)
+    monkeypatch.setattr(Handlers, "answer", lambda *_: Reply(Kept(messages.frame_text(b"answer"))))
+    monkeypatch.setattr(Kept, "gone", [])
+    client = house.connect()
+    client.send(message("x"))
+    assert client.receive() == b"answer"
+    wait_until(lambda: len(Kept.gone) == 2, "both are gone")
+    assert set(Kept.gone) == {b"x", messages.frame_text(b"answer")}
+
+
+def test_long_responses_that_nobody_takes_are_limited(
+    tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = messages.encode(Response(False, "x" * 1_000_000))
+    monkeypatch.setattr(Handlers, "answer", lambda *_: Reply(long))
+    with limited(tmp_sock_dir, Limits(user=UserLimits(request_bytes=1_500_000))) as house:
+        share = house.server.shares.of(os.getuid())
+
+        def counted() -> int:
+            return house.server.shares.used(share.uid, "request_bytes")
+
+        slow, other = house.connect(), house.connect()
+        slow.send(message("x"))
+        wait_until(lambda: counted() == len(long), "it is on its way")
+        assert other.ask("x") == refused(
+            "the limit of 1500000 bytes of ids, and of messages that are on their way for one user is reached"
+        )
+        assert len(slow.receive()) == len(long) - 8
+        wait_until(lambda: counted() == 0, "it is given back")
+        assert len(other.ask("x")) == len(long) - 8
+        slow.send(message("x"))
+        wait_until(lambda: counted() == len(long), "it is on its way")
+        slow.close()
+        wait_until(lambda: counted() == 0, "it is given back though nobody took it")
 
 
 # Fds that are passed --------------------------------------------------------------------------------------

@@ -137,3 +137,25 @@ def test_after_the_end_threads_end_when_they_are_done(monkeypatch: pytest.Monkey
     assert not crew.join(0.001)
     release.set()
     assert crew.join(5)
+
+
+def test_thread_that_is_just_being_started_is_no_error_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who hands over may be slow, and nobody waits for it for ever."""
+    crew = Crew()
+    start, begun, go_on = threading.Thread.start, threading.Event(), threading.Event()
+
+    def start_late(thread: threading.Thread) -> None:
+        begun.set()
+        assert go_on.wait(5)
+        start(thread)
+
+    slow = threading.Thread(target=lambda: crew.hand_over("job", lambda: None))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_late)
+        start(slow)
+        assert begun.wait(5)
+        crew.close()
+        assert not crew.join(5)
+        go_on.set()
+        slow.join(5)
+    assert crew.join(5)

@@ -35,6 +35,7 @@ class Stop:
 
     def stop_accepting(self) -> None:
         self.steps.append("stop accepting")
+        self.now += self.takes.get("accepted", 0.0)
 
     def join_connections(self, timeout: float) -> bool:
         self.steps.append("join connections")
@@ -101,3 +102,12 @@ def test_after_5_seconds_it_gives_up(
     assert run(stop, monkeypatch) <= daemon.STOP_TIMEOUT + 1.0
     assert {"abort vm1", "abort vm2"} <= set(stop.steps)
     assert logged.fields("stopped with output undelivered") == [{"vms": left}]
+
+
+@pytest.mark.parametrize("accepted", [0.0, 2.0, 4.5, 60.0])
+def test_what_vms_have_sent_has_its_time_however_long_connections_take(
+    monkeypatch: pytest.MonkeyPatch, logged: Logged, accepted: float
+) -> None:
+    stop = Stop(accepted=accepted, connections=60.0, vm1=0.99)
+    assert run(stop, monkeypatch) == pytest.approx(max(4.0, accepted) + 0.99)
+    assert logged.at(logging.WARNING) == []

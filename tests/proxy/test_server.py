@@ -99,6 +99,23 @@ def test_thread_that_cannot_be_had_costs_that_connection(
     assert logged.at(logging.WARNING) == ["connection refused"] * 3
 
 
+def test_connection_that_may_find_no_memory_for_its_thread_is_not_let_in(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Be it served at once or later."""
+
+    def refuse() -> None:
+        raise RuntimeError("no memory for another thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server_module, "check_room", refuse)
+        client = house.connect()
+        assert client.receive() == refused("the daemon cannot start another thread")
+        assert at_end(client.sock)
+    assert not house.server.shares.users()
+    assert house.connect().ask("x") == UNKNOWN
+
+
 # Fds ------------------------------------------------------------------------------------------------------
 
 
@@ -350,6 +367,50 @@ def test_who_has_connected_to_an_own_socket_is_still_served(
     for client in late:
         assert client.receive() == UNKNOWN
         assert at_end(client.sock)
+
+
+def test_who_still_waits_when_the_last_ones_have_had_their_time_is_hung_up_on(
+    house: House, monkeypatch: pytest.MonkeyPatch, logged: Logged
+) -> None:
+    monkeypatch.setattr(Server, "get_request", no_request)
+    monkeypatch.setattr(server_module, "_LAST_SERVED", -1.0)
+    monkeypatch.setattr(Crew, "hand_over", NotImplemented)
+    late = [house.connect() for _ in range(5)]
+    for client in late:
+        client.send(request("x"))
+    assert house.stop()
+    assert all(at_end(client.sock) for client in late)
+    wait_until(lambda: not house.server.shares.users(), "they are forgotten")
+    assert logged.at(logging.WARNING) == []
+
+
+def test_nobody_comes_any_more_through_a_socket_that_was_removed(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has it open still has a path to it, and could keep the daemon from its end."""
+    still_open = os.open(house.path, os.O_PATH)
+    take_in = Server._take_in
+    refusals: list[OSError] = []
+
+    def bring_another(server: Server, sock: socket.socket) -> None:
+        take_in(server, sock)
+        assert len(house.server._connections) <= 10, "there would be no end"
+        another = stack.enter_context(socket.socket(socket.AF_UNIX))
+        try:
+            another.connect(f"/proc/self/fd/{still_open}")
+        except ConnectionRefusedError as error:
+            refusals.append(error)
+
+    monkeypatch.setattr(Server, "get_request", no_request)
+    monkeypatch.setattr(Server, "_take_in", bring_another)
+    with ExitStack() as stack:
+        stack.callback(os.close, still_open)
+        late = [house.connect() for _ in range(2)]
+        for client in late:
+            client.send(request("x"))
+        assert house.stop()
+        assert [client.receive() for client in late] == [UNKNOWN] * 2
+    assert len(refusals) == 2
 
 
 def test_who_has_connected_to_an_inherited_socket_is_left_to_the_next_daemon(

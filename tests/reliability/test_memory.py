@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from cc_proxy.settings import LiveSettings, Settings, Spool
 from tests.fuzz.acknowledging import AcknowledgingVm
 from tests.proxy.house import UNKNOWN, House
 from tests.proxy.support import read_to_end
+from tests.wire.daemon import Daemon
 from tests.wire.support import WAIT, request, wait_until
 
 
@@ -71,3 +73,17 @@ def test_connection(tmp_sock_dir: Path) -> None:
         client.close()
         wait_until(lambda: not house.server._connections, "it is gone")
     house.close()
+
+
+def test_daemon_has_one_arena(tmp_sock_dir: Path) -> None:
+    """malloc sets aside 64 MiB of addresses, at a multiple of that, for each but the first."""
+    size = 64 * 1024 * 1024
+    with Daemon.configured(tmp_sock_dir) as daemon:
+        clients = [daemon.connect() for _ in range(10)]
+        for client in clients:
+            client.ask("x")
+            client.close()
+        lines = Path(f"/proc/{daemon.pid}/maps").read_text().splitlines()
+    for (used, may_use, *_), (unused, may_not, *_) in itertools.pairwise(map(str.split, lines)):
+        begin, end = int(used.split("-")[0], 16), int(unused.split("-")[1], 16)
+        assert (begin % size, end - begin, may_use, may_not) != (0, size, "rw-p", "---p")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from cc_proxy import journal
+from cc_proxy.credentials import Credentials, call_as
+from tests.users import ALICE, BOB, needs_root
 from tests.wire.daemon import PATIENT, Daemon, Pod, Wire
 from tests.wire.support import (
     OK,
@@ -25,6 +28,7 @@ from tests.wire.support import (
     request,
     wait_until,
 )
+from tests.wire.test_access import ACCESS
 
 MIB = 1_048_576
 PIDS = Path("/sys/fs/cgroup/pids")
@@ -111,6 +115,31 @@ def test_no_more_memory(tmp_sock_dir: Path) -> None:
         assert pod.pings()
         wait_until(lambda: wire.daemon.count_threads() < 10, "they have gone")
         assert Pod("late", wire.pod(container="late").client, pod.vm).container == "late"
+
+
+@needs_root
+def test_no_more_memory_for_connections_that_wait_without_a_thread(open_dir: Path) -> None:
+    """They come too fast, so no thread is started for them that could find the memory full."""
+    slowly = f"{ACCESS}[limits.user]\nrequest_rate = 1\n"
+    with running(open_dir, slowly) as wire, ExitStack() as stack:
+        path = wire.daemon.socket_path
+
+        def connect(user: Credentials) -> RawClient:
+            client = call_as(user, lambda: RawClient(path))
+            stack.callback(client.close)
+            return client
+
+        bob = connect(BOB)
+        assert bob.ask("x") == refused("no payload named 'x'")
+        size = int(Path(f"/proc/{wire.daemon.pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        _, hard = resource.prlimit(wire.daemon.pid, resource.RLIMIT_AS)
+        resource.prlimit(wire.daemon.pid, resource.RLIMIT_AS, (size + 3 * MIB, hard))
+        refusal = f'"uid": {ALICE.uid}, "error": "the daemon cannot start another thread"'
+        while refusal not in wire.daemon.log():
+            for _ in range(100):
+                connect(ALICE)
+            assert bob.ask("x") == refused("no payload named 'x'")
+        resource.prlimit(wire.daemon.pid, resource.RLIMIT_AS, (hard, hard))
 
 
 # The disk -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -27,9 +28,11 @@ from cc_proxy.proxy import server as server_module
 from cc_proxy.proxy import session as session_module
 from cc_proxy.proxy.console import Console
 from cc_proxy.proxy.control import ControlLink
+from cc_proxy.proxy.crew import Crew
 from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.server import Server
 from cc_proxy.proxy.session import Session
+from cc_proxy.proxy.shares import Share
 from cc_proxy.proxy.spool import SpoolSpace
 from cc_proxy.proxy.vm import State, Vm, VmError
 from cc_proxy.settings import LiveSettings, Settings
@@ -66,7 +69,7 @@ def counted() -> Counted:
     return Counted()
 
 
-def fail(*_: object, **__: object) -> None:
+def fail(*_: object, **__: object) -> NoReturn:
     raise KeyError("nobody expects it")
 
 
@@ -141,6 +144,98 @@ def test_thread_that_cannot_even_be_made_costs_its_connection(
         assert at_end(client.sock)
         assert failed.is_set()
     asks(house)
+    check_said_once(logged, counted, "connection failed")
+
+
+def test_connection_that_fails_before_it_is_served_costs_none_of_those_that_came_with_it(
+    house: House, monkeypatch: pytest.MonkeyPatch, logged: Logged, counted: Counted
+) -> None:
+    """They wait together, and the second fails while the first is served already."""
+    come = threading.Event()
+    get_request, arrive, failing = Server.get_request, Share.arrive, threading.Semaphore(1)
+
+    def get_late(server: Server) -> object:
+        assert come.wait(WAIT)
+        return get_request(server)
+
+    def fail_second(share: Share) -> float:
+        if failing.acquire(blocking=False):
+            return arrive(share)
+        monkeypatch.setattr(Share, "arrive", arrive)
+        return fail()
+
+    monkeypatch.setattr(Server, "get_request", get_late)
+    monkeypatch.setattr(Share, "arrive", fail_second)
+    first, second, *others = [house.connect() for _ in range(4)]
+    come.set()
+    assert at_end(second.sock)
+    for client in (first, *others):
+        assert client.ask("x") == UNKNOWN
+    check_said_once(logged, counted, "connection failed")
+    assert logged.fields("connection failed") == [{"client": 2}]
+    assert len(house.server._connections) == 3
+
+
+def test_refusal_that_fails_too_costs_its_connection_alone(
+    house: House, monkeypatch: pytest.MonkeyPatch, logged: Logged, counted: Counted
+) -> None:
+    """As when there is no memory, be it for a thread or for saying so."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no memory for another thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Crew, "hand_over", refuse)
+        patch.setattr(server_module, "failure", fail)
+        patch.setattr(Share, "arrive", lambda _: 0.001)  # the thread that wakes gives up, too
+        assert at_end(house.connect().sock)
+    asks(house)
+    check_said_once(logged, counted, "connection failed")
+    assert len(house.server._connections) == 1
+
+
+def test_error_that_cannot_even_be_logged_leaves_nothing_open(
+    house: House, monkeypatch: pytest.MonkeyPatch, counted: Counted
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Share, "arrive", fail)
+        failed = fail_once(patch, Server, "handle_error")
+        assert at_end(house.connect().sock)
+        assert failed.is_set()
+    asks(house)
+    assert counted() == {"accepting connections failed": 1}
+    assert len(house.server._connections) == 1
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own socket", "inherited"])
+def test_connections_that_were_accepted_are_served_though_the_end_comes_with_an_error(
+    tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    house = House(tmp_sock_dir, own=own)
+    with monkeypatch.context() as patch:
+        patch.setattr(Server, "service_actions", fail)
+        client = house.connect()
+        client.send(request("x"))
+        wait_until(lambda: bool(house.server._connections), "it is accepted")
+        assert house.stop()
+    assert client.receive() == UNKNOWN
+    house.close()
+
+
+def test_error_with_the_last_connections_does_not_keep_the_daemon_from_its_end(
+    house: House, monkeypatch: pytest.MonkeyPatch, logged: Logged, counted: Counted
+) -> None:
+    def no_request(_: Server) -> object:
+        raise BlockingIOError
+
+    monkeypatch.setattr(Server, "get_request", no_request)
+    fail_once(monkeypatch, Credentials, "of_peer")
+    first, second = house.connect(), house.connect()
+    for client in (first, second):
+        client.send(request("x"))
+    assert house.stop()
+    assert at_end(first.sock)
+    assert second.receive() == UNKNOWN
     check_said_once(logged, counted, "connection failed")
 
 

@@ -54,7 +54,7 @@ def town(open_dir: Path) -> Iterator[Town]:
     yield from town_of(open_dir, SHARES)
 
 
-BYTES = "bytes of ids, and of requests that have not arrived whole"
+BYTES = "bytes of ids, and of messages that are on their way"
 
 
 def reached(limit: int, what: str) -> bytes:
