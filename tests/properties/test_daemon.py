@@ -170,7 +170,7 @@ class World(RuleBasedStateMachine):
         assert client.raw.receive() == VERSIONED
         witness = self.daemon.connect()
         assert witness.attach(container) == VERSIONED
-        client.vm = Vm(container, fake, witness, self.paced)
+        client.vm = Vm(container, fake, witness, paced=self.paced, may_pause=self.small_spool)
         self.vms.append(client.vm)
         self.registered[container] = client.vm
 
