@@ -41,7 +41,6 @@ def take_listener() -> socket.socket | None:
         sock.close()
         raise ActivationError(f"the socket passed is not a listening AF_UNIX stream socket: {wrong}")
     sock.set_inheritable(False)
-    sock.setblocking(True)
     return sock
 
 

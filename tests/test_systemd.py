@@ -53,15 +53,12 @@ def test_process_that_was_not_activated() -> None:
 def test_the_socket_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, listener: socket.socket) -> None:
     passed = os.dup(listener.fileno())
     os.set_inheritable(passed, True)
-    os.set_blocking(passed, False)
     activate(monkeypatch, passed)
     sock = take_listener()
     assert sock
     with sock:
         assert sock.fileno() == passed
         assert not sock.get_inheritable()
-        assert sock.getblocking()
-        assert os.get_blocking(passed)
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(listener.getsockname())
             sock.accept()[0].close()

@@ -62,7 +62,9 @@ class Idle:
             self._thread.join()
         for waiting in list(self._waiting.values()):
             waiting.put(None)
-        for epoll in (*self._clients.values(), self._users):
+        with self._lock:  # who is just being dismissed is not among them, then
+            epolls = [*self._clients.values(), self._users]
+        for epoll in epolls:
             epoll.close()
         os.close(self._wake)
 

@@ -27,6 +27,7 @@ class Listener:
     def __init__(self, sock: socket.socket, path: str | None = None) -> None:
         """Take over a socket that listens; `path` is where it stands, if it is to go with this process."""
         refuse_rights(sock)
+        sock.setblocking(False)  # more are accepted than have been announced
         self.socket = sock
         self._path = path
         self._identity = identity(path) if path else None

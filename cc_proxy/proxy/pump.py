@@ -142,9 +142,10 @@ class Pump:
 
     def join(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds for the thread's end; returns whether it has ended."""
-        if self._thread.ident is None:
-            return False  # it is about to be started
-        self._thread.join(timeout)
+        try:
+            self._thread.join(timeout)
+        except RuntimeError:  # it is about to be started, or just being
+            return False
         return not self._thread.is_alive()
 
     @property

@@ -62,7 +62,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
         super().__init__(listener.socket.getsockname(), Connection, bind_and_activate=False)
         self.socket.close()
         self.socket = listener.socket
-        self.socket.setblocking(False)
         self._listener = listener
         self._live = live
         self.handlers = Handlers(registry, live, about)
@@ -214,15 +213,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
             return
         share = self.shares.of(who.uid)
         try:
-            self._admit(share)
+            self._admit(request, share)
         except (LimitReached, OSError) as error:
             self._turn_away(request, who, str(error))
             return
         except RuntimeError:
             self._turn_away(request, who, _NO_THREAD)
             return
-        with self._lock:
-            self._connections[request] = share
         self._arrivals.add(who.uid, (request, Client(next(self._numbers), who, share)))
 
     def _serve_in_time(self, request: socket.socket, client: Client) -> None:
@@ -234,15 +231,17 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.idle.call_later(wait, lambda: self._hand_over(request, client))
         self._stopping.wait(_BREATH)
 
-    def _admit(self, share: Share) -> None:
+    def _admit(self, request: socket.socket, share: Share) -> None:
         """Count a connection of a user's. Raises `LimitReached`, `OSError` or `RuntimeError`."""
         check_room()  # it may get its thread much later, and thousands may wait for theirs
-        share.take("connections")
-        try:
+        with contextlib.ExitStack() as undo:
+            share.take("connections")
+            undo.callback(share.give_back, "connections")
             self.idle.admit(share.uid)
-        except BaseException:
-            share.give_back("connections")
-            raise
+            undo.callback(self.idle.dismiss, share.uid)
+            with self._lock:
+                self._connections[request] = share
+            undo.pop_all()
 
     def _wait_for_room(self, error: OSError) -> None:
         if not self._short:

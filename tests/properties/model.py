@@ -172,9 +172,7 @@ class Vm:
         self.fake = fake
         self.witness = witness  # a connection that is attached to it as long as it lives
         self.paced = paced
-        self.may_pause = (
-            may_pause  # while the spool is full the daemon does not see what it says
-        )
+        self.may_pause = may_pause  # while the spool is full the daemon does not see what it says
         self.alive = True
         self.next_seq = 1
         self.sessions: list[Session] = []

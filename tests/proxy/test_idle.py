@@ -210,6 +210,20 @@ def test_who_comes_after_the_end_waits_for_nothing() -> None:
     idle.dismiss(ALICE)
 
 
+def test_who_goes_while_it_ends_is_waited_for() -> None:
+    """Its epoll instance is closed once, by one of both."""
+    idle = Idle()
+    idle.admit(ALICE)
+    with idle._lock:  # as in `dismiss`
+        ending = threading.Thread(target=idle.close)
+        ending.start()
+        wait_until(lambda: idle._stopping, "it ends")
+        ending.join(0.05)
+        assert ending.is_alive()
+    ending.join(WAIT)
+    assert not ending.is_alive()
+
+
 def test_what_is_to_be_done_later_is_done_in_its_turn_and_not_before(idle: Idle) -> None:
     done: list[tuple[str, float]] = []
     begun = time.monotonic()

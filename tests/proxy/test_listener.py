@@ -179,6 +179,17 @@ def waits_for_lock(directory: Path) -> bool:
     return list(open_fds().values()).count(str(directory)) == 2
 
 
+@pytest.mark.parametrize("blocking", [True, False])
+def test_no_socket_makes_who_accepts_wait(path: Path, blocking: bool) -> None:
+    """However it was inherited."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        sock.listen()
+        sock.setblocking(blocking)
+        with pytest.raises(BlockingIOError):
+            Listener(sock).socket.accept()
+
+
 def test_socket_that_somebody_put_in_its_place_is_not_removed(path: Path) -> None:
     listener = Listener.bind(str(path))
     path.unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import socket
 import threading
 from collections import Counter
@@ -192,6 +193,21 @@ def test_refusal_that_fails_too_costs_its_connection_alone(
     asks(house)
     check_said_once(logged, counted, "connection failed")
     assert len(house.server._connections) == 1
+
+
+def test_connection_that_cannot_be_noted_down_does_not_count(
+    house: House, monkeypatch: pytest.MonkeyPatch, logged: Logged, counted: Counted
+) -> None:
+    class Full(dict[object, object]):
+        __setitem__ = fail
+
+    shares, me = house.server.shares, os.getuid()
+    with monkeypatch.context() as patch:
+        patch.setattr(house.server, "_connections", Full())
+        assert at_end(house.connect().sock)
+        wait_until(lambda: not shares.used(me, "connections"), "it counts no more")
+    asks(house)
+    check_said_once(logged, counted, "connection failed")
 
 
 def test_error_that_cannot_even_be_logged_leaves_nothing_open(
