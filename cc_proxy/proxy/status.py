@@ -47,7 +47,7 @@ def describe(about: About, registry: Registry, asker: Credentials, attached: Ite
 
     `attached` has the VM of each connection that it may know of.
     """
-    vms = sorted(registry.vms_of(asker), key=lambda vm: vm.container_id)
+    vms = sorted(registry.vms_of(asker), key=lambda vm: (vm.container_id, vm.created))
     listed = vms[:MOST_VMS]
     clients = Counter(attached)
     deadline = time.monotonic() + _PATIENCE

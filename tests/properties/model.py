@@ -223,10 +223,10 @@ class Vm:
             self.flush()
 
     def _spool_is_full(self) -> bool:
-        for vm in json.loads(self.witness.ask("status"))["data"]["vms"]:
-            if vm["id"] == self.container and vm["streams"]:  # not if its pump was too busy to answer
-                return any(stream["reason"] for stream in vm["streams"]["waiting"])
-        return False
+        """Or that of one that had the same id and whose clients have yet to read: `status` tells no more."""
+        vms = json.loads(self.witness.ask("status"))["data"]["vms"]
+        streams = [vm["streams"] for vm in vms if vm["id"] == self.container and vm["streams"]]
+        return any(stream["reason"] for each in streams for stream in each["waiting"])
 
     # Stdin ----------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.wire.daemon import PATIENT, Daemon, Pod, Wire
-from tests.wire.support import PING, error_of, frame, in_background, wait_until
+from tests.wire.support import OK, PING, error_of, frame, in_background, wait_until
 
 
 @pytest.fixture
@@ -67,6 +67,19 @@ def test_a_vm_with_clients_and_what_passed(wire: Wire) -> None:
         "strayFrames": 1,
         "pauses": 0,
     }
+
+
+def test_vms_stand_by_their_ids_and_those_that_had_the_same_one_in_turn_by_age(wire: Wire) -> None:
+    ids = sorted(wire.new_id() for _ in range(3))
+    for _ in range(3):
+        for container in reversed(ids):
+            pod = wire.pod(container=container)
+            assert pod.client.bye(container) == OK  # they linger
+    wire.pod(container=ids[1])
+    states = [(vm["id"], vm["state"]) for vm in status(wire)["vms"] if vm["id"] in ids]
+    assert states == [
+        *[(ids[0], "leaving")] * 3, *[(ids[1], "leaving")] * 3, (ids[1], "up"), *[(ids[2], "leaving")] * 3,
+    ]  # fmt: skip
 
 
 def test_who_does_not_read_and_holds_up_the_vm(tight: Wire) -> None:
