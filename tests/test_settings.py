@@ -37,6 +37,7 @@ BYTES = [
     "limits.user.request_bytes",
 ]
 INTEGERS = ["stdin.window", *BYTES, *COUNTS]
+SHARES = ["limits.user.vm_cpu_share"]
 PATHS = ["socket_path", "spool.directory"]
 CHOICES = ["log.level", "log.format"]
 MEMBERS = ["access.users", "access.groups", "access.admins"]
@@ -70,6 +71,7 @@ DEFAULTS = {
     "limits.user.commands": 4_096,
     "limits.user.request_bytes": 64 * 1024 * 1024,
     "limits.user.request_rate": 100,
+    "limits.user.vm_cpu_share": 0.05,
     "limits.message_timeout": 30.0,
 }
 
@@ -113,7 +115,7 @@ def test_there_are_no_settings_but_these() -> None:
     }
     assert names - {"limits.user"} | {"socket_path"} == set(DEFAULTS)
     assert set(Settings.__struct_fields__) == {"socket_path", *TABLES} - {"limits.user"}
-    assert {*SECONDS, *INTEGERS, *PATHS, *CHOICES, *MEMBERS} == set(DEFAULTS)
+    assert {*SECONDS, *INTEGERS, *SHARES, *PATHS, *CHOICES, *MEMBERS} == set(DEFAULTS)
 
 
 SPELLINGS_OF_SECONDS = {"1": 1.0, "0.001": 0.001, "86400": 86_400.0, "86_400.0": 86_400.0}
@@ -130,6 +132,7 @@ GOOD: list[tuple[str, Mapping[str, object]]] = [
     ("stdin.window", {"0": 0, "0x200": 512, "1_048_576": 1_048_576}),
     *((key, {"0": 0, "1125899906842624": 2**50}) for key in BYTES),
     *((key, {"1": 1, "1000000": 1_000_000}) for key in COUNTS),
+    *((key, {"1": 1.0, "0.5": 0.5, "1e-3": 0.001}) for key in SHARES),
 ]
 
 
@@ -178,8 +181,9 @@ def test_all_at_once() -> None:
         commands = 18
         request_bytes = 19
         request_rate = 20
+        vm_cpu_share = 0.5
     """
-    expected = ["/a", (1,), (2,), (3,), "debug", "json", 1, 2, 3, 4, 5, 6, "/b", *range(7, 22)]
+    expected = ["/a", (1,), (2,), (3,), "debug", "json", 1, 2, 3, 4, 5, 6, "/b", *range(7, 21), 0.5, 21]
     assert list(values(parse(text, FILE)).values()) == expected
 
 
@@ -223,13 +227,13 @@ TYPES = {
 @pytest.mark.parametrize(
     ("keys", "right", "expected"),
     [
-        (SECONDS, {"integer", "float"}, "a number"),
+        ([*SECONDS, *SHARES], {"integer", "float"}, "a number"),
         (INTEGERS, {"integer"}, "an integer"),
         (PATHS, {"string"}, "a string"),
         (CHOICES, {"string"}, "a string"),
         (TABLES, {"table"}, "a table"),
     ],
-    ids=["seconds", "integers", "paths", "choices", "tables"],
+    ids=["numbers", "integers", "paths", "choices", "tables"],
 )
 def test_a_value_of_another_type_is_named_with_the_type_that_was_expected(
     keys: list[str], right: set[str], expected: str
@@ -253,6 +257,8 @@ OUT_OF_RANGE: list[tuple[list[str], list[str], str]] = [
     (["spool.session_limit", "spool.total_limit"], [str(2**50 + 1), str(10**30)], f"<= {2**50}"),
     (COUNTS, ["0", "-1", str(-(10**30))], ">= 1"),
     (COUNTS, ["1000001", str(10**30)], "<= 1000000"),
+    (SHARES, ["0", "0.0", "-0.1", "nan"], "> 0"),
+    (SHARES, ["1.01", "2", "inf"], "<= 1"),
 ]
 
 
@@ -414,6 +420,7 @@ def test_a_file_may_have_other_line_ends_and_letters(tmp_path: Path) -> None:
 OTHERS: dict[str, str] = {
     **dict.fromkeys(SECONDS, "7"),
     **dict.fromkeys(INTEGERS, "7"),
+    **dict.fromkeys(SHARES, "0.7"),
     **dict.fromkeys(PATHS, '"/other"'),
     "log.level": '"debug"',
     "log.format": '"text"',

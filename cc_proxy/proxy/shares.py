@@ -28,10 +28,7 @@ _PRESENCE = frozenset({"connections", "vms"})
 #: For each second of a CPU a user's VMs pay with a second of rest, and so many times as much as they had the
 #: interpreter longer than this, in seconds at a stretch: that keeps it from as many times as many others.
 _STRETCH = 0.000_06
-#: Of each second of a CPU so much is a user's VMs', in the long run.
-_SUSTAINED = 0.1
-#: So many seconds' of these, or of requests, may come in one go: starting many containers at once is not an
-#: attack.
+#: So many seconds' requests, or work of VMs, may come in one go: to start many containers is no attack.
 _IN_ONE_GO = 5
 #: A new connection is as much work as so many requests.
 _CONNECTING = 2
@@ -122,7 +119,7 @@ class Share:
         price = seconds * max(1.0, stretch / _STRETCH)
         due = min(max(0.0, self._paid_at - now) + price, _MOST_DUE)
         self._paid_at = now + due
-        earned_at = max(self._earned_at, now - _IN_ONE_GO) + seconds / _SUSTAINED
+        earned_at = max(self._earned_at, now - _IN_ONE_GO) + seconds / self._shares.vm_cpu_share
         self._earned_at = min(earned_at, now + _MOST_DUE)
         rest = max(due, self._earned_at - now)
         if rest > _CREDIT:
@@ -273,6 +270,11 @@ class Shares:
     def request_rate(self) -> int:
         """Requests a second that one user may go on with while others are there."""
         return self._live.current.limits.user.request_rate
+
+    @property
+    def vm_cpu_share(self) -> float:
+        """What all VMs of one user may take of each second of a CPU in the long run, likewise."""
+        return self._live.current.limits.user.vm_cpu_share
 
     def users(self) -> list[int]:
         """Who has anything."""

@@ -272,10 +272,11 @@ def test_vms_of_a_user_pay_together_and_those_of_who_is_alone_do_not(clock: Cloc
     assert clock.slept == before
 
 
-def test_vms_that_never_stop_have_a_tenth_of_a_cpu_in_the_long_run(clock: Clock) -> None:
+def test_vms_that_never_stop_have_a_small_share_of_a_cpu_in_the_long_run(clock: Clock) -> None:
     alice, bob = two_users()
     turn = 0.001
-    in_one_go = shares_module._IN_ONE_GO * shares_module._SUSTAINED
+    share = UserLimits().vm_cpu_share
+    in_one_go = shares_module._IN_ONE_GO * share
 
     def work(seconds: float) -> float:
         """The rest for each second of work."""
@@ -286,7 +287,7 @@ def test_vms_that_never_stop_have_a_tenth_of_a_cpu_in_the_long_run(clock: Clock)
 
     assert work(in_one_go / 2) == pytest.approx(1.0, abs=0.01)
     work(in_one_go)
-    assert work(0.01) == pytest.approx(1 / shares_module._SUSTAINED)
+    assert work(0.01) == pytest.approx(1 / share)
     alice.spend(turn, 0.0)
     bob.spend(turn, 0.0)
     assert clock.slept[-1] == pytest.approx(turn)
