@@ -28,8 +28,10 @@ _PRESENCE = frozenset({"connections", "vms"})
 #: For each second of a CPU a user's VMs pay with a second of rest, and so many times as much as they had the
 #: interpreter longer than this, in seconds at a stretch: that keeps it from as many times as many others.
 _STRETCH = 0.000_06
-#: So many seconds' requests, or work of VMs, may come in one go: to start many containers is no attack.
+#: So many seconds' requests may come in one go. Starting many containers at once is not an attack.
 _IN_ONE_GO = 5
+#: Seconds of a CPU that a user's VMs may take before it matters what they take in the long run.
+_WORK_IN_ONE_GO = 0.5
 #: A new connection is as much work as so many requests.
 _CONNECTING = 2
 #: Seconds of rest that may be due before it is taken, and that are taken at once at the most.
@@ -119,7 +121,8 @@ class Share:
         price = seconds * max(1.0, stretch / _STRETCH)
         due = min(max(0.0, self._paid_at - now) + price, _MOST_DUE)
         self._paid_at = now + due
-        earned_at = max(self._earned_at, now - _IN_ONE_GO) + seconds / self._shares.vm_cpu_share
+        share = self._shares.vm_cpu_share
+        earned_at = max(self._earned_at, now - _WORK_IN_ONE_GO / share) + seconds / share
         self._earned_at = min(earned_at, now + _MOST_DUE)
         rest = max(due, self._earned_at - now)
         if rest > _CREDIT:
@@ -152,7 +155,7 @@ class Share:
         """Whether the user has asked for so much lately that it may not ask for as much as one who is new."""
         rate = self._shares.request_rate
         now = time.monotonic()
-        owing = self._paid_at > now or self._earned_at > now - _IN_ONE_GO
+        owing = self._paid_at > now or self._earned_at > now - _WORK_IN_ONE_GO / self._shares.vm_cpu_share
         return owing or self._requests.used(rate) or self._arrivals.used(rate)
 
     def take(self, thing: Thing, number: int = 1) -> None:

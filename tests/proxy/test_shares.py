@@ -276,7 +276,7 @@ def test_vms_that_never_stop_have_a_small_share_of_a_cpu_in_the_long_run(clock: 
     alice, bob = two_users()
     turn = 0.001
     share = UserLimits().vm_cpu_share
-    in_one_go = shares_module._IN_ONE_GO * share
+    in_one_go = shares_module._WORK_IN_ONE_GO
 
     def work(seconds: float) -> float:
         """The rest for each second of work."""
