@@ -21,6 +21,8 @@ from cc_proxy.systemd import Notifier, monotonic_usec
 STOP_TIMEOUT = 5.0
 #: So much of it is left for what VMs have sent, however long requests take.
 _DELIVERY_TIME = 1.0
+#: And so much of that for who still waits for a VM to be told that it is gone.
+_LAST_WORDS = 0.2
 #: Address space of each thread's stack. Little of it is ever touched, and there may be thousands.
 _STACK_SIZE = 512 * 1024
 #: Seconds between two looks at what the service manager, or the log, is to be told.
@@ -167,6 +169,8 @@ def _stop(server: Server, registry: Registry) -> None:
     vms = registry.vms()
     for vm in vms:
         vm.stop()
+    server.join_connections(_LAST_WORDS)
+    server.hang_up()
     left = [vm.container_id for vm in vms if not vm.join(max(0.0, deadline - time.monotonic()))]
     if left:
         logger.warning("stopped with output undelivered", extra={"vms": left})

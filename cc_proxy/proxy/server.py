@@ -110,12 +110,12 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._shut_down_connections(socket.SHUT_RD)
 
     def join_connections(self, timeout: float) -> bool:
-        """Wait up to `timeout` seconds for the connections to end, then close the others.
+        """Wait up to `timeout` seconds for the connections to end; returns whether all have."""
+        return self._crew.join(timeout)
 
-        Returns whether all had ended.
-        """
-        self._crew.join(timeout)
-        return not self._shut_down_connections(socket.SHUT_RDWR)
+    def hang_up(self) -> None:
+        """Close the connections that are left."""
+        self._shut_down_connections(socket.SHUT_RDWR)
 
     def server_close(self) -> None:
         """Give back what is left when everybody has gone, or had the time to."""
@@ -130,12 +130,11 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 self._accept_one()
                 self._serve_all()
 
-    def _shut_down_connections(self, how: int) -> int:
+    def _shut_down_connections(self, how: int) -> None:
         with self._lock:
             for connection in self._connections:
                 with contextlib.suppress(OSError):
                     connection.shutdown(how)
-            return len(self._connections)
 
     # Accept thread ----------------------------------------------------------------------------------------
 

@@ -60,6 +60,7 @@ class House:
         try:
             return self.server.join_connections(seconds)
         finally:
+            self.server.hang_up()
             self.server.server_close()
 
     def close(self) -> None:

@@ -288,6 +288,18 @@ def test_hello_in_flight_does_not_delay_the_end_for_long(tmp_sock_dir: Path) -> 
         assert wire.daemon.stop() == 0
 
 
+def test_who_still_waits_for_a_vm_at_the_end_is_told_why(tmp_sock_dir: Path) -> None:
+    with running(tmp_sock_dir) as wire:
+        pod, asker, late = wire.pod(), wire.client(), wire.vm()
+        pod.client.hyper("ping")
+        pod.vm.read_command()
+        asker.hello("late", late)
+        late.accept()
+        assert wire.daemon.stop() == 0
+        assert pod.client.receive() == refused("VM gone: the daemon stops")
+        assert asker.receive() == refused("the daemon stops")
+
+
 def test_commands_without_an_answer_and_clients_that_do_not_read_delay_the_end_by_5_seconds_at_most(
     tmp_sock_dir: Path,
 ) -> None:
