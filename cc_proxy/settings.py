@@ -106,7 +106,7 @@ class UserLimits(_Table, frozen=True):
     #: Requests a second, while others are connected, after five seconds' worth in one go.
     request_rate: _Count = 100
     #: Of each second of a CPU, for its VMs' streams and events; likewise, after half a second in one go.
-    vm_cpu_share: Annotated[float, Meta(gt=0, le=1)] = 0.02
+    vm_cpu_share: Annotated[float, Meta(ge=0.001, le=1)] = 0.02
 
 
 class Limits(_Table, frozen=True):

@@ -257,7 +257,7 @@ OUT_OF_RANGE: list[tuple[list[str], list[str], str]] = [
     (["spool.session_limit", "spool.total_limit"], [str(2**50 + 1), str(10**30)], f"<= {2**50}"),
     (COUNTS, ["0", "-1", str(-(10**30))], ">= 1"),
     (COUNTS, ["1000001", str(10**30)], "<= 1000000"),
-    (SHARES, ["0", "0.0", "-0.1", "nan"], "> 0"),
+    (SHARES, ["0", "0.0", "0.0009", "-0.1", "nan"], ">= 0.001"),
     (SHARES, ["1.01", "2", "inf"], "<= 1"),
 ]
 
