@@ -202,7 +202,7 @@ class Daemon:
             client.close()
 
     def _at_rest(self) -> tuple[int, int]:
-        """Fds and threads without any connection."""
+        """Fds and threads without any connection. One thread may linger, that which served the first."""
         samples: list[tuple[int, int]] = []
 
         def is_steady() -> bool:
