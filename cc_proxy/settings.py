@@ -105,7 +105,8 @@ class UserLimits(_Table, frozen=True):
     request_bytes: _Bytes = 64 * 1024 * 1024
     #: Requests a second, while others are connected, after five seconds' worth in one go.
     request_rate: _Count = 100
-    #: Of each second of a CPU, for its VMs' streams and events; likewise, after half a second in one go.
+    #: Of each second of a CPU, for its VMs' streams and events, while others are at work; after half a second
+    #: in one go.
     vm_cpu_share: Annotated[float, Meta(ge=0.001, le=1)] = 0.02
 
 

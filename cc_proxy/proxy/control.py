@@ -43,7 +43,8 @@ class ControlLink:
     this VM wait for it.
     """
 
-    def __init__(self, sock: socket.socket, on_events: Callable[[list[ControlMessage]], None]) -> None:
+    def __init__(self, sock: socket.socket, on_events: Callable[[list[ControlMessage]], float]) -> None:
+        """`on_events` returns for how many seconds who waits for the agent has to rest after them."""
         self._turn = threading.Lock()  # guards _channel, _lost, and reading and writing _sock
         self._sock = sock
         self._on_events = on_events
@@ -235,12 +236,15 @@ class ControlLink:
 
     def _has_read(self, flags: int) -> bool:
         try:
-            self._read(flags)
+            rest = self._read(flags)
         except BlockingIOError:
             return False
+        if rest:
+            time.sleep(rest)
         return True
 
-    def _read(self, flags: int) -> None:
+    def _read(self, flags: int) -> float:
+        """Read once; returns for how many seconds to rest after it."""
         try:
             data = self._sock.recv(_READ_SIZE, flags)
         except BlockingIOError:
@@ -251,10 +255,11 @@ class ControlLink:
             raise self._lost
         if not data:
             raise ControlLost(self._end)
-        if events := self._channel.receive_data(data):
-            self._on_events(events)
+        events = self._channel.receive_data(data)
+        rest = self._on_events(events) if events else 0.0
         if self._channel.error:
             raise ControlLost(f"control channel: {self._channel.error}")
+        return rest
 
     def _hung_up(self) -> bool:
         poll = select.poll()

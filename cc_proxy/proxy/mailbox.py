@@ -1,9 +1,14 @@
 """What other threads have a thread do that waits in epoll."""
 
 import os
+import select
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
+
+#: Seconds for which nothing need be received: poll(2) waits for whole milliseconds.
+_MOMENT = 0.002
 
 
 class Mailbox:
@@ -14,6 +19,8 @@ class Mailbox:
         self._lock = threading.Lock()  # guards all that follows; nothing else is locked while it is held
         self._letters: deque[Callable[[], object]] = deque()
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLIN)
 
     def post(self, letter: Callable[[], object]) -> bool:
         """Have the thread call `letter`. False if it is closed. Any thread."""
@@ -34,6 +41,16 @@ class Mailbox:
         """Make the calls that `fileno` announces."""
         os.eventfd_read(self._fd)
         self.open()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for calls and make them; False if none came in that time, give or take a millisecond."""
+        if seconds < _MOMENT:
+            time.sleep(max(0.0, seconds))
+            return False
+        if not self._poll.poll(int(1000 * seconds)):
+            return False
+        self.receive()
+        return True
 
     def open(self) -> None:
         """Make the calls that are there."""

@@ -8,7 +8,6 @@ the VM is not read.
 """
 
 import contextlib
-import functools
 import socket
 import threading
 import time
@@ -60,9 +59,9 @@ class Pump:
         control: ControlLink,
         console: Console | None,
         echo_timeout: float,
-        payer: Share | None = None,
+        share: Share,
     ) -> None:
-        """`payer` is whose share of the interpreter it takes; root's pumps take what they need."""
+        """`share` is whose part of the interpreter it takes."""
         io.setblocking(False)
         self._owner = owner
         self._vm = vm = owner.container_id
@@ -70,7 +69,7 @@ class Pump:
         self._io_fd = io.fileno()
         self._control = control
         self._console = console
-        self._payer = payer
+        self._share = share
         self.counters = Counters()
 
         self._asked = False  # the pump thread has been asked whether it is alive; it takes that back
@@ -192,25 +191,38 @@ class Pump:
         self._copy()
 
     def _copy(self) -> None:
-        turn = functools.partial(self._paid_turn, self._payer) if self._payer else self._turn
-        while self._io_open or self._sessions:
+        turn = self._turn if self._share.exempt else self._fair_turn
+        while self._is_in_use:
             turn()
 
-    def _paid_turn(self, payer: Share) -> None:
+    @property
+    def _is_in_use(self) -> bool:
+        return self._io_open or bool(self._sessions)
+
+    def _fair_turn(self) -> None:
         """Do as `_turn`, but while other users are there no more at once, and no more often, than is fair."""
-        if not payer.others:
+        if not self._share.others:
             self._output.adapt(0.0)
             self._turn()
             return
-        self._conversing = False  # to look all the time is not fair
+        if self._share.contended:
+            self._conversing = False  # to look all the time is not fair
         ready = self._wait()
-        with payer.one_pump():
+        with self._share.one_pump():
             begun, before = time.thread_time(), self._frames
             self._proceed(ready)
             took = time.thread_time() - begun
             stretch = min(took, (self._frames - before) * _FRAME)
             self._output.adapt(stretch)
-            payer.spend(took, stretch)
+            self._rest(self._share.spend(took, stretch))
+
+    def _rest(self, seconds: float) -> None:
+        """Do only what other threads ask: they are not to wait for that."""
+        if not seconds:
+            return
+        until = time.monotonic() + seconds
+        while self._mailbox.wait(until - time.monotonic()) and self._is_in_use:
+            pass
 
     @property
     def _frames(self) -> int:
@@ -268,6 +280,7 @@ class Pump:
                 clients.append(pair)
         if clients and self._reads_clients:
             self._conversing, self._vm_spoke_last = self._vm_spoke_last, False
+            self._share.works()
             self._stdin.read_clients(clients)
 
     def _serve(self, ready: list[tuple[int, int]]) -> None:
@@ -368,6 +381,7 @@ class Pump:
 
     def _read_vm(self) -> None:
         self._conversing, self._vm_spoke_last = not self._vm_spoke_last, True
+        self._share.works()
         try:
             size = self._output.read()
         except BlockingIOError:

@@ -38,6 +38,8 @@ _CONNECTING = 2
 _CREDIT = 0.000_03
 _LONGEST_REST = 0.25
 _MOST_DUE = 10.0
+#: Seconds for which a user's VMs leave the interpreter to others once one of these has been at work.
+_LATELY = 1.0
 #: Seconds that a pump waits at the most for others of the same user to have done what they are at.
 _COURTESY = 0.05
 #: So many users' parts are kept before those of users who have gone are looked for.
@@ -77,6 +79,9 @@ class Share:
     def __init__(self, shares: "Shares", uid: int) -> None:
         self._shares = shares
         self.uid = uid
+        #: root does not leave its turns to others: it runs the host's containers, and whoever may connect
+        #: could slow all of them down by being there.
+        self.exempt = uid == ROOT
         # Guards what follows. Others are locked while it is held, but never before.
         self.turn = threading.Lock()
         # One hello of the user's at a time looks for a socket, so that many that fail do not crowd; held over
@@ -98,6 +103,7 @@ class Share:
 
         One that floods would have the interpreter all the time, however fair it changes hands.
         """
+        self.works()
         if self.others:
             wait = self._requests.take(requests, self._shares.request_rate)
             if wait > 0:
@@ -107,26 +113,45 @@ class Share:
         """Return the seconds until a new connection of the user's is to be served. Accept thread."""
         return self._arrivals.take(_CONNECTING, self._shares.request_rate) if self.others else 0.0
 
-    def spend(self, seconds: float, stretch: float) -> None:
-        """Count time of a CPU that one of the user's VMs has taken, and rest if it is too much.
+    def works(self) -> None:
+        """Note that the user, or one of the user's VMs, has something to do."""
+        shares = self._shares
+        if shares.several:
+            if shares.at_work is not self:
+                shares.at_work, shares.others_worked_at = self, shares.worked_at
+            shares.worked_at = time.monotonic()
+
+    @property
+    def contended(self) -> bool:
+        """Whether other users, to whom it has to leave the interpreter, have had something to do lately."""
+        if not self.others:
+            return False
+        shares = self._shares
+        at = shares.others_worked_at if shares.at_work is self else shares.worked_at
+        return time.monotonic() - at < _LATELY
+
+    def spend(self, seconds: float, stretch: float) -> float:
+        """Count time of a CPU that a VM of the user's took; returns for how many seconds to rest after it.
 
         `stretch` is for how much of it nobody else had the interpreter. Whoever wants it waits for it after
         each system call: so what takes long at a stretch has to be rare, and all VMs of a user share what
         there is. Who never stops has to be rarer still: how long others wait for their turn is then up to
         how often they meet with one of these. A rest is not worth its while before some of it is due.
+
+        While nobody else is at work none is due: what is taken in one go counts, what is beyond does not.
         """
         if not self.others:
-            return
+            return 0.0
+        most_due = _MOST_DUE if self.contended else 0.0
         now = time.monotonic()
         price = seconds * max(1.0, stretch / _STRETCH)
-        due = min(max(0.0, self._paid_at - now) + price, _MOST_DUE)
+        due = min(max(0.0, self._paid_at - now) + price, most_due)
         self._paid_at = now + due
         share = self._shares.vm_cpu_share
         earned_at = max(self._earned_at, now - _WORK_IN_ONE_GO / share) + seconds / share
-        self._earned_at = min(earned_at, now + _MOST_DUE)
+        self._earned_at = min(earned_at, now + most_due)
         rest = max(due, self._earned_at - now)
-        if rest > _CREDIT:
-            time.sleep(min(rest, _LONGEST_REST))
+        return min(rest, _LONGEST_REST) if rest > _CREDIT else 0.0
 
     @contextlib.contextmanager
     def one_pump(self) -> Iterator[None]:
@@ -143,12 +168,8 @@ class Share:
 
     @property
     def others(self) -> bool:
-        """Whether there are other users to whom it has to leave their turns.
-
-        root does not have to: it runs the host's containers, and whoever may connect could slow all of them
-        down by being there.
-        """
-        return self._shares.several and self.uid != ROOT
+        """Whether there are other users to whom it has to leave their turns."""
+        return self._shares.several and not self.exempt
 
     @property
     def paced(self) -> bool:
@@ -216,6 +237,11 @@ class Shares:
         self._here: Counter[int] = Counter()  # by uid: connections and VMs
         #: Whether more than one user has any of these.
         self.several = False
+        # Who was last at work and when, and when somebody else was. Any thread's, without a lock: what two
+        # write in the same moment may be wrong until one of them writes again.
+        self.at_work: Share | None = None
+        self.worked_at = -math.inf
+        self.others_worked_at = -math.inf
 
     def of(self, uid: int) -> Share:
         """Return a user's part: the same one for as long as the user has connections or VMs.

@@ -15,7 +15,6 @@ from cc_proxy import faults
 from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.payloads import Hello
 from cc_proxy.api.status import Streams
-from cc_proxy.credentials import ROOT
 from cc_proxy.fds import check_passable, refuse_rights
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage
@@ -263,8 +262,7 @@ class Vm:
         limits = self._live.current.vm
         deadline = Deadline(limits.ready_timeout)
         ctl = undo.enter_context(dialer.connect("ctlSerial", hello.ctl_serial, deadline))
-        payer = dialer.share if self.owner != ROOT else None
-        control = ControlLink(ctl, functools.partial(_note, self.container_id, payer))
+        control = ControlLink(ctl, functools.partial(_note, self.container_id, dialer.share))
         undo.callback(control.close)
         self._control = control
         io = undo.enter_context(dialer.connect("ioSerial", hello.io_serial, deadline))
@@ -274,7 +272,7 @@ class Vm:
         console = Console.open(self.container_id, hello.console, dialer)
         if console:
             undo.callback(console.close)
-        self._pump = Pump(self, io, control, console, self._live.current.stdin.echo_timeout, payer)
+        self._pump = Pump(self, io, control, console, self._live.current.stdin.echo_timeout, dialer.share)
         return self._pump
 
     def _fail(self, cause: str) -> None:
@@ -296,12 +294,11 @@ class Vm:
         return f"VM gone: {self._cause or 'it was unregistered'}"
 
 
-def _note(container_id: str, payer: Share | None, events: list[ControlMessage]) -> None:
-    if payer:
-        payer.spend(len(events) * _EVENT, _EVENT)
+def _note(container_id: str, share: Share, events: list[ControlMessage]) -> float:
     if logger.isEnabledFor(logging.DEBUG):  # an agent sends two of them for each command
         for event in events:
             logger.debug("event from the VM", extra={"vm": container_id, "event": str(event)})
+    return share.spend(len(events) * _EVENT, _EVENT)
 
 
 def _session_pair() -> tuple[socket.socket, socket.socket]:

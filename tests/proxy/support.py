@@ -164,7 +164,7 @@ class Rig:
         io_buffer: int | None = None,
         console: Console | None = None,
         started: bool = True,
-        payer: Share | None = None,
+        share: Share | None = None,
     ) -> None:
         self.space = space
         self.share = new_share()
@@ -175,12 +175,16 @@ class Rig:
         self._streams: list[Stream] = []
         io, self.io = pair(io_buffer)
         ctl, self.ctl = pair()
-        self.control = ControlLink(ctl, self.events.extend)
+        self.control = ControlLink(ctl, self._note)
         self.ctl.sendall(command(READY))
         self.control.wait_until_up(io, WAIT, WAIT)
-        self.pump = Pump(self.owner, io, self.control, console, echo_timeout, payer)
+        self.pump = Pump(self.owner, io, self.control, console, echo_timeout, share or self.share)
         if started:
             self.pump.start()
+
+    def _note(self, events: list[ControlMessage]) -> float:
+        self.events += events
+        return 0.0
 
     def __enter__(self) -> Self:
         return self

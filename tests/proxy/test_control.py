@@ -42,13 +42,15 @@ class Agent:
     def __init__(self) -> None:
         near, self.sock = pair()
         self.events: queue.SimpleQueue[ControlMessage] = queue.SimpleQueue()
+        self.rest = 0.0  # seconds, after events
         self.link = ControlLink(near, self._note)
         self.io, self.far_io = pair()
         self.results: queue.SimpleQueue[object] = queue.SimpleQueue()
 
-    def _note(self, events: list[ControlMessage]) -> None:
+    def _note(self, events: list[ControlMessage]) -> float:
         for event in events:
             self.events.put(event)
+        return self.rest
 
     def say(self, code: int, payload: bytes = b"") -> None:
         self.sock.sendall(command(code, payload))
@@ -259,6 +261,25 @@ def test_another_command_in_the_way_all_the_time(agent: Agent) -> None:
 def test_events_do_not_prolong_the_deadline(agent: Agent) -> None:
     with talking(agent), pytest.raises(NoAnswer):
         agent.transact(timeout=0.1)
+
+
+def test_who_waits_rests_after_events_as_long_as_it_is_told_and_the_pump_sees_to_that_itself(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    agent.rest = 7.0
+    agent.say(ASYNC_EVENT)
+    agent.link.read_unasked()
+    assert slept == []
+    agent.say(ASYNC_EVENT)
+    with agent.asking():
+        agent.read()
+        agent.events.get(timeout=WAIT)
+        agent.events.get(timeout=WAIT)
+        agent.say(ACK)
+        assert agent.result() == ControlMessage(ACK)
+    assert slept == [7.0]
 
 
 def test_late_answers_are_their_own(agent: Agent) -> None:

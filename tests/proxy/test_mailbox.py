@@ -66,6 +66,27 @@ def test_error_of_a_call_loses_none_of_the_others() -> None:
     mailbox.close()
 
 
+def test_calls_are_waited_for() -> None:
+    mailbox = Mailbox()
+    made: list[str] = []
+    mailbox.post(lambda: made.append("at once"))
+    assert mailbox.wait(WAIT)
+    assert made == ["at once"]
+    late = threading.Timer(0.01, mailbox.post, [lambda: made.append("late")])
+    late.start()
+    assert mailbox.wait(WAIT)
+    assert made == ["at once", "late"]
+    late.join(WAIT)
+    mailbox.close()
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 0.0, 0.000_1, 0.01])
+def test_none_may_come(seconds: float) -> None:
+    mailbox = Mailbox()
+    assert not mailbox.wait(seconds)
+    mailbox.close()
+
+
 def test_nothing_is_taken_once_it_is_closed_and_what_was_is_not_lost() -> None:
     before = open_fds()
     mailbox = Mailbox()

@@ -1121,40 +1121,59 @@ def test_many_threads_open_sessions_while_frames_flow(rig: Rig) -> None:
     assert rig.call(lambda: rig.pump.counters.stray_frames) == 0
 
 
-class Payer:
-    """A user's share, as far as a pump needs it."""
+class Contended:
+    """A user's share, as far as a pump needs it, while others are at work."""
+
+    exempt = False
 
     def __init__(self) -> None:
-        self.others = True
+        self.others = self.contended = True
         self.spent: list[float] = []
+        self.rest = 0.0
         self.pumping = threading.Lock()
 
     def one_pump(self) -> threading.Lock:
         return self.pumping
 
-    def spend(self, seconds: float, stretch: float) -> None:
+    def works(self) -> None:
+        pass
+
+    def spend(self, seconds: float, stretch: float) -> float:
         assert self.pumping.locked()
         assert 0 <= stretch <= seconds
         self.spent.append(seconds)
+        return self.rest
 
 
 def test_turns_are_paid_for_while_others_are_there(space: SpoolSpace) -> None:
-    payer = Payer()
-    with Rig(space, payer=cast(Share, payer)) as rig:
+    share = Contended()
+    with Rig(space, share=cast(Share, share)) as rig:
         stream = rig.open()
         for number in range(3):
             rig.io.sendall(frame(stream.base, b"%d" % number))
             assert stream.read_frame().payload == b"%d" % number
         rig.call(lambda: None)
-        assert len(payer.spent) >= 3
-        assert min(payer.spent) > 0
-        payer.others = False
+        assert len(share.spent) >= 3
+        assert min(share.spent) > 0
+        share.others = False
         rig.call(lambda: None)  # the turn in which that was seen may have been paid for
-        before = len(payer.spent)
+        before = len(share.spent)
         rig.io.sendall(frame(stream.base, b"more"))
         assert stream.read_frame().payload == b"more"
         rig.call(lambda: None)
-        assert len(payer.spent) == before
+        assert len(share.spent) == before
+
+
+def test_who_rests_does_what_others_ask_meanwhile(space: SpoolSpace) -> None:
+    share = Contended()
+    with Rig(space, share=cast(Share, share)) as rig:
+        stream = rig.open()
+        rig.call(lambda: setattr(share, "rest", 2 * WAIT))
+        rig.io.sendall(frame(stream.base, b"x"))
+        streams = rig.pump.describe().result(WAIT)
+        assert (streams.sessions, streams.traffic.frames_to_clients) == (1, 0)
+        rig.pump.abort()
+        assert rig.owner.over.wait(WAIT)
 
 
 class Counted(Eager):
@@ -1202,9 +1221,9 @@ def test_who_speaks_without_end_is_not_waited_for_eagerly(rig: Rig) -> None:
     assert eager.waits == 0
 
 
-def test_nobody_is_waited_for_eagerly_while_others_are_there(space: SpoolSpace) -> None:
-    payer = Payer()
-    with Rig(space, payer=cast(Share, payer)) as rig:
+def test_nobody_is_waited_for_eagerly_while_others_are_at_work(space: SpoolSpace) -> None:
+    share = Contended()
+    with Rig(space, share=cast(Share, share)) as rig:
         assert converse(rig) == 0
-        payer.others = False
+        share.contended = False
         assert converse(rig) >= 4

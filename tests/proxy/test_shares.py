@@ -244,32 +244,90 @@ def test_connections_that_come_too_fast_wait_in_their_order(clock: Clock) -> Non
     assert alice.arrive() == 0.0, "she is alone"
 
 
+def vm_works(clock: Clock, share: Share, other: Share, seconds: float, stretch: float) -> float:
+    """A VM works while the other user does, and rests; returns for how long."""
+    other.works()
+    rest = share.spend(seconds, stretch)
+    clock.sleep(rest)
+    return rest
+
+
 def test_what_vms_take_is_paid_for_and_the_dearer_the_longer_the_stretch(clock: Clock) -> None:
     alice, bob = two_users()
-    alice.spend(0.002, 0.0)
-    bob.spend(0.002, 3 * shares_module._STRETCH)
-    assert clock.slept == pytest.approx([0.002, 0.006])
+    assert vm_works(clock, alice, bob, 0.002, 0.0) == pytest.approx(0.002)
+    assert vm_works(clock, bob, alice, 0.002, 3 * shares_module._STRETCH) == pytest.approx(0.006)
 
 
 def test_a_vm_that_is_as_busy_as_can_be_with_a_frame_at_a_time_does_not_rest(clock: Clock) -> None:
-    alice, _ = two_users()
-    turn, waited = 0.000_025, 0.0
+    alice, bob = two_users()
+    turn = 0.000_025
     for _ in range(1_000):
-        waited += turn  # as long as it took, at least
-        clock.slept = [waited]
-        alice.spend(turn, 0.000_001)
-    assert clock.slept == [waited]
+        clock.sleep(turn)  # as long as it took, at least
+        assert vm_works(clock, alice, bob, turn, 0.000_001) == 0.0
 
 
 def test_vms_of_a_user_pay_together_and_those_of_who_is_alone_do_not(clock: Clock) -> None:
     alice, bob = two_users()
-    for _ in range(400):
-        alice.spend(0.000_02, 0.0)
-    assert sum(clock.slept) == pytest.approx(400 * 0.000_02, abs=shares_module._CREDIT)
+    rests = sum(vm_works(clock, alice, bob, 0.000_02, 0.0) for _ in range(400))
+    assert rests == pytest.approx(400 * 0.000_02, abs=shares_module._CREDIT)
     bob.give_back("connections")
-    before = list(clock.slept)
-    alice.spend(1.0, 1.0)
-    assert clock.slept == before
+    assert vm_works(clock, alice, bob, 1.0, 1.0) == 0.0
+
+
+def contended(*users: Share) -> list[int]:
+    """Who is to leave the interpreter to others."""
+    return [user.uid for user in users if user.contended]
+
+
+def test_while_nobody_else_is_at_work_nobody_rests(clock: Clock) -> None:
+    alice, bob = two_users()
+    assert contended(alice, bob) == []
+    alice.works()
+    assert contended(alice, bob) == [BOB]
+    assert alice.spend(0.1, 0.1) == 0.0
+    bob.works()
+    alice.works()
+    assert contended(alice, bob) == [ALICE, BOB], "whoever was the last"
+    assert vm_works(clock, alice, bob, 0.002, 0.0) == pytest.approx(0.002), "nothing is owed"
+    clock.sleep(shares_module._LATELY)
+    assert contended(alice, bob) == []
+    assert alice.spend(1.0, 1.0) == 0.0
+
+
+def test_what_was_taken_in_one_go_before_others_were_at_work_was_taken(clock: Clock) -> None:
+    alice, bob = two_users()
+    turn, share = 0.001, UserLimits().vm_cpu_share
+    for _ in range(round(2 * shares_module._WORK_IN_ONE_GO / turn)):
+        assert alice.spend(turn, 0.0) == 0.0
+    assert vm_works(clock, alice, bob, turn, 0.0) == pytest.approx(turn / share)
+
+
+@pytest.mark.parametrize("busy", [ROOT, BOB, CARL])
+def test_one_of_many_who_is_at_work_is_enough(clock: Clock, busy: int) -> None:
+    shares = shares_of(total=9, each=9)
+    users = [shares.of(uid) for uid in (ROOT, ALICE, BOB, CARL)]
+    for user in users:
+        user.take("connections")
+        user.works()
+    clock.sleep(shares_module._LATELY)
+    shares.of(busy).works()
+    assert contended(*users) == [uid for uid in (ALICE, BOB, CARL) if uid != busy]
+    for _ in range(2):
+        shares.of(ALICE).works()
+    assert contended(*users) == [ALICE, BOB, CARL]
+    clock.sleep(shares_module._LATELY / 2)
+    shares.of(ALICE).works()
+    clock.sleep(shares_module._LATELY / 2)
+    assert contended(*users) == [BOB, CARL]
+
+
+def test_a_request_is_work(clock: Clock) -> None:
+    alice, bob = two_users()
+    with bob.turn:
+        bob.pace()
+    assert contended(alice, bob) == [ALICE]
+    clock.sleep(shares_module._LATELY)
+    assert contended(alice, bob) == []
 
 
 def test_vms_that_never_stop_have_a_small_share_of_a_cpu_in_the_long_run(clock: Clock) -> None:
@@ -280,26 +338,21 @@ def test_vms_that_never_stop_have_a_small_share_of_a_cpu_in_the_long_run(clock: 
 
     def work(seconds: float) -> float:
         """The rest for each second of work."""
-        before = sum(clock.slept)
-        for _ in range(round(seconds / turn)):
-            alice.spend(turn, 0.0)
-        return (sum(clock.slept) - before) / seconds
+        return sum(vm_works(clock, alice, bob, turn, 0.0) for _ in range(round(seconds / turn))) / seconds
 
     assert work(in_one_go / 2) == pytest.approx(1.0, abs=0.01)
     work(in_one_go)
     assert work(0.01) == pytest.approx(1 / share)
-    alice.spend(turn, 0.0)
-    bob.spend(turn, 0.0)
-    assert clock.slept[-1] == pytest.approx(turn)
+    assert vm_works(clock, bob, alice, turn, 0.0) == pytest.approx(turn)
 
 
 def test_a_long_rest_is_taken_in_pieces_and_has_an_end(clock: Clock) -> None:
-    alice, _ = two_users()
-    alice.spend(1.0, 1.0)
-    assert clock.slept == [shares_module._LONGEST_REST]
-    for _ in range(100):
-        alice.spend(0.0, 0.0)
-    assert sum(clock.slept) == pytest.approx(shares_module._MOST_DUE, abs=shares_module._CREDIT)
+    alice, bob = two_users()
+    assert vm_works(clock, alice, bob, 1.0, 1.0) == shares_module._LONGEST_REST
+    more = sum(vm_works(clock, alice, bob, 0.0, 0.0) for _ in range(100))
+    assert shares_module._LONGEST_REST + more == pytest.approx(
+        shares_module._MOST_DUE, abs=shares_module._CREDIT
+    )
 
 
 def test_root_is_not_slowed_down_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,13 +366,11 @@ def test_root_is_not_slowed_down_by_others(monkeypatch: pytest.MonkeyPatch) -> N
         shares.of(BOB).take("connections")
         waits[uid] = [share.arrive() for _ in range(3)]
         share.pace(100)
-        share.spend(1.0, 1.0)
-        if uid == ALICE:
-            assert len(slept) == 2
-            slept.clear()
+        shares.of(BOB).works()
+        assert bool(slept) == bool(share.spend(1.0, 1.0)) == (uid == ALICE)
+        slept.clear()
     assert waits[ALICE][-1] > 0
     assert waits[ROOT] == [0.0] * 3
-    assert not slept
 
 
 def test_who_has_gone_and_left_a_vm_is_there() -> None:
