@@ -48,6 +48,32 @@ def frame(seq: int, payload: bytes = b"", length: int | None = None) -> bytes:
     return seq.to_bytes(8, "big") + claimed.to_bytes(4, "big") + payload
 
 
+@dataclass
+class Sorted:
+    """What of a VM's stream is whose."""
+
+    by_owner: dict[str, bytes]
+    strays: list[tuple[int, int]]  # seq and length
+    frames: int
+    size: int  # bytes of them
+    broken: bool
+
+
+def sort_slowly(stream: bytes, owners: dict[int, str]) -> Sorted:
+    """Sort a VM's stream a frame at a time."""
+    found = decode_slowly(stream, 8, 12, 65_536)
+    result = Sorted({}, [], len(found.units), 0, found.broken)
+    for seq, payload in found.units:
+        length = 12 + len(payload)
+        result.size += length
+        if seq in owners:
+            owner = owners[seq]
+            result.by_owner[owner] = result.by_owner.get(owner, b"") + frame(seq, payload)
+        else:
+            result.strays.append((seq, length))
+    return result
+
+
 def message(text: bytes, length: int | None = None, reserved: int = 0) -> bytes:
     """A client message; `length` is what its header claims."""
     claimed = len(text) if length is None else length

@@ -375,18 +375,24 @@ def test_answer_and_end_in_one_read_is_an_answer(agent: Agent) -> None:
         agent.transact()
 
 
+def hold_back(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Have nothing read before that is set."""
+    proceed = threading.Event()
+    read = agent.link._read
+
+    def read_late(flags: int) -> float:
+        assert proceed.wait(WAIT)
+        return read(flags)
+
+    monkeypatch.setattr(agent.link, "_read", read_late)
+    return proceed
+
+
 def test_answer_and_end_is_an_answer_though_the_pump_sees_the_end_first(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It hangs up the link, from its own thread; what has arrived by then is not lost."""
-    proceed = threading.Event()
-    read = agent.link._read
-
-    def read_late(flags: int) -> None:
-        assert proceed.wait(WAIT)
-        read(flags)
-
-    monkeypatch.setattr(agent.link, "_read", read_late)
+    proceed = hold_back(agent, monkeypatch)
     with agent.asking():
         agent.read()
         agent.say(ACK, b"last words")
@@ -495,16 +501,9 @@ def test_unasked_is_readable_between_commands_alone(agent: Agent) -> None:
 def test_what_a_command_waits_for_is_nothing_to_wake_the_pump_for(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proceed = threading.Event()
-    read = agent.link._read
-
-    def read_late(flags: int) -> None:
-        assert proceed.wait(WAIT)
-        read(flags)
-
     agent.say(READY)
     agent.link.wait_until_up(agent.io, WAIT, WAIT)
-    monkeypatch.setattr(agent.link, "_read", read_late)
+    proceed = hold_back(agent, monkeypatch)
     with agent.asking():
         agent.read()
         agent.say(ACK)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tests.systemd.service import SERVICE, Service, vm
 
@@ -29,26 +31,28 @@ def test_a_stopped_daemon_is_replaced(service: Service) -> None:
     assert service.show("NRestarts") == "1"
 
 
-def test_a_daemon_with_a_stuck_thread_says_which_and_is_replaced(service: Service) -> None:
+@contextmanager
+def hanging(service: Service, restart: str = "") -> Iterator[None]:
+    """A daemon with a pump that is stuck, once the service manager has noticed."""
     service.box.write("/usr/local/lib/hangs.py", HANGS)
-    service.drop_in(f"{QUICK}ExecStart=\nExecStart={sys.executable} /usr/local/lib/hangs.py\n")
+    service.drop_in(f"{QUICK}{restart}ExecStart=\nExecStart={sys.executable} /usr/local/lib/hangs.py\n")
     service.start(SERVICE)
     with vm(service.box, "/run/vm", "games") as (ctl, io), service.client() as client:
         client.hello("vm", ctl, io)
         os.close(client.allocate_io().fd)
         service.wait_for_log("Watchdog timeout")
+        yield
+
+
+def test_a_daemon_with_a_stuck_thread_says_which_and_is_replaced(service: Service) -> None:
+    with hanging(service):
         service.wait_for_log('"ready"', times=2)
     assert service.wait_for_log("stuck: the watchdog is not served")["PRIORITY"] == "3"
     assert service.wait_for_log("pump vm")
 
 
 def test_a_daemon_with_a_stuck_thread_goes_on_saying_how_many_it_has(service: Service) -> None:
-    service.box.write("/usr/local/lib/hangs.py", HANGS)
-    service.drop_in(f"{QUICK}Restart=no\nExecStart=\nExecStart={sys.executable} /usr/local/lib/hangs.py\n")
-    service.start(SERVICE)
-    with vm(service.box, "/run/vm", "games") as (ctl, io), service.client() as client:
-        client.hello("vm", ctl, io)
-        os.close(client.allocate_io().fd)
-        service.wait_for_log("Watchdog timeout")
+    with hanging(service, "Restart=no\n"):
+        pass
     service.wait_for("Result", "watchdog")
     assert service.show("StatusText").startswith("1 VM, ")
