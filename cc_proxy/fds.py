@@ -47,6 +47,19 @@ def may_hold_fds(sock: socket.socket) -> bool:
         return True
 
 
+def holds_fds(sock: socket.socket) -> bool:
+    """Whether fds that were passed to a stream socket wait there, or so much else that it is not looked for.
+
+    After `shutdown(SHUT_RD)` none come any more. Reads nothing, and never blocks.
+    """
+    try:
+        # The kernel tells of fds for which it was given no room.
+        size, _, flags, _ = sock.recvmsg_into([_SCRATCH], 0, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    return size == len(_SCRATCH) or bool(flags & socket.MSG_CTRUNC)
+
+
 def check_passable(sock: socket.socket, peer: socket.socket) -> None:
     """Find out whether `peer`, which is connected to `sock`, could be passed to somebody now.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import resource
 import socket
@@ -15,11 +16,13 @@ from cc_proxy.fds import (
     Piece,
     close_stream,
     cut,
+    holds_fds,
     may_hold_fds,
     raise_fd_limit,
     refuse_rights,
     send_pieces,
 )
+from tests.proxy.support import open_fds
 from tests.wire.support import WAIT, at_end
 
 Ends = tuple[socket.socket, socket.socket]
@@ -175,6 +178,29 @@ def test_nobody_passes_an_fd_to_who_refuses_them(ends: Ends) -> None:
         socket.send_fds(far, [b"x"], [0])
     far.send(b"y")
     assert receive(near, 1) == b"y"
+
+
+@pytest.mark.parametrize(
+    ("sent", "passed", "holds"),
+    [(b"", 0, False), (b"x" * 100, 0, False), (b"x" * 100, 1, True), (b"x" * 65_536, 0, True)],
+    ids=["nothing", "bytes", "an fd behind bytes", "too much to look at"],
+)
+def test_fds_that_were_passed_are_seen_and_left_where_they_are(
+    ends: Ends, sent: bytes, passed: int, holds: bool
+) -> None:
+    near, far = ends
+    far.sendall(sent)
+    if passed:
+        socket.send_fds(far, [b"y"], [far.fileno()] * passed)
+    near.shutdown(socket.SHUT_RD)
+    before = open_fds()
+    assert holds_fds(near) == holds
+    assert open_fds() == before
+    if sent:
+        assert receive(near, len(sent)) == sent
+    if passed:
+        _, fds, *_ = socket.recv_fds(near, 1, 1)
+        os.close(fds[0])
 
 
 def test_who_refuses_fds_may_pass_them(ends: Ends) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from cc_proxy import faults
 from cc_proxy.access import may_connect
 from cc_proxy.credentials import Credentials
-from cc_proxy.fds import close_stream, may_hold_fds
+from cc_proxy.fds import close_stream, holds_fds, may_hold_fds
 from cc_proxy.log import logger
 from cc_proxy.proxy.arrivals import Arrivals
 from cc_proxy.proxy.connection import Connection
@@ -304,7 +304,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         """Close a connection that nobody serves."""
         close = functools.partial(self._close, request)
         # The accept thread does not wait for what may take as long as a stranger likes.
-        if not may_hold_fds(request) or not _begin(close):
+        if not _may_take_long(request) or not _begin(close):
             close()
 
     def _close(self, request: socket.socket) -> None:
@@ -320,6 +320,17 @@ class Server(socketserver.ThreadingUnixStreamServer):
         """Log an error that nobody expected; it costs this connection and nothing else."""
         client = client_address.number if isinstance(client_address, Client) else None
         faults.note("connection failed", client=client)
+
+
+def _may_take_long(request: socket.socket) -> bool:
+    """Whether closing a connection may; what its client has sent so far is all that can be on it then."""
+    if not may_hold_fds(request):
+        return False
+    try:
+        request.shutdown(socket.SHUT_RD)
+        return holds_fds(request)
+    except OSError:  # the client has gone, and may have left anything
+        return True
 
 
 def _begin(function: Callable[[], None]) -> bool:

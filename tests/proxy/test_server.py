@@ -9,7 +9,7 @@ import resource
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -244,7 +244,8 @@ class Closing:
         self.begun = threading.Semaphore(0)
         self.over = threading.Event()
         monkeypatch.setattr(server_module, "close_stream", self._close)
-        monkeypatch.setattr(server_module, "may_hold_fds", lambda sock: True)
+        for check in ("may_hold_fds", "holds_fds"):
+            monkeypatch.setattr(server_module, check, lambda sock: True)
 
     def _close(self, sock: socket.socket) -> None:
         self.begun.release()
@@ -267,6 +268,27 @@ def test_nobody_waits_until_who_is_turned_away_is_closed(
             assert first.ask("x") == UNKNOWN
         finally:
             closing.over.set()
+
+
+@pytest.mark.parametrize("passes", [False, True])
+def test_only_who_has_passed_fds_takes_a_thread_to_be_turned_away(
+    house: House, monkeypatch: pytest.MonkeyPatch, passes: bool
+) -> None:
+    """Where the kernel lets them: before Linux 6.16, or with who had connected to an inherited socket."""
+    threads: list[Callable[[], None]] = []
+
+    def begin(close: Callable[[], None]) -> bool:
+        threads.append(close)
+        close()
+        return True
+
+    monkeypatch.setattr(server_module, "_begin", begin)
+    near, far = socket.socketpair()
+    with far:
+        socket.send_fds(far, [b"x"], [far.fileno()] * passes)
+        house.server.shutdown_request(near)
+        assert at_end(far)
+    assert len(threads) == passes
 
 
 def test_connection_counts_until_it_is_closed(tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
