@@ -10,9 +10,15 @@ _counts: Counter[str] = Counter()
 
 
 def note(event: str, **fields: object) -> None:
-    """Log the exception that is being handled, and count it under `event`, a constant. Any thread."""
-    count(event)
-    _logger.exception(event, extra=fields)  # noqa: LOG004 - the handler is the caller's
+    """Log the exception that is being handled, and count it under `event`, a constant. Any thread.
+
+    Never raises: threads that have to go on call this, and there may be no memory to say anything.
+    """
+    try:
+        count(event)
+        _logger.exception(event, extra=fields)  # noqa: LOG004 - the handler is the caller's
+    except Exception:  # noqa: S110 - nothing is left that could be done
+        pass
 
 
 def count(event: str) -> None:

@@ -23,6 +23,9 @@ DEFAULT_FILE = "/etc/cc-proxy/cc-proxy.toml"
 #: Longest path that fits into a socket's address, in bytes.
 MAX_SOCKET_PATH = 107
 
+#: Characters of a file that are read: many times more than anybody writes into one.
+_MOST_READ = 1024 * 1024
+
 LogLevel = Literal["error", "warning", "info", "debug", "io", "console"]
 LogFormat = Literal["auto", "json", "text"]
 
@@ -211,12 +214,14 @@ def load(path: str | None = None) -> Settings:
     """
     try:
         with open(path or DEFAULT_FILE, encoding="utf-8") as file:
-            text = file.read()
+            text = file.read(_MOST_READ + 1)
     except (OSError, UnicodeDecodeError) as error:
         if path is None and isinstance(error, FileNotFoundError):
             return Settings()
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise SettingsError(f"{path or DEFAULT_FILE}: cannot be read: {reason}") from None
+    if len(text) > _MOST_READ:
+        raise SettingsError(f"{path or DEFAULT_FILE}: over {_MOST_READ} characters, which no settings take")
     return parse(text, path or DEFAULT_FILE)
 
 

@@ -70,22 +70,27 @@ class Notifier:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         # Kept, so that there is one even when there are no fds left.
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address[:1] in ("@", "/") else None
-        if self._sock:
-            self._sock.settimeout(_SEND_TIMEOUT)
 
     @property
     def wanted(self) -> bool:
         """Whether anybody wants to know."""
         return self._sock is not None
 
-    def tell(self, *assignments: str) -> bool:
-        """Send `NAME=value` assignments; returns whether they got through. Waits a second at the most."""
+    def tell(self, *assignments: str, wait: bool = True) -> bool:
+        """Send `NAME=value` assignments; returns whether they got through.
+
+        Waits for a manager that takes nothing for a second at the most, or not at all.
+        """
         if self._sock is None:
             return False
         try:
             # One a line: a value cannot hold a line's end.
             text = "\n".join(assignment.replace("\n", " ") for assignment in assignments)
-            self._sock.sendto(text.encode(errors="replace"), self._address)
+            # Connected each time: one that was started again is another. While a datagram socket is not
+            # connected poll(2) calls it writable, and to wait would be to spin.
+            self._sock.settimeout(_SEND_TIMEOUT if wait else 0.0)
+            self._sock.connect(self._address)
+            self._sock.send(text.encode(errors="replace"))
         except (OSError, ValueError) as error:
             self.error = str(error)
             return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -206,6 +207,29 @@ def test_manager_that_does_not_read_is_not_waited_for(
         while told.tell("WATCHDOG=1"):
             pass
         assert told.error == "timed out"
+        assert not told.tell("WATCHDOG=1", wait=False)
+        assert "temporarily unavailable" in told.error
+        monkeypatch.setattr(systemd, "_SEND_TIMEOUT", 0.2)
+        before = time.thread_time()
+        assert not told.tell("WATCHDOG=1")
+        assert time.thread_time() - before < 0.1, "it waits, and does not ask over and over"
+        manager.recv(1000)
+        assert told.tell("WATCHDOG=1", wait=False)
+
+
+def test_manager_that_was_started_again_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_sock_dir: Path, notifier: list[Notifier]
+) -> None:
+    path = tmp_sock_dir / "notify"
+    monkeypatch.setenv("NOTIFY_SOCKET", str(path))
+    notifier.append(told := Notifier())
+    for number in range(2):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.bind(str(path))
+            assert told.tell(f"STATUS={number}")
+            assert manager.recv(1000) == b"STATUS=%d" % number
+        path.unlink()
+        assert not told.tell("STATUS=x")
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon; returns its exit status."""
-    # Before there is a second thread: where a signal is not blocked it ends the process at once.
-    daemon.block_signals()
     options = build_parser().parse_args(argv)
+    # Before there is a second thread: where a signal is not blocked it ends the process at once.
+    if not options.check_config:
+        daemon.block_signals()
     try:
         chosen = choose_settings(options)
         if options.check_config:
@@ -84,9 +85,13 @@ def _check(chosen: Settings, path: str | None) -> int:
 
 
 def _leave_directory(options: argparse.Namespace) -> None:
-    """Have /proc/self/cwd lead nowhere that `/` does not: a client may name a path through it."""
-    if options.config is not None:
-        options.config = os.path.abspath(options.config)
+    """Have /proc/self/cwd lead nowhere that `/` does not: a client may name a path through it.
+
+    What was read is what is read again: the default file too, which may have vanished by then.
+    """
+    options.config = settings.file_read(options.config) or None
+    if options.socket_path is not None:
+        options.socket_path = os.path.abspath(options.socket_path)
     os.chdir("/")
 
 

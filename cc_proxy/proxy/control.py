@@ -32,6 +32,10 @@ class NoAnswer(Exception):
     """The deadline passed; the text says what was waited for."""
 
 
+class NotSent(NoAnswer):
+    """There is no answer because the command was not sent."""
+
+
 class ControlLink:
     """Owner of the control channel's socket.
 
@@ -113,12 +117,12 @@ class ControlLink:
 
     def _transact(self, code: Code, payload: bytes, deadline: float, timeout: float) -> ControlMessage:
         if not self._turn.acquire(timeout=timeout):
-            raise NoAnswer(f"no answer in {timeout:g} s: another command was in the way all the time")
+            raise NotSent(f"no answer in {timeout:g} s: another command was in the way all the time")
         try:
             if self._unasked.closed:
                 raise ControlLost("its control channel is closed")
             if self._channel.unanswered >= _MOST_UNANSWERED:
-                raise NoAnswer(f"not sent: the VM has left {self._channel.unanswered} commands unanswered")
+                raise NotSent(f"not sent: the VM has left {self._channel.unanswered} commands unanswered")
             self._unasked.modify(self._sock, 0)
             command = self._channel.send(code, payload)
             self._write()

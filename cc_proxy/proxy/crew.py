@@ -38,7 +38,11 @@ class Crew:
         except IndexError:
             self._start(name, work)
         else:
-            spare.put((name, work))
+            try:
+                spare.put((name, work))
+            except BaseException:  # there is no memory; it goes on waiting
+                self._spare.append(spare)
+                raise
 
     def close(self) -> None:
         """Let the threads end as soon as they have nothing to do. Any thread."""

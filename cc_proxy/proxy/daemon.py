@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cc_proxy import faults
+from cc_proxy.access import names_others
 from cc_proxy.log import Logging, logger
 from cc_proxy.proxy.health import Health
 from cc_proxy.proxy.listener import Listener
 from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.server import Server
 from cc_proxy.proxy.status import About
-from cc_proxy.settings import LiveSettings, Settings, SettingsError
+from cc_proxy.settings import LiveSettings, Reload, Settings, SettingsError
 from cc_proxy.stacks import log_stacks
 from cc_proxy.systemd import Notifier, monotonic_usec
 
@@ -61,7 +63,7 @@ def serve(listener: Listener, settings: Settings, host: Host) -> None:
     with Server(listener, registry, live, About(host.settings_file)) as server:
         server.start()
         logger.info("ready", extra={"socket": listener.socket.getsockname()})
-        supervisor = Supervisor(live, host, registry, Health(server, registry))
+        supervisor = Supervisor(live, host, listener, registry, Health(server, registry))
         received = supervisor.run()
         logger.info("stopping", extra={"signal": received.name})
         host.notifier.tell("STOPPING=1", "STATUS=Stopping")
@@ -86,9 +88,12 @@ class Supervisor:
     Signals are waited for, so nothing ever runs in a signal handler.
     """
 
-    def __init__(self, live: LiveSettings, host: Host, registry: Registry, health: Health) -> None:
+    def __init__(
+        self, live: LiveSettings, host: Host, listener: Listener, registry: Registry, health: Health
+    ) -> None:
         self._live = live
         self._host = host
+        self._listener = listener
         self._registry = registry
         self._health = health
         self._actions = {
@@ -97,6 +102,8 @@ class Supervisor:
             signal.SIGALRM: self._tick,
         }
         self._status = "STATUS=Ready"
+        self._told = ""  # the status that the manager knows
+        self._heard = True  # whether it has taken what it was told last
         # Half of what the manager allows, so that one message may be late.
         self._interval = host.notifier.watchdog / 2 if host.notifier.watchdog else None
         self._served_at = time.monotonic()
@@ -108,25 +115,26 @@ class Supervisor:
         # A timer, because sigtimedwait may return a signal that nobody sent once this process was stopped for
         # longer than it was to wait (CPython does not look whether it was interrupted then).
         signal.setitimer(signal.ITIMER_REAL, tick, tick)
-        while (received := signal.Signals(signal.sigwait(_SIGNALS))) not in _STOP_SIGNALS:
-            self._actions[received]()
+        while (received := _next_signal()) not in _STOP_SIGNALS:
+            try:
+                self._actions[received]()
+            except Exception:  # whatever it is, VMs and their clients can do without
+                faults.note("signal not carried out", signal=received.name)
         signal.setitimer(signal.ITIMER_REAL, 0)
         return received
 
     def _tick(self) -> None:
         self._serve_watchdog()
         self._host.log.report_suppressed()
-        before = self._status
-        if self._host.notifier.wanted and self._new_status() != before:
-            self._tell(self._status)
+        if self._host.notifier.wanted and self._new_status() != self._told:
+            self._tell(self._status, wait=False)
 
     def _serve_watchdog(self) -> None:
         now = time.monotonic()
         if self._interval is None or now - self._served_at < self._interval:
             return
-        if self._health.is_good(self._interval):
+        if self._health.is_good(self._interval) and self._tell("WATCHDOG=1", wait=False):
             self._served_at = now
-            self._tell("WATCHDOG=1")
 
     def _new_status(self) -> str:
         if self._registry.is_free(0.1):  # whatever happens, this thread is not to get stuck too
@@ -142,17 +150,40 @@ class Supervisor:
         except SettingsError as error:
             logger.error("settings not reloaded: the old ones stay", extra={"error": str(error)})
         else:
-            # Also back to what the settings say if it was changed since.
-            self._host.log.set_level(self._live.current.log.level)
-            logger.info("settings reloaded", extra={"changed": reload.changed})
-            if reload.waiting:
-                logger.warning("settings that take effect after a restart", extra={"waiting": reload.waiting})
-        self._tell("READY=1", self._new_status())
+            self._apply(reload)
+        finally:
+            self._tell("READY=1", self._new_status())
 
-    def _tell(self, *assignments: str) -> None:
+    def _apply(self, reload: Reload) -> None:
+        current = self._live.current
+        # Also back to what the settings say if it was changed since.
+        self._host.log.set_level(current.log.level)
+        self._listener.open_to(for_all=names_others(current.access))
+        logger.info("settings reloaded", extra={"changed": reload.changed})
+        if reload.waiting:
+            logger.warning("settings that take effect after a restart", extra={"waiting": reload.waiting})
+
+    def _tell(self, *assignments: str, wait: bool = True) -> bool:
+        """Tell the manager; returns whether it has taken that, or wants nothing. Says once if not."""
         notifier = self._host.notifier
-        if notifier.wanted and not notifier.tell(*assignments):
+        if not notifier.wanted:
+            return True
+        heard = notifier.tell(*assignments, wait=wait)
+        if self._heard and not heard:
             logger.warning("the service manager cannot be told", extra={"error": notifier.error})
+        self._heard = heard
+        if heard:
+            self._told = self._status if self._status in assignments else self._told
+        return heard
+
+
+def _next_signal() -> signal.Signals:
+    """Wait for a signal and return it: one that says stop first, whatever its number.
+
+    The kernel hands out the lowest, and ticks may come as fast as they are dealt with.
+    """
+    pending = signal.sigpending() & _STOP_SIGNALS
+    return signal.Signals(signal.sigwait(pending or _SIGNALS))
 
 
 def _count(number: int, thing: str) -> str:

@@ -11,6 +11,13 @@ from cc_proxy.fds import refuse_rights
 from cc_proxy.proxy.shares import Share
 from cc_proxy.settings import MAX_SOCKET_PATH
 
+#: Seconds that others of the same user are waited for at least: it takes most of them a moment.
+_COURTESY = 0.2
+
+
+class _NoTurn(Exception):
+    """Others of the same user were connecting all the time."""
+
 
 class CannotConnect(Exception):
     """A socket that cannot be connected to; the text names the member of hello, and says why."""
@@ -44,15 +51,19 @@ class Dialer:
                 return call_as(self.client, lambda: self._connect(path, deadline))
         except CannotAct as error:
             raise CannotConnect(f"{member}: {error}") from None
+        except _NoTurn:
+            raise CannotConnect(
+                f"{member}: cannot connect to {path}: others of the same user had their turn all the time"
+            ) from None
         except TimedOut:
             raise CannotConnect(f"{member}: cannot connect to {path}: not accepted in time") from None
         except OSError as error:
             raise CannotConnect(f"{member}: cannot connect to {path}: {error.strerror}") from None
 
     def _connect_at_once(self, path: str, deadline: Deadline) -> socket.socket:
-        """Raises `BlockingIOError` if the backlog is full; or `TimedOut`."""
-        if not self.share.dialing.acquire(timeout=deadline.remaining()):
-            raise TimedOut("others of the same user had their turn all the time")
+        """Raises `BlockingIOError` if the backlog is full; or `_NoTurn`."""
+        if not self.share.dialing.acquire(timeout=max(_COURTESY, deadline.remaining())):
+            raise _NoTurn
         try:
             return call_as(self.client, lambda: self._connect(path, 0))
         except TimedOut:

@@ -6,6 +6,7 @@ import socket
 import stat
 
 from cc_proxy.fds import refuse_rights
+from cc_proxy.log import logger
 from cc_proxy.settings import MAX_SOCKET_PATH
 from cc_proxy.socketfile import identity, locked
 
@@ -24,13 +25,16 @@ class ListenError(Exception):
 class Listener:
     """Owner of the listening socket, and of its place in the file system if it was made here."""
 
-    def __init__(self, sock: socket.socket, path: str | None = None) -> None:
+    def __init__(self, sock: socket.socket, path: str | None = None, *, for_all: bool = False) -> None:
         """Take over a socket that listens; `path` is where it stands, if it is to go with this process."""
         refuse_rights(sock)
         sock.setblocking(False)  # more are accepted than have been announced
         self.socket = sock
-        self._path = path
+        #: Whether the socket was made here and nobody will listen on it after this process.
+        self.own = path is not None
+        self._path = path  # None once it has been removed
         self._identity = identity(path) if path else None
+        self._for_all = for_all
 
     @classmethod
     def bind(cls, path: str, *, for_all: bool = False) -> "Listener":
@@ -49,20 +53,48 @@ class Listener:
                 os.chmod(directory, _DIRECTORY_MODES[for_all])
             with locked(directory):
                 _remove_stale(path)
-                return cls(_bind(path, _SOCKET_UMASKS[for_all]), path)
+                listener = cls(_bind(path, _SOCKET_UMASKS[for_all]), path, for_all=for_all)
+            if for_all:
+                _look_at_directory(path)
+            return listener
         except OSError as error:
             raise ListenError(f"{path}: cannot listen: {error.strerror}") from None
 
-    @property
-    def own(self) -> bool:
-        """Whether the socket was made here and nobody will listen on it after this process."""
-        return self._path is not None
+    def open_to(self, *, for_all: bool) -> None:
+        """Let the daemon's own group alone, or all users, connect to an own socket. Never raises."""
+        if self._path is None or for_all == self._for_all:
+            return
+        try:
+            if identity(self._path) == self._identity:
+                os.chmod(self._path, 0o777 & ~_SOCKET_UMASKS[for_all])
+            self._for_all = for_all
+        except OSError as error:
+            fields = {"socket": self._path, "error": error.strerror}
+            logger.warning("the socket's permissions cannot be changed", extra=fields)
+            return
+        if for_all:
+            _look_at_directory(self._path)
 
     def remove(self) -> None:
-        """Remove an own socket from the file system, if what stands there is still it. Never raises."""
+        """Remove an own socket from the file system, if what stands there is still it. Never raises.
+
+        The first time only: after that the inode may be another daemon's socket, that listens there by now.
+        """
+        path, self._path = self._path, None
         with contextlib.suppress(OSError):
-            if self._path and identity(self._path) == self._identity:
-                os.unlink(self._path)
+            if path and identity(path) == self._identity:
+                os.unlink(path)
+
+
+def _look_at_directory(path: str) -> None:
+    """Say so if a directory keeps out some of those whom the settings let in. Raises `OSError`."""
+    directory = os.path.dirname(path)
+    mode = stat.S_IMODE(os.stat(directory).st_mode)
+    if not mode & stat.S_IXOTH:
+        logger.warning(
+            "[access] names others, but only its group can reach what is in the socket's directory",
+            extra={"directory": directory, "mode": f"{mode:04o}"},
+        )
 
 
 def _remove_stale(path: str) -> None:
@@ -78,7 +110,10 @@ def _remove_stale(path: str) -> None:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
-            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            return
+        except FileNotFoundError:  # whoever served it has just removed it
             return
         except BlockingIOError:
             pass  # its backlog is full, so somebody serves it

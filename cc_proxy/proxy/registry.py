@@ -64,7 +64,7 @@ class Registry:
         _take(share, container_id)
         try:
             self._enter(vm)
-        except RegistryError:
+        except BaseException:
             _give_back(share, container_id)
             raise
         try:
@@ -82,9 +82,14 @@ class Registry:
 
     def _enter(self, vm: Vm) -> None:
         with self._lock:
-            if self._by_id.setdefault(vm.container_id, vm) is not vm:
+            if vm.container_id in self._by_id:
                 raise RegistryError(f"{vm.container_id}: container already registered")
             self._vms.add(vm)
+            try:
+                self._by_id[vm.container_id] = vm
+            except BaseException:
+                self._vms.discard(vm)
+                raise
 
     def get(self, container_id: str, client: Credentials) -> Vm:
         """Return the VM that is registered and up under an id. Raises `RegistryError`."""

@@ -44,8 +44,7 @@ _STOP_POLL = 0.25
 #: Seconds at the end in which those who wait are still served. There may be as many as users like, and each
 #: takes a thread; who waits longer is hung up on.
 _LAST_SERVED = 2.0
-#: What accept(2) says when there is no room for another connection, and how long to wait then, in seconds.
-_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+#: Seconds to wait when accept(2) fails: there is no room for another connection, or whatever it says.
 _SHORTAGE_PAUSE = 0.1
 _NO_THREAD = "the daemon cannot start another thread"
 
@@ -157,7 +156,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         try:
             request: tuple[socket.socket, Any] = self.socket.accept()
         except OSError as error:
-            if error.errno in _SHORTAGES:
+            if not isinstance(error, BlockingIOError):
                 self._wait_for_room(error)
             raise
         self._short = False
@@ -311,10 +310,12 @@ class Server(socketserver.ThreadingUnixStreamServer):
         """Close a connection; if it was admitted, it counts for as long as that takes."""
         with self._lock:
             share = self._connections.pop(request, None)
-        close_stream(request)
-        if share:
-            self.idle.dismiss(share.uid)
-            share.give_back("connections")
+        try:
+            close_stream(request)
+        finally:
+            if share:
+                self.idle.dismiss(share.uid)
+                share.give_back("connections")
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         """Log an error that nobody expected; it costs this connection and nothing else."""

@@ -1,5 +1,7 @@
 """One client's streams: what waits for the client, and what its process may be sent."""
 
+import contextlib
+import errno
 import fcntl
 import socket
 import struct
@@ -10,9 +12,12 @@ from collections.abc import Sequence
 from cc_proxy.fds import Piece, close_stream, cut, send_pieces
 from cc_proxy.hyperstart.frames import StdinSplitter
 from cc_proxy.hyperstart.pacing import StdinWindow
+from cc_proxy.log import logger
 from cc_proxy.proxy.shares import Share
 from cc_proxy.proxy.spool import Spool, SpoolSpace
 
+#: What a socket says whose client has gone.
+_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 #: A client whose socket is full is waited for as long as this, in seconds, before its output is spooled.
 _PATIENCE = 0.02
 #: Patience that comes back in each second: the most that one client can slow its VM down by.
@@ -39,7 +44,8 @@ class Session:
         self._sock = sock
         self._spool = Spool(space, share.uid)
         self._share = share
-        #: Whose it is: the user, and the process that asked for it.
+        #: Whose it is: the VM, the user, and the process that asked for it.
+        self.vm = ""
         self.uid = share.uid
         self.pid = 0
         self._patience = _PATIENCE
@@ -94,8 +100,8 @@ class Session:
             return True
         try:
             self.pending = send_pieces(self._sock, pieces)
-        except OSError:
-            self.give_up_output()
+        except OSError as error:
+            self._fail_output(error)
         if self.pending:
             self.patient_until = self._end_of_patience()
             return True
@@ -108,8 +114,8 @@ class Session:
                 self._spool.drain_to(self.fd)
         except BlockingIOError:
             return
-        except OSError:
-            self.give_up_output()
+        except OSError as error:
+            self._fail_output(error)
         self._took_at = time.monotonic()
         if self.pending and not self._spool.size:
             self._write(self.pending)
@@ -135,12 +141,29 @@ class Session:
     def _write(self, pieces: Sequence[Piece]) -> None:
         try:
             self.pending = send_pieces(self._sock, pieces)
-        except OSError:
-            self.give_up_output()
+        except OSError as error:
+            self._fail_output(error)
             return
         if not self.pending:
             self._stop_being_patient()
             self.stuck = ""
+
+    def _fail_output(self, error: OSError) -> None:
+        """Nothing can be passed on any more. Unless the client has gone it is to see that."""
+        self.give_up_output()
+        if error.errno not in _GONE:
+            logger.error(
+                "output lost: its stream is closed",
+                extra={
+                    "vm": self.vm,
+                    "stream": self.seqs.start,
+                    "pid": self.pid,
+                    "uid": self.uid,
+                    "error": error.strerror,
+                },
+            )
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
 
     def give_up_output(self) -> None:
         """The client has closed its end. What it sent before may still be on its way in."""

@@ -21,7 +21,7 @@ from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.log import logger
 from cc_proxy.proxy.console import Console
-from cc_proxy.proxy.control import ControlLink, ControlLost, NoAnswer
+from cc_proxy.proxy.control import ControlLink, ControlLost, NoAnswer, NotSent
 from cc_proxy.proxy.dial import CannotConnect, Dialer
 from cc_proxy.proxy.pump import Pump
 from cc_proxy.proxy.session import Session
@@ -96,7 +96,8 @@ class Vm:
         self._lock = threading.Lock()  # guards all that follows; nothing else is locked while it is held
         self._state = State.STARTING
         self._cause = ""
-        self._powering_off = False
+        self._powering_off = False  # it was told to
+        self._stopping = False  # the daemon is
         self._next_seq = 1
         self._control: ControlLink | None = None
         self._pump: Pump | None = None
@@ -138,6 +139,8 @@ class Vm:
         try:
             answer = control.transact(name, payload, self._live.current.vm.command_timeout)
         except NoAnswer as error:
+            if isinstance(error, NotSent):
+                self._keep_on(name)
             fields = {"vm": self.container_id, "command": name.hyper_name, "error": str(error)}
             logger.warning("command not answered", extra=fields)
             self.trouble = Trouble(f"{name.hyper_name}: {error}", time.monotonic())
@@ -150,11 +153,17 @@ class Vm:
             self.lose("internal error in its control channel")
             raise VmError(self._gone()) from None
         if answer.code == Code.ERROR:
+            self._keep_on(name)
             said = answer.payload.decode(errors="replace")
             refusal = "ERROR received from Hyperstart" + (f": {said}" if said else "")
             self.trouble = Trouble(f"{name.hyper_name}: {refusal}", time.monotonic())
             raise VmError(refusal)
         return answer
+
+    def _keep_on(self, refused: Code) -> None:
+        """The agent does not carry out a command: if that was to power off, it is not expected to end."""
+        if refused is Code.DESTROY_POD:
+            self._powering_off = False
 
     def open_session(self, n_streams: int, share: Share, pid: int = 0) -> tuple[int, socket.socket]:
         """Allocate streams for a client of `share`'s user, the process `pid`.
@@ -177,12 +186,10 @@ class Vm:
             window = self._live.current.stdin.window
             paced = StdinWindow(seqs.start, window) if window else None
             session = Session(seqs, ours, self._space, share, paced)
-            undo.pop_all()
-        session.pid = pid
-        if not pump.add(session):
-            session.close()
-            theirs.close()
-            raise VmError(self._gone())
+            session.vm, session.pid = self.container_id, pid
+            if not pump.add(session):
+                raise VmError(self._gone())
+            undo.pop_all()  # the pump's from now on
         return seqs.start, theirs
 
     def leave(self) -> bool:
@@ -197,7 +204,7 @@ class Vm:
         """The VM is of no use any more, because of `cause`. Who waits for its answer is told."""
         with self._lock:
             self._cause = self._cause or cause
-            expected = self._powering_off or self._state is State.LEAVING
+            expected = self._powering_off or self._stopping or self._state is State.LEAVING
             if not expected and State.LOST in _MOVES[self._state]:
                 self._fail(cause)
         if not self._move(State.LOST):
@@ -229,7 +236,7 @@ class Vm:
     def stop(self) -> None:
         """The daemon stops: deliver what the VM has sent by now, and end."""
         pump, control = self._pump, self._control
-        self._powering_off = True
+        self._stopping = True
         if pump:
             pump.finish(_STOPS)
         elif control:

@@ -313,3 +313,36 @@ def test_bad_file_has_its_priority_in_the_journal(tmp_path: Path) -> None:
     event = json.loads(line[3:])
     assert event["message"] == "cannot start"
     assert event["error"].endswith("given.toml: unknown setting `nonsense`")
+
+
+def test_what_was_read_is_what_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if it has vanished: what it said does not count by chance."""
+    monkeypatch.chdir(tmp_path)
+    default = tmp_path / "default.toml"
+    default.write_text("[limits]\nvms = 5\n")
+    options = build_parser().parse_args(["--socket-path", "sock"])
+    before = choose_settings(options)
+    cli._leave_directory(options)
+    assert choose_settings(options) == before
+    default.unlink()
+    with pytest.raises(SettingsError, match=r"default.toml: cannot be read: No such file"):
+        choose_settings(options)
+
+
+def test_file_that_comes_later_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = build_parser().parse_args([])
+    cli._leave_directory(options)
+    assert choose_settings(options) == Settings()
+    (tmp_path / "default.toml").write_text("[limits]\nvms = 5\n")
+    assert choose_settings(options).limits.vms == 5
+
+
+def test_a_check_can_be_interrupted(tmp_path: Path) -> None:
+    """For example while it reads from a pipe into which nobody writes."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "cc_proxy", "--check-config", "--config", str(pipe)]
+    with subprocess.Popen(command, cwd=CHECKOUT) as process, pipe.open("w"):  # it has got there
+        process.terminate()
+        assert process.wait(WAIT) == -signal.SIGTERM

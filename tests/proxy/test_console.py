@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import random
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cc_proxy.credentials import Credentials
 from cc_proxy.log import CONSOLE, logger
 from cc_proxy.proxy.console import _LONGEST_LINE, Console, LineSplitter
+from cc_proxy.proxy.dial import Dialer
 from tests.proxy.conftest import Logged
-from tests.proxy.support import DIALER, open_fds
+from tests.proxy.support import DIALER, new_share, open_fds
+from tests.wire.support import WAIT, in_background
 
 
 def lines_of(*pieces: bytes) -> list[str]:
@@ -123,6 +127,25 @@ def test_console_whose_backlog_is_full_is_not_waited_for(tmp_sock_dir: Path, log
         first.connect(path)
         assert Console.open("vm", path, DIALER) is None
     assert logged.at(logging.WARNING) == ["console cannot be read"]
+
+
+def test_console_waits_for_its_turn_while_another_hello_of_the_user_connects(
+    listener: socket.socket, logged: Logged
+) -> None:
+    logger.setLevel(CONSOLE)
+    share, begun = new_share(), threading.Event()
+
+    def take_turn() -> None:
+        with share.dialing:
+            begun.set()
+            threading.Event().wait(0.01)
+
+    with in_background(take_turn):
+        assert begun.wait(WAIT)
+        console = Console.open("vm", listener.getsockname(), Dialer(Credentials.own(), share))
+    assert console
+    console.close()
+    assert logged.at(logging.WARNING) == []
 
 
 def test_console_is_read_to_its_end(listener: socket.socket, logged: Logged) -> None:

@@ -4,6 +4,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 
@@ -85,6 +86,27 @@ def test_only_so_many_wait(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
     together.wait()
     wait_until(lambda: len(crew._members) == module._MOST_SPARE, "the others have ended")
     wait_for_spare(crew, module._MOST_SPARE)
+
+
+def test_a_job_that_cannot_be_handed_over_costs_no_thread(
+    crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LINGER", 60)
+    thread = do(crew)
+    wait_for_spare(crew, 1)
+    jobs = crew._spare.pop()
+
+    class NoMemory:
+        def put(self, _job: Job) -> None:
+            raise MemoryError
+
+    spare = cast("queue.SimpleQueue[Job]", NoMemory())
+    crew._spare.append(spare)
+    with pytest.raises(MemoryError):
+        crew.hand_over("job", lambda: None)
+    assert list(crew._spare) == [spare]
+    crew._spare[0] = jobs
+    assert do(crew) is thread
 
 
 def test_nothing_is_kept_of_a_thread_that_cannot_start(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:

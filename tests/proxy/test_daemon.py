@@ -1,16 +1,22 @@
-"""In which order the daemon stops, and that it gives up when its time is over."""
+"""What the main thread does: signals, the service manager, and the end, in order and in time."""
 
 from __future__ import annotations
 
 import logging
+import signal
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
+from cc_proxy.access import UserId
+from cc_proxy.log import Logging
 from cc_proxy.proxy import daemon
+from cc_proxy.proxy.daemon import Host, Supervisor
 from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.server import Server
+from cc_proxy.settings import Access, LiveSettings, Settings
+from cc_proxy.systemd import Notifier
 from tests.proxy.conftest import Logged
 
 
@@ -122,3 +128,130 @@ def test_what_vms_have_sent_has_its_time_however_long_connections_take(
     stop = Stop(accepted=accepted, connections=60.0, vm1=0.99)
     assert run(stop, monkeypatch) == pytest.approx(max(4.0, accepted) + 0.99)
     assert logged.at(logging.WARNING) == []
+
+
+class Manager:
+    """A service manager that takes what it is told, or does not; it has the daemon's log too."""
+
+    wanted = True
+    watchdog = 1.0
+    error = "Resource temporarily unavailable"
+
+    def __init__(self) -> None:
+        self.deaf = False
+        self.told: list[tuple[str, ...]] = []
+
+    def tell(self, *assignments: str, wait: bool = True) -> bool:
+        if not self.deaf:
+            self.told.append(assignments)
+        return not self.deaf
+
+    def report_suppressed(self) -> None:
+        pass
+
+    def set_level(self, level: str) -> None:
+        assert level == "info"
+
+
+class Desk:
+    """What the main thread sees of everything else."""
+
+    own = True
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.manager = Manager()
+        self.now = 1_000.0
+        self.listed: list[SimpleNamespace] = []
+        self.signals: list[signal.Signals] = []
+        self.failure: BaseException | None = None
+        self.open_to_all: list[bool] = []
+        monkeypatch.setattr(daemon, "time", self)
+        monkeypatch.setattr(daemon, "_next_signal", lambda: self.signals.pop(0))
+        monkeypatch.setattr(signal, "setitimer", lambda *_: None)
+        host = Host(self.read_settings, "", cast(Notifier, self.manager), cast(Logging, self.manager))
+        me: Any = self
+        self.supervisor = Supervisor(LiveSettings(Settings()), host, me, me, me)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def read_settings(self) -> Settings:
+        if self.failure:
+            raise self.failure
+        return Settings(access=Access(users=(UserId(54_321),)))
+
+    def open_to(self, *, for_all: bool) -> None:
+        self.open_to_all.append(for_all)
+
+    def is_free(self, _timeout: float) -> bool:
+        return True
+
+    def vms(self) -> list[SimpleNamespace]:
+        return self.listed
+
+    def is_good(self, _patience: float) -> bool:
+        return True
+
+    def work(self, *signals: signal.Signals) -> list[str]:
+        """Have those dealt with; returns what the manager was told."""
+        del self.manager.told[:]
+        self.signals = [*signals, signal.SIGTERM]
+        assert self.supervisor.run() is signal.SIGTERM
+        return [assignment for told in self.manager.told[1:] for assignment in told]
+
+
+@pytest.fixture
+def desk(monkeypatch: pytest.MonkeyPatch) -> Desk:
+    return Desk(monkeypatch)
+
+
+READY = ["READY=1", "STATUS=0 VMs, 0 sessions"]
+
+
+@pytest.mark.parametrize("failure", [MemoryError(), KeyError("nobody expects it")])
+def test_error_in_the_main_thread_costs_nothing_but_what_it_was_at(
+    desk: Desk, logged: Logged, failure: Exception
+) -> None:
+    desk.failure = failure
+    assert desk.work(signal.SIGHUP)[-2:] == READY, "or the manager would wait for the end of the reload"
+    assert logged.fields("signal not carried out") == [{"signal": "SIGHUP"}]
+    desk.failure = None
+    assert desk.work(signal.SIGHUP)[-2:] == READY
+    assert logged.at(logging.INFO)[-1] == "settings reloaded"
+
+
+def test_settings_that_name_others_open_the_socket(desk: Desk) -> None:
+    desk.work(signal.SIGHUP)
+    assert desk.open_to_all == [True]
+
+
+def test_what_a_manager_did_not_take_it_is_told_again(desk: Desk, logged: Logged) -> None:
+    desk.manager.deaf = True
+    desk.listed = [SimpleNamespace(sessions=2)]
+    for _ in range(3):
+        desk.now += 1.0
+        assert desk.work(signal.SIGALRM) == []
+    assert logged.at(logging.WARNING) == ["the service manager cannot be told"], "once"
+    desk.manager.deaf = False
+    assert desk.work(signal.SIGALRM) == ["WATCHDOG=1"], "of its status it has heard with READY=1"
+    desk.now += 1.0
+    desk.listed = []
+    assert desk.work(signal.SIGALRM, signal.SIGALRM) == ["WATCHDOG=1"]
+    desk.manager.deaf = True
+    desk.work()
+    assert len(logged.at(logging.WARNING)) == 2
+
+
+def test_signal_that_says_stop_comes_before_others() -> None:
+    """As if ticks came as fast as they are dealt with."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, daemon._SIGNALS)
+    try:
+        for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(number)
+        assert [daemon._next_signal() for _ in range(3)] == [
+            signal.SIGTERM,
+            signal.SIGHUP,
+            signal.SIGALRM,
+        ]
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

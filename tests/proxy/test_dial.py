@@ -94,7 +94,9 @@ def test_path_that_hangs_holds_up_hellos_of_its_user_only_and_until_their_deadli
     share = new_share()
     dialer = Dialer(ROOT, share)
     with share.dialing:
-        assert refusal(dialer, "/nowhere") == "ctlSerial: cannot connect to /nowhere: not accepted in time"
+        assert refusal(dialer, "/nowhere") == (
+            "ctlSerial: cannot connect to /nowhere: others of the same user had their turn all the time"
+        )
         assert not share.turn.locked(), "other requests go on"
 
 

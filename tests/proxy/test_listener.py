@@ -15,6 +15,7 @@ import pytest
 from cc_proxy import socketfile
 from cc_proxy.proxy import listener as listener_module
 from cc_proxy.proxy.listener import Listener, ListenError
+from tests.proxy.conftest import Logged
 from tests.proxy.support import open_fds
 from tests.wire.support import WAIT, in_background, wait_until
 
@@ -215,3 +216,78 @@ def test_socket_of_somebody_else_is_never_removed(path: Path) -> None:
         assert not listener.own
         listener.remove()
     assert path.exists()
+
+
+def test_what_took_its_place_is_left_alone_though_it_looks_the_same(path: Path) -> None:
+    """A file system may give a new file the number of one that has gone."""
+    first = Listener.bind(str(path))
+    first.remove()
+    second = Listener.bind(str(path))
+    first._identity = second._identity
+    first.socket.close()
+    first.remove()
+    assert path.exists()
+    close(second)
+    assert not path.exists()
+
+
+def test_socket_that_goes_while_it_is_looked_at_is_in_nobodys_way(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close_later = Listener.bind(str(path))
+    look = os.lstat
+
+    def look_and_remove(at: str) -> os.stat_result:
+        found = look(at)
+        close(close_later)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", look_and_remove)
+        patch.setattr(close_later, "remove", lambda: path.unlink(missing_ok=True))
+        listener = Listener.bind(str(path))
+    close(listener)
+
+
+def test_who_may_connect_may_change(path: Path, logged: Logged) -> None:
+    path.parent.chmod(0o755)
+    listener = Listener.bind(str(path))
+    for for_all, mode in ((True, 0o666), (True, 0o666), (False, 0o660)):
+        listener.open_to(for_all=for_all)
+        assert mode_of(path) == mode
+    path.chmod(0o600)
+    listener.open_to(for_all=False)
+    assert mode_of(path) == 0o600, "nothing has changed in the settings"
+    path.unlink()
+    path.touch(0o600)
+    listener.open_to(for_all=True)
+    assert mode_of(path) == 0o600, "it is another file"
+    path.unlink()
+    listener.open_to(for_all=False)
+    assert logged.fields("the socket's permissions cannot be changed") == [
+        {"socket": str(path), "error": "No such file or directory"}
+    ]
+    close(listener)
+    listener.open_to(for_all=True)
+
+
+def test_permissions_of_an_inherited_socket_are_not_the_daemons(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        path.chmod(0o600)
+        sock.listen()
+        listener = Listener(sock)
+        listener.open_to(for_all=True)
+        assert mode_of(path) == 0o600
+        listener.remove()
+    assert path.exists()
+
+
+def test_directory_that_keeps_out_who_may_connect_is_said(path: Path, logged: Logged) -> None:
+    path.parent.chmod(0o750)
+    close(Listener.bind(str(path), for_all=True))
+    listener = Listener.bind(str(path))
+    listener.open_to(for_all=True)
+    close(listener)
+    text = "[access] names others, but only its group can reach what is in the socket's directory"
+    assert logged.fields(text) == [{"directory": str(path.parent), "mode": "0750"}] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
@@ -1119,6 +1120,36 @@ def test_many_threads_open_sessions_while_frames_flow(rig: Rig) -> None:
             stack.enter_context(in_background(use))
     rig.wait(lambda pump: not pump._sessions and not pump._owners, "all are closed")
     assert rig.call(lambda: rig.pump.counters.stray_frames) == 0
+
+
+@pytest.mark.parametrize("spooled", [False, True])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOMEM])
+def test_output_that_cannot_be_passed_on_is_said_and_its_client_sees_the_end(
+    space: SpoolSpace, monkeypatch: pytest.MonkeyPatch, logged: Logged, spooled: bool, number: int
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with Rig(space) as rig:
+        stream, other = rig.open(buffer=4_096 if spooled else None), rig.open()
+        if spooled:
+            for _ in range(8):
+                rig.io.sendall(frame(stream.base, bytes(60_000)))
+            rig.wait(lambda pump: any(session.spooled for session in pump._sessions), "it is spooled")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "sendfile", fail)
+            patch.setattr(session_module, "send_pieces", fail)
+            if not spooled:
+                rig.io.sendall(frame(stream.base, b"lost"))
+            while stream.sock.recv(65_536):
+                pass
+        rig.wait(lambda pump: len(pump._sessions) == 1, "its session is closed")
+        assert logged.fields("output lost: its stream is closed") == [
+            {"vm": "", "stream": stream.base, "pid": 0, "uid": os.geteuid(), "error": os.strerror(number)}
+        ]
+        rig.io.sendall(frame(other.base, b"x"))
+        assert other.read_frame().payload == b"x"
+        assert not rig.owner.over.is_set()
 
 
 class Contended:

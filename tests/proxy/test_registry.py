@@ -171,6 +171,27 @@ def test_hello_that_fails_in_a_way_nobody_expects_frees_the_id(
     office.register("pod")
 
 
+@pytest.mark.parametrize("full", ["_vms", "_by_id"])
+def test_hello_that_there_is_no_memory_for_leaves_nothing(
+    office: Office, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    class Vms(set[Vm]):
+        def add(self, _vm: Vm) -> None:
+            raise MemoryError
+
+    class ById(dict[str, Vm]):
+        def __setitem__(self, _name: str, _vm: Vm) -> None:
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(office.registry, full, {"_vms": Vms, "_by_id": ById}[full]())
+        with pytest.raises(MemoryError):
+            office.registry.register(hello("pod", office.agent()), ME)
+    assert office.registry.vms() == []
+    assert office.registry.shares.users() == []
+    office.register("pod")
+
+
 def test_no_more_vms_than_the_settings_allow_the_lingering_ones_included(office: Office) -> None:
     agents = [office.register(f"pod{number}")[1] for number in range(LIMIT)]
     office.registry.unregister("pod0", ME)

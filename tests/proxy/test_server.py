@@ -168,7 +168,7 @@ def test_without_fds_it_waits_and_says_so_once_and_accepts_again(
         assert logged.fields("no connection can be accepted") == [{"error": "Too many open files"}] * times
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EPERM])
 def test_every_shortage_is_waited_out(
     house: House, monkeypatch: pytest.MonkeyPatch, logged: Logged, number: int
 ) -> None:
@@ -289,6 +289,24 @@ def test_only_who_has_passed_fds_takes_a_thread_to_be_turned_away(
         house.server.shutdown_request(near)
         assert at_end(far)
     assert len(threads) == passes
+
+
+def test_connection_that_cannot_be_closed_in_order_counts_no_more(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = socket.socketpair()
+    with near, far:
+        share = house.server.shares.of(os.geteuid())
+        house.server._admit(near, share)
+
+        def fail(_sock: socket.socket) -> None:
+            raise MemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(server_module, "close_stream", fail)
+            with pytest.raises(MemoryError):
+                house.server._close(near)
+        assert house.server.shares.users() == []
 
 
 def test_connection_counts_until_it_is_closed(tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

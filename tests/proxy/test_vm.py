@@ -119,6 +119,48 @@ def hasty_life(tmp_sock_dir: Path, space: SpoolSpace) -> Iterator[Life]:
     life.close()
 
 
+@pytest.mark.parametrize("sent", [True, False])
+def test_end_of_a_vm_that_has_refused_to_power_off_is_not_what_was_asked_for(
+    hasty_life: Life, logged: Logged, sent: bool
+) -> None:
+    life = hasty_life
+    life.start()
+
+    def refuse() -> None:
+        life.agent.read_command()
+        life.agent.say(ERROR)
+
+    if sent:
+        with in_background(refuse), pytest.raises(VmError, match="ERROR"):
+            life.vm.command(Code.DESTROY_POD, b"")
+    else:
+        control = life.vm.control
+        assert control
+        with control._turn, pytest.raises(VmError, match="another command was in the way"):
+            life.vm.command(Code.DESTROY_POD, b"")
+    life.agent.close()
+    life.wait_for(State.ENDED)
+    assert life.vm.failed
+    assert "VM lost" in logged.at(logging.WARNING)
+
+
+def test_session_that_there_is_no_memory_for_leaves_nothing(
+    life: Life, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    life.start()
+    share = new_share()
+    before = open_fds()
+
+    def fail(*_: object) -> bool:
+        raise MemoryError
+
+    monkeypatch.setattr(Pump, "add", fail)
+    with pytest.raises(MemoryError):
+        life.vm.open_session(1, share)
+    assert open_fds() == before
+    assert share._shares.used(share.uid, "sessions") == 0
+
+
 def test_events_are_paid_for(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
     spent: list[float] = []
 

@@ -120,6 +120,19 @@ def test_who_may_connect(town: Town, user: Credentials) -> None:
     assert town.client(user).ask("x") == refused("no payload named 'x'")
 
 
+def test_who_may_connect_changes_with_the_settings_and_so_do_the_sockets_permissions(open_dir: Path) -> None:
+    for town in town_of(open_dir, PATIENT):
+        daemon = town.wire.daemon
+        with pytest.raises(PermissionError):
+            town.client(ALICE)
+        for tables, mode in ((ACCESS, 0o666), (PATIENT, 0o660)):
+            write_config(open_dir, daemon.socket_path, tables)
+            daemon.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: daemon.socket_path.stat().st_mode & 0o777 == mode, "it has changed")  # noqa: B023
+            if mode == 0o666:
+                assert town.client(ALICE).ask("x") == refused("no payload named 'x'")
+
+
 def test_by_default_it_is_root_and_the_daemons_group(open_dir: Path) -> None:
     for town in town_of(open_dir, PATIENT):
         path = town.wire.daemon.socket_path

@@ -268,3 +268,24 @@ def test_daemon_whose_log_has_gone_still_ends_with_0(tmp_sock_dir: Path) -> None
         assert wire.pod().pings()
         wire.close()
         assert daemon.stop() == 0
+
+
+def test_manager_that_takes_nothing_does_not_keep_it_from_ending(
+    tmp_sock_dir: Path, manager: Manager
+) -> None:
+    """However full its queue is and however often it is to be told something."""
+    with managed(tmp_sock_dir, manager, watchdog=0.02) as wire:
+        manager.next()
+        logs(wire.daemon, "the service manager cannot be told")
+        assert wire.daemon.stop() == 0
+
+
+def test_settings_that_no_file_has_cost_nothing(tmp_sock_dir: Path) -> None:
+    with running(tmp_sock_dir) as wire:
+        pod = wire.pod()
+        with (tmp_sock_dir / "cc-proxy.toml").open("r+") as file:
+            file.truncate(10**10)
+        wire.daemon.process.send_signal(signal.SIGHUP)
+        error = logs(wire.daemon, "settings not reloaded: the old ones stay")["error"]
+        assert str(error).endswith("cc-proxy.toml: over 1048576 characters, which no settings take")
+        assert pod.pings()
