@@ -48,27 +48,36 @@ class StdinWindow:
         return self._marker()
 
     def ask_again(self) -> bytes:
-        """Return another marker for the one that did not come back; of the two only the new one counts.
+        """Return the same marker again, as it did not come back; whichever does first counts.
 
-        The older one may only be late: were it taken for the newer, data behind it would count as handled.
+        Nothing was sent in between, so each of them says the same.
         """
         self.asked += 1
-        self._generation = (self._generation + 1) % _GENERATIONS
         return self._marker()
 
     def echoed(self, seq: int) -> bool:
         """Take a marker that came back. Returns whether there is room again because of it."""
         if not self.asked or seq != self._seq:
             return False
+        if self.asked > 1:
+            self._be_another()
         self.asked = 0
         self._unacknowledged = 0
         return True
 
     def reset(self) -> None:
         """Begin anew; a marker that is still on its way does not count any more."""
-        self._generation = (self._generation + 1) % _GENERATIONS
+        self._be_another()
         self.asked = 0
         self._unacknowledged = 0
+
+    def _be_another(self) -> None:
+        """Have the next marker have another seq.
+
+        Those that are still on their way may come back late: were one taken for the next, data in front of
+        that would count as handled.
+        """
+        self._generation = (self._generation + 1) % _GENERATIONS
 
     @property
     def _seq(self) -> int:

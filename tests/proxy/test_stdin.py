@@ -252,14 +252,37 @@ def test_marker_that_does_not_come_back_is_asked_for_again(bench: Bench) -> None
         assert seq >= MARKER
         seqs.append(seq)
         assert bench.turns() == [], "the window is shut as long as that"
-    assert len(set(seqs)) == len(seqs), "an echo tells which one it is of"
-    for late in [*seqs[:-1], first]:
+    assert len(set(seqs)) == 1, "whichever comes back says that there is room"
+    bench.stdin.echo(second)
+    frames = bench.turns()
+    assert data_of(frames, base)
+    (third,) = markers_of(frames)
+    for late in seqs:
         bench.stdin.echo(late)
         assert bench.asked()
         assert bench.turns() == []
-    bench.stdin.echo(seqs[-1])
-    assert not bench.asked()
+    bench.stdin.echo(third)
     assert data_of(bench.turns(), base)
+
+
+def test_agent_that_always_takes_longer_than_it_is_waited_for(bench: Bench, logged: Logged) -> None:
+    """Each marker comes back when it has been asked for again, and again."""
+    session, client = bench.open()
+    base = session.seqs.start
+    data = bytes(10 * WINDOW)
+    client.sendall(frame(base, data))
+    echoes: list[int] = []
+    frames = bench.turns()
+    taken = data_of(frames, base)
+    for _ in range(100):
+        echoes += markers_of(frames)
+        frames = bench.pass_time(ECHO_TIMEOUT)
+        if len(echoes) > 2:
+            bench.stdin.echo(echoes.pop(0))
+        frames += bench.turns()
+        taken += data_of(frames, base)
+    assert taken == data
+    assert logged.at(logging.WARNING) == []
 
 
 def test_markers_of_many_sessions_are_asked_for_again_each_in_its_time(bench: Bench) -> None:
@@ -272,7 +295,7 @@ def test_markers_of_many_sessions_are_asked_for_again_each_in_its_time(bench: Be
     assert list(bench.stdin.moments()) == [1_000 + ECHO_TIMEOUT]
     asked = [[seq & 0xFFFF for seq, _ in bench.pass_time(1)] for _ in range(16)]
     assert [bases for bases in asked if bases] == [[bases[0]], [bases[1]], [bases[2]]]
-    bench.stdin.echo(MARKER + (1 << 48) + bases[0])
+    bench.stdin.echo(MARKER + bases[0])
     again = [[seq & 0xFFFF for seq, _ in bench.pass_time(1)] for _ in range(6)]
     assert [bases for bases in again if bases] == [[bases[1]], [bases[2]]]
 

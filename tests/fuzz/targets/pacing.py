@@ -17,6 +17,7 @@ def run(choices: Choices) -> None:
     latest: int | None = None  # the only seq that makes room
     asked = 0
     held = 0
+    late: set[int | None] = set()  # of which copies may still be on their way
     while choices:
         kind = choices.number(4)
         if kind == 0 and window.room:
@@ -24,17 +25,20 @@ def run(choices: Choices) -> None:
             held += payload
             if marker := window.sent(payload):
                 latest, asked = _seq_of(marker), 1
+                assert latest not in late
         elif kind == 1 and latest is not None:
             again = _seq_of(window.ask_again())
-            assert again != latest
-            latest, asked = again, asked + 1
+            assert again == latest
+            asked += 1
         elif kind == 2:
             window.reset()
+            late |= {latest}
             latest, asked, held = None, 0, 0
         else:
             seq = _answer(choices, base, latest)
             if window.echoed(seq):
                 assert seq == latest
+                late = {seq} if asked > 1 else set()
                 latest, asked, held = None, 0, 0
             else:
                 assert seq != latest
