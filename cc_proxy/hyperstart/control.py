@@ -72,6 +72,16 @@ class ControlParser:
                 messages.append(message)
         return messages
 
+    @property
+    def missing(self) -> int:
+        """Bytes that are still to come of the message that has begun; 0 if none has."""
+        if self._skip:
+            return self._skip
+        if len(self._buffer) < HEADER.size:
+            return 0
+        _, length = HEADER.unpack_from(self._buffer)
+        return int(length) - len(self._buffer)
+
     def _next_message(self) -> ControlMessage | None:
         message = self._begun or self._begin()
         return self._skip_rest(message) if message and self._skip else message
@@ -129,6 +139,11 @@ class ControlChannel:
         self.outgoing += encode(code, payload)
         self._unanswered.append(command)
         return command
+
+    @property
+    def missing(self) -> int:
+        """Bytes that are still to come of the message that the agent has begun."""
+        return self._parser.missing
 
     @property
     def error(self) -> str | None:

@@ -17,8 +17,9 @@ from cc_proxy.proxy.eager import Eager
 
 #: So many commands may be without an answer, their senders having given up, before no more are sent.
 _MOST_UNANSWERED = 64
-#: Answers are short; and while events are taken apart nobody else runs.
+#: Answers are short; and while events are taken apart nobody else runs. Of one long message more is read.
 _READ_SIZE = 512
+_LONG_READ = 64 * 1024
 #: So many reads empty a socket's buffer, and an agent that never stops talking gets no more.
 _MOST_LAST_READS = 512
 _TIMEVAL = struct.Struct("@ll")
@@ -47,14 +48,21 @@ class ControlLink:
     this VM wait for it.
     """
 
-    def __init__(self, sock: socket.socket, on_events: Callable[[list[ControlMessage]], float]) -> None:
-        """`on_events` returns for how many seconds who waits for the agent has to rest after them."""
+    def __init__(
+        self,
+        sock: socket.socket,
+        on_read: Callable[[list[ControlMessage]], None],
+        due: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """`on_read` is told the events of each read; `due` says for how long to rest before the next one."""
         self._turn = threading.Lock()  # guards _channel, _lost, and reading and writing _sock
         self._sock = sock
-        self._on_events = on_events
+        self._on_read = on_read
+        self._due = due
         self._channel = ControlChannel()
         self._lost: ControlLost | None = None
         self._end = "the VM hung up its control channel"  # what that is called; set once at the most
+        self._over = threading.Event()  # nobody rests any more: others wait for the end
         # Commands and since when, by the thread that waits for them. Each thread adds and removes its own:
         # single steps of the interpreter, which need no lock.
         self._waiting: dict[int, tuple[Code, float]] = {}
@@ -90,6 +98,8 @@ class ControlLink:
                 self._exchange_when_ready(up, until - now)
                 if io.fileno() in dict(up.poll(0)):
                     raise ControlLost("the VM hung up its I/O channel")
+                if not self._channel.ready:
+                    self._rest()
             self._unasked.modify(self._sock, select.EPOLLIN)
 
     def transact(self, code: Code, payload: bytes, timeout: float) -> ControlMessage:
@@ -140,6 +150,7 @@ class ControlLink:
         The socket stays open until `close`.
         """
         self._end = cause or self._end
+        self._over.set()
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError as error:
@@ -217,6 +228,8 @@ class ControlLink:
                 # The answer was in front of what ended the channel: that is for whoever comes next.
                 self._lost = lost
                 self.hang_up()
+            if not command.is_answered():
+                self._rest()
             now = time.monotonic()
 
     def _look(self) -> bool | None:
@@ -240,17 +253,20 @@ class ControlLink:
 
     def _has_read(self, flags: int) -> bool:
         try:
-            rest = self._read(flags)
+            self._read(flags)
         except BlockingIOError:
             return False
-        if rest:
-            time.sleep(rest)
         return True
 
-    def _read(self, flags: int) -> float:
-        """Read once; returns for how many seconds to rest after it."""
+    def _rest(self) -> None:
+        """Leave the interpreter to others before there is more to read; not while they wait for the end."""
+        while (seconds := self._due()) and not self._over.wait(seconds):
+            pass
+
+    def _read(self, flags: int) -> None:
+        size = max(_READ_SIZE, min(self._channel.missing, _LONG_READ))
         try:
-            data = self._sock.recv(_READ_SIZE, flags)
+            data = self._sock.recv(size, flags)
         except BlockingIOError:
             raise
         except OSError as error:
@@ -259,11 +275,9 @@ class ControlLink:
             raise self._lost
         if not data:
             raise ControlLost(self._end)
-        events = self._channel.receive_data(data)
-        rest = self._on_events(events) if events else 0.0
+        self._on_read(self._channel.receive_data(data))
         if self._channel.error:
             raise ControlLost(f"control channel: {self._channel.error}")
-        return rest
 
     def _hung_up(self) -> bool:
         poll = select.poll()

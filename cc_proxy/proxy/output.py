@@ -51,7 +51,8 @@ class Output:
         self._on_stray = on_stray
         self._buffer = new_buffer(_BUFFER_SIZE)
         self._view = memoryview(self._buffer)
-        self._most = _BUFFER_SIZE  # that is read at once, beyond what is there
+        #: Bytes that are read at once, beyond what is there.
+        self.most = _BUFFER_SIZE
         self._empty = self._view  # so much of the buffer
         # Where a frame stands in the buffer that has not arrived whole.
         self._start = self._stop = 0
@@ -126,13 +127,13 @@ class Output:
 
     def adapt(self, stretch: float) -> None:
         """Read less at once if the last turn had the interpreter long at a stretch, or more if not."""
-        if stretch > _LONG and self._most > _LEAST:
-            self._most = max(_LEAST, self._most // 2)
-        elif stretch < _SHORT and self._most < _BUFFER_SIZE:
-            self._most += _LEAST
+        if stretch > _LONG and self.most > _LEAST:
+            self.most = max(_LEAST, self.most // 2)
+        elif stretch < _SHORT and self.most < _BUFFER_SIZE:
+            self.most += _LEAST
         else:
             return
-        self._empty = self._view[: self._most]
+        self._empty = self._view[: self.most]
 
     def holds(self, session: Session) -> bool:
         """Whether the VM is not read because of this session."""
@@ -162,7 +163,7 @@ class Output:
         if held and self._start:
             self._buffer[:held] = self._buffer[self._start : self._stop]
         self._start, self._stop = 0, held
-        return self._view[held : held + self._most] if held else self._empty
+        return self._view[held : held + self.most] if held else self._empty
 
     def _settle(self, session: Session) -> None:
         """Watch the session's client for as long as something waits for it."""

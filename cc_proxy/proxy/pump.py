@@ -28,7 +28,7 @@ from cc_proxy.proxy.mailbox import Mailbox
 from cc_proxy.proxy.output import FramingLost, Output
 from cc_proxy.proxy.selector import NOTHING_ELSE, READ, WRITE, Selector
 from cc_proxy.proxy.session import Session
-from cc_proxy.proxy.shares import Share
+from cc_proxy.proxy.shares import Place, Share
 from cc_proxy.proxy.stdin import Stdin
 from cc_proxy.proxy.streams import describe_streams
 from cc_proxy.threads import start_thread
@@ -70,6 +70,7 @@ class Pump:
         self._control = control
         self._console = console
         self._share = share
+        self._place = Place(share)
         self.counters = Counters()
 
         self._asked = False  # the pump thread has been asked whether it is alive; it takes that back
@@ -102,6 +103,7 @@ class Pump:
         # without end more is to come, but the more at a time the better.
         self._conversing = self._vm_spoke_last = False
         self._eager = Eager()
+        self._charged_at: float | None = None  # time.thread_time's, when what it took was counted last
         self._finish_at: float | None = None
         self._finish_cause = ""
         self._thread = threading.Thread(target=self._run, name=f"pump {vm[:32]}", daemon=True)
@@ -202,27 +204,57 @@ class Pump:
     def _fair_turn(self) -> None:
         """Do as `_turn`, but while other users are there no more at once, and no more often, than is fair."""
         if not self._share.others:
-            self._output.adapt(0.0)
+            self._adapt(0.0)
             self._turn()
+            self._charged_at = None
             return
+        if self._charged_at is None:
+            self._charged_at = time.thread_time()
         if self._share.contended:
             self._conversing = False  # to look all the time is not fair
         ready = self._wait()
+        begun = time.monotonic()
+        if self._rests():
+            if not self._is_in_use:
+                return
+            ready = self._look()
         with self._share.one_pump():
-            begun, before = time.thread_time(), self._frames
+            self._stdin.put_off_by(time.monotonic() - begun)
+            before = self._frames
             self._proceed(ready)
-            took = time.thread_time() - begun
-            stretch = min(took, (self._frames - before) * _FRAME)
-            self._output.adapt(stretch)
-            self._rest(self._share.spend(took, stretch))
+            self._adapt(self._charge(self._frames - before))
 
-    def _rest(self, seconds: float) -> None:
-        """Do only what other threads ask: they are not to wait for that."""
-        if not seconds:
-            return
-        until = time.monotonic() + seconds
-        while self._mailbox.wait(until - time.monotonic()) and self._is_in_use:
-            pass
+    def _rests(self) -> bool:
+        """Do only what other threads ask until the next turn is this VM's; returns whether it was not yet."""
+        rests = False
+        while (seconds := self._owed) and self._is_in_use:
+            rests = True
+            self._mailbox.wait(seconds)
+            self._charge(0)
+        return rests
+
+    @property
+    def _owed(self) -> float:
+        """Seconds to wait; until its end at the most: what has come by then is still to be delivered."""
+        if not self._io_open:
+            return 0.0
+        due = self._place.due()
+        if self._finish_at is not None:
+            due = min(due, self._finish_at - time.monotonic())
+        return max(0.0, due)
+
+    def _charge(self, frames: int) -> float:
+        """Count what was taken of a CPU since the last time; returns for how long at a stretch that was."""
+        assert self._charged_at is not None
+        now = time.thread_time()
+        took, self._charged_at = now - self._charged_at, now
+        stretch = min(took, frames * _FRAME)
+        self._share.spend(took, stretch)
+        return stretch
+
+    def _adapt(self, stretch: float) -> None:
+        self._output.adapt(stretch)
+        self._stdin.most = self._output.most
 
     @property
     def _frames(self) -> int:
@@ -254,6 +286,10 @@ class Pump:
         if not self._conversing:
             return clients.poll(timeout)
         return self._eager.wait(lambda: clients.poll(0) or None, lambda: clients.poll(timeout))
+
+    def _look(self) -> list[tuple[int, int]]:
+        """Return what is ready now."""
+        return (self._stdin.clients if self._reads_clients else self._selector).poll(0)
 
     def _proceed(self, ready: list[tuple[int, int]]) -> None:
         """Do what there is to do about it."""
@@ -370,6 +406,7 @@ class Pump:
             self._read_vm()  # what there is nearly always
             return
         if events & WRITE and self._stdin.blocked:
+            self._share.works()
             self._stdin.flush()
         if not events & ~WRITE or not self._io_open:
             return
@@ -398,6 +435,7 @@ class Pump:
         self._serve(self._selector.poll(0))
 
     def _on_writable(self, session: Session) -> None:
+        self._share.works()
         try:
             self._output.flush(session)
         except Exception:

@@ -1,7 +1,7 @@
 """Which VMs there are: ids, and the VMs that clients have registered under them."""
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from typing import NamedTuple
 
 from cc_proxy.access import is_admin, may_use
@@ -49,7 +49,7 @@ class Registry:
         self._lock = threading.Lock()  # guards all that follows; nothing else is locked while it is held
         self._by_id: dict[str, Vm] = {}  # from the beginning of hello until bye, or until the VM is lost
         self._vms: set[Vm] = set()  # those that have not ended
-        self._failed: deque[FailedVm] = deque(maxlen=_MOST_ENDED)  # the latest last
+        self._failed: deque[FailedVm] = deque()  # the latest last
 
     def register(self, hello: Hello, client: Credentials) -> Vm:
         """Register the VM behind two sockets as the client's; returns once it is up.
@@ -164,12 +164,19 @@ class Registry:
             if ended:
                 self._vms.discard(vm)
                 if vm.failed and vm.trouble:
-                    self._failed.append(FailedVm(vm.container_id[:_MOST_KEPT], vm.owner, vm.trouble))
+                    self._keep(FailedVm(vm.container_id[:_MOST_KEPT], vm.owner, vm.trouble))
         if ended:
             _give_back(self.shares.of(vm.owner), vm.container_id)
             vm.container_id = vm.container_id[:_MOST_KEPT]  # a client may stay attached, and keep it
         if state is State.LEAVING:
             logger.info("VM unregistered", extra={"vm": vm.container_id})
+
+    def _keep(self, failed: FailedVm) -> None:
+        """Note a VM that has failed, in place of the oldest of the user who has most. Requires _lock."""
+        self._failed.append(failed)
+        if len(self._failed) > _MOST_ENDED:
+            [(most, _)] = Counter(other.owner for other in self._failed).most_common(1)
+            self._failed.remove(next(other for other in self._failed if other.owner == most))
 
 
 def _take(share: Share, container_id: str) -> None:

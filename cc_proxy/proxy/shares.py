@@ -4,7 +4,7 @@ import contextlib
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Literal
 
@@ -36,8 +36,10 @@ _WORK_IN_ONE_GO = 0.5
 _CONNECTING = 2
 #: Seconds of rest that may be due before it is taken, and that are taken at once at the most.
 _CREDIT = 0.000_03
-_LONGEST_REST = 0.25
+_LONGEST_REST = 1.0
 _MOST_DUE = 10.0
+#: So many turns' worth is what a turn typically takes.
+_SMOOTH = 8
 #: Seconds for which a user's VMs leave the interpreter to others once one of these has been at work.
 _LATELY = 1.0
 #: Seconds that a pump waits at the most for others of the same user to have done what they are at.
@@ -97,6 +99,10 @@ class Share:
         self._paid_at = -math.inf
         # The same for what they take in the long run.
         self._earned_at = -math.inf
+        self._spent = 0.0  # seconds of rest for what was taken since one was booked last
+        self._booking = threading.Lock()  # guards what follows; nothing else is locked while it is held
+        self._booked: deque[float] = deque()  # turns that are still to come; about in their order
+        self._typical = 0.0  # seconds of rest for a turn
 
     def pace(self, requests: int = 1) -> None:
         """Wait if the user asks for more than it may while others are there. Requires holding `turn`.
@@ -130,8 +136,8 @@ class Share:
         at = shares.others_worked_at if shares.at_work is self else shares.worked_at
         return time.monotonic() - at < _LATELY
 
-    def spend(self, seconds: float, stretch: float) -> float:
-        """Count time of a CPU that a VM of the user's took; returns for how many seconds to rest after it.
+    def spend(self, seconds: float, stretch: float) -> None:
+        """Count time of a CPU that a VM of the user's took; before the next turn it has to wait (`Place`).
 
         `stretch` is for how much of it nobody else had the interpreter. Whoever wants it waits for it after
         each system call: so what takes long at a stretch has to be rare, and all VMs of a user share what
@@ -141,7 +147,7 @@ class Share:
         While nobody else is at work none is due: what is taken in one go counts, what is beyond does not.
         """
         if not self.others:
-            return 0.0
+            return
         most_due = _MOST_DUE if self.contended else 0.0
         now = time.monotonic()
         price = seconds * max(1.0, stretch / _STRETCH)
@@ -150,8 +156,25 @@ class Share:
         share = self._shares.vm_cpu_share
         earned_at = max(self._earned_at, now - _WORK_IN_ONE_GO / share) + seconds / share
         self._earned_at = min(earned_at, now + most_due)
-        rest = max(due, self._earned_at - now)
-        return min(rest, _LONGEST_REST) if rest > _CREDIT else 0.0
+        self._spent += seconds / share if self._earned_at > now else price
+
+    def book(self) -> float:
+        """Return when one of the user's VMs has its turn that has to wait for one; `time.monotonic`'s.
+
+        Everybody has a time of its own, behind those who have asked before, so none waits for ever.
+        """
+        now = time.monotonic()
+        with self._booking:
+            self._typical += (self._spent - self._typical) / _SMOOTH
+            self._spent = 0.0
+            while self._booked and self._booked[0] <= now:
+                self._booked.popleft()
+            paid_at = max(self._paid_at, self._earned_at)
+            if paid_at <= now + _CREDIT:
+                return now
+            at = min(paid_at + len(self._booked) * self._typical, now + _MOST_DUE)
+            self._booked.append(at)
+        return at
 
     @contextlib.contextmanager
     def one_pump(self) -> Iterator[None]:
@@ -202,6 +225,28 @@ class Share:
         Requires holding `turn`. Raises `LimitReached` as it is entered.
         """
         return _Aside(self, thing)
+
+
+class Place:
+    """Where somebody who works for a VM stands in the line of its user's VMs. One thread at a time."""
+
+    def __init__(self, share: Share) -> None:
+        self._share = share
+        self._at: float | None = None
+
+    def due(self) -> float:
+        """Return for how many seconds to wait, and ask again then; 0 if it may have its turn now.
+
+        With the first question it is in the line, and with a 0 out of it again.
+        """
+        if self._share.contended:
+            if self._at is None:
+                self._at = self._share.book()
+            left = self._at - time.monotonic()
+            if left > _CREDIT:
+                return min(left, _LONGEST_REST)
+        self._at = None
+        return 0.0
 
 
 class _Aside:

@@ -18,8 +18,9 @@ from cc_proxy.proxy.session import Session
 _BUFFER_SIZE = 256 * 1024
 #: So many clients share the buffer in a turn, if so many have sent something.
 _MOST_SHARES = 2
-#: A client is not read any more in a turn when less than this is left of the buffer.
+#: A client is not read any more in a turn when less than this is left of it, or than a part of it.
 _LEAST_READ = 16 * 1024
+_LEAST_PART = 16
 #: Seconds between two looks, while the VM takes nothing, for clients that are gone meanwhile.
 _LOOK_INTERVAL = 1.0
 #: An agent that has let so many markers pass, and never sent one back, is taken not to do that.
@@ -49,6 +50,8 @@ class Stdin:
         self._drop = drop
         self._buffer = new_buffer(_BUFFER_SIZE)
         self._view = memoryview(self._buffer)
+        #: Bytes that are read at once, of all clients together.
+        self.most = _BUFFER_SIZE
         self._sessions: dict[int, Session] = {}  # by fd
         self._left_out: list[int] = []  # fds that were ready when the buffer was full, in their order
         self._to_vm: Sequence[Piece] = ()
@@ -98,18 +101,20 @@ class Stdin:
         """
         pieces: list[Piece] = []
         used = 0
-        share = _BUFFER_SIZE // min(len(ready), _MOST_SHARES)
+        most = self.most
+        share = most // min(len(ready), _MOST_SHARES)
+        least = min(_LEAST_READ, most // _LEAST_PART)
         if self._left_out:
             ready = self._left_out_first(ready)
         for number, (fd, events) in enumerate(ready):
-            if _BUFFER_SIZE - used < _LEAST_READ:
+            if most - used < least:
                 self._left_out = [fd for fd, _ in ready[number:]]
                 break
             session = self._sessions.get(fd)
             if session is None:
                 continue
             if events & READ:
-                used += self._read(session, used, share, events, pieces)
+                used += self._read(session, used, min(share, most - used), events, pieces)
             else:
                 self._hung_up(session)
         self._counters.bytes_to_vm += used
@@ -146,6 +151,11 @@ class Stdin:
     def put_off(self, now: float) -> None:
         """The VM is not read: no marker can have come back, so their time begins anew."""
         self.asked = dict.fromkeys(self.asked, now + self._echo_timeout)
+
+    def put_off_by(self, seconds: float) -> None:
+        """The VM was not read for a while."""
+        if self.asked:
+            self.asked = {session: at + seconds for session, at in self.asked.items()}
 
     def run_timers(self, now: float) -> None:
         """Ask again where a marker did not come back; give up clients that are gone while nobody is read."""

@@ -25,14 +25,14 @@ from cc_proxy.proxy.control import ControlLink, ControlLost, NoAnswer, NotSent
 from cc_proxy.proxy.dial import CannotConnect, Dialer
 from cc_proxy.proxy.pump import Pump
 from cc_proxy.proxy.session import Session
-from cc_proxy.proxy.shares import Share
+from cc_proxy.proxy.shares import Place, Share
 from cc_proxy.proxy.spool import SpoolSpace
 from cc_proxy.settings import LiveSettings
 
 #: A socket is writable again when three quarters of this are free: the rest must last until more is there.
 _SEND_BUFFER = 1024 * 1024
 _SESSION_SEND_BUFFER = 256 * 1024
-#: Seconds of a CPU that an event is taken for: more than it takes, as an agent has no need of many.
+#: Seconds of a CPU that an event, or a read, is taken for: more than it takes; an agent needs few of them.
 _EVENT = 0.000_02
 #: Why everything ends some time.
 _STOPS = "the daemon stops"
@@ -269,7 +269,8 @@ class Vm:
         limits = self._live.current.vm
         deadline = Deadline(limits.ready_timeout)
         ctl = undo.enter_context(dialer.connect("ctlSerial", hello.ctl_serial, deadline))
-        control = ControlLink(ctl, functools.partial(_note, self.container_id, dialer.share))
+        share = dialer.share
+        control = ControlLink(ctl, functools.partial(_note, self.container_id, share), Place(share).due)
         undo.callback(control.close)
         self._control = control
         io = undo.enter_context(dialer.connect("ioSerial", hello.io_serial, deadline))
@@ -279,7 +280,7 @@ class Vm:
         console = Console.open(self.container_id, hello.console, dialer)
         if console:
             undo.callback(console.close)
-        self._pump = Pump(self, io, control, console, self._live.current.stdin.echo_timeout, dialer.share)
+        self._pump = Pump(self, io, control, console, self._live.current.stdin.echo_timeout, share)
         return self._pump
 
     def _fail(self, cause: str) -> None:
@@ -301,11 +302,11 @@ class Vm:
         return f"VM gone: {self._cause or 'it was unregistered'}"
 
 
-def _note(container_id: str, share: Share, events: list[ControlMessage]) -> float:
+def _note(container_id: str, share: Share, events: list[ControlMessage]) -> None:
     if logger.isEnabledFor(logging.DEBUG):  # an agent sends two of them for each command
         for event in events:
             logger.debug("event from the VM", extra={"vm": container_id, "event": str(event)})
-    return share.spend(len(events) * _EVENT, _EVENT)
+    share.spend((1 + len(events)) * _EVENT, _EVENT)
 
 
 def _session_pair() -> tuple[socket.socket, socket.socket]:

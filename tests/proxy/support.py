@@ -175,16 +175,12 @@ class Rig:
         self._streams: list[Stream] = []
         io, self.io = pair(io_buffer)
         ctl, self.ctl = pair()
-        self.control = ControlLink(ctl, self._note)
+        self.control = ControlLink(ctl, self.events.extend)
         self.ctl.sendall(command(READY))
         self.control.wait_until_up(io, WAIT, WAIT)
         self.pump = Pump(self.owner, io, self.control, console, echo_timeout, share or self.share)
         if started:
             self.pump.start()
-
-    def _note(self, events: list[ControlMessage]) -> float:
-        self.events += events
-        return 0.0
 
     def __enter__(self) -> Self:
         return self

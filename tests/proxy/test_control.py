@@ -42,15 +42,22 @@ class Agent:
     def __init__(self) -> None:
         near, self.sock = pair()
         self.events: queue.SimpleQueue[ControlMessage] = queue.SimpleQueue()
-        self.rest = 0.0  # seconds, after events
-        self.link = ControlLink(near, self._note)
+        self.dues: queue.SimpleQueue[float] = queue.SimpleQueue()  # seconds, each once
+        self.on_read: Callable[[], object] = lambda: None
+        self.link = ControlLink(near, self._note, self._due)
         self.io, self.far_io = pair()
         self.results: queue.SimpleQueue[object] = queue.SimpleQueue()
 
-    def _note(self, events: list[ControlMessage]) -> float:
+    def _note(self, events: list[ControlMessage]) -> None:
         for event in events:
             self.events.put(event)
-        return self.rest
+        self.on_read()
+
+    def _due(self) -> float:
+        try:
+            return self.dues.get_nowait()
+        except queue.Empty:
+            return 0.0
 
     def say(self, code: int, payload: bytes = b"") -> None:
         self.sock.sendall(command(code, payload))
@@ -263,23 +270,53 @@ def test_events_do_not_prolong_the_deadline(agent: Agent) -> None:
         agent.transact(timeout=0.1)
 
 
-def test_who_waits_rests_after_events_as_long_as_it_is_told_and_the_pump_sees_to_that_itself(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slept: list[float] = []
-    monkeypatch.setattr(time, "sleep", slept.append)
-    agent.rest = 7.0
+def test_who_waits_for_more_rests_before_it(agent: Agent) -> None:
+    """And the pump sees to that itself."""
+    agent.dues.put(0.01)
     agent.say(ASYNC_EVENT)
     agent.link.read_unasked()
-    assert slept == []
+    assert agent.dues.qsize() == 1
+    agent.say(ASYNC_EVENT)
+    with agent.asking():
+        agent.read()
+        for _ in range(2):
+            agent.events.get(timeout=WAIT)
+        agent.say(ACK)
+        assert agent.result() == ControlMessage(ACK)
+    assert agent.dues.empty()
+
+
+def test_answer_is_not_rested_after(agent: Agent) -> None:
+    agent.dues.put(NEVER)
+    with agent.asking():
+        agent.read()
+        agent.say(ACK)
+        assert agent.result() == ControlMessage(ACK)
+
+
+def test_nobody_rests_while_others_wait_for_the_end(agent: Agent) -> None:
+    agent.dues.put(NEVER)
     agent.say(ASYNC_EVENT)
     with agent.asking():
         agent.read()
         agent.events.get(timeout=WAIT)
-        agent.events.get(timeout=WAIT)
-        agent.say(ACK)
-        assert agent.result() == ControlMessage(ACK)
-    assert slept == [7.0]
+        agent.say(ASYNC_EVENT)
+        wait_until(agent.dues.empty, "it rests")
+        agent.link.close()
+        assert isinstance(agent.result(), ControlLost)
+        assert agent.events.get_nowait().code == ASYNC_EVENT, "what was said is read to the end"
+
+
+def test_long_answers_are_read_in_large_pieces(agent: Agent) -> None:
+    sizes: list[int] = []
+    agent.on_read = lambda: sizes.append(agent.link._channel.missing)
+    payload = bytes(1_000_000)
+    with agent.asking():
+        agent.read()
+        agent.say(ACK, payload)
+        agent.result()
+    assert sizes[-1] == 0
+    assert len(sizes) < 200, "not two thousand"
 
 
 def test_late_answers_are_their_own(agent: Agent) -> None:
@@ -380,9 +417,9 @@ def hold_back(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     proceed = threading.Event()
     read = agent.link._read
 
-    def read_late(flags: int) -> float:
+    def read_late(flags: int) -> None:
         assert proceed.wait(WAIT)
-        return read(flags)
+        read(flags)
 
     monkeypatch.setattr(agent.link, "_read", read_late)
     return proceed

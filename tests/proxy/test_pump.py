@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -1160,20 +1161,21 @@ class Contended:
     def __init__(self) -> None:
         self.others = self.contended = True
         self.spent: list[float] = []
-        self.rest = 0.0
+        self.due = 0.0
         self.pumping = threading.Lock()
 
     def one_pump(self) -> threading.Lock:
         return self.pumping
 
+    def book(self) -> float:
+        return time.monotonic() + self.due
+
     def works(self) -> None:
         pass
 
-    def spend(self, seconds: float, stretch: float) -> float:
-        assert self.pumping.locked()
+    def spend(self, seconds: float, stretch: float) -> None:
         assert 0 <= stretch <= seconds
         self.spent.append(seconds)
-        return self.rest
 
 
 def test_turns_are_paid_for_while_others_are_there(space: SpoolSpace) -> None:
@@ -1199,7 +1201,7 @@ def test_who_rests_does_what_others_ask_meanwhile(space: SpoolSpace) -> None:
     share = Contended()
     with Rig(space, share=cast(Share, share)) as rig:
         stream = rig.open()
-        rig.call(lambda: setattr(share, "rest", 2 * WAIT))
+        rig.call(lambda: setattr(share, "due", 2 * WAIT))
         rig.io.sendall(frame(stream.base, b"x"))
         streams = rig.pump.describe().result(WAIT)
         assert (streams.sessions, streams.traffic.frames_to_clients) == (1, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections import Counter
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import get_args
@@ -12,7 +13,7 @@ from typing import get_args
 import pytest
 
 from cc_proxy.proxy import shares as shares_module
-from cc_proxy.proxy.shares import LimitReached, Share, Shares, Thing
+from cc_proxy.proxy.shares import LimitReached, Place, Share, Shares, Thing
 from cc_proxy.settings import Limits, LiveSettings, Settings, UserLimits
 from tests.wire.support import WAIT, in_background
 
@@ -247,8 +248,12 @@ def test_connections_that_come_too_fast_wait_in_their_order(clock: Clock) -> Non
 def vm_works(clock: Clock, share: Share, other: Share, seconds: float, stretch: float) -> float:
     """A VM works while the other user does, and rests; returns for how long."""
     other.works()
-    rest = share.spend(seconds, stretch)
-    clock.sleep(rest)
+    share.spend(seconds, stretch)
+    rest, place = 0.0, Place(share)
+    while due := place.due():
+        clock.sleep(due)
+        other.works()
+        rest += due
     return rest
 
 
@@ -284,21 +289,24 @@ def test_while_nobody_else_is_at_work_nobody_rests(clock: Clock) -> None:
     assert contended(alice, bob) == []
     alice.works()
     assert contended(alice, bob) == [BOB]
-    assert alice.spend(0.1, 0.1) == 0.0
+    alice.spend(0.1, 0.1)
+    assert not Place(alice).due()
     bob.works()
     alice.works()
     assert contended(alice, bob) == [ALICE, BOB], "whoever was the last"
     assert vm_works(clock, alice, bob, 0.002, 0.0) == pytest.approx(0.002), "nothing is owed"
     clock.sleep(shares_module._LATELY)
     assert contended(alice, bob) == []
-    assert alice.spend(1.0, 1.0) == 0.0
+    alice.spend(1.0, 1.0)
+    assert not Place(alice).due()
 
 
 def test_what_was_taken_in_one_go_before_others_were_at_work_was_taken(clock: Clock) -> None:
     alice, bob = two_users()
     turn, share = 0.001, UserLimits().vm_cpu_share
     for _ in range(round(2 * shares_module._WORK_IN_ONE_GO / turn)):
-        assert alice.spend(turn, 0.0) == 0.0
+        alice.spend(turn, 0.0)
+        assert not Place(alice).due()
     assert vm_works(clock, alice, bob, turn, 0.0) == pytest.approx(turn / share)
 
 
@@ -348,11 +356,32 @@ def test_vms_that_never_stop_have_a_small_share_of_a_cpu_in_the_long_run(clock: 
 
 def test_a_long_rest_is_taken_in_pieces_and_has_an_end(clock: Clock) -> None:
     alice, bob = two_users()
-    assert vm_works(clock, alice, bob, 1.0, 1.0) == shares_module._LONGEST_REST
-    more = sum(vm_works(clock, alice, bob, 0.0, 0.0) for _ in range(100))
-    assert shares_module._LONGEST_REST + more == pytest.approx(
+    before = len(clock.slept)
+    assert vm_works(clock, alice, bob, 1.0, 1.0) == pytest.approx(
         shares_module._MOST_DUE, abs=shares_module._CREDIT
     )
+    assert max(clock.slept[before:]) == shares_module._LONGEST_REST
+
+
+def test_who_asked_first_has_the_first_turn_and_everybody_has_one(clock: Clock) -> None:
+    """However many there are, and however often one of them asks."""
+    alice, bob = two_users()
+    turn, share = 0.001, UserLimits().vm_cpu_share
+    vm_works(clock, alice, bob, shares_module._WORK_IN_ONE_GO, 0.0)
+    places = [Place(alice) for _ in range(20)]
+    turns: list[int] = []
+    begun = clock.monotonic()
+    while len(turns) < 400:
+        bob.works()
+        dues = [place.due() for place in places]
+        for number, due in enumerate(dues):
+            if not due:
+                turns.append(number)
+                alice.spend(turn, 0.0)
+        if all(dues):
+            clock.sleep(min(dues))
+    assert Counter(turns) == pytest.approx(dict.fromkeys(range(20), 20), abs=5)
+    assert 400 * turn / (clock.monotonic() - begun) == pytest.approx(share, rel=0.2)
 
 
 def test_root_is_not_slowed_down_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,7 +396,8 @@ def test_root_is_not_slowed_down_by_others(monkeypatch: pytest.MonkeyPatch) -> N
         waits[uid] = [share.arrive() for _ in range(3)]
         share.pace(100)
         shares.of(BOB).works()
-        assert bool(slept) == bool(share.spend(1.0, 1.0)) == (uid == ALICE)
+        share.spend(1.0, 1.0)
+        assert bool(slept) == bool(Place(share).due()) == (uid == ALICE)
         slept.clear()
     assert waits[ALICE][-1] > 0
     assert waits[ROOT] == [0.0] * 3
