@@ -10,7 +10,7 @@ from contextlib import suppress
 import msgspec
 
 from bench.vms import MESSAGE, READY, listen
-from cc_proxy.api import Client, Hello, Request
+from cc_proxy.api import Client, Hello, Hyper, Request
 from cc_proxy.api.frames import encode_frame
 from cc_proxy.api.messages import encode
 from cc_proxy.hyperstart.codes import Code
@@ -20,6 +20,8 @@ _READ_SIZE = 256 * 1024
 #: Frames, or messages, that are sent over and over: many a socket's fill.
 _ROUND = 4_096
 _TIMEOUT = 30.0
+#: Bytes of an event that takes its time.
+_LONG = 10_000_000
 
 
 def _strays(first: int) -> bytes:
@@ -35,20 +37,28 @@ def _bytes(seq: int) -> bytes:
     return encode_frame(seq, b"x") * _ROUND
 
 
-_EVENT = MESSAGE.pack(Code.NEXT, MESSAGE.size) * _ROUND
+def _stdin(seq: int) -> bytes:
+    """Frames of which no two neighbours are alike."""
+    return b"".join(encode_frame(seq, b"x" * (1 + number % 2)) for number in range(_ROUND))
 
-#: What is sent on the I/O channel by a VM whose client has that stream; "events" come on the control channel.
-HABITS: dict[str, Callable[[int], bytes]] = {
-    "strays": lambda _: _strays(1_000_000),
-    "markers": lambda _: _strays(FIRST_MARKER + 1_000_000),
-    "output": _output,
-    "bytes": _bytes,
-    "events": lambda _: b"",
+
+_EVENTS = MESSAGE.pack(Code.NEXT, MESSAGE.size) * _ROUND
+_LONG_EVENT = MESSAGE.pack(Code.NEXT, _LONG) + bytes(_LONG - MESSAGE.size)
+
+#: Who says something, and what, of a VM whose client has that stream.
+HABITS: dict[str, tuple[str, Callable[[int], bytes]]] = {
+    "strays": ("io", lambda _: _strays(1_000_000)),
+    "markers": ("io", lambda _: _strays(FIRST_MARKER + 1_000_000)),
+    "output": ("io", _output),
+    "bytes": ("io", _bytes),
+    "stdin": ("client", _stdin),
+    "events": ("control", lambda _: _EVENTS),
+    "long-events": ("control", lambda _: _LONG_EVENT),
 }
 
 
 class Vm:
-    """One of them, and its client, who reads as fast as it can."""
+    """One of them, and its client: both read as fast as they can."""
 
     def __init__(self, proxy: str, directory: str, number: int, habit: str) -> None:
         paths = [f"{directory}/vm{number}.{channel}" for channel in ("ctl", "io")]
@@ -63,15 +73,19 @@ class Vm:
         self._client = Client(asking, timeout=_TIMEOUT)
         seq, fd = self._client.allocate_io(1)
         self._stream = socket.socket(fileno=fd)
-        self._said = HABITS[habit](seq)
-        self._sender = self._io if self._said else self._control
-        self._said = self._said or _EVENT
+        who, says = HABITS[habit]
+        self._said = says(seq)
         self._left = memoryview(self._said)
+        self._sender = {"io": self._io, "control": self._control, "client": self._stream}[who]
+        self._reader = self._io if who == "client" else self._stream
+        if habit == "long-events":  # so that there is somebody who reads on and on
+            ping = msgspec.json.encode(Hyper("ping"))
+            asking.sendall(encode(Request(Hyper.NAME, msgspec.Raw(ping))))
 
     def watched(self) -> Iterator[tuple[socket.socket, int, Callable[[], None]]]:
         """Yield what is to be done when something is ready."""
         yield self._sender, select.EPOLLOUT, self._send
-        yield self._stream, select.EPOLLIN, self._receive
+        yield self._reader, select.EPOLLIN, self._receive
 
     def _send(self) -> None:
         with suppress(BlockingIOError):
@@ -81,7 +95,7 @@ class Vm:
 
     def _receive(self) -> None:
         with suppress(BlockingIOError):
-            self._stream.recv(_READ_SIZE, socket.MSG_DONTWAIT)
+            self._reader.recv(_READ_SIZE, socket.MSG_DONTWAIT)
 
 
 def attack(proxy: str, habit: str, count: int) -> None:

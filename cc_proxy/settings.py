@@ -110,7 +110,7 @@ class UserLimits(_Table, frozen=True):
     request_rate: _Count = 100
     #: Of each second of a CPU, for its VMs' streams and events, while others are at work; after half a second
     #: in one go.
-    vm_cpu_share: Annotated[float, Meta(ge=0.001, le=1)] = 0.02
+    vm_cpu_share: Annotated[float, Meta(ge=0.001, le=1)] = 0.2
 
 
 class Limits(_Table, frozen=True):

@@ -71,7 +71,7 @@ DEFAULTS = {
     "limits.user.commands": 4_096,
     "limits.user.request_bytes": 64 * 1024 * 1024,
     "limits.user.request_rate": 100,
-    "limits.user.vm_cpu_share": 0.02,
+    "limits.user.vm_cpu_share": 0.2,
     "limits.message_timeout": 30.0,
 }
 

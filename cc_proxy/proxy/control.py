@@ -51,10 +51,10 @@ class ControlLink:
     def __init__(
         self,
         sock: socket.socket,
-        on_read: Callable[[list[ControlMessage]], None],
+        on_read: Callable[[int, list[ControlMessage]], None],
         due: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """`on_read` is told the events of each read; `due` says for how long to rest before the next one."""
+        """`on_read` is told the bytes and the events of each read, `due` how long to rest before the next."""
         self._turn = threading.Lock()  # guards _channel, _lost, and reading and writing _sock
         self._sock = sock
         self._on_read = on_read
@@ -275,7 +275,7 @@ class ControlLink:
             raise self._lost
         if not data:
             raise ControlLost(self._end)
-        self._on_read(self._channel.receive_data(data))
+        self._on_read(len(data), self._channel.receive_data(data))
         if self._channel.error:
             raise ControlLost(f"control channel: {self._channel.error}")
 

@@ -99,10 +99,10 @@ class Share:
         self._paid_at = -math.inf
         # The same for what they take in the long run.
         self._earned_at = -math.inf
-        self._spent = 0.0  # seconds of rest for what was taken since one was booked last
-        self._booking = threading.Lock()  # guards what follows; nothing else is locked while it is held
-        self._booked: deque[float] = deque()  # turns that are still to come; about in their order
-        self._typical = 0.0  # seconds of rest for a turn
+        # Turns that are still to come, about in their order; how many seconds of rest one typically costs,
+        # and what has been spent since one was booked last. Without a lock, likewise.
+        self._booked: deque[float] = deque()
+        self._typical = self._spent = 0.0
 
     def pace(self, requests: int = 1) -> None:
         """Wait if the user asks for more than it may while others are there. Requires holding `turn`.
@@ -164,16 +164,16 @@ class Share:
         Everybody has a time of its own, behind those who have asked before, so none waits for ever.
         """
         now = time.monotonic()
-        with self._booking:
-            self._typical += (self._spent - self._typical) / _SMOOTH
-            self._spent = 0.0
-            while self._booked and self._booked[0] <= now:
+        self._typical += (self._spent - self._typical) / _SMOOTH
+        self._spent = 0.0
+        with contextlib.suppress(IndexError):  # somebody else has just taken the last one out
+            while self._booked[0] <= now:
                 self._booked.popleft()
-            paid_at = max(self._paid_at, self._earned_at)
-            if paid_at <= now + _CREDIT:
-                return now
-            at = min(paid_at + len(self._booked) * self._typical, now + _MOST_DUE)
-            self._booked.append(at)
+        paid_at = max(self._paid_at, self._earned_at)
+        if paid_at <= now + _CREDIT:
+            return now
+        at = min(paid_at + len(self._booked) * self._typical, now + _MOST_DUE)
+        self._booked.append(at)
         return at
 
     @contextlib.contextmanager

@@ -32,8 +32,10 @@ from cc_proxy.settings import LiveSettings
 #: A socket is writable again when three quarters of this are free: the rest must last until more is there.
 _SEND_BUFFER = 1024 * 1024
 _SESSION_SEND_BUFFER = 256 * 1024
-#: Seconds of a CPU that an event, or a read, is taken for: more than it takes; an agent needs few of them.
+#: Seconds of a CPU that an event, a read, or so many bytes of one are taken for: more than it takes; an agent
+#: needs few of them.
 _EVENT = 0.000_02
+_BYTES = 4096
 #: Why everything ends some time.
 _STOPS = "the daemon stops"
 
@@ -302,11 +304,11 @@ class Vm:
         return f"VM gone: {self._cause or 'it was unregistered'}"
 
 
-def _note(container_id: str, share: Share, events: list[ControlMessage]) -> None:
+def _note(container_id: str, share: Share, size: int, events: list[ControlMessage]) -> None:
     if logger.isEnabledFor(logging.DEBUG):  # an agent sends two of them for each command
         for event in events:
             logger.debug("event from the VM", extra={"vm": container_id, "event": str(event)})
-    share.spend((1 + len(events)) * _EVENT, _EVENT)
+    share.spend((1 + len(events) + size // _BYTES) * _EVENT, _EVENT)
 
 
 def _session_pair() -> tuple[socket.socket, socket.socket]:

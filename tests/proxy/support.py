@@ -175,7 +175,7 @@ class Rig:
         self._streams: list[Stream] = []
         io, self.io = pair(io_buffer)
         ctl, self.ctl = pair()
-        self.control = ControlLink(ctl, self.events.extend)
+        self.control = ControlLink(ctl, lambda _, events: self.events.extend(events))
         self.ctl.sendall(command(READY))
         self.control.wait_until_up(io, WAIT, WAIT)
         self.pump = Pump(self.owner, io, self.control, console, echo_timeout, share or self.share)

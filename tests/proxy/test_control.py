@@ -48,7 +48,7 @@ class Agent:
         self.io, self.far_io = pair()
         self.results: queue.SimpleQueue[object] = queue.SimpleQueue()
 
-    def _note(self, events: list[ControlMessage]) -> None:
+    def _note(self, _size: int, events: list[ControlMessage]) -> None:
         for event in events:
             self.events.put(event)
         self.on_read()

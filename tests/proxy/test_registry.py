@@ -13,9 +13,9 @@ import pytest
 from cc_proxy.api.payloads import Hello
 from cc_proxy.credentials import Credentials
 from cc_proxy.proxy.dial import Dialer
-from cc_proxy.proxy.registry import Registry, RegistryError
+from cc_proxy.proxy.registry import FailedVm, Registry, RegistryError
 from cc_proxy.proxy.shares import LimitReached
-from cc_proxy.proxy.vm import State, Vm, VmError
+from cc_proxy.proxy.vm import State, Trouble, Vm, VmError
 from cc_proxy.settings import Limits, LiveSettings, Settings, Spool
 from cc_proxy.settings import Vm as VmSettings
 from tests.proxy.conftest import Logged
@@ -190,6 +190,19 @@ def test_hello_that_there_is_no_memory_for_leaves_nothing(
     assert office.registry.vms() == []
     assert office.registry.shares.users() == []
     office.register("pod")
+
+
+def test_who_fails_often_takes_the_place_of_nobody_elses_failures(office: Office) -> None:
+    registry, trouble = office.registry, Trouble("x", 0.0)
+    with registry._lock:
+        for number in range(3):
+            registry._keep(FailedVm(f"bobs{number}", 2, trouble))
+        for number in range(100):
+            registry._keep(FailedVm(f"alices{number}", 1, trouble))
+    ids = [failed.container_id for failed in registry.failed(ME)]
+    assert len(ids) == 32
+    assert ids[:2] == ["alices99", "alices98"]
+    assert ids[-3:] == ["bobs2", "bobs1", "bobs0"]
 
 
 def test_no_more_vms_than_the_settings_allow_the_lingering_ones_included(office: Office) -> None:

@@ -370,8 +370,10 @@ def test_who_asked_first_has_the_first_turn_and_everybody_has_one(clock: Clock) 
     vm_works(clock, alice, bob, shares_module._WORK_IN_ONE_GO, 0.0)
     places = [Place(alice) for _ in range(20)]
     turns: list[int] = []
-    begun = clock.monotonic()
-    while len(turns) < 400:
+    begun = 0.0
+    while len(turns) < 500:
+        if len(turns) <= 100:  # until it is known what a turn takes
+            begun = clock.monotonic()
         bob.works()
         dues = [place.due() for place in places]
         for number, due in enumerate(dues):
@@ -380,7 +382,7 @@ def test_who_asked_first_has_the_first_turn_and_everybody_has_one(clock: Clock) 
                 alice.spend(turn, 0.0)
         if all(dues):
             clock.sleep(min(dues))
-    assert Counter(turns) == pytest.approx(dict.fromkeys(range(20), 20), abs=5)
+    assert Counter(turns) == pytest.approx(dict.fromkeys(range(20), 25), abs=5)
     assert 400 * turn / (clock.monotonic() - begun) == pytest.approx(share, rel=0.2)
 
 
