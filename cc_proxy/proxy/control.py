@@ -91,6 +91,10 @@ class ControlLink:
             while not (self._channel.ready or (ping and ping.answer)):
                 now = time.monotonic() - begun
                 if now >= left:
+                    # If this process was stopped, it may have come in time.
+                    self._read_what_is_there()
+                    if self._channel.ready or (ping and ping.answer):
+                        break
                     raise NoAnswer(f"no READY from the VM in {timeout:g} s")
                 if ping is None and now >= ping_after:
                     ping = self._channel.send(Code.PING, b"{}")
@@ -228,7 +232,7 @@ class ControlLink:
                 # The answer was in front of what ended the channel: that is for whoever comes next.
                 self._lost = lost
                 self.hang_up()
-            if not command.is_answered():
+            if not (late or command.is_answered()):
                 self._rest()
             now = time.monotonic()
 
@@ -237,7 +241,7 @@ class ControlLink:
         return self._has_read(socket.MSG_DONTWAIT) or None
 
     def _read_what_is_there(self) -> None:
-        """If this process was stopped, the answer may have come in time, behind events."""
+        """What came in time counts, though it stands behind events."""
         with contextlib.suppress(BlockingIOError):
             for _ in range(_MOST_LAST_READS):
                 self._read(socket.MSG_DONTWAIT)

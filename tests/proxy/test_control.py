@@ -138,6 +138,13 @@ def test_ready_after_the_ping_counts_and_its_answer_is_still_the_pings(agent: Ag
     assert agent.result() == ControlMessage(ACK, b"to the next")
 
 
+@pytest.mark.parametrize("left", [0.0, -1.0])
+def test_ready_that_came_in_time_counts_though_nobody_looked(agent: Agent, left: float) -> None:
+    """As when the daemon was stopped before it came to that."""
+    agent.sock.sendall(command(ASYNC_EVENT, b"{}") * 200 + command(READY))
+    agent.link.wait_until_up(agent.io, 1.0, NEVER, left)
+
+
 @pytest.mark.parametrize("ping_after", [0.0, 0.02, NEVER])
 def test_agent_that_says_nothing(agent: Agent, ping_after: float) -> None:
     with pytest.raises(NoAnswer, match=r"no READY from the VM in 0\.05 s"):
