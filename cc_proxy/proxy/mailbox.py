@@ -42,15 +42,12 @@ class Mailbox:
         os.eventfd_read(self._fd)
         self.open()
 
-    def wait(self, seconds: float) -> bool:
-        """Wait for calls and make them; False if none came in that time, give or take a millisecond."""
+    def wait(self, seconds: float) -> None:
+        """Wait for calls and make them; returns after that, or after the time, give or take a millisecond."""
         if seconds < _MOMENT:
-            time.sleep(max(0.0, seconds))
-            return False
-        if not self._poll.poll(int(1000 * seconds)):
-            return False
-        self.receive()
-        return True
+            time.sleep(seconds)
+        elif self._poll.poll(int(1000 * seconds)):
+            self.receive()
 
     def open(self) -> None:
         """Make the calls that are there."""

@@ -89,8 +89,8 @@ class Share:
         # One hello of the user's at a time looks for a socket, so that many that fail do not crowd; held over
         # I/O, and nothing else is locked then.
         self.dialing = threading.Lock()
-        # Held by a pump while it has something to do, and rests; over I/O, but nobody waits longer than
-        # _COURTESY for it.
+        # Held by a pump while it has something to do, not while it rests; over I/O, but nobody waits for it
+        # longer than _COURTESY.
         self._pumping = threading.Lock()
         self._requests = _Pace()
         self._arrivals = _Pace()  # of connections; the accept thread's
