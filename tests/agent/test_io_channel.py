@@ -11,6 +11,7 @@ import pytest
 
 from cc_proxy.api.frames import FRAME_HEADER, Frame, FrameParser, encode_frame
 from cc_proxy.hyperstart.codes import Code
+from cc_proxy.hyperstart.frames import MAX_FROM_AGENT
 from tests.agent.conftest import MakeAgent
 from tests.agent.host import MARKER, Host, connected, state_of, until, written_by
 from tests.agent.running import AgentThread
@@ -22,6 +23,9 @@ STDIN = bytes.fromhex("000000000000000b 00000012") + b"line1\n"
 STDIN_EOF = bytes.fromhex("000000000000000b 0000000c")
 #: More than all buffers between a process and its host hold.
 TOO_MUCH = 2_000_000
+#: The agent's buffer holds so many, so that none is dropped even if the host reads none meanwhile.
+_ECHOES_WITH_ROOM = 833
+assert _ECHOES_WITH_ROOM * FRAME_HEADER.size <= MAX_FROM_AGENT
 
 
 def stop(host: Host) -> None:
@@ -241,9 +245,11 @@ def test_strays_come_back_empty(host: Host) -> None:
 def test_an_echo_comes_after_what_was_before_it(host: Host) -> None:
     host.start("true")
     assert host.run_to_end() == ({}, 0)
-    host.io.send(b"".join(encode_frame(seq, b"x") for seq in range(1, 5000)))
-    wanted = b"".join(encode_frame(seq) for seq in range(1, 5000))
-    assert host.io.read(len(wanted)) == wanted
+    for first in range(1, 4999, _ECHOES_WITH_ROOM):
+        seqs = range(first, first + _ECHOES_WITH_ROOM)
+        host.io.send(b"".join(encode_frame(seq, b"x") for seq in seqs))
+        wanted = b"".join(map(encode_frame, seqs))
+        assert host.io.read(len(wanted)) == wanted
 
 
 def test_no_echo_without_room_for_it(host: Host, agent: AgentThread) -> None:
