@@ -8,6 +8,7 @@ the VM is not read.
 """
 
 import contextlib
+import math
 import socket
 import threading
 import time
@@ -28,13 +29,11 @@ from cc_proxy.proxy.mailbox import Mailbox
 from cc_proxy.proxy.output import FramingLost, Output
 from cc_proxy.proxy.selector import NOTHING_ELSE, READ, WRITE, Selector
 from cc_proxy.proxy.session import Session
-from cc_proxy.proxy.shares import Place, Share
+from cc_proxy.proxy.shares import Share
 from cc_proxy.proxy.stdin import Stdin
 from cc_proxy.proxy.streams import describe_streams
+from cc_proxy.proxy.turns import Turns
 from cc_proxy.threads import start_thread
-
-#: Seconds that a frame may take the interpreter, whatever it is; a system call lets others have it.
-_FRAME = 0.000_001
 
 
 class Owner(Protocol):
@@ -70,7 +69,7 @@ class Pump:
         self._control = control
         self._console = console
         self._share = share
-        self._place = Place(share)
+        self._turns = Turns(share)
         self.counters = Counters()
 
         self._asked = False  # the pump thread has been asked whether it is alive; it takes that back
@@ -103,7 +102,6 @@ class Pump:
         # without end more is to come, but the more at a time the better.
         self._conversing = self._vm_spoke_last = False
         self._eager = Eager()
-        self._charged_at: float | None = None  # time.thread_time's, when what it took was counted last
         self._finish_at: float | None = None
         self._finish_cause = ""
         self._thread = threading.Thread(target=self._run, name=f"pump {vm[:32]}", daemon=True)
@@ -203,18 +201,15 @@ class Pump:
 
     def _fair_turn(self) -> None:
         """Do as `_turn`, but while other users are there no more at once, and no more often, than is fair."""
-        if not self._share.others:
+        if self._turns.alone():
             self._adapt(0.0)
             self._turn()
-            self._charged_at = None
             return
-        if self._charged_at is None:
-            self._charged_at = time.thread_time()
         if self._share.contended:
             self._conversing = False  # to look all the time is not fair
         ready = self._wait()
         begun = time.monotonic()
-        if self._rests():
+        if self._turns.rest(self._mailbox.wait, self._may_rest):
             if not self._is_in_use:
                 return
             ready = self._look()
@@ -222,35 +217,13 @@ class Pump:
             self._stdin.put_off_by(time.monotonic() - begun)
             before = self._frames
             self._proceed(ready)
-            self._adapt(self._charge(self._frames - before))
+            self._adapt(self._turns.charge(self._frames - before))
 
-    def _rests(self) -> bool:
-        """Do only what other threads ask until the next turn is this VM's; returns whether it was not yet."""
-        rests = False
-        while (seconds := self._owed) and self._is_in_use:
-            rests = True
-            self._mailbox.wait(seconds)
-            self._charge(0)
-        return rests
-
-    @property
-    def _owed(self) -> float:
-        """Seconds to wait; until its end at the most: what has come by then is still to be delivered."""
+    def _may_rest(self) -> float:
+        """Return for how many seconds: what has come by its end is still to be delivered."""
         if not self._io_open:
             return 0.0
-        due = self._place.due()
-        if self._finish_at is not None:
-            due = min(due, self._finish_at - time.monotonic())
-        return max(0.0, due)
-
-    def _charge(self, frames: int) -> float:
-        """Count what was taken of a CPU since the last time; returns for how long at a stretch that was."""
-        assert self._charged_at is not None
-        now = time.thread_time()
-        took, self._charged_at = now - self._charged_at, now
-        stretch = min(took, frames * _FRAME)
-        self._share.spend(took, stretch)
-        return stretch
+        return math.inf if self._finish_at is None else self._finish_at - time.monotonic()
 
     def _adapt(self, stretch: float) -> None:
         self._output.adapt(stretch)

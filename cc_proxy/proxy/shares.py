@@ -1,4 +1,4 @@
-"""What each user has of what the daemon has only so much of, and whose turn it is."""
+"""What each user has of what the daemon has only so much of, and when its next turn is."""
 
 import contextlib
 import math
@@ -34,9 +34,8 @@ _IN_ONE_GO = 5
 _WORK_IN_ONE_GO = 0.5
 #: A new connection is as much work as so many requests.
 _CONNECTING = 2
-#: Seconds of rest that may be due before it is taken, and that are taken at once at the most.
-_CREDIT = 0.000_03
-_LONGEST_REST = 1.0
+#: Seconds of rest that may be due before it is taken, and that are ever due.
+CREDIT = 0.000_03
 _MOST_DUE = 10.0
 #: So many turns' worth is what a turn typically takes.
 _SMOOTH = 8
@@ -137,7 +136,7 @@ class Share:
         return time.monotonic() - at < _LATELY
 
     def spend(self, seconds: float, stretch: float) -> None:
-        """Count time of a CPU that a VM of the user's took; before the next turn it has to wait (`Place`).
+        """Count time of a CPU that a VM of the user's took; it has to wait before its next turn (`book`).
 
         `stretch` is for how much of it nobody else had the interpreter. Whoever wants it waits for it after
         each system call: so what takes long at a stretch has to be rare, and all VMs of a user share what
@@ -170,7 +169,7 @@ class Share:
             while self._booked[0] <= now:
                 self._booked.popleft()
         paid_at = max(self._paid_at, self._earned_at)
-        if paid_at <= now + _CREDIT:
+        if paid_at <= now + CREDIT:
             return now
         at = min(paid_at + len(self._booked) * self._typical, now + _MOST_DUE)
         self._booked.append(at)
@@ -225,28 +224,6 @@ class Share:
         Requires holding `turn`. Raises `LimitReached` as it is entered.
         """
         return _Aside(self, thing)
-
-
-class Place:
-    """Where somebody who works for a VM stands in the line of its user's VMs. One thread at a time."""
-
-    def __init__(self, share: Share) -> None:
-        self._share = share
-        self._at: float | None = None
-
-    def due(self) -> float:
-        """Return for how many seconds to wait, and ask again then; 0 if it may have its turn now.
-
-        With the first question it is in the line, and with a 0 out of it again.
-        """
-        if self._share.contended:
-            if self._at is None:
-                self._at = self._share.book()
-            left = self._at - time.monotonic()
-            if left > _CREDIT:
-                return min(left, _LONGEST_REST)
-        self._at = None
-        return 0.0
 
 
 class _Aside:

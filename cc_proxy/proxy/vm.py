@@ -25,8 +25,9 @@ from cc_proxy.proxy.control import ControlLink, ControlLost, NoAnswer, NotSent
 from cc_proxy.proxy.dial import CannotConnect, Dialer
 from cc_proxy.proxy.pump import Pump
 from cc_proxy.proxy.session import Session
-from cc_proxy.proxy.shares import Place, Share
+from cc_proxy.proxy.shares import Share
 from cc_proxy.proxy.spool import SpoolSpace
+from cc_proxy.proxy.turns import Place
 from cc_proxy.settings import LiveSettings
 
 #: A socket is writable again when three quarters of this are free: the rest must last until more is there.

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from cc_proxy.log import fields_of, logger
+from cc_proxy.proxy import session, shares, turns
 from cc_proxy.proxy.spool import SpoolSpace
+from tests.clock import Clock
 from tests.proxy.house import Answering, House
 from tests.proxy.support import Rig, spool_space
 
@@ -81,3 +83,12 @@ def house(tmp_sock_dir: Path) -> Iterator[House]:
 @pytest.fixture
 def answering(monkeypatch: pytest.MonkeyPatch) -> Answering:
     return Answering(monkeypatch)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The time of sessions and of who has a turn when."""
+    clock = Clock()
+    for module in (session, shares, turns):
+        monkeypatch.setattr(module, "time", clock)
+    return clock

@@ -31,13 +31,6 @@ from tests.wire.support import at_end, is_silent
 SMALL = 4_608
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(session_module, "time", clock)
-    return clock
-
-
 class Case:
     """A session and its client."""
 

@@ -5,25 +5,18 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections import Counter
 from contextlib import ExitStack
 from types import SimpleNamespace
-from typing import get_args
 
 import pytest
 
 from cc_proxy.proxy import shares as shares_module
-from cc_proxy.proxy.shares import LimitReached, Place, Share, Shares, Thing
+from cc_proxy.proxy.shares import LimitReached, Shares, Thing
+from cc_proxy.proxy.turns import Place
 from cc_proxy.settings import Limits, LiveSettings, Settings, UserLimits
+from tests.clock import Clock
+from tests.proxy.sharing import ALICE, BOB, CARL, ROOT, THINGS, contended, shares_of, two_users
 from tests.wire.support import WAIT, in_background
-
-ROOT, ALICE, BOB, CARL = 0, 1, 2, 3
-THINGS: tuple[Thing, ...] = get_args(Thing)
-
-
-def shares_of(total: int, each: int) -> Shares:
-    user = UserLimits(**dict.fromkeys(THINGS, each))
-    return Shares(LiveSettings(Settings(limits=Limits(**dict.fromkeys(THINGS, total), user=user))))
 
 
 @pytest.mark.parametrize("thing", THINGS)
@@ -206,33 +199,6 @@ def test_no_more_is_given_back_than_was_taken() -> None:
     share.give_back("vms")
 
 
-class Clock:
-    """Time passes only while somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.slept: list[float] = []
-
-    def monotonic(self) -> float:
-        return 1_000.0 + sum(self.slept)
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(shares_module, "time", clock)
-    return clock
-
-
-def two_users(each: int = 1_000) -> tuple[Share, Share]:
-    shares = shares_of(total=2_000, each=each)
-    for uid in (ALICE, BOB):
-        shares.of(uid).take("connections")
-    return shares.of(ALICE), shares.of(BOB)
-
-
 def test_connections_that_come_too_fast_wait_in_their_order(clock: Clock) -> None:
     alice, bob = two_users()
     rate = UserLimits().request_rate / shares_module._CONNECTING
@@ -243,71 +209,6 @@ def test_connections_that_come_too_fast_wait_in_their_order(clock: Clock) -> Non
     assert bob.arrive() == 0.0
     bob.give_back("connections")
     assert alice.arrive() == 0.0, "she is alone"
-
-
-def vm_works(clock: Clock, share: Share, other: Share, seconds: float, stretch: float) -> float:
-    """A VM works while the other user does, and rests; returns for how long."""
-    other.works()
-    share.spend(seconds, stretch)
-    rest, place = 0.0, Place(share)
-    while due := place.due():
-        clock.sleep(due)
-        other.works()
-        rest += due
-    return rest
-
-
-def test_what_vms_take_is_paid_for_and_the_dearer_the_longer_the_stretch(clock: Clock) -> None:
-    alice, bob = two_users()
-    assert vm_works(clock, alice, bob, 0.002, 0.0) == pytest.approx(0.002)
-    assert vm_works(clock, bob, alice, 0.002, 3 * shares_module._STRETCH) == pytest.approx(0.006)
-
-
-def test_a_vm_that_is_as_busy_as_can_be_with_a_frame_at_a_time_does_not_rest(clock: Clock) -> None:
-    alice, bob = two_users()
-    turn = 0.000_025
-    for _ in range(1_000):
-        clock.sleep(turn)  # as long as it took, at least
-        assert vm_works(clock, alice, bob, turn, 0.000_001) == 0.0
-
-
-def test_vms_of_a_user_pay_together_and_those_of_who_is_alone_do_not(clock: Clock) -> None:
-    alice, bob = two_users()
-    rests = sum(vm_works(clock, alice, bob, 0.000_02, 0.0) for _ in range(400))
-    assert rests == pytest.approx(400 * 0.000_02, abs=shares_module._CREDIT)
-    bob.give_back("connections")
-    assert vm_works(clock, alice, bob, 1.0, 1.0) == 0.0
-
-
-def contended(*users: Share) -> list[int]:
-    """Who is to leave the interpreter to others."""
-    return [user.uid for user in users if user.contended]
-
-
-def test_while_nobody_else_is_at_work_nobody_rests(clock: Clock) -> None:
-    alice, bob = two_users()
-    assert contended(alice, bob) == []
-    alice.works()
-    assert contended(alice, bob) == [BOB]
-    alice.spend(0.1, 0.1)
-    assert not Place(alice).due()
-    bob.works()
-    alice.works()
-    assert contended(alice, bob) == [ALICE, BOB], "whoever was the last"
-    assert vm_works(clock, alice, bob, 0.002, 0.0) == pytest.approx(0.002), "nothing is owed"
-    clock.sleep(shares_module._LATELY)
-    assert contended(alice, bob) == []
-    alice.spend(1.0, 1.0)
-    assert not Place(alice).due()
-
-
-def test_what_was_taken_in_one_go_before_others_were_at_work_was_taken(clock: Clock) -> None:
-    alice, bob = two_users()
-    turn, share = 0.001, UserLimits().vm_cpu_share
-    for _ in range(round(2 * shares_module._WORK_IN_ONE_GO / turn)):
-        alice.spend(turn, 0.0)
-        assert not Place(alice).due()
-    assert vm_works(clock, alice, bob, turn, 0.0) == pytest.approx(turn / share)
 
 
 @pytest.mark.parametrize("busy", [ROOT, BOB, CARL])
@@ -336,54 +237,6 @@ def test_a_request_is_work(clock: Clock) -> None:
     assert contended(alice, bob) == [ALICE]
     clock.sleep(shares_module._LATELY)
     assert contended(alice, bob) == []
-
-
-def test_vms_that_never_stop_have_a_small_share_of_a_cpu_in_the_long_run(clock: Clock) -> None:
-    alice, bob = two_users()
-    turn = 0.001
-    share = UserLimits().vm_cpu_share
-    in_one_go = shares_module._WORK_IN_ONE_GO
-
-    def work(seconds: float) -> float:
-        """The rest for each second of work."""
-        return sum(vm_works(clock, alice, bob, turn, 0.0) for _ in range(round(seconds / turn))) / seconds
-
-    assert work(in_one_go / 2) == pytest.approx(1.0, abs=0.01)
-    work(in_one_go)
-    assert work(0.01) == pytest.approx(1 / share)
-    assert vm_works(clock, bob, alice, turn, 0.0) == pytest.approx(turn)
-
-
-def test_a_long_rest_is_taken_in_pieces_and_has_an_end(clock: Clock) -> None:
-    alice, bob = two_users()
-    before = len(clock.slept)
-    assert vm_works(clock, alice, bob, 1.0, 1.0) == pytest.approx(
-        shares_module._MOST_DUE, abs=shares_module._CREDIT
-    )
-    assert max(clock.slept[before:]) == shares_module._LONGEST_REST
-
-
-def test_who_asked_first_has_the_first_turn_and_everybody_has_one(clock: Clock) -> None:
-    """However many there are, and however often one of them asks."""
-    alice, bob = two_users()
-    turn, share = 0.001, UserLimits().vm_cpu_share
-    vm_works(clock, alice, bob, shares_module._WORK_IN_ONE_GO, 0.0)
-    places = [Place(alice) for _ in range(20)]
-    turns: list[int] = []
-    begun = 0.0
-    while len(turns) < 500:
-        if len(turns) <= 100:  # until it is known what a turn takes
-            begun = clock.monotonic()
-        bob.works()
-        dues = [place.due() for place in places]
-        for number, due in enumerate(dues):
-            if not due:
-                turns.append(number)
-                alice.spend(turn, 0.0)
-        if all(dues):
-            clock.sleep(min(dues))
-    assert Counter(turns) == pytest.approx(dict.fromkeys(range(20), 25), abs=5)
-    assert 400 * turn / (clock.monotonic() - begun) == pytest.approx(share, rel=0.2)
 
 
 def test_root_is_not_slowed_down_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
