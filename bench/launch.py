@@ -12,12 +12,20 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
-def main() -> None:
-    parent, *command = sys.argv[1:]
+def ends_with(parent: int) -> bool:
+    """Have this process end when its parent does; False if the parent has ended already.
+
+    To be called again after a change of user: the kernel forgets it then.
+    """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     # It may have ended before the kernel was asked.
-    if os.getppid() == int(parent):
+    return os.getppid() == parent
+
+
+def main() -> None:
+    parent, *command = sys.argv[1:]
+    if ends_with(int(parent)):
         os.execv(sys.executable, [sys.executable, "-m", *command])
 
 

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.start()
     status = EXIT_FAILED
     try:
-        host = Host(lambda: choose_settings(options), settings.file_read(options.config), Notifier(), log)
+        host = Host(lambda: _read_again(options), lambda: options.config or "", Notifier(), log)
         status = _run(chosen, host)
     finally:
         if not log.stop():
@@ -85,14 +85,23 @@ def _check(chosen: Settings, path: str | None) -> int:
 
 
 def _leave_directory(options: argparse.Namespace) -> None:
-    """Have /proc/self/cwd lead nowhere that `/` does not: a client may name a path through it.
-
-    What was read is what is read again: the default file too, which may have vanished by then.
-    """
-    options.config = settings.file_read(options.config) or None
+    """Have /proc/self/cwd lead nowhere that `/` does not: a client may name a path through it."""
+    _stay_with_file(options)
     if options.socket_path is not None:
         options.socket_path = os.path.abspath(options.socket_path)
     os.chdir("/")
+
+
+def _stay_with_file(options: argparse.Namespace) -> None:
+    """Have what was read be what is read again: the default file too, which may have vanished by then."""
+    options.config = settings.file_read(options.config) or None
+
+
+def _read_again(options: argparse.Namespace) -> Settings:
+    """Return the settings as they are now. Raises `SettingsError`."""
+    chosen = choose_settings(options)
+    _stay_with_file(options)
+    return chosen
 
 
 def _refuse(error: SettingsError) -> int:

@@ -117,7 +117,8 @@ class Connection(socketserver.BaseRequestHandler):
         try:
             self._share.take("request_bytes", len(reply.message))
         except LimitReached as limit:
-            return failure(str(limit))
+            size = len(reply.message)
+            return failure(f"it was carried out, but its response of {size} bytes cannot be sent: {limit}")
         self._counted = len(reply.message)
         return reply
 

@@ -44,12 +44,12 @@ def block_signals() -> None:
 
 @dataclass(frozen=True)
 class Host:
-    """What the daemon is given by the process it runs in. Main thread."""
+    """What the daemon is given by the process it runs in. Main thread, but for `settings_file`."""
 
     #: Reads the settings again; raises `SettingsError`.
     read_settings: Callable[[], Settings]
-    #: The file they are read from.
-    settings_file: str
+    #: Returns the file that they were read from last; empty if there is none.
+    settings_file: Callable[[], str]
     notifier: Notifier
     log: Logging
 

@@ -9,7 +9,7 @@ values, each right when it was read.
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 
@@ -36,9 +36,10 @@ _PATIENCE = 0.5
 
 @dataclass(frozen=True)
 class About:
-    """What is known of the daemon from its start."""
+    """What the process knows of itself."""
 
-    settings_file: str = ""
+    #: Returns the file that the settings are from; empty if there is none. Any thread.
+    settings_file: Callable[[], str] = str
     started: float = field(default_factory=time.monotonic)
 
 
@@ -56,7 +57,7 @@ def describe(about: About, registry: Registry, asker: Credentials, attached: Ite
         version=__version__,
         pid=os.getpid(),
         uptime=time.monotonic() - about.started,
-        settings_file=about.settings_file,
+        settings_file=about.settings_file(),
         log_level=current_level(),
         connections=clients.total(),
         users=registry.users(asker),

@@ -333,9 +333,14 @@ def test_file_that_comes_later_is_read(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     options = build_parser().parse_args([])
     cli._leave_directory(options)
-    assert choose_settings(options) == Settings()
-    (tmp_path / "default.toml").write_text("[limits]\nvms = 5\n")
-    assert choose_settings(options).limits.vms == 5
+    assert cli._read_again(options) == Settings()
+    default = tmp_path / "default.toml"
+    default.write_text("[limits]\nvms = 5\n")
+    assert cli._read_again(options).limits.vms == 5
+    assert options.config == str(default)
+    default.unlink()
+    with pytest.raises(SettingsError, match=r"default.toml: cannot be read: No such file"):
+        cli._read_again(options)
 
 
 def test_a_check_can_be_interrupted(tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ def test_long_responses_that_nobody_takes_are_limited(
         slow.send(message("x"))
         wait_until(lambda: counted() == len(long), "it is on its way")
         assert other.ask("x") == refused(
+            f"it was carried out, but its response of {len(long)} bytes cannot be sent: "
             "the limit of 1500000 bytes of ids, and of messages that are on their way for one user is reached"
         )
         assert len(slow.receive()) == len(long) - 8

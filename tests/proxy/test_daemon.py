@@ -168,7 +168,7 @@ class Desk:
         monkeypatch.setattr(daemon, "time", self)
         monkeypatch.setattr(daemon, "_next_signal", lambda: self.signals.pop(0))
         monkeypatch.setattr(signal, "setitimer", lambda *_: None)
-        host = Host(self.read_settings, "", cast(Notifier, self.manager), cast(Logging, self.manager))
+        host = Host(self.read_settings, str, cast(Notifier, self.manager), cast(Logging, self.manager))
         me: Any = self
         self.supervisor = Supervisor(LiveSettings(Settings()), host, me, me, me)
 

@@ -51,7 +51,9 @@ class FakeRegistry:
 
 
 def describe(registry: FakeRegistry, *attached: Vm | None) -> Status:
-    return status.describe(status.About("/settings"), cast(Registry, registry), Credentials.own(), attached)
+    return status.describe(
+        status.About(lambda: "/settings"), cast(Registry, registry), Credentials.own(), attached
+    )
 
 
 def vm_of(rig: Rig, name: str = "web") -> Vm:
