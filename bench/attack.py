@@ -1,6 +1,6 @@
-"""A user who wants all of a daemon: `python -m bench.attack SOCKET UID HABIT CONNECTIONS`, until killed.
+"""A user who wants all of a daemon: `python -m bench.attack SOCKET UID HABIT CONNECTIONS DIRECTORY`.
 
-For some habits these are not connections, but VMs (`bench.hostile_vms`).
+Until killed. Some habits take VMs (`bench.hostile_vms`), whose sockets go into the directory.
 
 `bench.hostile` measures what that costs others.
 """
@@ -129,7 +129,7 @@ def attack(path: str, habit: str, connections: int) -> None:
                 idle.append(attacker)
 
 
-def main(path: str, uid: int, habit: str, connections: int) -> None:
+def main(path: str, uid: int, habit: str, connections: int, directory: str) -> None:
     parent = os.getppid()
     # How the host shares its CPUs among users is not what is measured.
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
@@ -139,8 +139,11 @@ def main(path: str, uid: int, habit: str, connections: int) -> None:
     if not ends_with(parent):
         return
     with suppress(KeyboardInterrupt):
-        (hostile_vms.attack if habit in hostile_vms.HABITS else attack)(path, habit, connections)
+        if habit in hostile_vms.HABITS:
+            hostile_vms.attack(path, directory, habit)
+        else:
+            attack(path, habit, connections)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5])

@@ -16,7 +16,7 @@ from bench.processes import BenchError, Child, Daemon, Worker, gather
 #: Nobody's number.
 _UID = 54_323
 #: Seconds until an attack has all its connections, at the most.
-_WARM_UP = 10.0
+_WARM_UP = 60.0
 #: Seconds in which it has used up what a user may take in one go.
 _USED_UP = 2.0
 #: Seconds until it has noticed that all of them are gone, at the most: it reads on at the user's pace.
@@ -24,8 +24,9 @@ _GOODBYE = 300.0
 #: Threads of the victim's VM and of the connection that said hello for it.
 _STAYING = 2
 _FEW = 8  # connections, of those who send a megabyte each time
-_VMS = 8
-_COMING_AND_GOING = frozenset({"churn", "nonsense"})
+_COMING_AND_GOING = frozenset({"churn", "nonsense", "vms"})
+#: Threads of a VM and of its client.
+_VM_THREADS = 2
 _CONTAINER = "victim"
 _HEADING = f"{'attack':10} {'at once':>11}  {'echo p50, p99':>19}  ratio  {'attach p50, p99':>19}  ratio"
 
@@ -39,6 +40,9 @@ class Scene:
 
     def __init__(self, directory: Path, stack: ExitStack, seconds: float) -> None:
         self._seconds = seconds
+        self._theirs = directory / "theirs"
+        self._theirs.mkdir()
+        os.chown(self._theirs, _UID, -1)
         self._daemon = stack.enter_context(Daemon("daemon", directory, f"[access]\nusers = [{_UID}]\n"))
         self._vms = stack.enter_context(Worker("VMs", "bench.vms", str(directory)))
         self._clients = stack.enter_context(Worker("clients", "bench.clients"))
@@ -62,17 +66,17 @@ class Scene:
     @contextmanager
     def attacked(self, habit: str, count: int) -> Iterator[None]:
         """Have another user do that meanwhile, with so many connections or VMs."""
-        arguments = (self._daemon.path, str(_UID), habit, str(count))
+        arguments = (self._daemon.path, str(_UID), habit, str(count), str(self._theirs))
         with Child("attacker", "bench.attack", *arguments):
             if habit not in _COMING_AND_GOING:
-                self._wait_for(count)
+                self._wait_for(count * (_VM_THREADS if habit in hostile_vms.HABITS else 1))
             time.sleep(_USED_UP)
             yield
         self._daemon.settle(_GOODBYE, _STAYING)
 
-    def _wait_for(self, connections: int) -> None:
+    def _wait_for(self, threads: int) -> None:
         deadline = time.monotonic() + _WARM_UP
-        while self._daemon.connections() < connections and time.monotonic() < deadline:
+        while self._daemon.connections() < _STAYING + threads and time.monotonic() < deadline:
             time.sleep(0.1)
 
 
@@ -112,7 +116,7 @@ def _run(habits: list[str], options: argparse.Namespace) -> None:
 
 def _count(habit: str, connections: int) -> int:
     if habit in hostile_vms.HABITS:
-        return _VMS
+        return hostile_vms.HABITS[habit]
     return _FEW if habit in {"long", "deep"} else connections
 
 

@@ -4,13 +4,14 @@ import os
 import select
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import msgspec
 
 from bench.vms import MESSAGE, READY, listen
-from cc_proxy.api import Client, Hello, Hyper, Request
+from cc_proxy.api import Bye, Client, Hello, Hyper, Request
 from cc_proxy.api.frames import encode_frame
 from cc_proxy.api.messages import encode
 from cc_proxy.hyperstart.codes import Code
@@ -46,7 +47,7 @@ _EVENTS = MESSAGE.pack(Code.NEXT, MESSAGE.size) * _ROUND
 _LONG_EVENT = MESSAGE.pack(Code.NEXT, _LONG) + bytes(_LONG - MESSAGE.size)
 
 #: Who says something, and what, of a VM whose client has that stream.
-HABITS: dict[str, tuple[str, Callable[[int], bytes]]] = {
+_SAID: dict[str, tuple[str, Callable[[int], bytes]]] = {
     "strays": ("io", lambda _: _strays(1_000_000)),
     "markers": ("io", lambda _: _strays(FIRST_MARKER + 1_000_000)),
     "output": ("io", _output),
@@ -58,29 +59,69 @@ HABITS: dict[str, tuple[str, Callable[[int], bytes]]] = {
 
 
 class Vm:
-    """One of them, and its client: both read as fast as they can."""
+    """One of them, and the client that says hello for it."""
 
-    def __init__(self, proxy: str, directory: str, number: int, habit: str) -> None:
-        paths = [f"{directory}/vm{number}.{channel}" for channel in ("ctl", "io")]
-        listeners = [listen(path) for path in paths]
-        asking = socket.socket(socket.AF_UNIX)
-        asking.connect(proxy)
-        hello = Hello(f"hostile-{number}", *paths)
-        asking.sendall(encode(Request(hello.NAME, msgspec.Raw(msgspec.json.encode(hello)))))
-        self._control, self._io = (listener.accept()[0] for listener in listeners)
-        self._control.sendall(READY)
-        asking.recv(_READ_SIZE)
-        self._client = Client(asking, timeout=_TIMEOUT)
-        seq, fd = self._client.allocate_io(1)
-        self._stream = socket.socket(fileno=fd)
-        who, says = HABITS[habit]
+    def __init__(self, proxy: str, directory: str, number: int) -> None:
+        self._name = f"hostile-{number}"
+        self._paths = [f"{directory}/vm{number}.{channel}" for channel in ("ctl", "io")]
+        self._listeners = [listen(path) for path in self._paths]
+        self.asking = socket.socket(socket.AF_UNIX)
+        self.asking.connect(proxy)
+        self._say_hello()
+        self.client = Client(self.asking, timeout=_TIMEOUT)
+
+    def _say_hello(self) -> None:
+        self._ask(Hello(self._name, *self._paths))
+        self.control, self.io = (listener.accept()[0] for listener in self._listeners)
+        self.control.sendall(READY)
+        self.asking.recv(_READ_SIZE)
+
+    def _ask(self, payload: Hello | Bye | Hyper) -> None:
+        self.asking.sendall(encode(Request(payload.NAME, msgspec.Raw(msgspec.json.encode(payload)))))
+
+    def ping(self) -> None:
+        """Have somebody wait for the agent, which does not answer."""
+        self._ask(Hyper("ping"))
+
+    def open_stream(self) -> None:
+        _, fd = self.client.allocate_io(2)
+        os.close(fd)
+
+    def ask_status(self) -> None:
+        self.client.status()
+
+    def go_and_come(self) -> None:
+        self._ask(Bye(self._name))
+        self.asking.recv(_READ_SIZE)
+        self.control.close()
+        self.io.close()
+        self._say_hello()
+
+
+#: What the client of each does over and over.
+_DONE: dict[str, Callable[[Vm], None]] = {
+    "vms": Vm.go_and_come,
+    "streams": Vm.open_stream,
+    "status": Vm.ask_status,
+}
+
+#: How many VMs each habit takes.
+HABITS = {**dict.fromkeys([*_SAID, *_DONE], 8), "status": 200}
+
+
+class Sender:
+    """Who says the same for ever, and who reads what comes of it: both as fast as they can."""
+
+    def __init__(self, vm: Vm, habit: str) -> None:
+        seq, fd = vm.client.allocate_io(1)
+        stream = socket.socket(fileno=fd)
+        who, says = _SAID[habit]
         self._said = says(seq)
         self._left = memoryview(self._said)
-        self._sender = {"io": self._io, "control": self._control, "client": self._stream}[who]
-        self._reader = self._io if who == "client" else self._stream
+        self._sender = {"io": vm.io, "control": vm.control, "client": stream}[who]
+        self._reader = vm.io if who == "client" else stream
         if habit == "long-events":  # so that there is somebody who reads on and on
-            ping = msgspec.json.encode(Hyper("ping"))
-            asking.sendall(encode(Request(Hyper.NAME, msgspec.Raw(ping))))
+            vm.ping()
 
     def watched(self) -> Iterator[tuple[socket.socket, int, Callable[[], None]]]:
         """Yield what is to be done when something is ready."""
@@ -98,17 +139,33 @@ class Vm:
             self._reader.recv(_READ_SIZE, socket.MSG_DONTWAIT)
 
 
-def attack(proxy: str, habit: str, count: int) -> None:
-    """Have so many VMs, each of which does what the habit says."""
-    directory = tempfile.mkdtemp(prefix="cc-proxy-hostile-")
-    vms = [Vm(proxy, directory, number, habit) for number in range(count)]
-    for name in os.listdir(directory):
-        os.unlink(f"{directory}/{name}")
-    os.rmdir(directory)
+def attack(proxy: str, directory: str, habit: str) -> None:
+    """Have VMs, each of which does what the habit says."""
+    directory = tempfile.mkdtemp(dir=directory)
+    vms = [Vm(proxy, directory, number) for number in range(HABITS[habit])]
+    if habit in _DONE:
+        _do(vms, _DONE[habit])
+    else:
+        _say([Sender(vm, habit) for vm in vms])
+
+
+def _do(vms: list[Vm], done: Callable[[Vm], None]) -> None:
+    def repeat(vm: Vm) -> None:
+        while True:
+            done(vm)
+
+    threads = [threading.Thread(target=repeat, args=[vm], name="client") for vm in vms]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _say(senders: list[Sender]) -> None:
     epoll = select.epoll()
     handlers = {}
-    for vm in vms:
-        for sock, events, handler in vm.watched():
+    for sender in senders:
+        for sock, events, handler in sender.watched():
             epoll.register(sock, events)
             handlers[sock.fileno()] = handler
     while True:

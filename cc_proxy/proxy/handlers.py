@@ -29,6 +29,7 @@ from cc_proxy.api.payloads import (
     SetLogLevel,
     Version,
 )
+from cc_proxy.api.status import MOST_VMS
 from cc_proxy.credentials import Credentials
 from cc_proxy.hyperstart.codes import COMMANDS
 from cc_proxy.log import LEVELS, current_level, logger, set_level
@@ -44,9 +45,11 @@ MAX_RESPONSE = 1024
 
 _ELLIPSIS = "…"
 
-#: A hello counts as so many requests more, as it takes threads of its own; and one that fails, which is
-#: easily repeated, as so many more again.
-_HELLO, _FAILED_HELLO = 1, 10
+#: A hello counts as so many requests more, for its connections, its pump and their end; and one that fails,
+#: which is easily repeated, as so many more again.
+_HELLO, _FAILED_HELLO = 6, 5
+#: Streams count as so many more, for their fds, and since the pump has to take them over and drop them.
+_STREAMS = 2
 #: What is longer, in bytes, may take long. No client in the field sends such requests.
 _SHORT = 16 * 1024
 #: Seconds of a CPU that a request may take without a rest, and how many times as long that is. While a long
@@ -55,7 +58,7 @@ _LONG = 0.000_5
 _REST = 4.0
 _REST_OF_LONG = 100.0
 #: VMs whose pumps a `status` asks, for which it counts as one request more.
-_VMS_A_REQUEST = 5
+_VMS_A_REQUEST = 3
 _LONGEST_REST = 30.0
 
 
@@ -202,6 +205,7 @@ class Handlers:
         vm = client.vm
         if vm is None or vm.state not in (State.UP, State.LEAVING):
             raise Refusal("client not attached to a vm")
+        client.share.pace(_STREAMS)
         io_base, fd = vm.open_session(allocate.n_streams, client.share, client.who.pid)
         reply = success(AllocateIoResult(io_base))
         reply.passed = fd
@@ -219,11 +223,12 @@ class Handlers:
         return _DONE
 
     def _status(self, client: Client, _asked: GetStatus) -> Reply:
+        share = client.share
+        share.pace(len(self._registry.vms_of(client.who)[:MOST_VMS]) // _VMS_A_REQUEST)
         begun = time.thread_time()
-        with client.share.aside():
+        with share.aside(), share.asking:
             status = describe(self._about, self._registry, client.who, self._connections(client.who))
         reply = Reply(messages.encode(_carrying(status), messages.MAX_STATUS))
-        client.share.pace(len(status.vms) // _VMS_A_REQUEST)  # each of their pumps has answered
         _rest(client, time.thread_time() - begun, _REST)
         return reply
 

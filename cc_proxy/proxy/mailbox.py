@@ -31,6 +31,11 @@ class Mailbox:
             os.eventfd_write(self._fd, 1)
         return True
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing that the thread has yet to call. Any thread."""
+        return not self._letters
+
     # The thread whose it is -------------------------------------------------------------------------------
 
     def fileno(self) -> int:

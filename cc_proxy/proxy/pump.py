@@ -73,6 +73,8 @@ class Pump:
         self.counters = Counters()
 
         self._asked = False  # the pump thread has been asked whether it is alive; it takes that back
+        # While the thread waits, and nothing here changes: a new one each time. None while it does not.
+        self._wait_now: object | None = None
 
         # From here on the pump thread's.
         self._sessions: set[Session] = set()
@@ -120,11 +122,26 @@ class Pump:
         """Take over a session: frames for its seqs reach it from now on. False if the pump has ended."""
         return self._mailbox.post(lambda: self._add(session))
 
-    def describe(self) -> Future[Streams]:
-        """Ask how things stand: what comes is of one moment. Cancelled if the pump has ended.
+    def describe(self) -> Streams | Future[Streams]:
+        """Return how things stand, all of it at one moment, or ask the thread.
 
-        The answer comes from the pump thread, after what that is at, so waiting for it needs a deadline.
+        Its answer comes after what it is at, so waiting for that needs a deadline; it is cancelled if the
+        pump has ended.
         """
+        return self._streams_meanwhile() or self._ask()
+
+    def _streams_meanwhile(self) -> Streams | None:
+        """Return how the streams are while the thread waits, which need not be woken for that."""
+        wait = self._wait_now
+        if wait is None or not self._mailbox.empty:  # which may have just got the asker's session
+            return None
+        try:
+            streams = self._streams()
+        except Exception:  # it is at it again; or something is wrong, which it will find out itself
+            return None
+        return streams if self._wait_now is wait else None
+
+    def _ask(self) -> Future[Streams]:
         answer: Future[Streams] = Future()
         if not self._mailbox.post(lambda: self._tell(answer)):
             answer.cancel()
@@ -183,6 +200,7 @@ class Pump:
         try:
             step()
         except Exception:
+            self._wait_now = None
             faults.note("I/O pump failed", vm=self._vm)
             self._owner.lose("internal error in its I/O pump")
 
@@ -253,6 +271,12 @@ class Pump:
     def _wait(self) -> list[tuple[int, int]]:
         """Return what is ready, once something is or a timer is due."""
         timeout = self._timeout() if self._timed else None
+        self._wait_now = object()
+        ready = self._wait_for(timeout)
+        self._wait_now = None
+        return ready
+
+    def _wait_for(self, timeout: float | None) -> list[tuple[int, int]]:
         if not self._reads_clients:
             return self._selector.poll(timeout)
         clients = self._stdin.clients
@@ -346,9 +370,12 @@ class Pump:
     def _on_mail(self, _events: int) -> None:
         self._mailbox.receive()
 
+    def _streams(self) -> Streams:
+        return describe_streams(self._sessions, self._output, self._stdin, self.counters)
+
     def _tell(self, answer: Future[Streams]) -> None:
         try:
-            answer.set_result(describe_streams(self._sessions, self._output, self._stdin, self.counters))
+            answer.set_result(self._streams())
         except Exception as error:  # whatever it is, a question must not end the pump
             answer.set_exception(error)
 

@@ -88,6 +88,9 @@ class Share:
         # One hello of the user's at a time looks for a socket, so that many that fail do not crowd; held over
         # I/O, and nothing else is locked then.
         self.dialing = threading.Lock()
+        # One `status` of the user's at a time has pumps tell how they are, which it waits for: together they
+        # would have hundreds of pumps at it. Others are locked while it is held, but never before.
+        self.asking = threading.Lock()
         # Held by a pump while it has something to do, not while it rests; over I/O, but nobody waits for it
         # longer than _COURTESY.
         self._pumping = threading.Lock()

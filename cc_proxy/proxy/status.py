@@ -1,9 +1,10 @@
 """What `status` answers with: how the daemon and its VMs are, put together from all who know a part of it.
 
 A pump's part (`streams.py`) comes from its own thread, through its mailbox, so that it is of one moment and
-nothing on the data path is locked. All pumps are asked before any is waited for, and they have `_PATIENCE`
-together: one that is stuck has no part in the answer, which says so. The rest are plain reads of single
-values, each right when it was read.
+nothing on the data path is locked. They are asked one by one: hundreds that all have something to say would
+leave nobody else the interpreter until they have said it, and it takes as long. One that is stuck holds up no
+other, and has no part in the answer, which says so. The rest are plain reads of single values, each right
+when it was read.
 """
 
 import os
@@ -30,7 +31,16 @@ from cc_proxy.log import current_level
 from cc_proxy.proxy.registry import Registry
 from cc_proxy.proxy.vm import Trouble, Vm
 
-#: Seconds that all pumps together get to answer.
+#: What there is of a pump that is asked: its answer, none yet, or none at all while there is no pump.
+_Asked = Streams | Future[Streams] | None
+
+#: So many pumps are asked, then others come to their turns for so many seconds.
+_IN_A_ROW = 4
+_BREATH = 0.000_1
+#: Seconds that a pump gets to answer before the next one is asked, and that all together get for that.
+_MOMENT = 0.02
+_ASKING = 0.25
+#: Seconds that those which have not answered yet get together, once all have been asked.
 _PATIENCE = 0.5
 
 
@@ -44,15 +54,13 @@ class About:
 
 
 def describe(about: About, registry: Registry, asker: Credentials, attached: Iterable[Vm | None]) -> Status:
-    """Return how everything is that `asker` may know of; any thread, for `_PATIENCE` at most.
+    """Return how everything is that `asker` may know of; any thread, for `_ASKING + _PATIENCE` at most.
 
     `attached` has the VM of each connection that it may know of.
     """
     vms = sorted(registry.vms_of(asker), key=lambda vm: (vm.container_id, vm.created))
     listed = vms[:MOST_VMS]
     clients = Counter(attached)
-    deadline = time.monotonic() + _PATIENCE
-    asked = [(vm, vm.describe()) for vm in listed]
     return Status(
         version=__version__,
         pid=os.getpid(),
@@ -62,7 +70,7 @@ def describe(about: About, registry: Registry, asker: Credentials, attached: Ite
         connections=clients.total(),
         users=registry.users(asker),
         spooled=registry.spooled(asker),
-        vms=[_vm(vm, clients[vm], streams, deadline) for vm, streams in asked],
+        vms=_vms(listed, clients),
         vm_count=len(vms),
         ended=[
             EndedVm(id=shorten(ended.container_id), error=_error(ended.trouble))
@@ -71,7 +79,24 @@ def describe(about: About, registry: Registry, asker: Credentials, attached: Ite
     )
 
 
-def _vm(vm: Vm, clients: int, asked: Future[Streams] | None, deadline: float) -> VmStatus:
+def _vms(vms: list[Vm], clients: Counter[Vm | None]) -> list[VmStatus]:
+    """Ask all pumps, each when the one before has answered or has not for a while."""
+    until = time.monotonic() + _ASKING
+    found, late = {}, {}
+    for number, vm in enumerate(vms):
+        if number and number % _IN_A_ROW == 0:
+            time.sleep(_BREATH)
+        asked = vm.describe()
+        found[vm] = _vm(vm, clients[vm], asked, min(until, time.monotonic() + _MOMENT))
+        if not found[vm].answers:
+            late[vm] = asked
+    deadline = time.monotonic() + _PATIENCE
+    for vm, asked in late.items():
+        found[vm] = _vm(vm, clients[vm], asked, deadline)
+    return [*found.values()]
+
+
+def _vm(vm: Vm, clients: int, asked: _Asked, deadline: float) -> VmStatus:
     streams, answers = _answer(asked, deadline)
     now = time.monotonic()
     control = vm.control
@@ -91,10 +116,10 @@ def _vm(vm: Vm, clients: int, asked: Future[Streams] | None, deadline: float) ->
     )
 
 
-def _answer(asked: Future[Streams] | None, deadline: float) -> tuple[Streams | None, bool]:
+def _answer(asked: _Asked, deadline: float) -> tuple[Streams | None, bool]:
     """Return what a pump says, and whether it has not failed to."""
-    if asked is None:
-        return None, True
+    if not isinstance(asked, Future):
+        return asked, True
     try:
         return asked.result(max(0.0, deadline - time.monotonic())), True
     except CancelledError:  # it has just ended

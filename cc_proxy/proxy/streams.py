@@ -1,4 +1,4 @@
-"""What a pump says of its streams when it is asked: its part of `status`. Pump thread."""
+"""What a pump says of its streams: its part of `status`. Pump thread, or any while that waits."""
 
 import time
 from collections.abc import Collection

@@ -224,8 +224,8 @@ class Vm:
         """The control channel, to look at; None before there is one."""
         return self._control
 
-    def describe(self) -> Future[Streams] | None:
-        """Ask how its streams stand (`Pump.describe`); None before there are any."""
+    def describe(self) -> Streams | Future[Streams] | None:
+        """Return how its streams stand, or ask (`Pump.describe`); None before there are any."""
         pump = self._pump
         return pump.describe() if pump else None
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self, TypeVar
 
+from cc_proxy.api.status import Streams
 from cc_proxy.credentials import Credentials
 from cc_proxy.hyperstart.control import ControlMessage
 from cc_proxy.hyperstart.pacing import StdinWindow
@@ -218,6 +219,11 @@ class Rig:
         assert self.pump._mailbox.post(ask)
         assert done.wait(WAIT)
         return answers[0]
+
+    def streams(self) -> Streams:
+        """What the pump says of its streams, asked or not."""
+        answer = self.pump.describe()
+        return answer if isinstance(answer, Streams) else answer.result(WAIT)
 
     def wait_for_turn(self) -> None:
         """Until the pump has done all that it was doing, or has ended."""

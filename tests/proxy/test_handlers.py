@@ -16,6 +16,7 @@ import pytest
 
 from cc_proxy.api.errors import ProtocolError
 from cc_proxy.api.payloads import AllocateIoResult, Hello
+from cc_proxy.api.status import MOST_VMS
 from cc_proxy.credentials import Credentials
 from cc_proxy.hyperstart.codes import FROM_AGENT, Code
 from cc_proxy.hyperstart.control import ControlMessage
@@ -326,6 +327,20 @@ def test_hello_is_as_much_work_as_many_requests(desk: Desk, monkeypatch: pytest.
     monkeypatch.setattr(desk.registry, "register", fail)
     desk.ask("hello", hello)
     assert paced[2:] == [1, handlers_module._HELLO, handlers_module._FAILED_HELLO]
+
+
+def test_streams_and_a_status_are_as_much_work_as_several_requests(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paced: list[int] = []
+    monkeypatch.setattr(Share, "pace", lambda share, requests=1: paced.append(requests))
+    monkeypatch.setattr(desk.registry, "vms_of", lambda who: [desk.vm] * 2 * MOST_VMS, raising=False)
+    monkeypatch.setattr(handlers_module, "describe", lambda *_: {})
+    assert json.loads(desk.ask("status"))["success"]
+    assert paced == [1, MOST_VMS // handlers_module._VMS_A_REQUEST]
+    desk.attach()
+    assert json.loads(desk.ask("allocateIO", {"nStreams": 2}))["success"]
+    assert paced[2:] == [1, handlers_module._STREAMS]
 
 
 def test_each_request_is_paced_however_few_connections_they_come_on(

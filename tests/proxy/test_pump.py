@@ -10,13 +10,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import pytest
 
+from cc_proxy.api.status import Streams
 from cc_proxy.log import CONSOLE, logger
 from cc_proxy.proxy import session as session_module
 from cc_proxy.proxy import stdin as stdin_module
@@ -29,6 +31,7 @@ from cc_proxy.proxy.session import Session
 from cc_proxy.proxy.shares import Share
 from cc_proxy.proxy.spool import SpoolSpace
 from cc_proxy.proxy.stdin import Stdin
+from cc_proxy.proxy.streams import describe_streams
 from tests.proxy.conftest import Logged
 from tests.proxy.support import (
     NEVER,
@@ -1197,13 +1200,71 @@ def test_turns_are_paid_for_while_others_are_there(space: SpoolSpace) -> None:
         assert len(share.spent) == before
 
 
+def wait_until_it_waits(rig: Rig) -> object:
+    """Until the pump has nothing to do; returns that wait."""
+    rig.settle()
+    wait_until(lambda: rig.pump._wait_now is not None, "it waits")
+    return rig.pump._wait_now
+
+
+def test_who_waits_is_not_woken_to_say_how_things_stand(rig: Rig) -> None:
+    stream = rig.open()
+    rig.io.sendall(frame(stream.base, b"x"))
+    wait = wait_until_it_waits(rig)
+    streams = rig.pump.describe()
+    assert isinstance(streams, Streams)
+    assert (streams.sessions, streams.traffic.frames_to_clients) == (1, 1)
+    assert rig.pump._wait_now is wait
+
+
+def test_who_has_mail_says_how_things_stand_after_it(rig: Rig) -> None:
+    wait_until_it_waits(rig)
+    session, _ = rig.session()
+    rig.pump._mailbox._letters.append(lambda: rig.pump._add(session))  # it will be woken in a moment
+    asked = rig.pump.describe()
+    assert isinstance(asked, Future)
+    assert asked.result(WAIT).sessions == 1
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_what_was_read_while_the_pump_began_to_work_does_not_count(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, torn: bool
+) -> None:
+    stream = rig.open()
+    wait_until_it_waits(rig)
+    me = threading.get_ident()
+
+    def describe(*them: Any) -> Streams:
+        streams = describe_streams(*them)
+        if threading.get_ident() == me:
+            rig.io.sendall(frame(stream.base, b"x"))
+            assert stream.read_frame().payload == b"x"
+            if torn:
+                raise RuntimeError("Set changed size during iteration")
+        return streams
+
+    monkeypatch.setattr("cc_proxy.proxy.pump.describe_streams", describe)
+    asked = rig.pump.describe()
+    assert isinstance(asked, Future)
+    assert asked.result(WAIT).traffic.frames_to_clients == 1
+
+
+def test_who_fails_while_it_waits_does_not_wait(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.call(lambda: monkeypatch.setattr(rig.pump, "_wait_for", lambda timeout: 1 / 0))
+    rig.wait_ended()
+    assert rig.pump._wait_now is None
+    asked = rig.pump.describe()
+    assert isinstance(asked, Future)
+    assert asked.cancelled()
+
+
 def test_who_rests_does_what_others_ask_meanwhile(space: SpoolSpace) -> None:
     share = Contended()
     with Rig(space, share=cast(Share, share)) as rig:
         stream = rig.open()
         rig.call(lambda: setattr(share, "due", 2 * WAIT))
         rig.io.sendall(frame(stream.base, b"x"))
-        streams = rig.pump.describe().result(WAIT)
+        streams = rig.streams()
         assert (streams.sessions, streams.traffic.frames_to_clients) == (1, 0)
         rig.pump.abort()
         assert rig.owner.over.wait(WAIT)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
+from types import SimpleNamespace
 from typing import cast
 
 import msgspec
+import pytest
 
 from cc_proxy.api import (
     EndedVm,
@@ -63,11 +66,23 @@ def vm_of(rig: Rig, name: str = "web") -> Vm:
     return vm
 
 
+def keep_busy(rig: Rig, release: threading.Event) -> None:
+    """Have a pump at work until it is released."""
+    busy = threading.Event()
+
+    def work() -> None:
+        busy.set()
+        release.wait(WAIT)
+
+    rig.pump._mailbox.post(work)
+    assert busy.wait(WAIT)
+
+
 def test_pump_that_is_stuck_is_said_to_be_and_holds_up_no_other(rig: Rig, space: SpoolSpace) -> None:
     release = threading.Event()
     with Rig(space) as other:
         stuck, well = vm_of(rig, "a"), vm_of(other, "b")
-        rig.pump._mailbox.post(lambda: cast(None, release.wait(WAIT)))
+        keep_busy(rig, release)
         try:
             first, second = describe(FakeRegistry(stuck, well), stuck, None, stuck).vms
         finally:
@@ -76,6 +91,33 @@ def test_pump_that_is_stuck_is_said_to_be_and_holds_up_no_other(rig: Rig, space:
     assert (second.id, second.clients, second.answers) == ("b", 0, True)
     assert second.streams
     rig.wait_for_turn()  # it answers nobody now, and lives
+
+
+def test_pump_that_is_late_is_waited_for_once_all_have_been_asked(
+    rig: Rig, space: SpoolSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status, "_MOMENT", 0.0)
+    release = threading.Event()
+    with Rig(space) as other:
+        first, last = vm_of(rig, "a"), vm_of(other, "b")
+
+        def describe_last() -> Streams:
+            release.set()
+            return other.streams()
+
+        monkeypatch.setattr(last, "describe", describe_last)
+        keep_busy(rig, release)
+        vms = describe(FakeRegistry(last, first)).vms
+    assert [(vm.id, vm.answers) for vm in vms] == [("a", True), ("b", True)]
+    assert all(vm.streams for vm in vms)
+
+
+def test_others_have_their_turn_between_vms(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    breaths: list[float] = []
+    monkeypatch.setattr(status, "time", SimpleNamespace(monotonic=time.monotonic, sleep=breaths.append))
+    vms = [vm_of(rig, f"{number:03}") for number in range(3 * status._IN_A_ROW)]
+    assert [vm.id for vm in describe(FakeRegistry(*vms)).vms] == [vm.container_id for vm in vms]
+    assert breaths == [status._BREATH] * 2
 
 
 def test_pump_that_has_ended_is_not_said_to_be_stuck(rig: Rig) -> None:
@@ -97,7 +139,7 @@ def test_lists_are_bounded_and_totals_are_not(rig: Rig) -> None:
     for stream in streams:
         rig.io.sendall(b"".join(frame(stream.base, bytes(10_000)) for _ in range(30)))
     rig.settle()
-    answer = rig.pump.describe().result(WAIT)
+    answer = rig.streams()
     assert (answer.sessions, answer.waiting_sessions) == (len(streams), len(streams))
     assert len(answer.waiting) == MOST_LISTED
     assert answer.spooled + answer.pending > sum(stream.spooled for stream in answer.waiting)
@@ -110,7 +152,7 @@ def test_stdin_the_vm_does_not_take(space: SpoolSpace) -> None:
         while not rig.call(lambda: rig.pump._stdin.blocked):
             stream.sock.sendall(frame(stream.base, bytes(1000)))
             sent += 1
-        answer = rig.pump.describe().result(WAIT)
+        answer = rig.streams()
         assert answer.stdin_held > 0
         assert answer.stdin_stalled > 0
         assert 0 < answer.traffic.frames_to_vm <= sent

@@ -449,7 +449,7 @@ def test_console_that_fails_costs_nothing_but_the_console(
 def test_question_that_fails_is_no_error_of_the_pump(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cc_proxy.proxy.pump.describe_streams", fail)
     with pytest.raises(KeyError):
-        rig.pump.describe().result(WAIT)
+        rig.streams()
     assert not rig.owner.causes
 
 
