@@ -71,6 +71,7 @@ class Scene:
             if habit not in _COMING_AND_GOING:
                 self._wait_for(count * (_VM_THREADS if habit in hostile_vms.HABITS else 1))
             time.sleep(_USED_UP)
+            self.measure()  # while others are at work it is another matter
             yield
         self._daemon.settle(_GOODBYE, _STAYING)
 

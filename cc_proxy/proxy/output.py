@@ -17,7 +17,7 @@ from cc_proxy.proxy.session import Session
 _BUFFER_SIZE = 256 * 1024
 #: Seconds at a stretch for what is read at once when it has to suit others, and the least that is read.
 _LONG, _SHORT = 0.000_1, 0.000_05
-_LEAST = 2 * 1024
+_LEAST, _STEP = 256, 2 * 1024
 
 
 class FramingLost(Exception):
@@ -53,6 +53,8 @@ class Output:
         self._view = memoryview(self._buffer)
         #: Bytes that are read at once, beyond what is there.
         self.most = _BUFFER_SIZE
+        #: How often a client was to be sent something.
+        self.sends = 0
         self._empty = self._view  # so much of the buffer
         # Where a frame stands in the buffer that has not arrived whole.
         self._start = self._stop = 0
@@ -105,6 +107,7 @@ class Output:
 
     def _deliver(self, batch: Batch[Session]) -> None:
         """Pass on frames."""
+        self.sends += len(batch.slices)
         self._deliver_each(iter(batch.slices.items()))
         for seq, _ in batch.strays:
             self._on_stray(seq)
@@ -130,7 +133,7 @@ class Output:
         if stretch > _LONG and self.most > _LEAST:
             self.most = max(_LEAST, self.most // 2)
         elif stretch < _SHORT and self.most < _BUFFER_SIZE:
-            self.most += _LEAST
+            self.most = min(_BUFFER_SIZE, self.most + _STEP)
         else:
             return
         self._empty = self._view[: self.most]

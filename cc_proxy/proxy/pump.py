@@ -233,9 +233,10 @@ class Pump:
             ready = self._look()
         with self._share.one_pump():
             self._stdin.put_off_by(time.monotonic() - begun)
-            before = self._frames
+            frames, calls = self._frames, self._calls
             self._proceed(ready)
-            self._adapt(self._turns.charge(self._frames - before))
+            done = self._frames - frames, self._calls - calls
+            self._adapt(self._turns.charge(*done, self._conversing))
 
     def _may_rest(self) -> float:
         """Return for how many seconds: what has come by its end is still to be delivered."""
@@ -250,6 +251,10 @@ class Pump:
     @property
     def _frames(self) -> int:
         return self.counters.frames_to_clients + self.counters.frames_to_vm
+
+    @property
+    def _calls(self) -> int:
+        return self._output.sends + self._stdin.reads
 
     def _watch(self) -> None:
         """Wait for everything, in two epoll instances.
@@ -279,14 +284,14 @@ class Pump:
     def _wait_for(self, timeout: float | None) -> list[tuple[int, int]]:
         if not self._reads_clients:
             return self._selector.poll(timeout)
-        clients = self._stdin.clients
+        poll = self._stdin.poll
         if not self._conversing:
-            return clients.poll(timeout)
-        return self._eager.wait(lambda: clients.poll(0) or None, lambda: clients.poll(timeout))
+            return poll(timeout)
+        return self._eager.wait(lambda: poll(0) or None, lambda: poll(timeout))
 
     def _look(self) -> list[tuple[int, int]]:
         """Return what is ready now."""
-        return (self._stdin.clients if self._reads_clients else self._selector).poll(0)
+        return self._stdin.poll(0) if self._reads_clients else self._selector.poll(0)
 
     def _proceed(self, ready: list[tuple[int, int]]) -> None:
         """Do what there is to do about it."""
@@ -313,7 +318,7 @@ class Pump:
                 clients.append(pair)
         if clients and self._reads_clients:
             self._conversing, self._vm_spoke_last = self._vm_spoke_last, False
-            self._share.works()
+            self._share.works(self._conversing)
             self._stdin.read_clients(clients)
 
     def _serve(self, ready: list[tuple[int, int]]) -> None:
@@ -418,7 +423,7 @@ class Pump:
 
     def _read_vm(self) -> None:
         self._conversing, self._vm_spoke_last = not self._vm_spoke_last, True
-        self._share.works()
+        self._share.works(self._conversing)
         try:
             size = self._output.read()
         except BlockingIOError:

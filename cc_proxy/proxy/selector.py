@@ -18,7 +18,8 @@ WRITE = select.EPOLLOUT
 HANG_UP = select.EPOLLHUP | select.EPOLLERR
 NOTHING_ELSE = 0
 
-_MOST_EVENTS = 256
+#: So many fds are looked at together.
+MOST_EVENTS = 256
 
 
 def _load_selectors2() -> ModuleType:
@@ -74,9 +75,12 @@ class Selector:
         """Whether `fd` is watched."""
         return fd in self._selector.get_map()
 
-    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
-        """Wait `timeout` seconds (None: for ever) and return what is ready as pairs of fd and events."""
-        return self._epoll.poll(timeout, _MOST_EVENTS)
+    def poll(self, timeout: float | None, most: int = MOST_EVENTS) -> list[tuple[int, int]]:
+        """Wait `timeout` seconds (None: for ever) and return what is ready as pairs of fd and events.
+
+        If more than `most` are ready, the others are first the next time.
+        """
+        return self._epoll.poll(timeout, most)
 
     def close(self) -> None:
         """Close the epoll instance; what it watched stays open."""

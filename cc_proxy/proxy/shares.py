@@ -39,8 +39,10 @@ CREDIT = 0.000_03
 _MOST_DUE = 10.0
 #: So many turns' worth is what a turn typically takes.
 _SMOOTH = 8
-#: Seconds for which a user's VMs leave the interpreter to others once one of these has been at work.
+#: Seconds for which a user's VMs leave the interpreter to others once one of these has been at work, and for
+#: which one that was in haste still is.
 _LATELY = 1.0
+_JUST_NOW = 0.002
 #: Seconds that a pump waits at the most for others of the same user to have done what they are at.
 _COURTESY = 0.05
 #: So many users' parts are kept before those of users who have gone are looked for.
@@ -68,6 +70,30 @@ class _Pace:
     def used(self, rate: int) -> bool:
         """Whether there are fewer now than for one who is new."""
         return self._left + (time.monotonic() - self._at) * rate < rate * _IN_ONE_GO
+
+
+class _Latest:
+    """Who has done something last and when, and when somebody else has.
+
+    Any thread's, without a lock: what two note in the same moment may be wrong until one of them does again.
+    """
+
+    __slots__ = ("_at", "_other", "_others_at", "_who")
+
+    def __init__(self) -> None:
+        self._who: Share | None = None
+        self._other: Share | None = None
+        self._at = self._others_at = -math.inf
+
+    def note(self, who: "Share", now: float) -> None:
+        if self._who is not who:
+            self._other, self._others_at = self._who, self._at
+            self._who = who
+        self._at = now
+
+    def other(self, who: "Share") -> tuple["Share | None", float]:
+        """Return who that is, other than `who`, and when it was."""
+        return (self._other, self._others_at) if self._who is who else (self._who, self._at)
 
 
 class Share:
@@ -104,6 +130,8 @@ class Share:
         # Turns that are still to come, about in their order; how many seconds of rest one typically costs,
         # and what has been spent since one was booked last. Without a lock, likewise.
         self._booked: deque[float] = deque()
+        #: Whose turn the last one was; the pump threads' own.
+        self.last_turn: object = None
         self._typical = self._spent = 0.0
 
     def pace(self, requests: int = 1) -> None:
@@ -111,7 +139,7 @@ class Share:
 
         One that floods would have the interpreter all the time, however fair it changes hands.
         """
-        self.works()
+        self.works(in_haste=True)
         if self.others:
             wait = self._requests.take(requests, self._shares.request_rate)
             if wait > 0:
@@ -121,30 +149,36 @@ class Share:
         """Return the seconds until a new connection of the user's is to be served. Accept thread."""
         return self._arrivals.take(_CONNECTING, self._shares.request_rate) if self.others else 0.0
 
-    def works(self) -> None:
-        """Note that the user, or one of the user's VMs, has something to do."""
+    def works(self, in_haste: bool = False) -> None:
+        """Note that the user, or one of the user's VMs, has something to do; `in_haste`: to answer."""
         shares = self._shares
         if shares.several:
-            if shares.at_work is not self:
-                shares.at_work, shares.others_worked_at = self, shares.worked_at
-            shares.worked_at = time.monotonic()
+            now = time.monotonic()
+            shares.at_work.note(self, now)
+            if in_haste:
+                shares.in_haste.note(self, now)
 
     @property
     def contended(self) -> bool:
         """Whether other users, to whom it has to leave the interpreter, have had something to do lately."""
         if not self.others:
             return False
-        shares = self._shares
-        at = shares.others_worked_at if shares.at_work is self else shares.worked_at
-        return time.monotonic() - at < _LATELY
+        return time.monotonic() - self._shares.at_work.other(self)[1] < _LATELY
 
-    def spend(self, seconds: float, stretch: float) -> None:
+    @property
+    def disturbed(self) -> "Share | None":
+        """Who else is in haste now, if anybody is."""
+        other, at = self._shares.in_haste.other(self)
+        return other if time.monotonic() - at < _JUST_NOW else None
+
+    def spend(self, seconds: float, stretch: float, more: float = 0.0) -> None:
         """Count time of a CPU that a VM of the user's took; it has to wait before its next turn (`book`).
 
         `stretch` is for how much of it nobody else had the interpreter. Whoever wants it waits for it after
         each system call: so what takes long at a stretch has to be rare, and all VMs of a user share what
         there is. Who never stops has to be rarer still: how long others wait for their turn is then up to
-        how often they meet with one of these. A rest is not worth its while before some of it is due.
+        how often they meet with one of these, so `more` may be added to what counts in the long run. A rest
+        is not worth its while before some of it is due.
 
         While nobody else is at work none is due: what is taken in one go counts, what is beyond does not.
         """
@@ -155,10 +189,18 @@ class Share:
         price = seconds * max(1.0, stretch / _STRETCH)
         due = min(max(0.0, self._paid_at - now) + price, most_due)
         self._paid_at = now + due
+        if not self._earn(seconds + more, now, most_due):
+            self._spent += price
+
+    def _earn(self, seconds: float, now: float, most_due: float = _MOST_DUE) -> bool:
+        """Count that in the long run; returns whether that is what has to be waited for."""
         share = self._shares.vm_cpu_share
         earned_at = max(self._earned_at, now - _WORK_IN_ONE_GO / share) + seconds / share
         self._earned_at = min(earned_at, now + most_due)
-        self._spent += seconds / share if self._earned_at > now else price
+        if self._earned_at <= now:
+            return False
+        self._spent += seconds / share
+        return True
 
     def book(self) -> float:
         """Return when one of the user's VMs has its turn that has to wait for one; `time.monotonic`'s.
@@ -262,11 +304,8 @@ class Shares:
         self._here: Counter[int] = Counter()  # by uid: connections and VMs
         #: Whether more than one user has any of these.
         self.several = False
-        # Who was last at work and when, and when somebody else was. Any thread's, without a lock: what two
-        # write in the same moment may be wrong until one of them writes again.
-        self.at_work: Share | None = None
-        self.worked_at = -math.inf
-        self.others_worked_at = -math.inf
+        #: Who has had something to do, and who of these somebody to answer.
+        self.at_work, self.in_haste = _Latest(), _Latest()
 
     def of(self, uid: int) -> Share:
         """Return a user's part: the same one for as long as the user has connections or VMs.

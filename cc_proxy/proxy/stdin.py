@@ -12,7 +12,7 @@ from cc_proxy.log import IO, logger
 from cc_proxy.proxy.counters import Counters
 from cc_proxy.proxy.dump import dump_frames
 from cc_proxy.proxy.memory import new_buffer
-from cc_proxy.proxy.selector import HANG_UP, NOTHING_ELSE, READ, Selector
+from cc_proxy.proxy.selector import HANG_UP, MOST_EVENTS, NOTHING_ELSE, READ, Selector
 from cc_proxy.proxy.session import Session
 
 _BUFFER_SIZE = 256 * 1024
@@ -21,6 +21,10 @@ _MOST_SHARES = 2
 #: A client is not read any more in a turn when less than this is left of it, or than a part of it.
 _LEAST_READ = 16 * 1024
 _LEAST_PART = 16
+#: To read one is taken for as much as so many bytes, however few it has sent.
+_LEAST_USED = 512
+#: So many fds are looked at together at the least.
+_ALWAYS_SEEN = 4
 #: Seconds between two looks, while the VM takes nothing, for clients that are gone meanwhile.
 _LOOK_INTERVAL = 1.0
 #: An agent that has let so many markers pass, and never sent one back, is taken not to do that.
@@ -52,6 +56,8 @@ class Stdin:
         self._view = memoryview(self._buffer)
         #: Bytes that are read at once, of all clients together.
         self.most = _BUFFER_SIZE
+        #: How often a client was read.
+        self.reads = 0
         self._sessions: dict[int, Session] = {}  # by fd
         self._left_out: list[int] = []  # fds that were ready when the buffer was full, in their order
         self._to_vm: Sequence[Piece] = ()
@@ -94,29 +100,35 @@ class Stdin:
         self.asked.pop(session, None)
         self.clients.remove(session.fd)
 
+    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
+        """Wait for the clients, and for what else is watched with them; no more of them than can be read."""
+        return self.clients.poll(timeout, min(MOST_EVENTS, _ALWAYS_SEEN + self.most // _LEAST_USED))
+
     def read_clients(self, ready: list[tuple[int, int]]) -> None:
         """Read the clients that have sent something or hung up, and pass it all on in one write.
 
         `ready` are their fds with the events of each. Not while `blocked`.
         """
         pieces: list[Piece] = []
-        used = 0
+        used = read = 0
         most = self.most
         share = most // min(len(ready), _MOST_SHARES)
         least = min(_LEAST_READ, most // _LEAST_PART)
         if self._left_out:
             ready = self._left_out_first(ready)
         for number, (fd, events) in enumerate(ready):
-            if most - used < least:
+            if most - max(used, read * _LEAST_USED) < least:
                 self._left_out = [fd for fd, _ in ready[number:]]
                 break
             session = self._sessions.get(fd)
             if session is None:
                 continue
             if events & READ:
+                read += 1
                 used += self._read(session, used, min(share, most - used), events, pieces)
             else:
                 self._hung_up(session)
+        self.reads += read
         self._counters.bytes_to_vm += used
         self._send(pieces)
 

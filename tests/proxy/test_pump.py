@@ -1166,6 +1166,8 @@ class Contended:
         self.spent: list[float] = []
         self.due = 0.0
         self.pumping = threading.Lock()
+        self.last_turn: object = None
+        self.disturbed: Share | None = None
 
     def one_pump(self) -> threading.Lock:
         return self.pumping
@@ -1173,10 +1175,10 @@ class Contended:
     def book(self) -> float:
         return time.monotonic() + self.due
 
-    def works(self) -> None:
+    def works(self, in_haste: bool = False) -> None:
         pass
 
-    def spend(self, seconds: float, stretch: float) -> None:
+    def spend(self, seconds: float, stretch: float, more: float = 0.0) -> None:
         assert 0 <= stretch <= seconds
         self.spent.append(seconds)
 

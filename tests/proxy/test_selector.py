@@ -122,13 +122,24 @@ def test_one_is_readable_for_another_while_something_is_ready(
 
 def test_more_than_one_poll_takes_are_reported_in_turn(chosen: Selector) -> None:
     with ExitStack() as stack:
-        fds = {os.eventfd(1) for _ in range(selector._MOST_EVENTS + 50)}
+        fds = {os.eventfd(1) for _ in range(selector.MOST_EVENTS + 50)}
         for fd in fds:
             stack.callback(os.close, fd)
             chosen.add(fd, READ)
         first, second = chosen.poll(0), chosen.poll(0)
-        assert len(first) == len(second) == selector._MOST_EVENTS
+        assert len(first) == len(second) == selector.MOST_EVENTS
         assert {fd for fd, _ in first + second} == fds
+
+
+def test_who_was_not_among_the_few_that_were_looked_at_is_first_the_next_time(chosen: Selector) -> None:
+    with ExitStack() as stack:
+        fds = {os.eventfd(1) for _ in range(9)}
+        for fd in fds:
+            stack.callback(os.close, fd)
+            chosen.add(fd, READ)
+        found = [chosen.poll(0, 3) for _ in range(3)]
+        assert [len(some) for some in found] == [3, 3, 3]
+        assert {fd for some in found for fd, _ in some} == fds
 
 
 def test_closing_it_leaves_open_what_it_watched(ends: tuple[socket.socket, socket.socket]) -> None:

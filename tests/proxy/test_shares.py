@@ -235,6 +235,9 @@ def test_a_request_is_work(clock: Clock) -> None:
     with bob.turn:
         bob.pace()
     assert contended(alice, bob) == [ALICE]
+    assert (alice.disturbed, bob.disturbed) == (bob, None), "and has to be answered"
+    clock.sleep(2 * shares_module._JUST_NOW)
+    assert alice.disturbed is None
     clock.sleep(shares_module._LATELY)
     assert contended(alice, bob) == []
 

@@ -669,6 +669,22 @@ def test_more_clients_than_the_buffer_has_room_for_are_read_later(bench: Bench) 
         assert data_of(frames, session.seqs.start) == bytes(160_000)
 
 
+def test_when_little_is_read_at_once_few_clients_are_however_little_they_send(bench: Bench) -> None:
+    bench.stdin.most = few = 2_048
+    clients = [bench.open(0) for _ in range(40)]
+    for session, client in clients:
+        client.sendall(frame(session.seqs.start, b"x"))
+    assert len(bench.stdin.poll(0)) <= few // stdin_module._LEAST_USED + stdin_module._ALWAYS_SEEN
+    read: list[list[int]] = []
+    while len(read) < 40 and bench.stdin.poll(0):
+        read.append([seq for seq, _ in bench.turn()])
+    assert sorted(seq for some in read for seq in some) == [session.seqs.start for session, _ in clients], (
+        "each once"
+    )
+    assert max(map(len, read)) <= few // stdin_module._LEAST_USED
+    assert bench.stdin.reads == 40
+
+
 def test_forgotten_session_is_not_read(bench: Bench) -> None:
     session, client = bench.open()
     client.sendall(frame(session.seqs.start, b"x"))

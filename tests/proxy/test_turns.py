@@ -12,7 +12,7 @@ from cc_proxy.proxy.shares import Share
 from cc_proxy.proxy.turns import Place, Turns
 from cc_proxy.settings import UserLimits
 from tests.clock import Clock
-from tests.proxy.sharing import ALICE, BOB, contended, two_users
+from tests.proxy.sharing import ALICE, BOB, ROOT, contended, shares_of, two_users
 
 
 def vm_works(clock: Clock, share: Share, other: Share, seconds: float, stretch: float) -> float:
@@ -150,11 +150,103 @@ def test_a_stretch_is_no_longer_than_the_frames_take_or_than_it_took(
     assert turns.charge(frames) == pytest.approx(stretch)
 
 
+def new_turn(clock: Clock, turns: Turns, other: Share, *, work: float = 0.0) -> float:
+    """The other user has just been in haste, and it is the VM's turn; returns what it rested for that."""
+
+    def wait(seconds: float) -> None:
+        clock.sleep(seconds)
+        other.works(in_haste=True)
+
+    wait(0.0)
+    before = clock.now
+    while turns.rest(wait, lambda: 100.0):
+        pass
+    rested = clock.now - before
+    clock.worked += work
+    return rested
+
+
+def use_up(clock: Clock, share: Share, other: Share) -> None:
+    """Have a user take what there is in one go, and pay for it."""
+    for _ in range(2):
+        vm_works(clock, share, other, shares_module._WORK_IN_ONE_GO, 0.0)
+
+
+def test_a_turn_among_others_in_haste_costs_something_however_short_it_is(clock: Clock) -> None:
+    alice, bob = two_users()
+    turns = Turns(alice)
+    assert not turns.alone()
+    use_up(clock, alice, bob)
+    cost = turns_module._TURN / UserLimits().vm_cpu_share
+    for number in range(5):
+        assert new_turn(clock, turns, bob) == pytest.approx(cost * bool(number), abs=0.001)
+        turns.charge(10, 1)
+        turns.charge(10, 1)  # still the same turn
+        clock.now += turns_module._LENGTH
+    clock.now += shares_module._JUST_NOW
+    bob.works()
+    turns.charge(10, 1)
+    assert alice.book() - clock.now < cost, "nobody is in haste"
+
+
+def test_answers_of_one_vm_among_equals_are_counted_in_part_and_cost_nothing_else(clock: Clock) -> None:
+    alice, bob = two_users()
+    turns = Turns(alice)
+    assert not turns.alone()
+    use_up(clock, alice, bob)
+    new_turn(clock, turns, bob)
+    turns.charge(1, 1, conversing=True)  # from here on it is the same VM's turn again and again
+    new_turn(clock, turns, bob)
+    begun = clock.now
+    for _ in range(200):
+        clock.now += turns_module._LENGTH
+        new_turn(clock, turns, bob, work=0.001)
+        turns.charge(1, 1, conversing=True)
+    used = 200 * 0.001 * turns_module._AMONG_EQUALS / UserLimits().vm_cpu_share
+    assert clock.now - begun == pytest.approx(used, rel=0.1)
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_turns_of_many_vms_cost_something_and_answers_less(clock: Clock, answers: bool) -> None:
+    alice, bob = two_users()
+    vms = [Turns(alice) for _ in range(2)]
+    assert not any(turns.alone() for turns in vms)
+    use_up(clock, alice, bob)
+    rested = 0.0
+    for number in range(100):
+        turns = vms[number % 2]
+        rested += new_turn(clock, turns, bob)
+        turns.charge(1, 1, conversing=answers)
+        clock.now += turns_module._LENGTH
+    cost = turns_module._ANSWER if answers else turns_module._TURN
+    assert rested == pytest.approx(100 * cost / UserLimits().vm_cpu_share, rel=0.1)
+
+
+def test_root_that_is_in_haste_goes_before_answers(clock: Clock) -> None:
+    shares = shares_of(total=10, each=10)
+    for uid in (ALICE, ROOT):
+        shares.of(uid).take("connections")
+    alice, root = shares.of(ALICE), shares.of(ROOT)
+    turns = Turns(alice)
+    assert not turns.alone()
+    use_up(clock, alice, root)
+    spent: list[float] = []
+    for _ in range(3):
+        new_turn(clock, turns, root, work=0.001)
+        alice.last_turn = turns
+        before = alice._earned_at
+        turns.charge(1, 1, conversing=True)
+        spent.append(alice._earned_at - before)
+        clock.now += turns_module._LENGTH
+    assert spent[1:] == pytest.approx([0.001 / UserLimits().vm_cpu_share] * 2, rel=0.05)
+
+
 def test_what_a_pump_does_while_it_rests_is_counted_and_its_rest_has_an_end(clock: Clock) -> None:
     alice, bob = two_users()
     turns = Turns(alice)
     assert not turns.alone()
     assert not turns.rest(clock.sleep, lambda: 1.0), "nothing is due"
+    clock.sleep(turns_module._LENGTH)
     bob.works()
     clock.worked += 0.002
     turns.charge()
@@ -163,11 +255,15 @@ def test_what_a_pump_does_while_it_rests_is_counted_and_its_rest_has_an_end(cloc
         clock.sleep(seconds)
         clock.worked += 0.000_5 * (len(clock.slept) == 1)
 
+    clock.slept.clear()
     assert turns.rest(wait, lambda: 1.0)
-    assert turns.rest(wait, lambda: 1.0), "it pays for what it did in its rest"
-    assert clock.slept == pytest.approx([0.002, 0.000_5])
+    assert not turns.rest(wait, lambda: 1.0), "the turn has just begun"
+    assert turns.rest(clock.sleep, lambda: 0.0) is False
+    assert clock.slept == pytest.approx([0.002])
     clock.worked += 5.0
     turns.charge()
+    clock.sleep(turns_module._LENGTH)
+    bob.works()
     end = clock.now + 0.3
     assert turns.rest(wait, lambda: end - clock.now)
     assert clock.now == pytest.approx(end)
