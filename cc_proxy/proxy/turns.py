@@ -10,7 +10,7 @@ from cc_proxy.proxy.shares import CREDIT, Share
 _LENGTH = 0.000_5
 #: A turn costs so many seconds of a CPU more if somebody else is in haste, who meets with it however short
 #: it is. An answer costs less, and nothing if the turn before was the same VM's.
-_TURN, _ANSWER = 0.004, 0.002
+_TURN, _ANSWER = 0.006, 0.002
 #: An answer has no more frames than this, and so much of the time for it is counted if there is one after the
 #: other: who speaks with one VM, and others do likewise, are equals. But root goes first.
 _FEW = 4
