@@ -1,10 +1,10 @@
 """What `status` answers with: how the daemon and its VMs are, put together from all who know a part of it.
 
-A pump's part (`streams.py`) comes from its own thread, through its mailbox, so that it is of one moment and
-nothing on the data path is locked. They are asked one by one: hundreds that all have something to say would
-leave nobody else the interpreter until they have said it, and it takes as long. One that is stuck holds up no
-other, and has no part in the answer, which says so. The rest are plain reads of single values, each right
-when it was read.
+A pump's part (`streams.py`) is read while its thread waits, or comes from that through its mailbox: so it is
+of one moment, and nothing on the data path is locked. They are asked one by one: hundreds that all have
+something to say would leave nobody else the interpreter until they have said it, and it takes as long. One
+that is stuck holds up no other, and has no part in the answer, which says so. The rest are plain reads of
+single values, each right when it was read.
 """
 
 import os
