@@ -222,10 +222,12 @@ class Pod:
     vm: FakeVm
 
     def pings(self, client: RawClient | None = None) -> bool:
-        """The VM takes a command and its answer arrives."""
+        """The VM takes a command, after what clients that are gone left behind, and its answer arrives."""
         client = client or self.client
-        client.hyper("ping")
-        self.vm.acknowledge()
+        number = str(next(_numbers))
+        client.hyper("ping", number)
+        while self.vm.acknowledge().payload != number.encode():
+            pass
         return client.receive() == OK
 
 
