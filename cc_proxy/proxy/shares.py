@@ -192,7 +192,7 @@ class Share:
         if not self._earn(seconds + more, now, most_due):
             self._spent += price
 
-    def _earn(self, seconds: float, now: float, most_due: float = _MOST_DUE) -> bool:
+    def _earn(self, seconds: float, now: float, most_due: float) -> bool:
         """Count that in the long run; returns whether that is what has to be waited for."""
         share = self._shares.vm_cpu_share
         earned_at = max(self._earned_at, now - _WORK_IN_ONE_GO / share) + seconds / share

@@ -19,6 +19,7 @@ from cc_proxy.proxy.selector import NOTHING_ELSE
 from cc_proxy.proxy.session import Session
 from cc_proxy.proxy.spool import SpoolSpace
 from cc_proxy.proxy.stdin import Stdin
+from tests.clock import Clock
 from tests.proxy.conftest import Logged
 from tests.proxy.support import close_once, fill, frames_of, pair, read_now, share_of_session
 from tests.wire.support import FRAME, MARKER, Frame, frame, is_silent, unread_by_peer
@@ -26,16 +27,6 @@ from tests.wire.support import FRAME, MARKER, Frame, frame, is_silent, unread_by
 WINDOW = 512
 ECHO_TIMEOUT = 10.0
 UNPACED = "the agent does not acknowledge stdin: it is sent unpaced"
-
-
-class Clock:
-    """Stands in for the module `time`."""
-
-    def __init__(self) -> None:
-        self.now = 1_000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 class Bench:
