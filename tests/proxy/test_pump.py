@@ -1264,7 +1264,12 @@ def test_who_rests_does_what_others_ask_meanwhile(space: SpoolSpace) -> None:
     share = Contended()
     with Rig(space, share=cast(Share, share)) as rig:
         stream = rig.open()
-        rig.call(lambda: setattr(share, "due", 2 * WAIT))
+
+        def end_turn() -> None:
+            share.due = 2 * WAIT
+            rig.pump._turns._until = 0.0
+
+        rig.call(end_turn)
         rig.io.sendall(frame(stream.base, b"x"))
         streams = rig.streams()
         assert (streams.sessions, streams.traffic.frames_to_clients) == (1, 0)
