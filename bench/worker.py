@@ -7,7 +7,7 @@ import sys
 from bench.flow import StalledError
 from bench.streams import WrongBytesError
 from cc_proxy.api import ProxyError
-from cc_proxy.fds import raise_fd_limit
+from cc_proxy.linux.fds import raise_fd_limit
 
 
 def serve(generator: object) -> None:

@@ -4,12 +4,10 @@ import grp
 import os
 import pwd
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from cc_proxy.credentials import ROOT, Credentials
+import msgspec
 
-if TYPE_CHECKING:
-    from cc_proxy.settings import Access
+from cc_proxy.linux.credentials import ROOT, Credentials
 
 #: What settings call the group that the daemon runs as.
 OWN_GROUP = "@daemon"
@@ -42,28 +40,36 @@ class GroupId(int):
         return cls(os.getegid())
 
 
-def may_connect(access: "Access", who: Credentials) -> bool:
+class Access(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Who may connect, and use what. Names are numbers here: of the moment when the file was read."""
+
+    users: tuple[UserId, ...] = ()
+    groups: tuple[GroupId, ...] = msgspec.field(default_factory=lambda: (GroupId.own(),))
+    admins: tuple[GroupId, ...] = ()
+
+
+def may_connect(access: Access, who: Credentials) -> bool:
     """Whether a client is served at all."""
     return may_operate(access, who) or who.uid in access.users or not who.all_groups.isdisjoint(access.groups)
 
 
-def names_others(access: "Access") -> bool:
+def names_others(access: Access) -> bool:
     """Whether any may connect but root, the daemon's own user and its own group."""
     users = {ROOT, os.geteuid()}.issuperset(access.users)
     return not (users and {GroupId.own()}.issuperset((*access.groups, *access.admins)))
 
 
-def may_use(access: "Access", who: Credentials, owner: int) -> bool:
+def may_use(access: Access, who: Credentials, owner: int) -> bool:
     """Whether a client may use, or hear of, a VM that the user `owner` has registered."""
     return who.uid == owner or is_admin(access, who)
 
 
-def is_admin(access: "Access", who: Credentials) -> bool:
+def is_admin(access: Access, who: Credentials) -> bool:
     """Whether a client may use every VM."""
     return who.uid == ROOT or not who.all_groups.isdisjoint(access.admins)
 
 
-def may_operate(access: "Access", who: Credentials) -> bool:
+def may_operate(access: Access, who: Credentials) -> bool:
     """Whether a client may change how the daemon does its work."""
     return who.uid == os.geteuid() or is_admin(access, who)
 

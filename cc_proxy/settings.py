@@ -8,26 +8,22 @@ import os
 import re
 import tomllib
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 import msgspec
 from msgspec import Meta
 
-from cc_proxy.access import GroupId, UserId
-from cc_proxy.api.client import DEFAULT_SOCKET
-from cc_proxy.printable import printable
+from cc_proxy.access import Access
+from cc_proxy.api.transport import DEFAULT_SOCKET
+from cc_proxy.linux.socketfile import MAX_SOCKET_PATH
+from cc_proxy.log.levels import LogFormat, LogLevel
+from cc_proxy.log.printable import printable
 
 #: Read if it exists and no other file was named.
 DEFAULT_FILE = "/etc/cc-proxy/cc-proxy.toml"
 
-#: Longest path that fits into a socket's address, in bytes.
-MAX_SOCKET_PATH = 107
-
 #: Characters of a file that are read: many times more than anybody writes into one.
 _MOST_READ = 1024 * 1024
-
-LogLevel = Literal["error", "warning", "info", "debug", "io", "console"]
-LogFormat = Literal["auto", "json", "text"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {"log.level": get_args(LogLevel), "log.format": get_args(LogFormat)}
 
@@ -54,14 +50,6 @@ class SettingsError(Exception):
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Common shape of the tables: immutable, and strict about unknown keys."""
-
-
-class Access(_Table, frozen=True):
-    """Who may connect, and use what. Names are numbers here: of the moment when the file was read."""
-
-    users: tuple[UserId, ...] = ()
-    groups: tuple[GroupId, ...] = msgspec.field(default_factory=lambda: (GroupId.own(),))
-    admins: tuple[GroupId, ...] = ()
 
 
 class Log(_Table, frozen=True):
@@ -184,7 +172,11 @@ def differences(old: Settings, new: Settings) -> Changes:
 def _flatten(table: msgspec.Struct, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in msgspec.structs.asdict(table).items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, _Table) else {prefix + name: value}
+        flat |= (
+            _flatten(value, f"{prefix}{name}.")
+            if isinstance(value, msgspec.Struct)
+            else {prefix + name: value}
+        )
     return flat
 
 

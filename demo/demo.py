@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 MIB = 1024 * 1024
-CTL = [sys.executable, "-m", "cc_proxy.ctl"]
+CTL = [sys.executable, "-m", "cc_proxy.cli.ctl"]
 
 
 class DemoError(Exception):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cc_proxy.log import logger
+from cc_proxy.log.levels import logger
 
 pytest_plugins = ["tests.leaks", "tests.locks"]
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cc_proxy import faults
+from cc_proxy.log import faults
 
 _MADE = re.compile(r"(?:self\.)?(\w+) = threading\.Lock\(\)")
 

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from cc_proxy.access import (
+    Access,
     GroupId,
     UserId,
     is_admin,
@@ -15,8 +16,7 @@ from cc_proxy.access import (
     may_use,
     names_others,
 )
-from cc_proxy.credentials import Credentials
-from cc_proxy.settings import Access
+from cc_proxy.linux.credentials import Credentials
 
 OWNER, USER, STRANGER = 1_000, 1_001, 1_002
 MEMBERS, ADMINS = 2_000, 2_001

@@ -28,7 +28,7 @@ class Proxy:
 
     def start(self, *arguments: str, stdout: int = subprocess.PIPE) -> "subprocess.Popen[bytes]":
         pipe = subprocess.PIPE
-        command = [sys.executable, "-m", "cc_proxy.ctl", "--socket-path", self.socket_path, *arguments]
+        command = [sys.executable, "-m", "cc_proxy.cli.ctl", "--socket-path", self.socket_path, *arguments]
         return subprocess.Popen(command, stdin=pipe, stdout=stdout, stderr=pipe)
 
     def run(self, *arguments: str, stdin: bytes = b"") -> tuple[int, bytes, bytes]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cc_proxy.credentials import Credentials
+from cc_proxy.linux.credentials import Credentials
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be other users")
 

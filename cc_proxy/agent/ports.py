@@ -9,7 +9,7 @@ from typing import Protocol
 
 from cc_proxy.agent.loop import HANG_UP, NOTHING_ELSE, READ, WRITE, Loop
 from cc_proxy.agent.socketfile import SocketFile
-from cc_proxy.fds import Piece, close_stream, send_pieces
+from cc_proxy.linux.fds import Piece, close_stream, send_pieces
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import socket
 import stat
 
 from cc_proxy.agent.errors import ListenError
-from cc_proxy.socketfile import Identity, identity, locked
+from cc_proxy.linux.socketfile import Identity, identity, locked
 
 #: The longest path that fits an AF_UNIX address, without the byte that ends it.
 MAX_PATH = 107

@@ -11,7 +11,7 @@ move single messages and fds over a socket of yours, and the payload classes are
 `encode_frame` and `FrameParser` are for what travels over the fd of `allocate_io`.
 """
 
-from cc_proxy.api.client import DEFAULT_SOCKET, AllocatedIo, Client
+from cc_proxy.api.client import AllocatedIo, Client
 from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.errors import ProtocolError, ProxyError, Refused, TimedOut
 from cc_proxy.api.fdpassing import read_fd, write_fd
@@ -42,7 +42,7 @@ from cc_proxy.api.status import (
     WaitingCommand,
     WaitingStream,
 )
-from cc_proxy.api.transport import read_message, write_message
+from cc_proxy.api.transport import DEFAULT_SOCKET, read_message, write_message
 
 __all__ = [
     "DEFAULT_SOCKET",

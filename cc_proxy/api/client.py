@@ -30,10 +30,7 @@ from cc_proxy.api.payloads import (
     Version,
 )
 from cc_proxy.api.status import Status
-from cc_proxy.api.transport import connect, read_message, write_message
-
-#: Where the daemon listens unless its settings say otherwise.
-DEFAULT_SOCKET = "/run/cc-oci-runtime/proxy.sock"
+from cc_proxy.api.transport import DEFAULT_SOCKET, connect, read_message, write_message
 
 T = TypeVar("T", bound=msgspec.Struct)
 

@@ -14,6 +14,9 @@ from cc_proxy.api import messages
 from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.errors import ProtocolError, TimedOut
 
+#: Where the daemon listens unless its settings say otherwise.
+DEFAULT_SOCKET = "/run/cc-oci-runtime/proxy.sock"
+
 T = TypeVar("T", bound=msgspec.Struct)
 
 #: Most that is asked of the kernel at once: an announced length is not trusted for an allocation.

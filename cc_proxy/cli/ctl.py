@@ -1,6 +1,7 @@
-"""cc-proxyctl, the command people use by hand."""
+"""cc-proxyctl, the command people use by hand; `python -m cc_proxy.cli.ctl` is the same."""
 
 import signal
+import sys
 from argparse import ArgumentParser
 
 from cc_proxy.api import ProxyError
@@ -51,3 +52,7 @@ def _do(argv: list[str] | None) -> int:
         return int(end.code or 0)
     status: int = args.main(args)
     return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,17 +8,19 @@ from collections.abc import Sequence
 
 import msgspec
 
-from cc_proxy import __version__, settings, systemd
+from cc_proxy import __version__, settings
 from cc_proxy.access import names_others
-from cc_proxy.fds import raise_fd_limit
-from cc_proxy.log import LEVELS, VERBOSE, Logging, logger, stderr_is_journal
+from cc_proxy.linux import systemd
+from cc_proxy.linux.fds import raise_fd_limit
+from cc_proxy.linux.memory import have_one_arena
+from cc_proxy.linux.systemd import ActivationError, Notifier
+from cc_proxy.log.levels import LEVELS, VERBOSE, logger
+from cc_proxy.log.writing import Logging, stderr_is_journal
 from cc_proxy.proxy import daemon
+from cc_proxy.proxy.clients.listener import Listener, ListenError
 from cc_proxy.proxy.daemon import Host
-from cc_proxy.proxy.listener import Listener, ListenError
-from cc_proxy.proxy.memory import have_one_arena
-from cc_proxy.proxy.spool import check_directory
+from cc_proxy.proxy.streams.spool import check_directory
 from cc_proxy.settings import Settings, SettingsError
-from cc_proxy.systemd import ActivationError, Notifier
 
 LOG_LEVEL_VARIABLE = "CC_PROXY_LOG_LEVEL"
 

@@ -18,7 +18,7 @@ from cc_proxy.ctl.parser import (
 from cc_proxy.ctl.run import execute, run
 from cc_proxy.ctl.status import log_level, status
 from cc_proxy.hyperstart.codes import COMMANDS as HYPER_COMMANDS
-from cc_proxy.settings import LogLevel
+from cc_proxy.log.levels import LogLevel
 
 _PROCESS_OPTIONS = "[-t] [-i] [-e K=V]... [-w DIR] [-u USER[:GROUP]] [--timeout S]"
 _PROCESS_NOTES = """

@@ -63,7 +63,7 @@ def _start(vm: Vm, log: Path, announce: int) -> subprocess.Popen[bytes]:
     command = ["agent", "--ctl", vm.ctl, "--io", vm.io, "--ready-fd", str(announce)]
     with log.open("wb") as errors:
         return subprocess.Popen(
-            [sys.executable, "-m", "cc_proxy.ctl", *command],
+            [sys.executable, "-m", "cc_proxy.cli.ctl", *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=errors,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from cc_proxy.api import LastError, Status, Streams, UserStatus, VmStatus, WaitingStream
-from cc_proxy.printable import printable
+from cc_proxy.log.printable import printable
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _PERIODS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))

@@ -6,7 +6,7 @@ from cc_proxy.ctl import options
 from cc_proxy.ctl.connection import connect
 from cc_proxy.ctl.overview import overview
 from cc_proxy.ctl.stdio import show
-from cc_proxy.printable import printable_json
+from cc_proxy.log.printable import printable_json
 
 
 def status(asked: options.Status) -> int:

@@ -7,17 +7,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cc_proxy import faults
 from cc_proxy.access import names_others
-from cc_proxy.log import Logging, logger
-from cc_proxy.proxy.health import Health
-from cc_proxy.proxy.listener import Listener
-from cc_proxy.proxy.registry import Registry
-from cc_proxy.proxy.server import Server
-from cc_proxy.proxy.status import About
+from cc_proxy.linux.systemd import Notifier, monotonic_usec
+from cc_proxy.log import faults
+from cc_proxy.log.levels import logger
+from cc_proxy.log.stacks import log_stacks
+from cc_proxy.log.writing import Logging
+from cc_proxy.proxy.clients.listener import Listener
+from cc_proxy.proxy.clients.server import Server
+from cc_proxy.proxy.clients.status import About
+from cc_proxy.proxy.vms.registry import Registry
+from cc_proxy.proxy.watchdog import Health
 from cc_proxy.settings import LiveSettings, Reload, Settings, SettingsError
-from cc_proxy.stacks import log_stacks
-from cc_proxy.systemd import Notifier, monotonic_usec
 
 #: Seconds that what is in flight gets to finish when the daemon stops.
 STOP_TIMEOUT = 5.0

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 
-from cc_proxy.proxy.shares import CREDIT, Share
+from cc_proxy.proxy.users import CREDIT, Share
 
 #: Seconds that a turn lasts, if there is so much to do.
 _LENGTH = 0.000_5

@@ -14,7 +14,7 @@ import pytest
 from cc_proxy import __version__, settings
 from cc_proxy.cli import daemon as cli
 from cc_proxy.cli.daemon import build_parser, choose_settings, main
-from cc_proxy.log import LEVELS
+from cc_proxy.log.levels import LEVELS
 from cc_proxy.settings import Settings, SettingsError
 from tests.wire.support import WAIT
 

@@ -29,7 +29,7 @@ def ctl(proxy: FakeProxy, *args: str) -> int:
 
 def popen(socket_path: str, *args: str, **options: Any) -> subprocess.Popen[bytes]:
     """Start the command in a process of its own."""
-    command = [sys.executable, "-m", "cc_proxy.ctl", "--socket-path", socket_path, *args]
+    command = [sys.executable, "-m", "cc_proxy.cli.ctl", "--socket-path", socket_path, *args]
     return subprocess.Popen(command, cwd=CHECKOUT, **options)
 
 

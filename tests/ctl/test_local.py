@@ -201,7 +201,7 @@ def test_sockets_of_an_agent_that_runs_already(socket_path: str, tmp_sock_dir: P
 def running_agent(ctl_path: str, io_path: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run `agent`, once it has said that it is ready."""
     reader, writer = os.pipe()
-    command = [sys.executable, "-m", "cc_proxy.ctl", "agent", "--ctl", ctl_path, "--io", io_path]
+    command = [sys.executable, "-m", "cc_proxy.cli.ctl", "agent", "--ctl", ctl_path, "--io", io_path]
     with subprocess.Popen([*command, "--ready-fd", str(writer)], pass_fds=[writer], cwd=CHECKOUT) as agent:
         os.close(writer)
         try:
@@ -214,7 +214,7 @@ def running_agent(ctl_path: str, io_path: str) -> Iterator[subprocess.Popen[byte
 
 def test_an_agent_in_the_foreground_says_when_it_listens(tmp_sock_dir: Path) -> None:
     paths = [str(tmp_sock_dir / name) for name in ("ctl", "io")]
-    command = [sys.executable, "-m", "cc_proxy.ctl", "agent", "--ctl", paths[0], "--io", paths[1]]
+    command = [sys.executable, "-m", "cc_proxy.cli.ctl", "agent", "--ctl", paths[0], "--io", paths[1]]
     with subprocess.Popen(command, stderr=subprocess.PIPE, cwd=CHECKOUT) as agent:
         assert agent.stderr
         assert agent.stderr.readline().decode() == f"cc-proxy agent: listens on {paths[0]} and {paths[1]}\n"
@@ -230,7 +230,7 @@ def test_an_agent_that_cannot_listen(tmp_sock_dir: Path, capfd: pytest.CaptureFi
     occupied = tmp_sock_dir / "ctl"
     occupied.touch()
     command = ["agent", "--ctl", str(occupied), "--io", str(tmp_sock_dir / "io")]
-    child = subprocess.run([sys.executable, "-m", "cc_proxy.ctl", *command], cwd=CHECKOUT, check=False)
+    child = subprocess.run([sys.executable, "-m", "cc_proxy.cli.ctl", *command], cwd=CHECKOUT, check=False)
     assert child.returncode == 1
     assert f"{occupied}: is there already" in capfd.readouterr().err
 
@@ -295,7 +295,7 @@ def test_an_agent_that_cannot_be_run(
 def test_the_ready_fd_of_an_agent_is_its_life_line(tmp_sock_dir: Path) -> None:
     ours, theirs = socket.socketpair()
     command = ["agent", "--ctl", str(tmp_sock_dir / "ctl"), "--io", str(tmp_sock_dir / "io")]
-    argv = [sys.executable, "-m", "cc_proxy.ctl", *command, "--ready-fd", str(theirs.fileno())]
+    argv = [sys.executable, "-m", "cc_proxy.cli.ctl", *command, "--ready-fd", str(theirs.fileno())]
     with subprocess.Popen(argv, pass_fds=[theirs.fileno()], cwd=CHECKOUT) as agent:
         theirs.close()
         assert ours.recv(1) == b"\n"

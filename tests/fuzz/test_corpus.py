@@ -16,8 +16,8 @@ from cc_proxy.ctl import overview
 from cc_proxy.hyperstart import frames
 from cc_proxy.hyperstart.control import ControlChannel
 from cc_proxy.hyperstart.pacing import StdinWindow
-from cc_proxy.proxy import connection, handlers
-from cc_proxy.proxy.console import LineSplitter
+from cc_proxy.proxy.clients import connection, handlers
+from cc_proxy.proxy.vms.console import LineSplitter
 from tests.fuzz.__main__ import main
 from tests.fuzz.choices import Choices, in_pieces
 from tests.fuzz.inputs import DIRECTORY, read, write

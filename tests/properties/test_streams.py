@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cc_proxy.ctl.streams import MAX_STDIN_FRAME, STDERR_FD, STDOUT_FD, ProcessStreams, stdin_frames
-from cc_proxy.fds import cut
+from cc_proxy.linux.fds import cut
 from tests.properties.support import cuts, payloads, pieces_of
 from tests.slow import decode_slowly, frame
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from cc_proxy.log import fields_of, logger
-from cc_proxy.proxy import session, shares, turns
-from cc_proxy.proxy.spool import SpoolSpace
+from cc_proxy.log.levels import fields_of, logger
+from cc_proxy.proxy import turns
+from cc_proxy.proxy import users as shares
+from cc_proxy.proxy.streams import session
+from cc_proxy.proxy.streams.spool import SpoolSpace
 from tests.clock import Clock
 from tests.proxy.house import Answering, House
 from tests.proxy.support import Rig, spool_space

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from cc_proxy.api import messages
-from cc_proxy.proxy import server as server_module
-from cc_proxy.proxy.handlers import Client, Handlers, Reply
-from cc_proxy.proxy.listener import Listener
-from cc_proxy.proxy.registry import Registry
-from cc_proxy.proxy.server import Server
+from cc_proxy.proxy.clients import server as server_module
+from cc_proxy.proxy.clients.handlers import Client, Handlers, Reply
+from cc_proxy.proxy.clients.listener import Listener
+from cc_proxy.proxy.clients.server import Server
+from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.settings import Limits, LiveSettings, Settings
 from tests.wire.support import WAIT, RawClient, refused
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from cc_proxy.proxy.shares import Share, Shares, Thing
+from cc_proxy.proxy.users import Share, Shares, Thing
 from cc_proxy.settings import Limits, LiveSettings, Settings, UserLimits
 
 ROOT, ALICE, BOB, CARL = 0, 1, 2, 3

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from cc_proxy.api.status import Streams
-from cc_proxy.credentials import Credentials
 from cc_proxy.hyperstart.control import ControlMessage
 from cc_proxy.hyperstart.pacing import StdinWindow
-from cc_proxy.proxy.console import Console
-from cc_proxy.proxy.control import ControlLink
-from cc_proxy.proxy.dial import Dialer
-from cc_proxy.proxy.pump import Pump
-from cc_proxy.proxy.session import Session
-from cc_proxy.proxy.shares import Share, Shares
-from cc_proxy.proxy.spool import SpoolSpace
+from cc_proxy.linux.credentials import Credentials
+from cc_proxy.proxy.streams.pump import Pump
+from cc_proxy.proxy.streams.session import Session
+from cc_proxy.proxy.streams.spool import SpoolSpace
+from cc_proxy.proxy.users import Share, Shares
+from cc_proxy.proxy.vms.console import Console
+from cc_proxy.proxy.vms.control import ControlLink
+from cc_proxy.proxy.vms.dialer import Dialer
 from cc_proxy.settings import Limits, LiveSettings, Settings
 from cc_proxy.settings import Spool as SpoolSettings
 from tests.wire.support import (

@@ -9,14 +9,14 @@ from typing import Any, cast
 
 import pytest
 
-from cc_proxy.access import UserId
-from cc_proxy.log import Logging
+from cc_proxy.access import Access, UserId
+from cc_proxy.linux.systemd import Notifier
+from cc_proxy.log.writing import Logging
 from cc_proxy.proxy import daemon
+from cc_proxy.proxy.clients.server import Server
 from cc_proxy.proxy.daemon import Host, Supervisor
-from cc_proxy.proxy.registry import Registry
-from cc_proxy.proxy.server import Server
-from cc_proxy.settings import Access, LiveSettings, Settings
-from cc_proxy.systemd import Notifier
+from cc_proxy.proxy.vms.registry import Registry
+from cc_proxy.settings import LiveSettings, Settings
 from tests.proxy.conftest import Logged
 
 

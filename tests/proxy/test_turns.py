@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
-from cc_proxy.proxy import shares as shares_module
 from cc_proxy.proxy import turns as turns_module
-from cc_proxy.proxy.shares import Share
+from cc_proxy.proxy import users as shares_module
 from cc_proxy.proxy.turns import Place, Turns
+from cc_proxy.proxy.users import Share
 from cc_proxy.settings import UserLimits
 from tests.clock import Clock
 from tests.proxy.sharing import ALICE, BOB, ROOT, contended, shares_of, two_users

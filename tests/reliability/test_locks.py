@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import cc_proxy
-from cc_proxy.proxy.spool import SpoolSpace
+from cc_proxy.proxy.streams.spool import SpoolSpace
 from tests.locks import Watch, WatchedLock
 from tests.wire.daemon import CHECKOUT
 

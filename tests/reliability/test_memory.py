@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from cc_proxy.api.payloads import Hello
-from cc_proxy.credentials import Credentials
 from cc_proxy.hyperstart.codes import Code
-from cc_proxy.proxy.registry import Registry
-from cc_proxy.proxy.vm import VmError
+from cc_proxy.linux.credentials import Credentials
+from cc_proxy.proxy.vms.registry import Registry
+from cc_proxy.proxy.vms.vm import VmError
 from cc_proxy.settings import LiveSettings, Settings, Spool
 from tests.fuzz.acknowledging import AcknowledgingVm
 from tests.proxy.house import UNKNOWN, House

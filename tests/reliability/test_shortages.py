@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cc_proxy import journal
-from cc_proxy.credentials import Credentials, call_as
+from cc_proxy.linux.credentials import Credentials, call_as
+from cc_proxy.log import journal
 from tests.users import ALICE, BOB, needs_root
 from tests.wire.daemon import PATIENT, Daemon, Pod, Wire
 from tests.wire.support import (

@@ -17,25 +17,26 @@ from typing import NoReturn
 
 import pytest
 
-from cc_proxy import faults
 from cc_proxy.api.payloads import Hello
-from cc_proxy.credentials import ROOT, Credentials
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import ControlChannel
-from cc_proxy.log import CONSOLE, Logging, logger
-from cc_proxy.proxy import output as output_module
-from cc_proxy.proxy import pump as pump_module
-from cc_proxy.proxy import server as server_module
-from cc_proxy.proxy import session as session_module
-from cc_proxy.proxy.console import Console
-from cc_proxy.proxy.control import ControlLink
-from cc_proxy.proxy.crew import Crew
-from cc_proxy.proxy.registry import Registry
-from cc_proxy.proxy.server import Server
-from cc_proxy.proxy.session import Session
-from cc_proxy.proxy.shares import Share
-from cc_proxy.proxy.spool import SpoolSpace
-from cc_proxy.proxy.vm import State, Vm, VmError
+from cc_proxy.linux.credentials import ROOT, Credentials
+from cc_proxy.log import faults
+from cc_proxy.log.levels import CONSOLE, logger
+from cc_proxy.log.writing import Logging
+from cc_proxy.proxy.clients import server as server_module
+from cc_proxy.proxy.clients.server import Server
+from cc_proxy.proxy.clients.workers import Crew
+from cc_proxy.proxy.streams import output as output_module
+from cc_proxy.proxy.streams import pump as pump_module
+from cc_proxy.proxy.streams import session as session_module
+from cc_proxy.proxy.streams.session import Session
+from cc_proxy.proxy.streams.spool import SpoolSpace
+from cc_proxy.proxy.users import Share
+from cc_proxy.proxy.vms.console import Console
+from cc_proxy.proxy.vms.control import ControlLink
+from cc_proxy.proxy.vms.registry import Registry
+from cc_proxy.proxy.vms.vm import State, Vm, VmError
 from cc_proxy.settings import LiveSettings, Settings
 from tests.proxy.conftest import Logged
 from tests.proxy.house import UNKNOWN, House
@@ -447,7 +448,7 @@ def test_console_that_fails_costs_nothing_but_the_console(
 
 
 def test_question_that_fails_is_no_error_of_the_pump(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cc_proxy.proxy.pump.describe_streams", fail)
+    monkeypatch.setattr("cc_proxy.proxy.streams.pump.describe_streams", fail)
     with pytest.raises(KeyError):
         rig.streams()
     assert not rig.owner.causes

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from cc_proxy.api import Refused
-from cc_proxy.ratelimit import BURST
+from cc_proxy.log.ratelimit import BURST
 from tests.systemd.box import CHECKOUT
 from tests.systemd.service import SERVICE, Service
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cc_proxy.credentials import Credentials, call_as
+from cc_proxy.linux.credentials import Credentials, call_as
 from tests.users import ADMIN, ADMINS, ALICE, AS_ALICE, AS_SERVICE, BOB, MALLORY, ROOT, give, needs_root
 from tests.wire.daemon import PATIENT, Daemon, Wire, write_config
 from tests.wire.support import (

@@ -20,7 +20,7 @@ from tests.wire.support import VERSIONED, WAIT, error_of, wait_until
 HANGS = """
 import sys, threading
 from cc_proxy.cli.daemon import main
-from cc_proxy.proxy.pump import Pump
+from cc_proxy.proxy.streams.pump import Pump
 Pump._add = lambda pump, session: threading.Event().wait()
 sys.exit(main(sys.argv[4:]))
 """

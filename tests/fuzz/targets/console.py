@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from cc_proxy.proxy.console import LineSplitter
+from cc_proxy.proxy.vms.console import LineSplitter
 from tests.fuzz.choices import Choices, in_pieces
 
 _LONGEST = 1024

@@ -15,19 +15,20 @@ from contextlib import contextmanager
 
 from msgspec.structs import replace
 
-from cc_proxy import faults
 from cc_proxy.api import messages
 from cc_proxy.api.errors import ProtocolError
 from cc_proxy.api.fdpassing import read_fd
 from cc_proxy.api.messages import MemberError
 from cc_proxy.api.payloads import Hello, Request
-from cc_proxy.credentials import Credentials
-from cc_proxy.log import CONSOLE, _Json, _Text, logger
-from cc_proxy.proxy.connection import Connection
-from cc_proxy.proxy.handlers import MAX_RESPONSE, Client
-from cc_proxy.proxy.listener import Listener
-from cc_proxy.proxy.registry import Registry
-from cc_proxy.proxy.server import Server
+from cc_proxy.linux.credentials import Credentials
+from cc_proxy.log import faults
+from cc_proxy.log.levels import CONSOLE, logger
+from cc_proxy.log.writing import _Json, _Text
+from cc_proxy.proxy.clients.connection import Connection
+from cc_proxy.proxy.clients.handlers import MAX_RESPONSE, Client
+from cc_proxy.proxy.clients.listener import Listener
+from cc_proxy.proxy.clients.server import Server
+from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.settings import LiveSettings, Settings, Spool, Vm
 from tests.fuzz.acknowledging import AcknowledgingVm
 from tests.fuzz.choices import Choices

@@ -1,0 +1,1 @@
+"""What the daemon needs of Linux beyond the standard library."""

@@ -1,0 +1,207 @@
+"""Output: frames from one VM to its clients. Pump thread, all of it."""
+
+import fcntl
+import socket
+import struct
+import termios
+from collections.abc import Callable, Iterator, Mapping
+
+from cc_proxy.hyperstart.frames import Batch, Buffer, gather
+from cc_proxy.linux.memory import new_buffer
+from cc_proxy.linux.selector import WRITE, Selector
+from cc_proxy.log.levels import IO, logger
+from cc_proxy.proxy.streams.counters import Counters
+from cc_proxy.proxy.streams.dump import dump_frames
+from cc_proxy.proxy.streams.session import Session
+
+_BUFFER_SIZE = 256 * 1024
+#: Seconds at a stretch for what is read at once when it has to suit others, and the least that is read.
+_LONG, _SHORT = 0.000_1, 0.000_05
+_LEAST, _STEP = 256, 2 * 1024
+
+
+class FramingLost(Exception):
+    """What the VM sent is no frame; the text says what is wrong with it."""
+
+
+class Output:
+    """Reads the I/O channel and passes frames to the sessions that own them.
+
+    `before_delivery` is called when something was read, and is the last chance to make known who owns it:
+    a client that knew its seqs before the VM sent this has its session in the pump's mailbox by now, which it
+    may not have had before the read. `on_stray` is called with the seq of each frame that nobody owns.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - the pump wires it, once
+        self,
+        vm: str,
+        io: socket.socket,
+        selector: Selector,
+        owners: Mapping[int, Session],
+        counters: Counters,
+        before_delivery: Callable[[], None],
+        on_stray: Callable[[int], None],
+    ) -> None:
+        self._vm = vm
+        self._io = io
+        self._selector = selector
+        self._owners = owners
+        self._counters = counters
+        self._before_delivery = before_delivery
+        self._on_stray = on_stray
+        self._buffer = new_buffer(_BUFFER_SIZE)
+        self._view = memoryview(self._buffer)
+        #: Bytes that are read at once, beyond what is there.
+        self.most = _BUFFER_SIZE
+        #: How often a client was to be sent something.
+        self.sends = 0
+        self._empty = self._view  # so much of the buffer
+        # Where a frame stands in the buffer that has not arrived whole.
+        self._start = self._stop = 0
+        #: Sessions that are watched, by fd, because something waits for their clients.
+        self.waiting: dict[int, Session] = {}
+        # Those of them for which the buffer must be kept, and those of whom that was said in the log.
+        self._holding: set[Session] = set()
+        self._stuck: set[Session] = set()
+        #: Whether slices of the buffer are still waited for, so that the VM cannot be read.
+        self.paused = False
+
+    def read(self) -> int:
+        """Read once and deliver what came; returns how many bytes that was, 0 at end of file.
+
+        Not while `paused`. Raises `BlockingIOError`, `FramingLost` (what came before is delivered), or
+        another `OSError`.
+        """
+        size = self._io.recv_into(self._room())
+        if size:
+            self._stop += size
+            batch = self._take_apart(self._buffer, self._view, self._start, self._stop)
+            self._start = batch.stop
+            self._deliver(batch)
+            if batch.error:
+                raise FramingLost(batch.error)
+        return size
+
+    def read_rest(self) -> None:
+        """Read what has arrived by now, for the last time, even while `paused`: into a buffer of its own.
+
+        Raises `OSError`.
+        """
+        (size,) = struct.unpack("i", fcntl.ioctl(self._io, termios.FIONREAD, bytes(4)))
+        rest = bytearray(self._buffer[self._start : self._stop])
+        while size > 0 and (piece := self._io.recv(size)):
+            rest += piece
+            size -= len(piece)
+        self._start = self._stop
+        self._deliver(self._take_apart(rest, memoryview(rest), 0, len(rest)))
+
+    def _take_apart(self, buffer: Buffer, view: memoryview, start: int, stop: int) -> Batch[Session]:
+        """Find the whole frames there, and whose they are."""
+        self._before_delivery()
+        batch = gather(buffer, view, start, stop, self._owners)
+        self._counters.bytes_to_clients += batch.stop - start
+        self._counters.frames_to_clients += batch.frames
+        if logger.isEnabledFor(IO):
+            dump_frames(self._vm, "output", (view[start : batch.stop],))
+        return batch
+
+    def _deliver(self, batch: Batch[Session]) -> None:
+        """Pass on frames."""
+        self.sends += len(batch.slices)
+        self._deliver_each(iter(batch.slices.items()))
+        for seq, _ in batch.strays:
+            self._on_stray(seq)
+
+    def _deliver_each(self, slices: Iterator[tuple[Session, list[memoryview]]]) -> None:
+        for session, pieces in slices:
+            try:
+                if session.deliver(pieces):
+                    self._settle(session)
+            except Exception:
+                # It gets no more, which would come behind a gap, and the others miss nothing.
+                session.give_up_output()
+                self._deliver_each(slices)
+                raise
+
+    def flush(self, session: Session) -> None:
+        """The session's client takes something again, or has gone."""
+        session.flush()
+        self._settle(session)
+
+    def adapt(self, stretch: float) -> None:
+        """Read less at once if the last turn had the interpreter long at a stretch, or more if not."""
+        if stretch > _LONG and self.most > _LEAST:
+            self.most = max(_LEAST, self.most // 2)
+        elif stretch < _SHORT and self.most < _BUFFER_SIZE:
+            self.most = min(_BUFFER_SIZE, self.most + _STEP)
+        else:
+            return
+        self._empty = self._view[: self.most]
+
+    def holds(self, session: Session) -> bool:
+        """Whether the VM is not read because of this session."""
+        return session in self._holding
+
+    def forget(self, session: Session) -> None:
+        """The session is to be closed."""
+        self._selector.remove(session.fd)
+        self.waiting.pop(session.fd, None)
+        self._release(session)
+        self._stuck.discard(session)
+
+    def moments(self) -> Iterator[float]:
+        """Yield when `run_timers` has something to do."""
+        return (session.patient_until for session in self._holding if session.patient_until is not None)
+
+    def run_timers(self, now: float) -> None:
+        """Spool for those who were waited for long enough."""
+        for session in list(self._holding):
+            if session.patient_until is not None and now >= session.patient_until:
+                session.spill()
+                self._settle(session)
+
+    def _room(self) -> memoryview:
+        """Return the part of the buffer to read into, behind an unfinished frame if there is one."""
+        held = self._stop - self._start
+        if held and self._start:
+            self._buffer[:held] = self._buffer[self._start : self._stop]
+        self._start, self._stop = 0, held
+        return self._view[held : held + self.most] if held else self._empty
+
+    def _settle(self, session: Session) -> None:
+        """Watch the session's client for as long as something waits for it."""
+        if session.waits:
+            if session.fd not in self.waiting:
+                self.waiting[session.fd] = session
+                self._selector.add(session.fd, WRITE)
+        else:
+            self._stuck.discard(session)
+            if self.waiting.pop(session.fd, None):
+                self._selector.remove(session.fd)
+        self._hold(session)
+
+    def _hold(self, session: Session) -> None:
+        """Keep the buffer for as long as the session needs it."""
+        if not session.pending:
+            self._release(session)
+            return
+        self._holding.add(session)
+        self.paused = True
+        if session.stuck and session not in self._stuck:
+            self._stuck.add(session)
+            self._counters.pauses += 1
+            logger.warning(
+                "the VM is not read until its client reads",
+                extra={
+                    "vm": self._vm,
+                    "stream": session.seqs.start,
+                    "pid": session.pid,
+                    "uid": session.uid,
+                    "reason": session.stuck,
+                },
+            )
+
+    def _release(self, session: Session) -> None:
+        """The session needs the buffer no more."""
+        self._holding.discard(session)
+        self.paused = bool(self._holding)

@@ -1,0 +1,215 @@
+"""One client's streams: what waits for the client, and what its process may be sent."""
+
+import contextlib
+import errno
+import fcntl
+import socket
+import struct
+import termios
+import time
+from collections.abc import Sequence
+
+from cc_proxy.hyperstart.frames import StdinSplitter
+from cc_proxy.hyperstart.pacing import StdinWindow
+from cc_proxy.linux.fds import Piece, close_stream, cut, send_pieces
+from cc_proxy.log.levels import logger
+from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
+from cc_proxy.proxy.users import Share
+
+#: What a socket says whose client has gone.
+_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
+#: A client whose socket is full is waited for as long as this, in seconds, before its output is spooled.
+_PATIENCE = 0.02
+#: Patience that comes back in each second: the most that one client can slow its VM down by.
+_PATIENCE_REGAINED = 0.25
+#: Seconds until a spool that was full, or could not be used, is tried again.
+_SPOOL_RETRY = 1.0
+
+
+class Session:
+    """The streams that one `allocateIO` gave out, and the proxy's end of their fd, which it owns.
+
+    Output goes straight to the client while it keeps up. What its socket does not take is `pending`: slices
+    of the pump's buffer, for which the VM's reading has to pause. A client gets a moment to catch up; then
+    pending output moves to the spool, and output that follows goes behind it, until all is through.
+
+    The pump thread does everything here; others only make sessions.
+    """
+
+    def __init__(
+        self, seqs: range, sock: socket.socket, space: SpoolSpace, share: Share, window: StdinWindow | None
+    ) -> None:
+        """`share` is that of the client's user, of which one session has been taken."""
+        sock.setblocking(False)
+        self._sock = sock
+        self._spool = Spool(space, share.uid)
+        self._share = share
+        #: Whose it is: the VM, the user, and the process that asked for it.
+        self.vm = ""
+        self.uid = share.uid
+        self.pid = 0
+        self._patience = _PATIENCE
+        self._patience_at = 0.0
+        self._took_at = 0.0
+        self.seqs = seqs
+        self.fd = sock.fileno()
+        self.splitter = StdinSplitter(seqs.start)
+        #: None while stdin is not paced.
+        self.window = window
+        #: Output for which the pump's buffer must be kept, in front of all that is read after it.
+        self.pending: Sequence[Piece] = ()
+        #: When `pending` is to be spilled; None if nothing is pending.
+        self.patient_until: float | None = None
+        #: Why the spool has not taken what is pending.
+        self.stuck = ""
+        #: Whether the client may still send stdin.
+        self.stdin_open = True
+        #: Whether the client cannot take output any more.
+        self.output_gone = False
+
+    # Output -----------------------------------------------------------------------------------------------
+
+    @property
+    def waits(self) -> bool:
+        """Whether output waits for the client to take more."""
+        return bool(self.pending or self._spool.size)
+
+    @property
+    def spooled(self) -> int:
+        """Bytes that wait in the spool."""
+        return self._spool.size
+
+    @property
+    def idle_since(self) -> float:
+        """While output waits: since when the client has taken none of it."""
+        return max(self._patience_at, self._took_at)
+
+    def deliver(self, pieces: Sequence[Piece]) -> bool:
+        """Pass output on, behind what waits; returns whether anything waits afterwards.
+
+        If that is `pending`, it has to stay where it is.
+        """
+        if self.output_gone:
+            return False
+        if self.pending:
+            self.pending = [*self.pending, *pieces]
+            return True
+        if self._spool.size:
+            self.pending = pieces
+            self.spill()
+            return True
+        try:
+            self.pending = send_pieces(self._sock, pieces)
+        except OSError as error:
+            self._fail_output(error)
+        if self.pending:
+            self.patient_until = self._end_of_patience()
+            return True
+        return False
+
+    def flush(self) -> None:
+        """The client takes output again, or has gone: pass on what waits, oldest first."""
+        try:
+            if self._spool.size:
+                self._spool.drain_to(self.fd)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._fail_output(error)
+        self._took_at = time.monotonic()
+        if self.pending and not self._spool.size:
+            self._write(self.pending)
+        if self.pending and (self.stuck or self._spool.size):
+            self.spill()
+
+    def spill(self) -> None:
+        """Move pending output to the spool, as much as that takes.
+
+        If something is left, `stuck` says why, and `patient_until` is when to try again: others may have made
+        room by then.
+        """
+        self._stop_being_patient()
+        try:
+            while self.pending and (stored := self._spool.append(self.pending)):
+                self.pending = cut(self.pending, stored)
+            self.stuck = "the spool is full" if self.pending else ""
+        except OSError as error:
+            self.stuck = f"the spool cannot be used: {error.strerror}"
+        if self.stuck:
+            self.patient_until = time.monotonic() + _SPOOL_RETRY
+
+    def _write(self, pieces: Sequence[Piece]) -> None:
+        try:
+            self.pending = send_pieces(self._sock, pieces)
+        except OSError as error:
+            self._fail_output(error)
+            return
+        if not self.pending:
+            self._stop_being_patient()
+            self.stuck = ""
+
+    def _fail_output(self, error: OSError) -> None:
+        """Nothing can be passed on any more. Unless the client has gone it is to see that."""
+        self.give_up_output()
+        if error.errno not in _GONE:
+            logger.error(
+                "output lost: its stream is closed",
+                extra={
+                    "vm": self.vm,
+                    "stream": self.seqs.start,
+                    "pid": self.pid,
+                    "uid": self.uid,
+                    "error": error.strerror,
+                },
+            )
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+
+    def give_up_output(self) -> None:
+        """The client has closed its end. What it sent before may still be on its way in."""
+        self.output_gone = True
+        self.pending = ()
+        self.stuck = ""
+        self.patient_until = None
+        self._spool.close()
+
+    def _stop_being_patient(self) -> None:
+        if self.patient_until is not None:
+            if not self.stuck:  # else it is no patience, but the time until the spool is tried again
+                self._patience = max(0.0, self.patient_until - time.monotonic())
+            self.patient_until = None
+
+    def _end_of_patience(self) -> float:
+        now = time.monotonic()
+        regained = (now - self._patience_at) * _PATIENCE_REGAINED
+        self._patience = min(_PATIENCE, self._patience + regained)
+        self._patience_at = now
+        return now + self._patience
+
+    # Input ------------------------------------------------------------------------------------------------
+
+    def read_into(self, view: memoryview) -> int:
+        """Read what the client sent; returns 0 at its end. Raises `BlockingIOError` if there is nothing."""
+        try:
+            return self._sock.recv_into(view)
+        except BlockingIOError:
+            raise
+        except OSError:
+            return 0
+
+    @property
+    def unread(self) -> int:
+        """Bytes that the client has sent and nobody has read yet."""
+        (size,) = struct.unpack("i", fcntl.ioctl(self._sock, termios.FIONREAD, bytes(4)))
+        return int(size)
+
+    # The end ----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close the fd: the client reads what was written to it and then end of file. What waits is lost."""
+        try:
+            self._spool.close()
+            self.pending = ()
+        finally:
+            close_stream(self._sock)
+            self._share.give_back("sessions")

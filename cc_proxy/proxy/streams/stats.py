@@ -1,0 +1,45 @@
+"""What a pump says of its streams: its part of `status`. Pump thread, or any while that waits."""
+
+import time
+from collections.abc import Collection
+from dataclasses import asdict
+
+from cc_proxy.api.status import MOST_LISTED, Streams, Traffic, WaitingStream
+from cc_proxy.proxy.streams.counters import Counters
+from cc_proxy.proxy.streams.output import Output
+from cc_proxy.proxy.streams.session import Session
+from cc_proxy.proxy.streams.stdin import Stdin
+
+
+def describe_streams(
+    sessions: Collection[Session], output: Output, stdin: Stdin, counters: Counters
+) -> Streams:
+    """Return how the streams of one VM are now."""
+    now = time.monotonic()
+    waiting = [_waiting(session, output, now) for session in sessions if session.waits]
+    waiting.sort(key=lambda stream: (not stream.holds_vm, -stream.idle))
+    return Streams(
+        sessions=len(sessions),
+        traffic=Traffic(**asdict(counters)),
+        paused=output.paused,
+        waiting=waiting[:MOST_LISTED],
+        waiting_sessions=len(waiting),
+        spooled=sum(stream.spooled for stream in waiting),
+        pending=sum(stream.pending for stream in waiting),
+        stdin_held=stdin.held,
+        stdin_stalled=now - stdin.stalled_since if stdin.blocked else 0.0,
+        stdin_unacknowledged=stdin.unacknowledged,
+    )
+
+
+def _waiting(session: Session, output: Output, now: float) -> WaitingStream:
+    return WaitingStream(
+        stream=session.seqs.start,
+        pid=session.pid,
+        uid=session.uid,
+        spooled=session.spooled,
+        pending=sum(map(len, session.pending)),
+        idle=now - session.idle_since,
+        holds_vm=output.holds(session),
+        reason=session.stuck,
+    )

@@ -1,0 +1,416 @@
+"""One client's streams: order from the socket to the spool and back, and patience that is not abused."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from cc_proxy.proxy.streams import session as session_module
+from cc_proxy.proxy.streams import spool as spool_module
+from cc_proxy.proxy.streams.session import Session
+from cc_proxy.proxy.streams.spool import SpoolSpace
+from tests.clock import Clock
+from tests.proxy.support import (
+    NEVER,
+    close_once,
+    pair,
+    read_now,
+    read_to_end,
+    share_of_session,
+    spool_files,
+    spool_space,
+)
+from tests.wire.support import at_end, is_silent
+
+SMALL = 4_608
+
+
+class Case:
+    """A session and its client."""
+
+    def __init__(self, space: SpoolSpace) -> None:
+        near, self.client = pair(SMALL)
+        self.space = space
+        self.session = Session(range(1, 3), near, space, share_of_session(), None)
+        self.sent = bytearray()
+        self.read = bytearray()
+
+    def deliver(self, data: bytes) -> None:
+        self.sent += data
+        assert self.session.deliver([memoryview(data)[:100], memoryview(data)[100:]]) == self.session.waits
+
+    def waits(self) -> bool:
+        return self.session.waits
+
+    def pending(self) -> bool:
+        return bool(self.session.pending)
+
+    def take(self) -> None:
+        self.read += read_now(self.client)
+
+    def take_all(self) -> None:
+        while self.session.waits:
+            self.take()
+            self.session.flush()
+        self.take()
+        assert self.read == self.sent
+        assert self.space.used == 0
+
+    def make_full(self) -> None:
+        """Direct output until the client's socket is full."""
+        while not self.session.pending:
+            self.deliver(random.Random(len(self.sent)).randbytes(2_000))
+
+    def deliver_more_than_fits(self) -> None:
+        self.deliver(random.Random(7).randbytes(50_000))
+
+    def close(self) -> None:
+        close_once(self.session)
+        self.client.close()
+
+
+def no_space(*_: object) -> int:
+    raise OSError(28, "No space left on device")
+
+
+CaseMaker = Callable[[SpoolSpace], Case]
+
+
+@pytest.fixture
+def make_case() -> Iterator[CaseMaker]:
+    with ExitStack() as stack:
+
+        def make(space: SpoolSpace) -> Case:
+            case = Case(space)
+            stack.callback(case.close)
+            return case
+
+        yield make
+
+
+@pytest.fixture
+def case(make_case: CaseMaker, space: SpoolSpace) -> Case:
+    return make_case(space)
+
+
+@pytest.fixture
+def tight_case(make_case: CaseMaker, tmp_path: Path) -> Case:
+    """For which no more than 500 bytes may be spooled."""
+    return make_case(spool_space(tmp_path, session_limit=500))
+
+
+def test_output_goes_straight_to_a_client_that_keeps_up(case: Case) -> None:
+    case.deliver(b"x" * 1_000)
+    assert not case.waits()
+    assert case.session.patient_until is None
+    assert read_now(case.client) == case.sent
+
+
+def test_full_socket_makes_it_pending_with_patience(case: Case, clock: Clock) -> None:
+    case.make_full()
+    assert case.waits()
+    assert case.session.spooled == 0
+    assert case.session.patient_until == clock.now + session_module._PATIENCE
+    case.take_all()
+    assert not case.pending()
+    assert case.session.patient_until is None
+
+
+def test_pending_output_moves_to_the_spool_and_what_follows_goes_behind_it(case: Case) -> None:
+    case.make_full()
+    case.session.spill()
+    assert case.waits()
+    assert not case.pending()
+    assert case.session.patient_until is None
+    spooled = case.session.spooled
+    case.deliver(b"behind" * 100)
+    assert not case.pending()
+    assert case.session.spooled == spooled + 600
+    case.take()
+    case.deliver(b"still behind" * 100)  # although the socket has room by now
+    assert case.session.spooled == spooled + 1_800
+    case.take_all()
+    case.deliver(b"direct again")
+    assert not case.waits()
+    case.take_all()
+
+
+def test_what_the_spool_does_not_take_stays_pending_in_front(tight_case: Case) -> None:
+    case = tight_case
+    case.make_full()
+    assert sum(map(len, case.session.pending)) > 500
+    case.session.spill()
+    assert case.pending()
+    assert case.session.spooled == 500
+    assert case.session.stuck == "the spool is full"
+    assert case.session.patient_until is not None, "others may make room"
+    held = sum(map(len, case.session.pending))
+    case.take()
+    case.session.flush()
+    assert sum(map(len, case.session.pending)) < held
+    case.take_all()
+    case.deliver(b"direct again")
+    assert not case.waits()
+    case.take_all()
+
+
+def test_pending_output_follows_into_the_spool_as_that_gets_room(
+    make_case: CaseMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the VM is read again long before its client has read everything."""
+    monkeypatch.setattr(spool_module, "_DRAIN_AT_ONCE", 1_000)
+    case = make_case(spool_space(tmp_path, session_limit=20_000))
+    case.make_full()
+    case.session.spill()
+    case.deliver(random.Random(1).randbytes(25_000))
+    assert case.session.spooled == 20_000
+    held = sum(map(len, case.session.pending))
+    while case.pending():
+        case.take()
+        case.session.flush()
+        left = sum(map(len, case.session.pending))
+        assert left in {held - 1_000, 0}
+        held = left
+    assert case.session.spooled > 15_000
+    case.take_all()
+
+
+def test_who_takes_a_little_in_time_has_its_whole_patience(case: Case, clock: Clock) -> None:
+    case.make_full()
+    until = case.session.patient_until
+    case.deliver_more_than_fits()
+    case.read += case.client.recv(100_000)
+    case.session.flush()
+    assert case.pending()
+    assert case.session.spooled == 0
+    assert case.session.patient_until == until
+    case.take_all()
+
+
+def test_output_behind_pending_output_waits_with_it(case: Case) -> None:
+    """As the last of a VM does."""
+    case.make_full()
+    until = case.session.patient_until
+    for number in range(3):
+        case.deliver(b"%d" % number * 3_000)
+    assert case.session.patient_until == until
+    assert case.session.spooled == 0
+    case.take_all()
+
+
+def test_spool_that_cannot_be_used_leaves_it_all_pending(
+    make_case: CaseMaker, tmp_path: Path, clock: Clock
+) -> None:
+    directory = tmp_path / "later"
+    case = make_case(spool_space(directory))
+    case.make_full()
+    before = [bytes(piece) for piece in case.session.pending]
+    for _ in range(2):
+        case.session.spill()
+        assert [bytes(piece) for piece in case.session.pending] == before
+        assert case.session.stuck == "the spool cannot be used: No such file or directory"
+        assert case.session.patient_until == clock.now + session_module._SPOOL_RETRY
+        assert case.space.used == 0
+        clock.now += session_module._SPOOL_RETRY
+    directory.mkdir()
+    case.session.spill()
+    assert not case.pending()
+    assert case.session.stuck == ""
+    case.take_all()
+    case.make_full()
+    assert case.session.patient_until is not None
+    assert case.session.patient_until <= clock.now + session_module._PATIENCE, "as if nothing had been"
+
+
+def test_spool_that_cannot_be_used_any_more_keeps_the_order(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.make_full()
+    case.session.spill()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", no_space)
+        case.deliver(b"behind" * 1_000)
+        assert case.pending()
+        assert case.session.stuck == "the spool cannot be used: No space left on device"
+        while case.session.waits:
+            case.take()
+            case.session.flush()
+    assert case.session.stuck == ""
+    case.take_all()
+
+
+def test_client_that_goes_while_nothing_waits(case: Case) -> None:
+    case.client.close()
+    case.deliver(b"x")
+    assert case.session.output_gone
+    assert not case.waits()
+    case.deliver(b"x")
+    assert not case.waits()
+
+
+def test_client_that_goes_while_output_is_pending(case: Case) -> None:
+    case.make_full()
+    case.client.close()
+    case.session.flush()
+    assert case.session.output_gone
+    assert not case.waits()
+    assert case.session.patient_until is None
+
+
+def test_client_that_goes_while_output_is_spooled(case: Case, tmp_path: Path) -> None:
+    case.make_full()
+    case.session.spill()
+    assert spool_files(tmp_path) == 1
+    case.client.close()
+    case.session.flush()
+    assert case.session.output_gone
+    assert not case.waits()
+    assert (case.space.used, spool_files(tmp_path)) == (0, 0)
+    case.deliver(b"x")
+    assert (case.session.waits, case.space.used) == (False, 0)
+
+
+def test_client_that_goes_while_the_spool_is_full(tight_case: Case, tmp_path: Path) -> None:
+    case = tight_case
+    case.make_full()
+    case.session.spill()
+    assert case.pending()
+    assert case.session.spooled == 500
+    case.client.close()
+    case.session.flush()
+    assert case.session.output_gone
+    assert not case.waits()
+    assert (case.space.used, spool_files(tmp_path)) == (0, 0)
+
+
+def test_client_that_takes_no_more_but_may_still_send(case: Case) -> None:
+    case.client.shutdown(socket.SHUT_RD)
+    case.deliver(b"x")
+    assert case.session.output_gone
+    case.client.sendall(b"stdin")
+    view = memoryview(bytearray(10))
+    assert case.session.read_into(view) == 5
+
+
+def test_reading(case: Case) -> None:
+    view = memoryview(bytearray(10))
+    with pytest.raises(BlockingIOError):
+        case.session.read_into(view)
+    case.client.sendall(b"stdin")
+    assert case.session.read_into(view) == 5
+    assert bytes(view[:5]) == b"stdin"
+    case.client.shutdown(socket.SHUT_WR)
+    assert case.session.read_into(view) == 0
+
+
+def test_client_that_goes_with_output_unread_sent_what_it_sent_and_then_ended(case: Case) -> None:
+    case.deliver(b"never read")
+    case.client.sendall(b"stdin")
+    case.client.close()
+    view = memoryview(bytearray(10))
+    # The kernel calls it a reset, before or behind what was sent.
+    assert case.session.read_into(view) in {0, 5}
+    assert case.session.read_into(view) in {0, 5}
+    assert case.session.read_into(view) == 0
+
+
+def test_closed_with_output_waiting_gives_back_its_space(case: Case, tmp_path: Path) -> None:
+    case.make_full()
+    case.session.spill()
+    case.client.sendall(b"stdin that is never read")
+    case.session.close()
+    assert not case.waits()
+    assert (case.space.used, spool_files(tmp_path)) == (0, 0)
+    case.read += read_to_end(case.client)
+    assert case.sent.startswith(case.read)
+    assert at_end(case.client)
+
+
+def test_patience_is_used_up_and_comes_back_slowly(case: Case, clock: Clock) -> None:
+    full = session_module._PATIENCE
+    case.make_full()
+    clock.now += 0.75 * full
+    case.take_all()  # just in time, and three quarters of the patience are gone
+    case.make_full()
+    assert case.session.patient_until is not None
+    assert case.session.patient_until - clock.now == pytest.approx(
+        0.25 * full + 0.75 * full * session_module._PATIENCE_REGAINED
+    )
+    clock.now = case.session.patient_until
+    case.session.spill()
+    case.take_all()
+    case.make_full()
+    assert case.session.patient_until is not None
+    assert case.session.patient_until - clock.now < 0.2 * full
+    case.session.spill()
+    case.take_all()
+    clock.now += 100 * full
+    case.make_full()
+    assert case.session.patient_until == clock.now + full, "and never more than that"
+
+
+def test_one_client_slows_its_vm_down_by_a_quarter_at_the_most(case: Case, clock: Clock) -> None:
+    rng = random.Random(6)
+    begun, waited = clock.now, 0.0
+    for _ in range(300):
+        clock.now += rng.random() * 0.01
+        case.make_full()
+        until = case.session.patient_until
+        assert until is not None
+        if rng.random() < 0.5:
+            waited += until - clock.now
+            clock.now = until
+            case.session.spill()
+        else:
+            moment = rng.random() * (until - clock.now)
+            waited += moment
+            clock.now += moment
+        case.take_all()
+    elapsed = clock.now - begun
+    assert waited <= session_module._PATIENCE + elapsed * session_module._PATIENCE_REGAINED
+    assert waited > 0.1 * elapsed, "it is given what is left"
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("limit", [0, 700, 20_000, 1_000_000])
+def test_every_byte_in_order_whatever_happens(
+    make_case: CaseMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, limit: int
+) -> None:
+    """As `Output` drives it: nothing is delivered while something is pending, whose memory is used again."""
+    monkeypatch.setattr(session_module, "_PATIENCE", NEVER)
+    monkeypatch.setattr(spool_module, "_DRAIN_AT_ONCE", 700)
+    monkeypatch.setattr(spool_module, "_FILE_SIZE", 3_000)
+    rng = random.Random(f"{seed} {limit}")
+    case = make_case(spool_space(tmp_path, session_limit=limit))
+    session = case.session
+    buffer = bytearray(10_000)
+    view = memoryview(buffer)
+    states = set()
+    for _ in range(1_000):
+        states.add((bool(session.pending), bool(session.spooled)))
+        match rng.randrange(8):
+            case 0 | 1 | 2 | 3 if not session.pending:
+                size = rng.randrange(2, len(buffer))
+                buffer[:size] = rng.randbytes(size)
+                case.sent += buffer[:size]
+                middle = rng.randrange(1, size)
+                session.deliver([view[:middle], view[middle:size]])
+            case 4 if session.waits:
+                session.flush()
+            case 5 if session.pending:
+                session.spill()
+            case 6:
+                case.take()
+            case _ if not is_silent(case.client):
+                case.read += case.client.recv(rng.randrange(1, 3_000))
+        assert case.space.used == session.spooled <= limit
+    assert states >= {(False, False), (True, False)}
+    assert not limit or (False, True) in states
+    assert limit not in {700, 20_000} or (True, True) in states
+    case.take_all()

@@ -1,0 +1,129 @@
+"""When it is worth while to look for something before going to sleep for it. By a clock that stands still."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from cc_proxy.proxy import spin as module
+from cc_proxy.proxy.spin import Eager
+
+#: About a microsecond, and nothing is rounded.
+MICRO = 2.0**-20
+
+
+class Peer:
+    """Somebody who is waited for: what a look takes, when there is something, and how often it was looked."""
+
+    def __init__(self) -> None:
+        self.now = 1024.0
+        self.eager = Eager()
+        self.looks = 0
+        self.slept = False
+
+    def be_quick(self, waits: int = 4) -> None:
+        for _ in range(waits):
+            self.wait(0)
+
+    def wait(self, comes_after: float, look_takes: float = MICRO) -> str:
+        """Have it waited for; returns how it was found."""
+        comes_at = self.now + comes_after
+        self.looks, self.slept = 0, False
+
+        def look() -> str | None:
+            self.looks += 1
+            self.now += look_takes
+            return "looked" if self.now >= comes_at else None
+
+        def sleep() -> str:
+            self.now = max(self.now, comes_at)
+            return "slept"
+
+        return self.eager.wait(look, sleep)
+
+
+@pytest.fixture
+def peer(monkeypatch: pytest.MonkeyPatch) -> Peer:
+    peer = Peer()
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: peer.now))
+    monkeypatch.setattr(Eager, "_shy_until", 0.0)
+    return peer
+
+
+def test_peer_has_to_be_quick_a_few_times(peer: Peer) -> None:
+    for _ in range(4):
+        assert peer.wait(0) == "slept"
+        assert peer.looks == 0
+    assert peer.wait(0) == "looked"
+
+
+def test_quick_peer_is_looked_for(peer: Peer) -> None:
+    peer.be_quick()
+    assert peer.wait(20 * MICRO) == "looked"
+    assert peer.looks == 20
+    assert peer.wait(50 * MICRO) == "looked"
+
+
+def test_looking_has_an_end(peer: Peer) -> None:
+    peer.be_quick()
+    assert peer.wait(1.0) == "slept"
+    assert peer.looks == 63
+
+
+@pytest.mark.parametrize(("took", "looks"), [(190 * MICRO, 1), (210 * MICRO, 0)])
+def test_slow_peer_is_not_looked_for(peer: Peer, took: float, looks: int) -> None:
+    peer.be_quick(3)
+    peer.wait(took)
+    peer.wait(0)
+    assert peer.looks == looks
+
+
+def test_peer_that_is_quick_again_is_looked_for_again(peer: Peer) -> None:
+    peer.be_quick()
+    peer.wait(1.0)
+    peer.be_quick(3)
+    assert peer.wait(10 * MICRO) == "slept"
+    assert peer.wait(10 * MICRO) == "looked"
+
+
+def test_who_meets_somebody_else_leaves_the_interpreter_to_them(peer: Peer) -> None:
+    peer.be_quick()
+    assert peer.wait(150 * MICRO, look_takes=40 * MICRO) == "slept"
+    assert peer.looks == 1
+    assert peer.wait(10 * MICRO) == "slept"
+    assert peer.looks == 0
+
+
+def test_all_leave_it_to_them_and_not_for_long(peer: Peer) -> None:
+    peer.be_quick()
+    eagers = [peer.eager, Eager()]
+    peer.eager = eagers[1]
+    peer.be_quick()
+    peer.wait(150 * MICRO, look_takes=40 * MICRO)
+    for eager in eagers:
+        peer.eager = eager
+        assert peer.wait(10 * MICRO) == "slept"
+    peer.now += 0.006
+    for eager in eagers:
+        peer.eager = eager
+        assert peer.wait(10 * MICRO) == "looked"
+
+
+def test_what_a_long_look_finds_counts(peer: Peer) -> None:
+    peer.be_quick()
+    assert peer.wait(40 * MICRO, look_takes=40 * MICRO) == "looked"
+    assert peer.wait(0) == "slept"
+
+
+def test_what_is_found_may_be_empty(peer: Peer) -> None:
+    peer.be_quick()
+    assert peer.eager.wait(lambda: b"", lambda: b"slept") == b""
+
+
+def test_error_of_a_look_is_the_callers(peer: Peer) -> None:
+    peer.be_quick()
+
+    def look() -> None:
+        raise ConnectionResetError
+
+    with pytest.raises(ConnectionResetError):
+        peer.eager.wait(look, lambda: None)

@@ -1,0 +1,634 @@
+"""The control channel's socket, from both sides and from several threads."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import pytest
+
+from cc_proxy.hyperstart.codes import Code
+from cc_proxy.hyperstart.control import MAX_ANSWER, ControlMessage
+from cc_proxy.proxy.vms.control import ControlLink, ControlLost, NoAnswer
+from tests.proxy.support import NEVER, Rig, fill, pair, read_now
+from tests.wire.support import (
+    ACK,
+    ASYNC_EVENT,
+    ERROR,
+    FINISHPOD,
+    NEXT,
+    PING,
+    READY,
+    WAIT,
+    at_end,
+    command,
+    in_background,
+    is_silent,
+    read_exact,
+    wait_until,
+)
+
+HUNG_UP = "the VM hung up its control channel"
+
+
+class Agent:
+    """The far end, and the link itself."""
+
+    def __init__(self) -> None:
+        near, self.sock = pair()
+        self.events: queue.SimpleQueue[ControlMessage] = queue.SimpleQueue()
+        self.dues: queue.SimpleQueue[float] = queue.SimpleQueue()  # seconds, each once
+        self.on_read: Callable[[], object] = lambda: None
+        self.link = ControlLink(near, self._note, self._due)
+        self.io, self.far_io = pair()
+        self.results: queue.SimpleQueue[object] = queue.SimpleQueue()
+
+    def _note(self, _size: int, events: list[ControlMessage]) -> None:
+        for event in events:
+            self.events.put(event)
+        self.on_read()
+
+    def _due(self) -> float:
+        try:
+            return self.dues.get_nowait()
+        except queue.Empty:
+            return 0.0
+
+    def say(self, code: int, payload: bytes = b"") -> None:
+        self.sock.sendall(command(code, payload))
+
+    def read(self) -> tuple[int, bytes]:
+        code, length = header_of(read_exact(self.sock, 8))
+        return code, read_exact(self.sock, length - 8)
+
+    def transact(self, payload: bytes = b"", timeout: float = WAIT) -> ControlMessage:
+        return self.link.transact(Code.PING, payload, timeout)
+
+    @contextmanager
+    def asking(self, payload: bytes = b"", timeout: float = WAIT) -> Iterator[None]:
+        """A transaction in a thread; its outcome goes to `results`."""
+
+        def ask() -> None:
+            try:
+                self.results.put(self.transact(payload, timeout))
+            except (ControlLost, NoAnswer) as outcome:
+                self.results.put(outcome)
+
+        with in_background(ask):
+            yield
+
+    def result(self) -> object:
+        return self.results.get(timeout=WAIT)
+
+    def close(self) -> None:
+        self.sock.close()
+        self.link.close()
+        self.io.close()
+        self.far_io.close()
+
+
+def header_of(header: bytes) -> tuple[int, int]:
+    return int.from_bytes(header[:4], "big"), int.from_bytes(header[4:], "big")
+
+
+@pytest.fixture
+def agent() -> Iterator[Agent]:
+    agent = Agent()
+    yield agent
+    agent.close()
+
+
+# Until it is up -------------------------------------------------------------------------------------------
+
+
+def test_ready_is_all_that_is_waited_for(agent: Agent) -> None:
+    agent.say(ASYNC_EVENT, b"{}")
+    agent.say(READY)
+    agent.link.wait_until_up(agent.io, WAIT, WAIT)
+    assert is_silent(agent.sock), "nothing is sent to an agent that says READY"
+    assert [agent.events.get_nowait().code, agent.events.get_nowait().code] == [ASYNC_EVENT, READY]
+
+
+def test_answered_ping_takes_the_place_of_ready(agent: Agent) -> None:
+    def answer() -> None:
+        assert agent.read() == (PING, b"{}")
+        agent.say(NEXT, bytes(4))
+        agent.say(ACK)
+
+    with in_background(answer):
+        agent.link.wait_until_up(agent.io, WAIT, 0.0)
+
+
+def test_ready_after_the_ping_counts_and_its_answer_is_still_the_pings(agent: Agent) -> None:
+    def answer() -> None:
+        agent.read()
+        agent.say(READY)
+
+    with in_background(answer):
+        agent.link.wait_until_up(agent.io, WAIT, 0.0)
+    agent.say(ERROR, b"to the ping")
+    with agent.asking(b"next"):
+        assert agent.read() == (PING, b"next")
+        agent.say(ACK, b"to the next")
+    assert agent.result() == ControlMessage(ACK, b"to the next")
+
+
+@pytest.mark.parametrize("left", [0.0, -1.0])
+def test_ready_that_came_in_time_counts_though_nobody_looked(agent: Agent, left: float) -> None:
+    """As when the daemon was stopped before it came to that."""
+    agent.sock.sendall(command(ASYNC_EVENT, b"{}") * 200 + command(READY))
+    agent.link.wait_until_up(agent.io, 1.0, NEVER, left)
+
+
+@pytest.mark.parametrize("ping_after", [0.0, 0.02, NEVER])
+def test_agent_that_says_nothing(agent: Agent, ping_after: float) -> None:
+    with pytest.raises(NoAnswer, match=r"no READY from the VM in 0\.05 s"):
+        agent.link.wait_until_up(agent.io, 0.05, ping_after)
+    assert read_now(agent.sock) == (b"" if ping_after == NEVER else command(PING, b"{}"))
+
+
+@contextmanager
+def talking(agent: Agent) -> Iterator[None]:
+    """Without end, until this is left."""
+    over = threading.Event()
+
+    def talk() -> None:
+        while not over.is_set():
+            agent.say(ASYNC_EVENT)
+            over.wait(0.001)
+
+    with in_background(talk):
+        yield
+        over.set()
+
+
+def test_agent_that_talks_without_end_is_given_up_too(agent: Agent) -> None:
+    with talking(agent), pytest.raises(NoAnswer):
+        agent.link.wait_until_up(agent.io, 0.1, NEVER)
+
+
+@pytest.mark.parametrize("ping_after", [0.0, NEVER])
+@pytest.mark.parametrize(
+    ("trouble", "cause"),
+    [
+        (lambda agent: agent.sock.close(), HUNG_UP),
+        (lambda agent: agent.sock.shutdown(socket.SHUT_WR), HUNG_UP),
+        (lambda agent: agent.far_io.close(), "the VM hung up its I/O channel"),
+        (
+            lambda agent: agent.sock.sendall(command(READY, length=7)),
+            "control channel: ready with a total length of 7",
+        ),
+    ],
+    ids=["hangs up", "sends no more", "hangs up its I/O channel", "talks nonsense"],
+)
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_vm_that_is_lost_before_it_is_up(
+    agent: Agent, trouble: Callable[[Agent], None], cause: str, ping_after: float, when: str
+) -> None:
+    def make_trouble() -> None:
+        wait_until(agent.link._turn.locked, "the link waits")
+        trouble(agent)
+
+    with ExitStack() as stack:
+        if when == "before":
+            trouble(agent)
+        else:
+            stack.enter_context(in_background(make_trouble))
+        with pytest.raises(ControlLost) as lost:
+            agent.link.wait_until_up(agent.io, WAIT, ping_after)
+    # A ping that could not be written, or was not read, tells it another way.
+    others = {"control channel: Broken pipe", "control channel: Connection reset by peer"}
+    assert str(lost.value) == cause or (ping_after == 0.0 and str(lost.value) in others)
+
+
+# Transactions ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [ACK, ERROR])
+@pytest.mark.parametrize("payload", [b"", b"what it says"])
+def test_the_answer_is_an_ack_or_an_error(agent: Agent, code: int, payload: bytes) -> None:
+    with agent.asking(b"payload"):
+        assert agent.read() == (PING, b"payload")
+        for event in (NEXT, READY, FINISHPOD, ASYNC_EVENT, 99):
+            agent.say(event)
+        agent.say(code, payload)
+    assert agent.result() == ControlMessage(code, payload)
+    assert [agent.events.get_nowait().code for _ in range(5)] == [NEXT, READY, FINISHPOD, ASYNC_EVENT, 99]
+
+
+def test_of_several_threads_one_is_served_at_a_time(agent: Agent) -> None:
+    with ExitStack() as stack:
+        for number in range(8):
+            stack.enter_context(agent.asking(b"%d" % number))
+        for _ in range(8):
+            _, payload = agent.read()
+            threading.Event().wait(0.002)
+            assert is_silent(agent.sock), "the next one waits for the answer"
+            agent.say(ACK, payload)
+    results = [agent.result() for _ in range(8)]
+    assert {result.payload for result in results if isinstance(result, ControlMessage)} == {
+        b"%d" % number for number in range(8)
+    }
+
+
+def test_each_thread_gets_the_answer_to_its_own(agent: Agent) -> None:
+    def serve() -> None:
+        for _ in range(200):
+            _, payload = agent.read()
+            agent.say(ASYNC_EVENT)
+            agent.say(ACK, payload)
+
+    def ask(name: str) -> None:
+        for number in range(50):
+            payload = f"{name} {number}".encode()
+            assert agent.transact(payload).payload == payload
+
+    with in_background(serve), ExitStack() as stack:
+        for name in "abcd":
+            stack.enter_context(in_background(partial(ask, name)))
+
+
+@pytest.mark.parametrize("timeout", [0.0, 0.03])
+def test_no_answer_in_time(agent: Agent, timeout: float) -> None:
+    with pytest.raises(NoAnswer, match=f"no answer from the VM in {timeout:g} s"):
+        agent.transact(timeout=timeout)
+    assert agent.read() == (PING, b"")
+
+
+def test_another_command_in_the_way_all_the_time(agent: Agent) -> None:
+    with agent.asking(b"first"):
+        assert agent.read() == (PING, b"first")
+        with pytest.raises(
+            NoAnswer, match=r"no answer in 0\.02 s: another command was in the way all the time"
+        ):
+            agent.transact(b"second", timeout=0.02)
+        assert is_silent(agent.sock), "what was given up before its turn is never sent"
+        agent.say(ACK)
+    assert agent.link._channel.unanswered == 0
+
+
+def test_events_do_not_prolong_the_deadline(agent: Agent) -> None:
+    with talking(agent), pytest.raises(NoAnswer):
+        agent.transact(timeout=0.1)
+
+
+def test_who_waits_for_more_rests_before_it(agent: Agent) -> None:
+    """And the pump sees to that itself."""
+    agent.dues.put(0.01)
+    agent.say(ASYNC_EVENT)
+    agent.link.read_unasked()
+    assert agent.dues.qsize() == 1
+    agent.say(ASYNC_EVENT)
+    with agent.asking():
+        agent.read()
+        for _ in range(2):
+            agent.events.get(timeout=WAIT)
+        agent.say(ACK)
+        assert agent.result() == ControlMessage(ACK)
+    assert agent.dues.empty()
+
+
+def test_answer_is_not_rested_after(agent: Agent) -> None:
+    agent.dues.put(NEVER)
+    with agent.asking():
+        agent.read()
+        agent.say(ACK)
+        assert agent.result() == ControlMessage(ACK)
+
+
+def test_nobody_rests_while_others_wait_for_the_end(agent: Agent) -> None:
+    agent.dues.put(NEVER)
+    agent.say(ASYNC_EVENT)
+    with agent.asking():
+        agent.read()
+        agent.events.get(timeout=WAIT)
+        agent.say(ASYNC_EVENT)
+        wait_until(agent.dues.empty, "it rests")
+        agent.link.close()
+        assert isinstance(agent.result(), ControlLost)
+        assert agent.events.get_nowait().code == ASYNC_EVENT, "what was said is read to the end"
+
+
+def test_long_answers_are_read_in_large_pieces(agent: Agent) -> None:
+    sizes: list[int] = []
+    agent.on_read = lambda: sizes.append(agent.link._channel.missing)
+    payload = bytes(1_000_000)
+    with agent.asking():
+        agent.read()
+        agent.say(ACK, payload)
+        agent.result()
+    assert sizes[-1] == 0
+    assert len(sizes) < 200, "not two thousand"
+
+
+def test_late_answers_are_their_own(agent: Agent) -> None:
+    for _ in range(3):
+        with pytest.raises(NoAnswer):
+            agent.transact(timeout=0)
+        agent.read()
+    agent.say(ERROR, b"to the first")
+    agent.link.read_unasked()  # between the commands
+    with agent.asking(b"last"):
+        assert agent.read() == (PING, b"last")
+        agent.say(ACK, b"to the second")
+        agent.say(ERROR, b"to the third")
+        agent.say(ACK, b"to the last")
+    assert agent.result() == ControlMessage(ACK, b"to the last")
+    assert agent.link._channel.unanswered == 0
+    assert agent.events.empty()
+
+
+def test_no_more_is_sent_to_an_agent_that_leaves_64_unanswered(agent: Agent) -> None:
+    for _ in range(64):
+        with pytest.raises(NoAnswer, match="no answer from the VM in 0 s"):
+            agent.transact(timeout=0)
+    with pytest.raises(NoAnswer, match="not sent: the VM has left 64 commands unanswered"):
+        agent.transact(timeout=WAIT)
+    assert read_now(agent.sock) == command(PING) * 64
+    agent.say(ACK)
+    agent.link.read_unasked()
+    with agent.asking():
+        agent.read()
+        for _ in range(63):
+            agent.say(ERROR)
+        agent.say(ACK)
+    assert agent.result() == ControlMessage(ACK)
+
+
+def test_command_goes_out_in_parts_to_an_agent_that_reads_slowly(agent: Agent) -> None:
+    agent.link._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_608)
+    payload = bytes(range(256)) * 39
+    filled = fill(agent.link._sock)
+    with agent.asking(payload):
+        wait_until(lambda: bool(agent.link._channel.outgoing), "it waits")
+        read_exact(agent.sock, filled)
+        assert agent.read() == (PING, payload)
+        agent.say(ACK)
+    assert agent.result() == ControlMessage(ACK)
+    assert not agent.link._channel.outgoing
+
+
+def test_command_that_was_given_up_half_way_is_sent_whole_before_the_next(agent: Agent) -> None:
+    agent.link._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_608)
+    first, second = b"1" * 10_000, b"2" * 10_000
+    with pytest.raises(NoAnswer):
+        agent.transact(first, timeout=0.02)
+    assert agent.link._channel.outgoing
+    with agent.asking(second):
+        assert agent.read() == (PING, first)
+        assert agent.read() == (PING, second)
+        agent.say(ERROR, b"to the first")
+        agent.say(ACK, b"to the second")
+    assert agent.result() == ControlMessage(ACK, b"to the second")
+
+
+def test_agent_that_talks_but_does_not_read_is_heard(agent: Agent) -> None:
+    fill(agent.link._sock)
+    with agent.asking(timeout=NEVER):
+        agent.say(ASYNC_EVENT, b"while it does not read")
+        assert agent.events.get(timeout=WAIT).payload == b"while it does not read"
+        agent.sock.close()
+    assert isinstance(agent.result(), ControlLost)
+
+
+@pytest.mark.parametrize("size", [8, 9, 65_536, 200_000])
+def test_answer_of_any_size(agent: Agent, size: int) -> None:
+    with agent.asking():
+        agent.read()
+        agent.sock.sendall(command(ACK, bytes(size - 8)))
+    result = agent.result()
+    assert isinstance(result, ControlMessage)
+    assert len(result.payload) == min(size - 8, 65_536)
+
+
+# Lost -----------------------------------------------------------------------------------------------------
+
+
+def test_answer_and_end_in_one_read_is_an_answer(agent: Agent) -> None:
+    with agent.asking():
+        agent.read()
+        agent.say(ACK, b"last words")
+        agent.sock.close()
+    assert agent.result() == ControlMessage(ACK, b"last words")
+    with pytest.raises(ControlLost):
+        agent.transact()
+
+
+def hold_back(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Have nothing read before that is set."""
+    proceed = threading.Event()
+    read = agent.link._read
+
+    def read_late(flags: int) -> None:
+        assert proceed.wait(WAIT)
+        read(flags)
+
+    monkeypatch.setattr(agent.link, "_read", read_late)
+    return proceed
+
+
+def test_answer_and_end_is_an_answer_though_the_pump_sees_the_end_first(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hangs up the link, from its own thread; what has arrived by then is not lost."""
+    proceed = hold_back(agent, monkeypatch)
+    with agent.asking():
+        agent.read()
+        agent.say(ACK, b"last words")
+        agent.sock.close()
+        with pytest.raises(ControlLost, match=HUNG_UP):
+            agent.link.read_unasked()
+        agent.link.hang_up()
+        proceed.set()
+    assert agent.result() == ControlMessage(ACK, b"last words")
+
+
+@pytest.mark.parametrize("rest", [command(NEXT, length=3), command(ACK) + command(NEXT, length=3)])
+def test_answer_in_front_of_nonsense_is_an_answer(agent: Agent, rest: bytes) -> None:
+    """The nonsense is for whoever comes next."""
+    with agent.asking():
+        agent.read()
+        agent.sock.sendall(command(ACK, b"last words") + rest)
+    assert agent.result() == ControlMessage(ACK, b"last words")
+    with pytest.raises(ControlLost, match="control channel: next with a total length of 3"):
+        agent.link.read_unasked()
+    with pytest.raises(ControlLost):
+        agent.transact()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "causes"),
+    [
+        (lambda agent: agent.sock.close(), {HUNG_UP}),
+        (lambda agent: agent.sock.shutdown(socket.SHUT_WR), {HUNG_UP}),
+        (lambda agent: agent.link.hang_up(), {HUNG_UP}),
+        (
+            lambda agent: agent.sock.sendall(command(ACK, length=7)),
+            {"control channel: ack with a total length of 7"},
+        ),
+        (
+            lambda agent: agent.sock.sendall(command(NEXT) + command(ERROR, length=MAX_ANSWER + 1)),
+            {f"control channel: error with a total length of {MAX_ANSWER + 1}"},
+        ),
+    ],
+    ids=["hangs up", "sends no more", "is hung up", "too short", "too long"],
+)
+def test_lost_in_the_middle_of_a_command(
+    agent: Agent, trouble: Callable[[Agent], None], causes: set[str]
+) -> None:
+    with agent.asking(), agent.asking(b"another"):
+        agent.read()
+        trouble(agent)
+        agent.link.hang_up()  # as the VM does when it hears of it
+    lost = [agent.result(), agent.result()]
+    assert all(isinstance(outcome, ControlLost) for outcome in lost)
+    assert {str(outcome) for outcome in lost} <= causes | {HUNG_UP, "control channel: Broken pipe"}
+    assert causes & {str(outcome) for outcome in lost}
+
+
+def test_unread_command_at_the_end(agent: Agent) -> None:
+    """Which the kernel calls a reset."""
+    with agent.asking():
+        wait_until(lambda: not is_silent(agent.sock), "the command has arrived")
+        agent.sock.close()
+    outcome = agent.result()
+    assert isinstance(outcome, ControlLost)
+    assert str(outcome) in {HUNG_UP, "control channel: Connection reset by peer"}
+
+
+def test_closing_waits_for_who_uses_it_and_they_find_it_lost(agent: Agent) -> None:
+    with ExitStack() as stack:
+        for number in range(4):
+            stack.enter_context(agent.asking(b"%d" % number, NEVER))
+        agent.read()
+        agent.link.close()
+    for _ in range(4):
+        outcome = agent.result()
+        assert isinstance(outcome, ControlLost)
+    assert agent.link._sock.fileno() == -1
+    assert agent.link.unasked.closed
+    with pytest.raises(ControlLost, match="its control channel is closed"):
+        agent.transact()
+    agent.link.hang_up()
+    agent.link.close()
+
+
+# Between commands -----------------------------------------------------------------------------------------
+
+
+def test_unasked_is_readable_between_commands_alone(agent: Agent) -> None:
+    unasked = agent.link.unasked
+    agent.say(READY)
+    agent.link.wait_until_up(agent.io, WAIT, WAIT)
+    assert unasked.poll(0) == []
+    agent.say(ASYNC_EVENT)
+    assert unasked.poll(0)
+    agent.link.read_unasked()
+    assert unasked.poll(0) == []
+    with agent.asking():
+        agent.read()
+        agent.say(ASYNC_EVENT)
+        agent.events.get(timeout=WAIT)
+        assert unasked.poll(0) == []
+        agent.link.read_unasked()  # a turn of the pump that came too late
+        agent.say(ACK)
+    agent.result()
+    agent.say(ASYNC_EVENT)
+    assert unasked.poll(0)
+
+
+def test_what_a_command_waits_for_is_nothing_to_wake_the_pump_for(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent.say(READY)
+    agent.link.wait_until_up(agent.io, WAIT, WAIT)
+    proceed = hold_back(agent, monkeypatch)
+    with agent.asking():
+        agent.read()
+        agent.say(ACK)
+        assert agent.link.unasked.poll(0) == []
+        proceed.set()
+    assert agent.result() == ControlMessage(ACK)
+
+
+@pytest.mark.parametrize("timeout", [0.0, 0.02])
+def test_unasked_is_watched_again_after_a_command_that_failed(agent: Agent, timeout: float) -> None:
+    agent.say(READY)
+    agent.link.wait_until_up(agent.io, WAIT, WAIT)
+    with pytest.raises(NoAnswer):
+        agent.transact(timeout=timeout)
+    agent.say(ACK)
+    assert agent.link.unasked.poll(0)
+    agent.link.read_unasked()
+    assert agent.link._channel.unanswered == 0
+
+
+def test_end_is_noticed_in_the_middle_of_a_command_by_who_has_nothing_to_do_with_it(agent: Agent) -> None:
+    with agent.asking():
+        agent.read()
+        agent.link.read_unasked()  # nothing to say
+        agent.sock.close()
+        wait_until(lambda: bool(agent.link.unasked.poll(0)) or not agent.results.empty(), "it is noticed")
+        with pytest.raises(ControlLost, match="hung up"):
+            agent.link.read_unasked()
+    assert isinstance(agent.result(), ControlLost)
+
+
+def test_nothing_unasked_is_no_error(agent: Agent) -> None:
+    agent.link.read_unasked()
+    agent.say(NEXT)
+    agent.link.read_unasked()
+    assert agent.events.get_nowait().code == NEXT
+
+
+def test_events_between_commands_are_noted_promptly(rig: Rig) -> None:
+    before = len(rig.events)
+    for number in range(20):
+        rig.ctl.sendall(command(ASYNC_EVENT, b"%d" % number))
+        wait_until(lambda number=number: len(rig.events) == before + number + 1, "it is noted")  # type: ignore[misc]
+    assert [event.payload for event in rig.events[before:]] == [b"%d" % number for number in range(20)]
+
+
+def test_commands_and_events_beside_a_pump_that_watches(rig: Rig) -> None:
+    before = len(rig.events)
+
+    def serve() -> None:
+        for number in range(200):
+            _, length = header_of(read_exact(rig.ctl, 8))
+            payload = read_exact(rig.ctl, length - 8)
+            rig.ctl.sendall(command(NEXT) + command(ACK, payload) + command(ASYNC_EVENT, b"%d" % number))
+
+    with in_background(serve):
+        for number in range(200):
+            answer = rig.control.transact(Code.PING, b"%d" % number, WAIT)
+            assert answer == ControlMessage(ACK, b"%d" % number)
+    wait_until(lambda: len(rig.events) == before + 400, "all events are noted")
+    assert rig.owner.causes == []
+
+
+def test_pump_notices_the_end_in_the_middle_of_a_command(rig: Rig) -> None:
+    outcomes: list[BaseException] = []
+
+    def ask() -> None:
+        with pytest.raises(ControlLost) as lost:
+            rig.control.transact(Code.PING, b"", NEVER)
+        outcomes.append(lost.value)
+
+    with in_background(ask):
+        read_exact(rig.ctl, 8)
+        rig.ctl.close()
+    assert outcomes
+    rig.wait_ended()
+    assert at_end(rig.io)
+
+
+def test_waiting_for_an_answer_takes_no_cpu_time(agent: Agent) -> None:
+    begun = time.process_time()
+    with pytest.raises(NoAnswer):
+        agent.transact(timeout=0.3)
+    assert time.process_time() - begun < 0.1

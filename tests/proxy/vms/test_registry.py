@@ -1,0 +1,305 @@
+"""Ids and the VMs behind them: who gets one, how many there may be, and when one is free again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from cc_proxy.api.payloads import Hello
+from cc_proxy.linux.credentials import Credentials
+from cc_proxy.proxy.users import LimitReached
+from cc_proxy.proxy.vms.dialer import Dialer
+from cc_proxy.proxy.vms.registry import FailedVm, Registry, RegistryError
+from cc_proxy.proxy.vms.vm import State, Trouble, Vm, VmError
+from cc_proxy.settings import Limits, LiveSettings, Settings, Spool
+from cc_proxy.settings import Vm as VmSettings
+from tests.proxy.conftest import Logged
+from tests.proxy.support import new_share
+from tests.wire.support import READY, WAIT, FakeVm, at_end, frame, in_background, is_silent, wait_until
+
+LIMIT = 3
+ME = Credentials.own()
+
+
+class Office:
+    """A registry, and agents that VMs are registered for."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._stack = ExitStack()
+        self._count = 0
+        self.registry = Registry(
+            LiveSettings(
+                Settings(
+                    vm=VmSettings(ready_timeout=60, ready_ping_after=50, bye_linger=3_600),
+                    limits=Limits(vms=LIMIT),
+                    spool=Spool(directory=str(directory)),
+                )
+            )
+        )
+
+    def agent(self) -> FakeVm:
+        self._count += 1
+        agent = FakeVm(self._directory, f"vm{self._count}")
+        self._stack.callback(agent.close)
+        return agent
+
+    def register(self, name: str, agent: FakeVm | None = None) -> tuple[Vm, FakeVm]:
+        agent = agent or self.agent()
+
+        def say_ready() -> None:
+            agent.accept()
+            agent.say(READY)
+
+        with in_background(say_ready):
+            vm = self.registry.register(hello(name, agent), ME)
+        return vm, agent
+
+    def knows(self, name: str) -> bool:
+        try:
+            self.registry.get(name, ME)
+        except RegistryError:
+            return False
+        return True
+
+    def close(self) -> None:
+        vms = self.registry.vms()
+        for vm in vms:
+            vm.abort()
+        for vm in vms:
+            assert vm.join(WAIT)
+        self._stack.close()
+
+
+def hello(name: str, agent: FakeVm) -> Hello:
+    return Hello(name, str(agent.ctl_path), str(agent.io_path))
+
+
+@pytest.fixture
+def office(tmp_sock_dir: Path) -> Iterator[Office]:
+    office = Office(tmp_sock_dir)
+    yield office
+    office.close()
+
+
+def test_registered_vm_is_found_until_bye(office: Office, logged: Logged) -> None:
+    assert not office.knows("pod")
+    vm, _ = office.register("pod")
+    assert office.registry.get("pod", ME) is vm
+    office.registry.unregister("pod", ME)
+    assert not office.knows("pod")
+    with pytest.raises(RegistryError, match="unknown containerID: pod"):
+        office.registry.unregister("pod", ME)
+    assert office.registry.vms() == [vm], "it lingers"
+    assert logged.fields("VM registered") == [{"vm": "pod", "uid": ME.uid}]
+    assert logged.fields("VM unregistered") == [{"vm": "pod"}]
+
+
+def test_id_is_taken_as_soon_as_hello_begins_and_not_to_be_attached_to_before_it_is_over(
+    office: Office,
+) -> None:
+    agent = office.agent()
+    results: list[Vm] = []
+    with in_background(lambda: results.append(office.registry.register(hello("pod", agent), ME))):
+        agent.accept()
+        with pytest.raises(RegistryError, match="pod: container already registered"):
+            office.registry.register(hello("pod", office.agent()), ME)
+        assert not office.knows("pod")
+        with pytest.raises(RegistryError, match="unknown containerID: pod"):
+            office.registry.unregister("pod", ME)
+        agent.say(READY)
+    assert office.registry.get("pod", ME) is results[0]
+
+
+def test_of_many_hellos_for_one_id_one_wins_and_the_others_dial_nothing(office: Office) -> None:
+    agents = [office.agent() for _ in range(8)]
+    barrier = threading.Barrier(8)
+    winners: list[FakeVm] = []
+    refusals: list[str] = []
+
+    def register(agent: FakeVm) -> None:
+        barrier.wait(WAIT)
+        try:
+            office.registry.register(hello("pod", agent), ME)
+        except RegistryError as error:
+            refusals.append(str(error))
+        else:
+            winners.append(agent)
+
+    def answer() -> None:
+        wait_until(lambda: any(not is_silent(agent.listeners[1]) for agent in agents), "one is dialled")
+        (chosen,) = (agent for agent in agents if not is_silent(agent.listeners[1]))
+        chosen.accept()
+        chosen.say(READY)
+
+    with ExitStack() as stack:
+        for agent in agents:
+            stack.enter_context(in_background(partial(register, agent)))
+        stack.enter_context(in_background(answer))
+    (winner,) = winners
+    assert refusals == ["pod: container already registered"] * 7
+    assert all(agent.was_not_dialled() for agent in agents if agent is not winner)
+    assert len(office.registry.vms()) == 1
+
+
+def test_failed_hello_frees_the_id(office: Office) -> None:
+    agent = office.agent()
+    agent.ctl_path.unlink()
+    for _ in range(LIMIT + 2):
+        with pytest.raises(VmError):
+            office.registry.register(hello("pod", agent), ME)
+        assert office.registry.vms() == []
+    office.register("pod")
+
+
+def test_hello_that_fails_in_a_way_nobody_expects_frees_the_id(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("nobody expects it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Dialer, "connect", fail)
+        with pytest.raises(KeyError):
+            office.registry.register(hello("pod", office.agent()), ME)
+    assert office.registry.vms() == []
+    office.register("pod")
+
+
+@pytest.mark.parametrize("full", ["_vms", "_by_id"])
+def test_hello_that_there_is_no_memory_for_leaves_nothing(
+    office: Office, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    class Vms(set[Vm]):
+        def add(self, _vm: Vm) -> None:
+            raise MemoryError
+
+    class ById(dict[str, Vm]):
+        def __setitem__(self, _name: str, _vm: Vm) -> None:
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(office.registry, full, {"_vms": Vms, "_by_id": ById}[full]())
+        with pytest.raises(MemoryError):
+            office.registry.register(hello("pod", office.agent()), ME)
+    assert office.registry.vms() == []
+    assert office.registry.shares.users() == []
+    office.register("pod")
+
+
+def test_who_fails_often_takes_the_place_of_nobody_elses_failures(office: Office) -> None:
+    registry, trouble = office.registry, Trouble("x", 0.0)
+    with registry._lock:
+        for number in range(3):
+            registry._keep(FailedVm(f"bobs{number}", 2, trouble))
+        for number in range(100):
+            registry._keep(FailedVm(f"alices{number}", 1, trouble))
+    ids = [failed.container_id for failed in registry.failed(ME)]
+    assert len(ids) == 32
+    assert ids[:2] == ["alices99", "alices98"]
+    assert ids[-3:] == ["bobs2", "bobs1", "bobs0"]
+
+
+def test_no_more_vms_than_the_settings_allow_the_lingering_ones_included(office: Office) -> None:
+    agents = [office.register(f"pod{number}")[1] for number in range(LIMIT)]
+    office.registry.unregister("pod0", ME)
+    late = office.agent()
+    for name in ("pod0", "late"):
+        with pytest.raises(LimitReached, match=f"the limit of {LIMIT} VMs is reached"):
+            office.registry.register(hello(name, late), ME)
+        assert not office.knows(name)
+    assert late.was_not_dialled()
+    agents[0].hang_up()
+    wait_until(lambda: len(office.registry.vms()) < LIMIT, "it has ended")
+    office.register("late", late)
+
+
+def test_id_is_used_again_while_the_old_vm_lingers(office: Office) -> None:
+    old, old_agent = office.register("pod")
+    base, client = old.open_session(1, new_share())
+    with client:
+        client.settimeout(WAIT)
+        office.registry.unregister("pod", ME)
+        new, new_agent = office.register("pod")
+        assert office.registry.get("pod", ME) is new
+        assert set(office.registry.vms()) == {old, new}
+        old_agent.send_frame(base, b"still delivered")
+        assert client.recv(100) == frame(base, b"still delivered")
+        old_agent.hang_up()
+        assert at_end(client)
+    wait_until(lambda: office.registry.vms() == [new], "the old one has ended")
+    assert office.registry.get("pod", ME) is new, "which does not free the id of the new one"
+    assert is_silent(new_agent.ctl)
+
+
+@pytest.mark.parametrize("channel", ["ctl", "io"])
+def test_lost_vm_frees_its_id(office: Office, channel: str) -> None:
+    vm, agent = office.register("pod")
+    getattr(agent, channel).close()
+    wait_until(lambda: not office.knows("pod"), "the id is free")
+    office.register("pod")
+    wait_until(lambda: vm not in office.registry.vms(), "it has ended")
+
+
+def test_vm_that_is_lost_as_it_comes_up_stays_unregistered(
+    office: Office, monkeypatch: pytest.MonkeyPatch, logged: Logged
+) -> None:
+    """Whatever order its moves are told in."""
+    real = Registry._note_change
+    told: list[State] = []
+
+    def note_late(registry: Registry, vm: Vm, state: State) -> None:
+        if state is State.UP:
+            vm.lose("right away")
+            assert vm.join(WAIT)
+        told.append(state)
+        real(registry, vm, state)
+
+    monkeypatch.setattr(Registry, "_note_change", note_late)
+    office.registry = Registry(LiveSettings(Settings()))
+    vm, _ = office.register("pod")
+    assert vm.state is State.ENDED
+    assert told == [State.LOST, State.ENDED, State.UP]
+    assert not office.knows("pod")
+    assert office.registry.vms() == []
+    assert "VM registered" not in logged.at(0)
+
+
+def test_vm_that_ends_before_all_know_that_it_leaves_is_counted_once(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Registry._note_change
+
+    def note_late(registry: Registry, vm: Vm, state: State) -> None:
+        if state is State.LEAVING:
+            vm.abort()
+            assert vm.join(WAIT)
+        real(registry, vm, state)
+
+    monkeypatch.setattr(Registry, "_note_change", note_late)
+    office.registry = Registry(LiveSettings(Settings()))
+    vm, _ = office.register("pod")
+    office.registry.unregister("pod", ME)
+    assert vm.state is State.ENDED
+    assert office.registry.shares.used(ME.uid, "vms") == 0
+
+
+def test_hello_and_bye_from_many_threads(office: Office) -> None:
+    def live(name: str) -> None:
+        for _ in range(15):
+            vm, agent = office.register(name)
+            assert office.registry.get(name, ME) is vm
+            office.registry.unregister(name, ME)
+            agent.hang_up()
+            assert vm.join(WAIT)
+            wait_until(lambda vm=vm: vm not in office.registry.vms(), "it has ended")  # type: ignore[misc]
+
+    with ExitStack() as stack:
+        for name in ("one", "two", "three"):
+            stack.enter_context(in_background(partial(live, name)))
+    assert office.registry.vms() == []

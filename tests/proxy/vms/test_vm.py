@@ -1,0 +1,671 @@
+"""One VM's life: its states, its end in each of them, and what a hello that fails leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import os
+import resource
+import select
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from cc_proxy.api.payloads import Hello
+from cc_proxy.hyperstart.codes import Code
+from cc_proxy.linux.credentials import ROOT, call_as
+from cc_proxy.linux.fds import may_hold_fds
+from cc_proxy.log.levels import CONSOLE, logger
+from cc_proxy.proxy.streams.pump import Pump
+from cc_proxy.proxy.streams.spool import SpoolSpace
+from cc_proxy.proxy.users import Share
+from cc_proxy.proxy.vms import vm as vm_module
+from cc_proxy.proxy.vms.vm import State, Vm, VmError
+from cc_proxy.settings import Limits, LiveSettings, Settings
+from cc_proxy.settings import Stdin as StdinSettings
+from cc_proxy.settings import Vm as VmSettings
+from tests.proxy.conftest import Logged
+from tests.proxy.support import DIALER, new_share, open_fds, pair
+from tests.users import ALICE, needs_root
+from tests.wire.support import (
+    ACK,
+    ASYNC_EVENT,
+    ERROR,
+    PING,
+    READY,
+    WAIT,
+    FakeVm,
+    at_end,
+    command,
+    frame,
+    in_background,
+    is_silent,
+    wait_until,
+)
+
+SETTINGS = Settings(
+    vm=VmSettings(ready_timeout=60, ready_ping_after=50, command_timeout=60, bye_linger=3_600),
+    stdin=StdinSettings(window=0),
+)
+
+
+class Life:
+    """A VM, the agent behind it, and the states it has been in."""
+
+    def __init__(self, directory: Path, space: SpoolSpace, settings: Settings = SETTINGS) -> None:
+        self.agent = FakeVm(directory, "vm")
+        self.states: list[State] = []
+        self.vm = Vm("pod", ROOT, LiveSettings(settings), space, lambda vm, state: self.states.append(state))
+        self.hello = Hello("pod", str(self.agent.ctl_path), str(self.agent.io_path))
+        self._clients: list[socket.socket] = []
+
+    def start(self) -> None:
+        """Up and running."""
+        with in_background(self.say_ready):
+            self.vm.start(self.hello, DIALER)
+
+    def take_command(self) -> None:
+        self.agent.acknowledge()
+
+    def say_ready(self) -> None:
+        self.agent.accept()
+        self.agent.say(READY)
+
+    def open(self, streams: int = 1) -> tuple[int, socket.socket]:
+        base, client = self.vm.open_session(streams, new_share())
+        client.settimeout(WAIT)
+        self._clients.append(client)
+        return base, client
+
+    def wait_for(self, state: State) -> None:
+        wait_until(lambda: self.vm.state is state, str(state))
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()
+        self.agent.close()
+        self.vm.abort()
+        if State.UP in self.states:
+            assert self.vm.join(WAIT)
+
+
+FD_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+@pytest.fixture
+def keeps_fd_limit() -> Iterator[None]:
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, FD_LIMIT)
+
+
+@pytest.fixture
+def life(tmp_sock_dir: Path, space: SpoolSpace) -> Iterator[Life]:
+    life = Life(tmp_sock_dir, space)
+    yield life
+    life.close()
+
+
+@pytest.fixture
+def hasty_life(tmp_sock_dir: Path, space: SpoolSpace) -> Iterator[Life]:
+    limits = VmSettings(ready_timeout=0.1, ready_ping_after=0.05, command_timeout=0.05, bye_linger=0.05)
+    life = Life(tmp_sock_dir, space, msgspec.structs.replace(SETTINGS, vm=limits))
+    yield life
+    life.close()
+
+
+@pytest.mark.parametrize("sent", [True, False])
+def test_end_of_a_vm_that_has_refused_to_power_off_is_not_what_was_asked_for(
+    hasty_life: Life, logged: Logged, sent: bool
+) -> None:
+    life = hasty_life
+    life.start()
+
+    def refuse() -> None:
+        life.agent.read_command()
+        life.agent.say(ERROR)
+
+    if sent:
+        with in_background(refuse), pytest.raises(VmError, match="ERROR"):
+            life.vm.command(Code.DESTROY_POD, b"")
+    else:
+        control = life.vm.control
+        assert control
+        with control._turn, pytest.raises(VmError, match="another command was in the way"):
+            life.vm.command(Code.DESTROY_POD, b"")
+    life.agent.close()
+    life.wait_for(State.ENDED)
+    assert life.vm.failed
+    assert "VM lost" in logged.at(logging.WARNING)
+
+
+def test_session_that_there_is_no_memory_for_leaves_nothing(
+    life: Life, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    life.start()
+    share = new_share()
+    before = open_fds()
+
+    def fail(*_: object) -> bool:
+        raise MemoryError
+
+    monkeypatch.setattr(Pump, "add", fail)
+    with pytest.raises(MemoryError):
+        life.vm.open_session(1, share)
+    assert open_fds() == before
+    assert share._shares.used(share.uid, "sessions") == 0
+
+
+def test_events_are_paid_for(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    spent: list[float] = []
+
+    def spend(_share: Share, seconds: float, _stretch: float) -> None:
+        spent.append(seconds)
+
+    monkeypatch.setattr(Share, "spend", spend)
+    life.start()
+    for _ in range(3):
+        life.agent.say(ASYNC_EVENT, b"{}")
+    with in_background(life.take_command):
+        life.vm.command(Code.PING, b"{}")
+    reads = len(spent)
+    assert sum(spent) == pytest.approx((4 + reads) * vm_module._EVENT), "READY is one, too"
+
+
+# States ---------------------------------------------------------------------------------------------------
+
+LEGAL = {
+    (State.STARTING, State.UP),
+    (State.STARTING, State.LOST),
+    (State.STARTING, State.ENDED),
+    (State.UP, State.LEAVING),
+    (State.UP, State.LOST),
+    (State.UP, State.ENDED),
+    (State.LEAVING, State.LOST),
+    (State.LEAVING, State.ENDED),
+    (State.LOST, State.ENDED),
+}
+
+
+@pytest.mark.parametrize("at", list(State))
+def test_moves(space: SpoolSpace, at: State) -> None:
+    """An illegal move changes nothing and tells nobody."""
+    for to in State:
+        told: list[State] = []
+        vm = Vm("pod", ROOT, LiveSettings(SETTINGS), space, lambda vm, state, told=told: told.append(state))  # type: ignore[misc]
+        vm._state = at
+        legal = (at, to) in LEGAL
+        assert vm._move(to) == legal
+        assert vm.state is (to if legal else at)
+        assert told == [to] * legal
+
+
+def test_nothing_is_locked_while_it_tells(space: SpoolSpace) -> None:
+    locked: list[bool] = []
+    vm = Vm("pod", ROOT, LiveSettings(SETTINGS), space, lambda vm, state: locked.append(vm._lock.locked()))
+    vm._move(State.UP)
+    vm.lose("for a reason")
+    assert locked == [False, False]
+
+
+def test_of_many_threads_that_move_it_one_does(space: SpoolSpace) -> None:
+    for _ in range(50):
+        told: list[State] = []
+        vm = Vm("pod", ROOT, LiveSettings(SETTINGS), space, lambda vm, state, told=told: told.append(state))  # type: ignore[misc]
+        vm._state = State.UP
+        barrier = threading.Barrier(4)
+
+        def lose(vm: Vm = vm, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait(WAIT)
+            vm.lose("for a reason")
+
+        with ExitStack() as stack:
+            for _ in range(4):
+                stack.enter_context(in_background(lose))
+        assert told == [State.LOST]
+
+
+def test_from_hello_to_the_end(life: Life) -> None:
+    life.start()
+    assert life.states == [State.UP]
+    assert life.vm.leave()
+    assert not life.vm.leave()
+    assert life.states == [State.UP, State.LEAVING]
+    with in_background(life.take_command):
+        life.vm.command(Code.PING, b"")
+    base, client = life.open()
+    life.agent.send_frame(base, b"still delivered")
+    assert client.recv(100) == frame(base, b"still delivered")
+    life.agent.hang_up()
+    assert at_end(client)
+    life.wait_for(State.ENDED)
+    assert life.states[:2] == [State.UP, State.LEAVING]
+    assert life.states[-1] is State.ENDED
+    assert len(set(life.states)) == len(life.states)
+
+
+def test_linger_ends_it(hasty_life: Life) -> None:
+    hasty_life.start()
+    _, client = hasty_life.open()
+    hasty_life.vm.leave()
+    assert at_end(client)
+    assert hasty_life.agent.is_hung_up()
+    hasty_life.wait_for(State.ENDED)
+    assert hasty_life.states == [State.UP, State.LEAVING, State.LOST, State.ENDED]
+
+
+@pytest.mark.parametrize("say_bye", [False, True])
+@pytest.mark.parametrize("power_off", [False, True])
+def test_losing_it_is_told_once_and_as_loudly_as_it_is_unexpected(
+    life: Life, logged: Logged, say_bye: bool, power_off: bool
+) -> None:
+    life.start()
+    if power_off:
+        with in_background(life.take_command):
+            life.vm.command(Code.DESTROY_POD, b"")
+    if say_bye:
+        life.vm.leave()
+    for cause in ("the first cause", "another"):
+        life.vm.lose(cause)
+    assert life.agent.is_hung_up()
+    life.wait_for(State.ENDED)
+    life.vm.lose("much later")
+    expected = say_bye or power_off
+    said = {"vm": "pod", "reason" if expected else "error": "the first cause"}
+    assert logged.fields("VM gone" if expected else "VM lost") == [said]
+    assert bool(logged.at(logging.WARNING)) != (say_bye or power_off)
+    with pytest.raises(VmError, match="VM gone: the first cause"):
+        life.vm.command(Code.PING, b"")
+    with pytest.raises(VmError, match="VM gone: the first cause"):
+        life.vm.open_session(1, new_share())
+
+
+def test_lost_as_it_starts(life: Life) -> None:
+    """Between READY and the moment it is up."""
+    pump_start = Pump.start
+
+    def start_and_lose(pump: Pump) -> None:
+        pump_start(pump)
+        life.vm.lose("right away")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pump, "start", start_and_lose)
+        with pytest.raises(VmError, match="VM gone: right away"):
+            life.start()
+    life.wait_for(State.ENDED)
+    assert State.UP not in life.states
+    assert life.agent.is_hung_up()
+
+
+def test_ended_as_it_starts(life: Life) -> None:
+    pump_start = Pump.start
+
+    def start_and_end(pump: Pump) -> None:
+        pump_start(pump)
+        life.agent.hang_up()
+        assert pump.join(WAIT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pump, "start", start_and_end)
+        with pytest.raises(VmError, match="VM gone: the VM hung up its"):
+            life.start()
+    assert life.vm.state is State.ENDED
+
+
+# Hello that fails -----------------------------------------------------------------------------------------
+
+
+def hang_up_control(life: Life) -> None:
+    life.agent.accept()
+    life.agent.ctl.close()
+
+
+def hang_up_io(life: Life) -> None:
+    life.agent.accept()
+    life.agent.io.close()
+
+
+def talk_nonsense(life: Life) -> None:
+    life.agent.accept()
+    life.agent.ctl.sendall(command(READY, length=3))
+
+
+def no_control_socket(life: Life) -> None:
+    life.agent.ctl_path.unlink()
+
+
+def no_io_socket(life: Life) -> None:
+    life.agent.io_path.unlink()
+
+
+def not_listening(life: Life) -> None:
+    life.agent.listeners[1].close()
+
+
+def no_answer(life: Life) -> None:
+    life.agent.accept()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "cause"),
+    [
+        (hang_up_control, "the VM hung up its control channel"),
+        (hang_up_io, "the VM hung up its I/O channel"),
+        (talk_nonsense, "control channel: ready with a total length of 3"),
+        (no_control_socket, "ctlSerial: cannot connect to .*: No such file or directory"),
+        (no_io_socket, "ioSerial: cannot connect to .*: No such file or directory"),
+        (not_listening, "ioSerial: cannot connect to .*: Connection refused"),
+        (no_answer, r"no READY from the VM in 0\.1 s"),
+    ],
+)
+def test_hello_that_fails_leaves_nothing_open(
+    hasty_life: Life, trouble: Callable[[Life], None], cause: str
+) -> None:
+    threads = threading.active_count()
+    with ExitStack() as stack:
+        if trouble in {no_control_socket, no_io_socket, not_listening}:
+            trouble(hasty_life)
+        else:
+            stack.enter_context(in_background(lambda: trouble(hasty_life)))
+        with pytest.raises(VmError, match=cause):
+            hasty_life.vm.start(hasty_life.hello, DIALER)
+    assert hasty_life.vm.state is State.ENDED
+    assert hasty_life.states == [State.ENDED]
+    assert threading.active_count() == threads
+
+
+def no_fd(*_: object, **__: object) -> int:
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+class OneIn:
+    """Lets so many calls pass before it fails as if there were no fds."""
+
+    def __init__(self, real: Callable[..., object], passes: int) -> None:
+        self._real = real
+        self._passes = passes
+
+    def __call__(self, *args: object) -> object:
+        self._passes -= 1
+        return no_fd() if self._passes < 0 else self._real(*args)
+
+
+@pytest.mark.parametrize("step", ["epoll 1", "epoll 2", "epoll 3", "eventfd", "thread"])
+def test_hello_without_resources_leaves_nothing_open_for_the_garbage_collector(
+    life: Life, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Short of fds, the daemon cannot wait until somebody collects those it has forgotten."""
+
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def hello() -> None:
+        with monkeypatch.context() as patch:
+            if step == "eventfd":
+                patch.setattr(os, "eventfd", no_fd)
+            elif step == "thread":
+                patch.setattr(Pump, "start", start_without_thread)
+            else:
+                patch.setattr(select, "epoll", OneIn(select.epoll, int(step[-1]) - 1))
+            try:
+                life.vm.start(life.hello, DIALER)
+            except VmError as error:  # pytest.raises would keep what it refers to
+                causes.append(str(error))
+
+    causes: list[str] = []
+    pump_start = Pump.start
+
+    def start_without_thread(pump: Pump) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_thread)
+            pump_start(pump)
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = set(open_fds())
+        with ExitStack() as stack:
+            if step != "epoll 1":  # by then the I/O channel is not even dialled
+                stack.enter_context(in_background(life.say_ready))
+            hello()
+        life.agent.hang_up()
+        assert [target for fd, target in open_fds().items() if fd not in before] == []
+    finally:
+        gc.enable()
+        gc.collect()
+    (cause,) = causes
+    assert cause.startswith("the daemon is short of resources: ")
+    assert life.vm.state is State.ENDED
+
+
+def test_console_that_was_open_is_closed_when_hello_fails(
+    life: Life, monkeypatch: pytest.MonkeyPatch, logged: Logged
+) -> None:
+    logger.setLevel(CONSOLE)
+    monkeypatch.setattr(os, "eventfd", no_fd)
+    hello = msgspec.structs.replace(life.hello, console=str(life.agent.ctl_path.with_suffix(".console")))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(hello.console)
+        listener.listen()
+        listener.settimeout(WAIT)
+        life.hello = hello
+        with pytest.raises(VmError, match="short of resources"):
+            life.start()
+        console, _ = listener.accept()
+        with console:
+            assert at_end(console)
+    gc.collect()
+
+
+# Commands and sessions ------------------------------------------------------------------------------------
+
+
+def test_answers(life: Life) -> None:
+    life.start()
+
+    def answer() -> None:
+        life.agent.acknowledge(b"content")
+        life.agent.read_command()
+        life.agent.say(ERROR)
+        life.agent.read_command()
+        life.agent.say(ERROR, b"what went wrong \xff")
+
+    with in_background(answer):
+        assert life.vm.command(Code.READ_FILE, b"{}").payload == b"content"
+        with pytest.raises(VmError, match=r"^ERROR received from Hyperstart$"):
+            life.vm.command(Code.PING, b"")
+        with pytest.raises(VmError, match=r"^ERROR received from Hyperstart: what went wrong \ufffd$"):
+            life.vm.command(Code.PING, b"")
+
+
+def test_command_that_is_too_long_is_not_sent(life: Life) -> None:
+    life.start()
+    with pytest.raises(VmError, match="message too long 10241"):
+        life.vm.command(Code.PING, bytes(10_233))
+    assert is_silent(life.agent.ctl)
+
+
+def test_command_without_an_answer(hasty_life: Life) -> None:
+    hasty_life.start()
+    with pytest.raises(VmError, match=r"no answer from the VM in 0\.05 s"):
+        hasty_life.vm.command(Code.PING, b"")
+    assert hasty_life.vm.state is State.UP
+    assert hasty_life.agent.read_command().code == PING
+    hasty_life.agent.say(ACK)
+
+
+@pytest.mark.parametrize("how", ["hangs up", "hangs up its I/O channel", "talks nonsense"])
+def test_command_in_flight_when_it_is_lost(life: Life, how: str) -> None:
+    life.start()
+
+    def die() -> None:
+        life.agent.read_command()
+        if how == "talks nonsense":
+            life.agent.ctl.sendall(command(ACK, length=3))
+        else:
+            (life.agent.ctl if how == "hangs up" else life.agent.io).close()
+
+    with (
+        in_background(die),
+        pytest.raises(VmError, match=r"VM gone: (the VM hung up its|control channel: ack)"),
+    ):
+        life.vm.command(Code.PING, b"")
+    assert State.LOST in life.states, "whoever finds out says so"
+    life.wait_for(State.ENDED)
+
+
+def test_it_takes_neither_commands_nor_sessions_before_it_is_up(space: SpoolSpace) -> None:
+    vm = Vm("pod", ROOT, LiveSettings(SETTINGS), space, lambda vm, state: None)
+    with pytest.raises(VmError, match="VM gone"):
+        vm.command(Code.PING, b"")
+    with pytest.raises(VmError, match="VM gone"):
+        vm.open_session(1, new_share())
+    vm.leave()
+    vm.stop()
+    vm.abort()
+    assert vm.join(0)
+    assert vm.state is State.STARTING
+
+
+def test_seqs_are_counted_by_many_threads(life: Life) -> None:
+    life.start()
+    bases: list[tuple[int, int]] = []
+
+    def open_some() -> None:
+        for streams in (1, 2, 2, 1, 2):
+            base, client = life.vm.open_session(streams, new_share())
+            client.close()
+            bases.append((base, streams))
+
+    with ExitStack() as stack:
+        for _ in range(6):
+            stack.enter_context(in_background(open_some))
+    seqs = [seq for base, streams in bases for seq in range(base, base + streams)]
+    assert sorted(seqs) == list(range(1, 6 * 8 + 1))
+
+
+def test_session_without_resources_uses_no_seq_and_no_fd(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    life.start()
+    before = set(open_fds())
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "socketpair", no_fd)
+        with pytest.raises(VmError, match="the daemon is short of resources: Too many open files"):
+            life.vm.open_session(2, new_share())
+    assert set(open_fds()) == before
+    assert life.open()[0] == 1
+
+
+def test_session_that_cannot_be_made_leaves_nothing(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    life.start()
+    share, before = new_share(Limits(sessions=1)), set(open_fds())
+    with monkeypatch.context() as patch:
+        patch.setattr(vm_module, "Session", no_fd)
+        with pytest.raises(OSError, match="Too many open files"):
+            life.vm.open_session(2, share)
+    assert set(open_fds()) == before
+    with share.taken("sessions"):
+        pass
+
+
+def test_client_cannot_pass_fds_over_its_session(life: Life) -> None:
+    life.start()
+    _, stream = life.open()
+    ours, theirs = vm_module._session_pair()
+    with ours, theirs:
+        if may_hold_fds(ours):
+            pytest.skip("needs Linux 6.16")
+        assert may_hold_fds(theirs), "that end is the client's own business"
+    with pytest.raises(PermissionError):
+        socket.send_fds(stream, [b"x"], [0])
+
+
+@needs_root
+def test_session_whose_fd_could_not_be_passed_is_refused(life: Life, keeps_fd_limit: None) -> None:
+    """The kernel counts what was passed and not received; who has CAP_SYS_RESOURCE may pass more."""
+    life.start()
+    share, (near, far) = new_share(), pair()
+    with near, far:
+        socket.send_fds(near, [b"x"], [0] * 250)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, FD_LIMIT[1]))
+        before = set(open_fds())
+        with pytest.raises(VmError, match="the daemon is short of resources: Too many references"):
+            call_as(ALICE, lambda: life.vm.open_session(1, share))
+        assert set(open_fds()) == before
+    assert life.open()[0] == 1
+
+
+def test_session_that_comes_too_late_is_refused_and_closed(
+    life: Life, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pump ends between the look at the state and the moment it would take the session over."""
+    life.start()
+    before = set(open_fds())
+    monkeypatch.setattr(Pump, "add", lambda pump, session: False)
+    with pytest.raises(VmError, match="VM gone: it was unregistered"):
+        life.vm.open_session(2, new_share())
+    assert set(open_fds()) == before
+
+
+def test_stdin_is_paced_as_the_settings_say(tmp_sock_dir: Path, space: SpoolSpace) -> None:
+    for window in (0, 64):
+        directory = tmp_sock_dir / str(window)
+        directory.mkdir()
+        life = Life(directory, space, msgspec.structs.replace(SETTINGS, stdin=StdinSettings(window=window)))
+        life.start()
+        base, client = life.open()
+        client.sendall(frame(base, bytes(100)))
+        size = 0
+        while size < (window - 12 if window else 100):
+            size += len(life.agent.read_frame().payload)
+        assert size == (window - 12 if window else 100), "a window holds the frame's header too"
+        life.close()
+
+
+def test_stop_before_it_is_up_ends_hello(life: Life) -> None:
+    def stop() -> None:
+        life.agent.accept()
+        wait_until(lambda: life.vm._control is not None, "it waits for READY")
+        life.vm.stop()
+
+    with in_background(stop), pytest.raises(VmError, match="the daemon stops"):
+        life.vm.start(life.hello, DIALER)
+    assert life.vm.state is State.ENDED
+
+
+def test_stop_just_before_its_pump_runs(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon stops while a hello is on its way: what it asks of the VM is no error at any moment."""
+    pump_start = Pump.start
+    outcomes: list[bool | RuntimeError] = []
+
+    def stop_and_start(pump: Pump) -> None:
+        life.vm.stop()
+        try:
+            outcomes.append(life.vm.join(0))
+        except RuntimeError as error:
+            outcomes.append(error)
+        pump_start(pump)
+
+    monkeypatch.setattr(Pump, "start", stop_and_start)
+    with suppress(VmError):
+        life.start()
+    assert outcomes == [False]
+    life.wait_for(State.ENDED)
+    assert life.agent.is_hung_up()
+
+
+def test_stop_and_abort(life: Life) -> None:
+    life.start()
+    base, client = life.open()
+    life.agent.send_frame(base, b"the rest")
+    life.vm.stop()
+    assert life.vm.join(WAIT)
+    assert client.recv(100) == frame(base, b"the rest")
+    assert at_end(client)
+    life.vm.abort()
+    life.vm.stop()
+    assert life.states == [State.UP, State.LOST, State.ENDED]
