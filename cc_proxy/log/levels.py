@@ -20,8 +20,8 @@ LEVELS: dict[LogLevel, int] = {
     "console": CONSOLE,
 }
 
-#: The levels of `-v`.
-VERBOSE: dict[int, LogLevel] = {1: "debug", 2: "io", 3: "console"}
+#: The levels of `-v`, which the environment may give by number too.
+VERBOSE: dict[int, LogLevel] = {0: "info", 1: "debug", 2: "io", 3: "console"}
 
 #: What a LogRecord has of its own: everything else in one is a field.
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}

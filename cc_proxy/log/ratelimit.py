@@ -3,7 +3,9 @@
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+
+from cc_proxy.tokens import TokenBucket
 
 #: Events of one kind that are all logged, and how many more in each second from then on.
 BURST = 100
@@ -20,7 +22,7 @@ class RateLimit(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.Lock()  # guards all that follows; nothing else is locked while it is held
-        self._left: dict[tuple[int, str], tuple[float, float]] = {}  # events that may come, and since when
+        self._buckets: defaultdict[tuple[int, str], TokenBucket] = defaultdict(lambda: TokenBucket(BURST))
         self._suppressed: Counter[tuple[int, str]] = Counter()
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -29,11 +31,11 @@ class RateLimit(logging.Filter):
             return True
         kind, now = (record.levelno, str(record.msg)), time.monotonic()
         with self._lock:
-            left, since = self._left.get(kind, (BURST, now))
-            left = min(BURST, left + (now - since) * PER_SECOND)
-            passes = left >= 1
-            self._left[kind] = (left - passes, now)
-            if not passes:
+            bucket = self._buckets[kind]
+            passes = bucket.has(1, PER_SECOND, now)
+            if passes:
+                bucket.take(1, PER_SECOND, now)
+            else:
                 self._suppressed[kind] += 1
         return passes
 

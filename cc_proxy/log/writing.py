@@ -10,12 +10,12 @@ import contextlib
 import io
 import json
 import logging
-import logging.handlers
 import os
-import queue
 import sys
 import time
-from typing import TextIO
+from collections.abc import Callable
+from functools import partial
+from typing import TextIO, cast
 
 from cc_proxy.log import faults, journal
 from cc_proxy.log.levels import (
@@ -30,22 +30,15 @@ from cc_proxy.log.levels import (
 )
 from cc_proxy.log.printable import printable_json, printable_lines
 from cc_proxy.log.ratelimit import RateLimit
+from cc_proxy.log.waiting import Listener, Waiting, Writer
 
 try:
     from pythonjsonlogger.json import JsonFormatter
 except ImportError:  # where it was until 3.1, which is what Debian 12 has
     from pythonjsonlogger.jsonlogger import JsonFormatter  # type: ignore[attr-defined,no-redef,unused-ignore]
 
-#: Lines that may wait to be written; those that come on top are dropped and counted.
-_MOST_WAITING = 4_096
-#: Seconds that the last lines get to be written.
-_LAST_LINES = 1.0
 #: Seconds between two reports of what was suppressed.
 _REPORT_INTERVAL = 30.0
-#: Longest line, in characters: the journal splits those over 48 KiB. In longer ones values are cut.
-_LONGEST_LINE = 32_768
-_LONGEST_VALUE = 1_000
-_LONGEST_TRACE = 8_000
 
 
 class _Json(JsonFormatter):
@@ -58,10 +51,7 @@ class _Json(JsonFormatter):
         self._priority = priority
 
     def format(self, record: logging.LogRecord) -> str:
-        line = str(super().format(record))
-        if len(line) > _LONGEST_LINE:
-            line = str(super().format(_shortened(record)))
-        line = printable_json(line)  # all that json leaves as it is, and is not ASCII's, is DEL
+        line = printable_json(str(super().format(record)))  # json leaves nothing but DEL to spell out
         return f"<{priority_of(record.levelno)}>{line}" if self._priority else line
 
 
@@ -78,42 +68,9 @@ class _Text(logging.Formatter):
         line = printable_json(" ".join(parts))
         if stack:  # one line of it all would be read by nobody
             line += "\n" + printable_lines(str(stack).rstrip("\n"))
-        if record.exc_info:
-            line += "\n" + printable_lines(self.formatException(record.exc_info))
+        if record.exc_text:
+            line += "\n" + printable_lines(record.exc_text)
         return line
-
-
-def _shortened(record: logging.LogRecord) -> logging.LogRecord:
-    """Return a record whose line is not too long, with as much as there is room for."""
-    short = logging.makeLogRecord(vars(record))
-    for name, value in fields_of(record).items():
-        text = json.dumps(value, default=str)
-        if len(text) > _LONGEST_VALUE:
-            setattr(short, name, text[:_LONGEST_VALUE] + "…")
-    if record.exc_info:
-        short.exc_info = None
-        short.exc_text = logging.Formatter().formatException(record.exc_info)[-_LONGEST_TRACE:]
-    return short
-
-
-class _Writer(logging.handlers.QueueHandler):
-    """Puts records into the queue; when that is full, counts them instead."""
-
-    def __init__(self, waiting: "queue.Queue[logging.LogRecord]") -> None:
-        super().__init__(waiting)
-        self._dropped = 0
-
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        try:
-            if self._dropped:
-                record.dropped_before = self._dropped
-            self.queue.put_nowait(record)
-            self._dropped = 0
-        except queue.Full:
-            self._dropped += 1
 
 
 class _Sink(logging.Handler):
@@ -140,8 +97,9 @@ class _Sink(logging.Handler):
         """Write what nobody expected of this record, if at least that can be written."""
         event = "log line failed"
         faults.count(event)
-        why = {"msg": event, "event": str(record.msg), "exc_info": sys.exc_info()}
         with contextlib.suppress(Exception):
+            trace = logging.Formatter().formatException(sys.exc_info())
+            why = {"msg": event, "event": str(record.msg), "exc_text": trace}
             self._write(logging.makeLogRecord(why | {"levelno": logging.ERROR, "levelname": "ERROR"}))
 
     def _write(self, record: logging.LogRecord) -> None:
@@ -153,11 +111,19 @@ class _Stream(_Sink):
 
     def __init__(self, stream: TextIO, formatter: logging.Formatter) -> None:
         super().__init__(formatter)
-        self._stream = stream
+        self._output = _output_of(stream)
+        self._torn = False  # whether only part of a line was written
 
     def _write(self, record: logging.LogRecord) -> None:
-        self._stream.write(self.format(record) + "\n")
-        self._stream.flush()
+        # What comes after the half of a line is not to be lost with it.
+        line = ("\n" * self._torn + self.format(record) + "\n").encode()
+        left = memoryview(line)
+        try:
+            while left:
+                left = left[self._output(left) :]
+        finally:
+            if len(left) < len(line):
+                self._torn = bool(left)
 
 
 class _Journal(_Sink):
@@ -175,39 +141,19 @@ class _Journal(_Sink):
         super().close()
 
 
-class _Listener(logging.handlers.QueueListener):
-    """Ends when it has written what waits, if it can be written."""
-
-    def start(self) -> None:
-        super().start()
-        assert self._thread
-        self._thread.name = "log"
-
-    def finish(self) -> bool:
-        """Have it end; returns whether it has, in a second."""
-        thread = self._thread
-        try:
-            self.queue.put(self._sentinel, timeout=_LAST_LINES)  # type: ignore[attr-defined,unused-ignore]
-        except queue.Full:
-            return False
-        if thread:
-            thread.join(_LAST_LINES)
-        return not (thread and thread.is_alive())
-
-
 class Logging:
     """The process's log, from `start` to `stop`."""
 
     def __init__(self, level: LogLevel, form: LogFormat, stream: TextIO | None = None) -> None:
-        stream = stream or sys.stderr or io.StringIO()
+        stream = stream or sys.stderr or cast(TextIO, _Nowhere())
         for name, number in (("IO", IO), ("CONSOLE", CONSOLE)):
             logging.addLevelName(number, name)
-        waiting: queue.Queue[logging.LogRecord] = queue.Queue(_MOST_WAITING)
-        self._front = _Writer(waiting)
+        waiting = Waiting()
+        self._front = Writer(waiting)
         self._rate = RateLimit()
         self._front.addFilter(self._rate)
         self._sink = _sink(form, stream)
-        self._listener = _Listener(waiting, self._sink)
+        self._listener = Listener(waiting, self._sink)
         self._level = level
         self._reported_at = time.monotonic()
 
@@ -231,8 +177,7 @@ class Logging:
     def stop(self) -> bool:
         """Write what waits, and log no more.
 
-        Returns False if nobody takes it: then there is something in stderr that the interpreter must not try
-        to flush, and maybe a thread that waits to write it.
+        Returns False if nobody takes it: then there may be a thread that waits to write it.
         """
         self._report()
         logger.removeHandler(self._front)
@@ -245,6 +190,30 @@ class Logging:
         self._reported_at = time.monotonic()
         for (level, event), count in self._rate.take_suppressed().items():
             logger.log(level, "log lines suppressed", extra={"event": event, "count": count})
+
+
+class _Nowhere(io.TextIOBase):
+    """Where lines go if stderr is closed."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+def _output_of(stream: TextIO) -> Callable[[memoryview], int]:
+    """Return what writes bytes there, some of them at least, and says how many.
+
+    Past the stream's own buffer: that keeps what could not be written, and does not say how much was.
+    """
+    try:
+        return partial(os.write, stream.fileno())
+    except (OSError, ValueError):  # there is no file behind it
+        return partial(_write_text, stream)
+
+
+def _write_text(stream: TextIO, data: memoryview) -> int:
+    stream.write(str(data, "utf-8"))
+    stream.flush()
+    return len(data)
 
 
 def stderr_is_journal(stream: TextIO) -> bool:

@@ -8,15 +8,20 @@ import logging
 import os
 import pty
 import re
+import resource
+import sys
 import threading
+import tracemalloc
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TextIO, get_args
 
 import pytest
 
-from cc_proxy.log import writing as log_module
+from cc_proxy.log import waiting
 from cc_proxy.log.levels import (
     CONSOLE,
     IO,
@@ -156,7 +161,7 @@ def test_fields_are_what_was_given_and_nothing_else() -> None:
 def test_levels_are_those_of_the_settings() -> None:
     assert tuple(LEVELS) == get_args(LogLevel)
     assert sorted(LEVELS.values(), reverse=True) == list(LEVELS.values())
-    assert VERBOSE == {1: "debug", 2: "io", 3: "console"}
+    assert VERBOSE == {0: "info", 1: "debug", 2: "io", 3: "console"}
 
 
 @pytest.mark.parametrize("level", get_args(LogLevel))
@@ -275,7 +280,8 @@ class Stalled(io.StringIO):
 
 @pytest.fixture
 def short_queue(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(log_module, "_MOST_WAITING", 20)
+    """How many events fit that have a number and nothing else."""
+    monkeypatch.setattr(waiting, "_MOST_WAITING", 20 * waiting._EVENT_SIZE)
     return 20
 
 
@@ -324,6 +330,103 @@ def test_stop_while_the_queue_is_full_writes_all_that_waits(short_queue: int) ->
         wait_until(lambda: stream.getvalue().count("\n") > short_queue, "all that waited is written")
         if log._listener._thread is not None:
             log._listener.stop()
+
+
+def test_events_that_wait_are_bounded_in_bytes() -> None:
+    """A client's id may be a megabyte long, and is in the line that says what was refused."""
+    stream = Stalled()
+    log = Logging("debug", "json", stream)
+    log.start()
+    logger.info("the first")
+    assert stream.reached.wait(WAIT)
+    tracemalloc.start()
+    try:
+        for number in range(200):
+            logger.debug("refused", extra={"vm": f"{number}" + "x" * 1_000_000, "error": "y" * 1_000_000})
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 2_000_000
+    for _ in range(20_000):
+        logger.debug("event", extra={"list": ["z" * 100] * 10})
+    stream.goes_on.set()
+    assert log.stop()
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) < 4_000
+    assert 4_000_000 > len(stream.getvalue()) > 1_000_000
+
+
+def test_traceback_that_waits_keeps_nothing_alive() -> None:
+    class Big:
+        pass
+
+    def fail(big: Big) -> None:
+        raise ValueError
+
+    stream, big = Stalled(), Big()
+    gone = weakref.ref(big)
+    log = Logging("info", "json", stream)
+    log.start()
+    logger.info("the first")
+    assert stream.reached.wait(WAIT)
+    try:
+        fail(big)
+    except ValueError:
+        logger.exception("it failed")
+    del big
+    assert gone() is None
+    stream.goes_on.set()
+    assert log.stop()
+    assert "ValueError" in stream.getvalue()
+
+
+def test_closed_stderr_keeps_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    log = Logging("info", "auto")
+    log.start()
+    tracemalloc.start()
+    try:
+        for _ in range(40):
+            for number in range(100):
+                logger.log(logging.INFO, f"event {number}", extra={"text": "x" * 1_000})
+            wait_until(lambda: not log._listener._waiting.qsize(), "all is written")
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        assert log.stop()
+    assert held < 1_000_000
+
+
+def test_line_after_a_full_disk_is_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with path.open("w", encoding="utf-8") as stream:
+        log = Logging("info", "json", stream)
+        log.start()
+        logger.info("before")
+        wait_until(lambda: path.read_text().count("\n") == 1, "the first is written")
+        with disk_full_after(path.stat().st_size + 20):
+            logger.info("half of it is written")
+            wait_until(lambda: log._sink.lost == 1, "the disk is full")
+            logger.info("nothing of it is written")
+            wait_until(lambda: log._sink.lost == 2, "the disk is full")
+        logger.info("after")
+        assert log.stop()
+    first, half, last = path.read_text().splitlines()
+    assert json.loads(first)["message"] == "before"
+    assert len(half) == 20
+    assert json.loads(last)["message"] == "after"
+    assert json.loads(last)["lost_before"] == 2
+
+
+@contextmanager
+def disk_full_after(size: int) -> Iterator[None]:
+    """No file grows beyond that meanwhile, as if there were no room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_log_that_cannot_be_written_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:

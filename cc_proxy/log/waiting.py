@@ -1,0 +1,125 @@
+"""Events that wait to be written: their way from whoever logs to the thread that writes, bounded in bytes."""
+
+import json
+import logging
+import logging.handlers
+import queue
+import sys
+from typing import cast
+
+from cc_proxy.log.levels import fields_of
+
+#: Bytes that may wait to be written; events that come on top are dropped and counted.
+_MOST_WAITING = 4 * 1024 * 1024
+#: What an event takes besides the text in it, about.
+_EVENT_SIZE = 1_024
+#: Longest text in an event, and longest traceback, list or table, in characters. The journal splits lines
+#: over 48 KiB.
+_LONGEST_TEXT = 1_000
+_LONGEST_TRACE = 8_000
+#: Seconds that the last lines get to be written.
+_LAST_LINES = 1.0
+
+
+class Waiting(queue.Queue[tuple[int, logging.LogRecord | None]]):
+    """The events with their sizes; its own size is in bytes, and it is full when that reaches the limit."""
+
+    def __init__(self) -> None:
+        super().__init__(_MOST_WAITING)
+        self._size = 0
+
+    def _qsize(self) -> int:
+        return self._size
+
+    def _put(self, item: tuple[int, logging.LogRecord | None]) -> None:
+        super()._put(item)
+        self._size += item[0]
+
+    def _get(self) -> tuple[int, logging.LogRecord | None]:
+        item: tuple[int, logging.LogRecord | None] = super()._get()
+        self._size -= item[0]
+        return item
+
+
+class Writer(logging.handlers.QueueHandler):
+    """Puts events into the queue, none of them long; when that is full, counts them instead."""
+
+    def __init__(self, waiting: Waiting) -> None:
+        super().__init__(waiting)
+        self._dropped = 0
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        return record
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Have an event written. The handler's lock is held."""
+        try:
+            size = _shorten(record)
+            if self._dropped:
+                record.dropped_before = self._dropped
+            self.queue.put_nowait((size, record))
+            self._dropped = 0
+        except queue.Full:
+            self._dropped += 1
+
+
+class Listener(logging.handlers.QueueListener):
+    """Takes events out of the queue; ends when it has written what waits, if it can be written."""
+
+    def __init__(self, waiting: Waiting, handler: logging.Handler) -> None:
+        super().__init__(waiting, handler)
+        self._waiting = waiting
+
+    def start(self) -> None:
+        super().start()
+        assert self._thread
+        self._thread.name = "log"
+
+    def dequeue(self, block: bool) -> logging.LogRecord:
+        record = self._waiting.get(block)[1]
+        return cast(logging.LogRecord, record)  # None ends the listener
+
+    def enqueue_sentinel(self) -> None:
+        self._waiting.put_nowait((1, None))
+
+    def finish(self) -> bool:
+        """Have it end; returns whether it has, in a second."""
+        thread = self._thread
+        try:
+            self._waiting.put((1, None), timeout=_LAST_LINES)
+        except queue.Full:
+            return False
+        if thread:
+            thread.join(_LAST_LINES)
+        return not (thread and thread.is_alive())
+
+
+def _shorten(record: logging.LogRecord) -> int:
+    """Cut what is long in an event: a client may have chosen it. Returns how many bytes it takes, about."""
+    size = _EVENT_SIZE
+    for name, value in fields_of(record).items():
+        size += _shorten_field(record, name, value)
+    if record.exc_info:
+        # Now, since it refers to all that its functions had in hand.
+        trace = logging.Formatter().formatException(record.exc_info)
+        record.exc_info, record.exc_text = None, trace[-_LONGEST_TRACE:]
+        size += sys.getsizeof(record.exc_text)
+    return size
+
+
+def _shorten_field(record: logging.LogRecord, name: str, value: object) -> int:
+    if isinstance(value, int | float | None):
+        return 0
+    text = value if isinstance(value, str) else _spelled(value)
+    longest = _LONGEST_TEXT if isinstance(value, str) and name != "stack" else _LONGEST_TRACE
+    if len(text) > longest:
+        text = text[:longest] + "…"
+        setattr(record, name, text)
+    return sys.getsizeof(text)
+
+
+def _spelled(value: object) -> str:
+    try:
+        return json.dumps(value, default=str)
+    except Exception:  # whoever writes it finds out, and says so
+        return ""
