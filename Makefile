@@ -8,9 +8,14 @@ VENV := .venv
 READY := $(VENV)/.ready-$(subst /,-,$(PYTHON))
 TOX := $(VENV)/bin/tox
 TOOLS := $(VENV)/.tools
+# pyenv's interpreters are not in the PATH: what is there of them refuses to run unless it is told a version.
+PYENV_ROOT ?= $(HOME)/.pyenv
+pyenv_pythons = $(wildcard $(PYENV_ROOT)/versions/3.1[1-9].*/bin/python3)
+pyenv_names = $(shell echo '$(pyenv_pythons)' | grep -o '/3[.]1[1-9][.]' | sed 's,/3.\(..\).,py3\1,')
+discover = $(if $(pyenv_pythons),--discover $(pyenv_pythons))
 # Expanded only in recipes, when the venv is there. The venv's own Python may be newer than those listed.
 this_python = $(shell $(VENV)/bin/python -c 'import sys; print("py%d%d" % sys.version_info[:2])')
-pythons = $(sort py311 py312 py313 $(this_python))
+pythons = $(sort py311 py312 py313 $(this_python) $(pyenv_names))
 comma := ,
 space := $() $()
 
@@ -29,7 +34,12 @@ demo: $(READY) ## see the proxy at work, from the first connection to the last b
 .PHONY: test
 test: $(TOX) ## run every gate: lint, types, the tests on each Python there is, some fuzzing, wheel, package
 	@$(TOX) run-parallel -q --parallel auto \
-		-e $(subst $(space),$(comma),$(pythons)),package,systemd,fuzz,types,lint,wheel
+		-e $(subst $(space),$(comma),$(pythons)),package,systemd,fuzz,types,lint,wheel $(discover)
+
+.PHONY: unit
+unit: $(READY) ## run the tests of the pure parts and of single units; less than a minute
+	@$(VENV)/bin/python -m pytest -q tests/hyperstart tests/api tests/log tests/linux tests/cli tests/proxy \
+		$(addprefix tests/test_,access.py conf.py settings.py tokens.py)
 
 .PHONY: lint types coverage format
 lint: $(TOX) ## check style and likely bugs

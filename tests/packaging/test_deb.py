@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cc_proxy.api import DEFAULT_SOCKET, Client, Refused
+from tests.asking import asking
 from tests.packaging.box import Box
 from tests.packaging.conftest import ROOT, build
 from tests.packaging.contents import FILES, MAN_PAGES, UNITS, found, runs_a_process
@@ -144,6 +145,19 @@ def test_removed_and_purged(box: Box) -> None:
     ]
     assert [path for path in left if box.has(path)] == []
     assert "cc-proxy" not in box.output("systemctl", "list-unit-files")
+
+
+def test_clients_that_never_stop_asking_keep_no_daemon_that_was_removed(box: Box) -> None:
+    with asking(box.root / DEFAULT_SOCKET[1:]):
+        for package in ("cc-proxy", "newer", "cc-proxy"):  # again, an upgrade, a downgrade
+            box.run("dpkg", "--install", f"/srv/{package}.deb")
+            assert runs_a_process(box)
+        for how in ("--remove", "--purge"):
+            box.run("dpkg", "--install", "/srv/cc-proxy.deb")
+            box.run("dpkg", how, "cc-proxy")
+            assert "active" not in box.active(*UNITS)
+            assert box.run("pgrep", "-u", "cc-proxy", check=False).stdout == ""
+            assert not box.has(DEFAULT_SOCKET)
 
 
 # The journal, with native fields.

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cc_proxy.api import DEFAULT_SOCKET, Client
+import pytest
+
+from cc_proxy.api import DEFAULT_SOCKET, Client, Refused
 from tests.systemd.box import CHECKOUT, WAIT, Box
 
 UNITS = CHECKOUT / "packaging" / "systemd"
@@ -75,10 +77,10 @@ class Service:
         """Return one of a unit's properties."""
         return self.box.output("systemctl", "show", "--value", f"--property={name}", unit)
 
-    def wait_for(self, name: str, value: str) -> None:
-        """Wait until a property of the service has a value."""
+    def wait_for(self, name: str, value: str, unit: str = SERVICE) -> None:
+        """Wait until a property of a unit has a value."""
         deadline = time.monotonic() + WAIT
-        while (now := self.show(name)) != value:
+        while (now := self.show(name, unit)) != value:
             assert time.monotonic() < deadline, f"{name} is {now!r} and not {value!r}"
 
     def drop_in(self, text: str, unit: str = SERVICE) -> None:
@@ -94,6 +96,13 @@ class Service:
     def client(self) -> Client:
         """Connect as root."""
         return Client(self.socket_file, timeout=WAIT)
+
+    def is_whole(self) -> bool:
+        """Whether the daemon answers, and both units know that they belong together."""
+        with self.client() as client, pytest.raises(Refused):
+            client.attach("nobody")
+        self.wait_for("ActiveState", "active")
+        return self.show("SubState", SOCKET) == "running"
 
     def logged(self) -> list[dict[str, Any]]:
         """What the daemon has logged since the test began."""
@@ -121,8 +130,14 @@ class Service:
         for unit in self._changed:
             self.box.path(_DROP_IN.format(unit)).unlink()
         self.box.install(CHECKOUT / "conf" / "cc-proxy.toml", SETTINGS)
-        reload = "systemctl daemon-reload" if self._changed else ":"
-        self.box.run("sh", "-c", f"systemctl stop {SOCKET} {SERVICE}; {reload}; systemctl reset-failed")
+        # Stopped first: once its configuration is another, a socket unit forgets what it has open.
+        commands = [
+            f"stop {SOCKET} {SERVICE}",
+            f"unmask --runtime --quiet {SOCKET} {SERVICE}",
+            "reset-failed",
+        ]
+        commands[2:2] = ["daemon-reload"] if self._changed else []
+        self.box.run("sh", "-c", "; ".join(f"systemctl {command}" for command in commands))
 
     def _end_of_journal(self) -> str:
         shown = self.box.output("journalctl", "--lines=0", "--show-cursor", "--quiet")

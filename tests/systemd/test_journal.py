@@ -72,7 +72,7 @@ def test_a_client_cannot_fill_the_log(daemon: Service) -> None:
     with daemon.client() as client:
         for _ in range(BURST + 200):
             with pytest.raises(Refused):
-                client.hello("vm", "/run/no-such-vm", "/run/no-such-vm")
+                client.hello("vm", "no-such-vm", "no-such-vm")
     daemon.stop(SERVICE)
     events = [json.loads(entry["MESSAGE"]) for entry in daemon.logged()]
     count = sum(event["message"] == "VM not registered" for event in events)

@@ -16,8 +16,8 @@ QUICK = "[Service]\nWatchdogSec=1s\nLimitCORE=0\n"
 HANGS = """
 import sys, threading
 from cc_proxy.cli.daemon import main
-from cc_proxy.proxy.streams.pump import Pump
-Pump._add = lambda pump, session: threading.Event().wait()
+from cc_proxy.proxy.streams.channel import Channel
+Channel.add = lambda channel, session: threading.Event().wait()
 sys.exit(main([]))
 """
 
