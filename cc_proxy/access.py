@@ -3,7 +3,7 @@
 import grp
 import os
 import pwd
-from collections.abc import Callable
+from typing import Self
 
 import msgspec
 
@@ -13,39 +13,101 @@ from cc_proxy.linux.credentials import ROOT, Credentials
 OWN_GROUP = "@daemon"
 
 _HIGHEST_ID = 2**32 - 2
+_NOBODY = -1
 
 
-class UserId(int):
+class _Id(int):
+    """A number that settings give by name or number."""
+
+    #: The name, if nobody is known by it so far. Then the number is one that nobody has.
+    unknown = ""
+
+    @classmethod
+    def resolve(cls, given: object) -> Self:
+        """Return the number; may wait for a name service.
+
+        Raises `ValueError` for what can be no name and no number.
+        """
+        kind = cls._kind()
+        if isinstance(given, int) and not isinstance(given, bool):
+            if 0 <= given <= _HIGHEST_ID:
+                return cls(given)
+            raise ValueError(f"{given} is no {kind}'s number")
+        if not isinstance(given, str):
+            raise ValueError(f"expected a {kind}'s name or number, got {given!r}")
+        try:
+            return cls(cls._look_up(given))
+        except KeyError:
+            if given and not given.startswith("@"):
+                return cls._not_yet(given)
+        except ValueError:  # a name with a NUL in it
+            pass
+        raise ValueError(f"there is no {kind} {given!r}") from None
+
+    @classmethod
+    def _not_yet(cls, name: str) -> Self:
+        nobody = cls(_NOBODY)
+        nobody.unknown = name
+        return nobody
+
+    @classmethod
+    def _kind(cls) -> str:
+        raise NotImplementedError
+
+    @classmethod
+    def _look_up(cls, name: str) -> int:
+        raise NotImplementedError
+
+
+class UserId(_Id):
     """A user, which settings give by name or number."""
 
     @classmethod
-    def resolve(cls, given: object) -> "UserId":
-        """Return the user's number. Raises `ValueError`."""
-        return cls(_resolve(given, "user", lambda name: pwd.getpwnam(name).pw_uid))
-
-
-class GroupId(int):
-    """A group, which settings give by name or number."""
+    def _kind(cls) -> str:
+        return "user"
 
     @classmethod
-    def resolve(cls, given: object) -> "GroupId":
-        """Return the group's number. Raises `ValueError`."""
-        if given == OWN_GROUP:
-            return cls.own()
-        return cls(_resolve(given, "group", lambda name: grp.getgrnam(name).gr_gid))
+    def _look_up(cls, name: str) -> int:
+        return pwd.getpwnam(name).pw_uid
+
+
+class GroupId(_Id):
+    """A group, which settings give by name or number."""
 
     @classmethod
     def own(cls) -> "GroupId":
         """Return the group that the daemon runs as."""
         return cls(os.getegid())
 
+    @classmethod
+    def _kind(cls) -> str:
+        return "group"
+
+    @classmethod
+    def _look_up(cls, name: str) -> int:
+        return cls.own() if name == OWN_GROUP else grp.getgrnam(name).gr_gid
+
 
 class Access(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Who may connect, and use what. Names are numbers here: of the moment when the file was read."""
+    """Who may connect, and use what. Names are numbers here, as they were looked up last."""
 
     users: tuple[UserId, ...] = ()
     groups: tuple[GroupId, ...] = msgspec.field(default_factory=lambda: (GroupId.own(),))
     admins: tuple[GroupId, ...] = ()
+
+
+def unknown_names(access: Access) -> list[str]:
+    """Return the users and groups that nobody is known by so far: they let nobody in."""
+    return [given.unknown for given in (*access.users, *access.groups, *access.admins) if given.unknown]
+
+
+def look_up_again(access: Access) -> Access:
+    """Return the same with the names looked up that were unknown. May wait for a name service."""
+    return Access(
+        users=tuple(UserId.resolve(user.unknown or int(user)) for user in access.users),
+        groups=tuple(GroupId.resolve(group.unknown or int(group)) for group in access.groups),
+        admins=tuple(GroupId.resolve(group.unknown or int(group)) for group in access.admins),
+    )
 
 
 def may_connect(access: Access, who: Credentials) -> bool:
@@ -72,16 +134,3 @@ def is_admin(access: Access, who: Credentials) -> bool:
 def may_operate(access: Access, who: Credentials) -> bool:
     """Whether a client may change how the daemon does its work."""
     return who.uid == os.geteuid() or is_admin(access, who)
-
-
-def _resolve(given: object, kind: str, look_up: Callable[[str], int]) -> int:
-    if isinstance(given, int) and not isinstance(given, bool):
-        if 0 <= given <= _HIGHEST_ID:
-            return given
-        raise ValueError(f"{given} is no {kind}'s number")
-    if not isinstance(given, str):
-        raise ValueError(f"expected a {kind}'s name or number, got {given!r}")
-    try:
-        return look_up(given)
-    except (KeyError, ValueError):  # a name with a NUL in it
-        raise ValueError(f"there is no {kind} {given!r}") from None

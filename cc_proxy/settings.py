@@ -4,8 +4,10 @@ Every setting has a default, and conf/cc-proxy.toml says why it is there; what a
 before any of it counts.
 """
 
+import errno
 import os
 import re
+import stat
 import tomllib
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args
@@ -87,18 +89,15 @@ class Spool(_Table, frozen=True):
 
 
 class UserLimits(_Table, frozen=True):
-    """How much of what there may be at once is for one user."""
+    """How much there may be at once of one user's. root is bounded by the totals alone."""
 
-    connections: _Count = 8_192
-    vms: _Count = 512
-    sessions: _Count = 16_384
-    commands: _Count = 4_096
-    request_bytes: _Bytes = 64 * 1024 * 1024
+    connections: _Count = 1_024
+    vms: _Count = 64
+    sessions: _Count = 2_048
+    commands: _Count = 512
+    request_bytes: _Bytes = 16 * 1024 * 1024
     #: Requests a second, while others are connected, after five seconds' worth in one go.
     request_rate: _Count = 100
-    #: Of each second of a CPU, for its VMs' streams and events, while others are at work; after half a second
-    #: in one go.
-    vm_cpu_share: Annotated[float, Meta(ge=0.001, le=1)] = 0.2
 
 
 class Limits(_Table, frozen=True):
@@ -205,7 +204,7 @@ def load(path: str | None = None) -> Settings:
     Raises `SettingsError` if the file cannot be read or is not right.
     """
     try:
-        with open(path or DEFAULT_FILE, encoding="utf-8") as file:
+        with open(path or DEFAULT_FILE, encoding="utf-8", opener=_open_regular) as file:
             text = file.read(_MOST_READ + 1)
     except (OSError, UnicodeDecodeError) as error:
         if path is None and isinstance(error, FileNotFoundError):
@@ -215,6 +214,16 @@ def load(path: str | None = None) -> Settings:
     if len(text) > _MOST_READ:
         raise SettingsError(f"{path or DEFAULT_FILE}: over {_MOST_READ} characters, which no settings take")
     return parse(text, path or DEFAULT_FILE)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open a regular file: opening anything else may wait for somebody, or do something. Raises `OSError`."""
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, "Is a directory" if stat.S_ISDIR(mode) else "not a regular file")
 
 
 def file_read(path: str | None = None) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,10 +14,12 @@ from cc_proxy.access import (
     GroupId,
     UserId,
     is_admin,
+    look_up_again,
     may_connect,
     may_operate,
     may_use,
     names_others,
+    unknown_names,
 )
 from cc_proxy.linux.credentials import Credentials
 
@@ -65,3 +70,20 @@ def test_by_default_the_daemons_group_may_connect_and_only_root_is_an_admin() ->
 )
 def test_whether_the_socket_is_for_others_than_the_daemons_group(access: Access, others: bool) -> None:
     assert names_others(access) is others
+
+
+def test_a_name_that_nobody_has_lets_nobody_in_until_somebody_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the name service is not up yet."""
+    access = Access(users=(UserId.resolve("later"),), groups=(), admins=(GroupId.resolve("later"),))
+    client = Credentials(1, USER, MEMBERS)
+    assert unknown_names(access) == ["later", "later"]
+    assert not may_connect(access, client)
+    assert names_others(access), "the socket is theirs already"
+    assert look_up_again(access) == access
+    monkeypatch.setattr(pwd, "getpwnam", lambda name: SimpleNamespace(pw_uid={"later": USER}[name]))
+    access = look_up_again(access)
+    assert unknown_names(access) == ["later"]
+    assert may_connect(access, client)
+    assert not is_admin(access, client)
+    monkeypatch.setattr(grp, "getgrnam", lambda name: SimpleNamespace(gr_gid={"later": MEMBERS}[name]))
+    assert is_admin(look_up_again(access), client)

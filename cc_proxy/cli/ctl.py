@@ -1,5 +1,10 @@
 """cc-proxyctl, the command people use by hand; `python -m cc_proxy.cli.ctl` is the same."""
 
+from cc_proxy.linux.standard_fds import guard_standard_fds
+
+# Before the other imports: some libraries open a file and keep it, and that must not become stdin.
+guard_standard_fds()
+
 import signal
 import sys
 from argparse import ArgumentParser
@@ -16,7 +21,7 @@ from cc_proxy.ctl.errors import (
     explain,
     say,
 )
-from cc_proxy.ctl.stdio import guard_standard_fds, show
+from cc_proxy.ctl.stdio import show
 
 
 def build_parser() -> ArgumentParser:
@@ -27,7 +32,6 @@ def build_parser() -> ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line (default: this process's) asks for; returns the exit status."""
     try:
-        guard_standard_fds()
         return _do(argv)
     except Interrupted as interrupted:
         return interrupted.status

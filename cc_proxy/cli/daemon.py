@@ -9,17 +9,19 @@ from collections.abc import Sequence
 import msgspec
 
 from cc_proxy import __version__, settings
-from cc_proxy.access import names_others
+from cc_proxy.access import names_others, unknown_names
 from cc_proxy.linux import systemd
 from cc_proxy.linux.fds import raise_fd_limit
 from cc_proxy.linux.memory import have_one_arena
+from cc_proxy.linux.standard_fds import guard_standard_fds
 from cc_proxy.linux.systemd import ActivationError, Notifier
-from cc_proxy.log.levels import LEVELS, VERBOSE, logger
+from cc_proxy.log.levels import LEVELS, VERBOSE, LogLevel, logger
 from cc_proxy.log.writing import Logging, stderr_is_journal
 from cc_proxy.proxy import daemon
 from cc_proxy.proxy.clients.listener import Listener, ListenError
 from cc_proxy.proxy.daemon import Host
 from cc_proxy.proxy.streams.spool import check_directory
+from cc_proxy.proxy.vms.connector import Connector
 from cc_proxy.settings import Settings, SettingsError
 
 LOG_LEVEL_VARIABLE = "CC_PROXY_LOG_LEVEL"
@@ -44,8 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     level = parser.add_mutually_exclusive_group()
     level.add_argument("--log-level", choices=LEVELS, help="log what is at this level or above")
     level.add_argument(
-        "-v", type=int, choices=VERBOSE, dest="verbose", metavar="{1,2,3}",
-        help="log more: 1 requests and events, 2 the frames too, 3 the VMs' consoles too",
+        "-v", type=int, choices=VERBOSE, dest="verbose", metavar="{0,1,2,3}",
+        help="log more: 0 nothing more, 1 requests and events, 2 the frames too, 3 the VMs' consoles too",
     )  # fmt: skip
     parser.add_argument("--check-config", action="store_true", help="check the settings, say so, and exit")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -54,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon; returns its exit status."""
+    guard_standard_fds()
     options = build_parser().parse_args(argv)
     # Before there is a second thread: where a signal is not blocked it ends the process at once.
     if not options.check_config:
@@ -66,12 +69,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(error)
     _leave_directory(options)
     have_one_arena()  # the log has a thread, which would get one of its own
+    connector = Connector()
+    with contextlib.suppress(OSError):  # no process can be had: a hello will try again, and say so
+        connector.start()  # also before there is a second thread
     log = Logging(chosen.log.level, chosen.log.format)
     log.start()
     status = EXIT_FAILED
     try:
-        host = Host(lambda: _read_again(options), lambda: options.config or "", Notifier(), log)
-        status = _run(chosen, host)
+        with contextlib.closing(connector):
+            host = Host(
+                lambda: _read_again(options), lambda: options.config or "", Notifier(), log, connector
+            )
+            status = _run(chosen, host)
     finally:
         if not log.stop():
             os._exit(status)
@@ -79,9 +88,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(chosen: Settings, path: str | None) -> int:
-    """Say which file's settings are right. Raises `SettingsError` if the spool's directory takes no files."""
+    """Say which file's settings are right.
+
+    Raises `SettingsError` if the spool's directory takes no files, or a user or group is unknown.
+    """
     _check_spool(chosen.spool.directory)
     file = settings.file_read(path)
+    if unknown := unknown_names(chosen.access):
+        raise SettingsError(f"{file}: [access]: nobody knows of {', '.join(map(repr, unknown))}")
     print(f"cc-proxy: {file}: the settings are right" if file else "cc-proxy: no file: the defaults")
     return 0
 
@@ -124,15 +138,25 @@ def choose_settings(options: argparse.Namespace) -> Settings:
     Raises `SettingsError`.
     """
     chosen = settings.load(options.config)
-    level = options.log_level or VERBOSE.get(options.verbose) or os.environ.get(LOG_LEVEL_VARIABLE)
+    level = options.log_level or VERBOSE.get(options.verbose) or _level_of_environment()
     if level:
-        if level not in LEVELS:
-            raise SettingsError(f"{LOG_LEVEL_VARIABLE}: expected one of {', '.join(LEVELS)}, got {level!r}")
         chosen = msgspec.structs.replace(chosen, log=msgspec.structs.replace(chosen.log, level=level))
     if options.socket_path is not None:
         path = os.path.abspath(options.socket_path)
         chosen = msgspec.structs.replace(chosen, socket_path=path)
     return chosen
+
+
+def _level_of_environment() -> LogLevel | None:
+    """Return the level that the environment gives: a name, or a number of `-v`. Raises `SettingsError`."""
+    given = os.environ.get(LOG_LEVEL_VARIABLE)
+    if not given:
+        return None
+    levels: dict[str, LogLevel] = {level: level for level in LEVELS}
+    levels |= {str(number): level for number, level in VERBOSE.items()}
+    if given not in levels:
+        raise SettingsError(f"{LOG_LEVEL_VARIABLE}: expected one of {', '.join(levels)}, got {given!r}")
+    return levels[given]
 
 
 def _run(chosen: Settings, host: Host) -> int:

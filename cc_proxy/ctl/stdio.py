@@ -25,16 +25,6 @@ _PIECE = select.PIPE_BUF
 _NAMES = {STDOUT_FD: "standard output", STDERR_FD: "standard error"}
 
 
-def guard_standard_fds() -> None:
-    """Occupy those of fds 0 to 2 that are closed, so that no socket takes their place.
-
-    stdin is at its end then, and writing to the others fails as it does on a closed fd.
-    """
-    while (fd := os.open(os.devnull, os.O_RDONLY)) <= STDERR_FD:
-        os.set_inheritable(fd, True)
-    os.close(fd)
-
-
 def show(text: str = "") -> None:
     """Print on stdout what there is to print, and see to it that it is written.
 

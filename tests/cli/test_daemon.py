@@ -16,7 +16,7 @@ from cc_proxy.cli import daemon as cli
 from cc_proxy.cli.daemon import build_parser, choose_settings, main
 from cc_proxy.log.levels import LEVELS
 from cc_proxy.settings import Settings, SettingsError
-from tests.wire.support import WAIT
+from tests.wire.support import WAIT, wait_until
 
 CHECKOUT = Path(__file__).parent.parent.parent
 
@@ -60,6 +60,11 @@ def test_without_anything_said_the_defaults_count() -> None:
         (("-v", "1"), "error", "warning", "debug"),
         (("-v2",), "error", None, "io"),
         (("-v", "3"), None, "warning", "console"),
+        (("-v", "0"), "debug", "warning", "info"),
+        ((), "0", "warning", "info"),
+        ((), "1", "warning", "debug"),
+        ((), "2", None, "io"),
+        ((), "3", None, "console"),
     ],
 )
 def test_log_level(
@@ -104,7 +109,7 @@ def test_variable_that_is_no_level(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC_PROXY_LOG_LEVEL", "loud")
     with pytest.raises(
         SettingsError,
-        match="CC_PROXY_LOG_LEVEL: expected one of error, warning, info, debug, io, console, got 'loud'",
+        match="LOG_LEVEL: expected one of error, warning, info, debug, io, console, 0, 1, 2, 3, got 'loud'",
     ):
         chosen()
     assert chosen("--log-level", "error").log.level == "error", "an option comes before it"
@@ -155,7 +160,6 @@ def test_variable_that_is_wrong_is_one_line(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["-v", "0"],
         ["-v", "4"],
         ["-v"],
         ["-v", "x"],
@@ -229,6 +233,19 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         timeout=WAIT,
         check=False,
     )
+
+
+def test_closed_standard_streams_become_no_sockets(tmp_path: Path) -> None:
+    """What the interpreter says at the worst goes to fd 2, whatever that is."""
+    path = tmp_path / "sock"
+    command = [sys.executable, "-m", "cc_proxy", "--config", config(tmp_path, ""), "--socket-path", str(path)]
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    with subprocess.Popen([*closed, *command], cwd=CHECKOUT) as process:
+        wait_until(path.exists, "it listens")
+        links = {os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in range(3)}
+        process.terminate()
+        assert process.wait(WAIT) == 0
+    assert links == {os.devnull}
 
 
 def test_bad_file_ends_the_process_with_78(tmp_path: Path) -> None:
@@ -343,11 +360,10 @@ def test_file_that_comes_later_is_read(tmp_path: Path, monkeypatch: pytest.Monke
         cli._read_again(options)
 
 
-def test_a_check_can_be_interrupted(tmp_path: Path) -> None:
-    """For example while it reads from a pipe into which nobody writes."""
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    command = [sys.executable, "-m", "cc_proxy", "--check-config", "--config", str(pipe)]
-    with subprocess.Popen(command, cwd=CHECKOUT) as process, pipe.open("w"):  # it has got there
-        process.terminate()
-        assert process.wait(WAIT) == -signal.SIGTERM
+def test_check_config_names_users_and_groups_that_nobody_knows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The daemon starts, for they may be known later; whoever checks the file wants to hear of it."""
+    given = config(tmp_path, '[access]\nusers = ["root", "nobody-has-this"]\ngroups = ["nor-this"]\n')
+    assert cli.main(["--check-config", "--config", given]) == 78
+    assert "[access]: nobody knows of 'nobody-has-this', 'nor-this'" in capsys.readouterr().err

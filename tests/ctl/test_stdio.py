@@ -115,6 +115,30 @@ def test_stdin_is_closed(proxy: FakeProxy) -> None:
     assert child.returncode == 0
 
 
+def test_a_file_that_a_library_keeps_open_does_not_become_stdin(proxy: FakeProxy, tmp_path: Path) -> None:
+    """As ctypes does with libffi on some Pythons."""
+    (tmp_path / "sitecustomize.py").write_text(OPENS_A_FILE)
+    proxy.script = tells_how_much
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with popen_piped(
+        proxy.path, *INTERACTIVE, stdin=None, preexec_fn=lambda: os.close(0), env=environment
+    ) as child:
+        assert child.communicate() == (b"0", b"")
+    assert child.returncode == 0
+
+
+OPENS_A_FILE = """
+import os, sys
+
+class Keeper:
+    def find_spec(self, name, path=None, target=None):
+        if name == "msgspec":
+            os.open(__file__, os.O_RDONLY)
+
+sys.meta_path.insert(0, Keeper())
+"""
+
+
 def test_stdin_is_a_socket(proxy: FakeProxy) -> None:
     proxy.script = echoes
     ours, theirs = socket.socketpair()

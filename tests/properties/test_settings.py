@@ -27,7 +27,6 @@ KINDS: dict[str, Any] = {
     "spool.session_limit": (0, 2**50),
     "limits.vms": (1, 1_000_000),
     "limits.message_timeout": ABOVE_0,
-    "limits.user.vm_cpu_share": (0.001, 1.0),
 }
 
 characters = st.characters(codec="utf-8")
