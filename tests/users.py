@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
-from cc_proxy.linux.credentials import Credentials
+from cc_proxy.linux.credentials import Credentials, become
+
+T = TypeVar("T")
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be other users")
 
@@ -26,6 +32,23 @@ def give(path: Path, user: Credentials, mode: int = 0o700) -> None:
     """Make `path` the user's alone."""
     os.chown(path, user.uid, user.gid)
     os.chmod(path, mode)
+
+
+def call_as(who: Credentials, function: Callable[[], T]) -> T:
+    """Calls `function` with the rights of `who`, in a thread of its own that is never anybody else again."""
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            become(who)
+            outcome.set_result(function())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return outcome.result()
 
 
 #: Starts a daemon as another user without any rights, though only root may be able to read its code.

@@ -4,6 +4,7 @@ One `ControlChannel` is the state of one connection to an agent. Commands go in 
 out; bytes received go in, and out come the agent's events, while answers complete their commands.
 """
 
+import secrets
 import struct
 from collections import deque
 from dataclasses import dataclass, field
@@ -112,6 +113,31 @@ class ControlParser:
         return ControlMessage(code, payload)
 
 
+class Quiz:
+    """Questions in a random order, whose answers tell whether an agent has been up before.
+
+    An agent says READY once a boot, so whoever connects later has to ask. It may still be at commands of
+    somebody else who has gone, and their answers come first: one answer proves nothing, but a row of answers
+    that fits the questions does, and after it no answer is outstanding. `version` is answered with a number,
+    `ping` with nothing.
+    """
+
+    #: One chance in 65,536 that others' answers look like these.
+    _LENGTH = 16
+    _VERSION = (4242).to_bytes(4, "big")
+
+    def __init__(self) -> None:
+        bits = secrets.randbits(self._LENGTH)
+        self.codes = [Code.VERSION if bits >> at & 1 else Code.PING for at in range(self._LENGTH)]
+        self._expected = [self._VERSION if code is Code.VERSION else b"" for code in self.codes]
+        self._got: deque[bytes | None] = deque(maxlen=self._LENGTH)
+
+    def receive_answer(self, answer: ControlMessage) -> bool:
+        """Take an ACK or ERROR; returns whether it was the last answer of the row."""
+        self._got.append(answer.payload if answer.code == Code.ACK else None)
+        return list(self._got) == self._expected
+
+
 class ControlChannel:
     """The state of one control channel, seen from the host.
 
@@ -125,8 +151,11 @@ class ControlChannel:
         self._unanswered: deque[Command] = deque()
         #: Bytes that are to be sent; the I/O shell takes from the front what it has sent.
         self.outgoing = bytearray()
+        self._quiz: Quiz | None = None
         #: Whether READY has come.
         self.ready = False
+        #: Whether the agent takes commands: READY has come, or the answers to `ask`.
+        self.is_up = False
 
     @property
     def unanswered(self) -> int:
@@ -139,6 +168,17 @@ class ControlChannel:
         self.outgoing += encode(code, payload)
         self._unanswered.append(command)
         return command
+
+    @property
+    def is_quizzed(self) -> bool:
+        """Whether the agent has been asked whether it is up."""
+        return self._quiz is not None
+
+    def ask(self, quiz: Quiz) -> None:
+        """Queue questions in `outgoing`; `is_up` once they are answered. Once, and before any command."""
+        self._quiz = quiz
+        for code in quiz.codes:
+            self.outgoing += encode(code)
 
     @property
     def missing(self) -> int:
@@ -159,7 +199,16 @@ class ControlChannel:
         for message in self._parser.receive_data(data):
             if message.code in _ANSWERS and self._unanswered:
                 self._unanswered.popleft().answer = message
-            else:
-                self.ready = self.ready or message.code == Code.READY
-                events.append(message)
+                continue
+            if message.code == Code.READY:
+                self._boot()
+            elif message.code in _ANSWERS and self._quiz and not self.is_up:
+                self.is_up = self._quiz.receive_answer(message)
+            events.append(message)
         return events
+
+    def _boot(self) -> None:
+        """The agent has just come up. It answers the questions that reached it before from now on."""
+        if self._quiz and not self.is_up:
+            self._unanswered.extend(Command(code) for code in self._quiz.codes)
+        self.ready = self.is_up = True

@@ -9,8 +9,9 @@ from cc_proxy.api.frames import encode_frame
 
 #: Seqs from here on are markers' and never a stream's.
 FIRST_MARKER = 1 << 63
-_GENERATION_SHIFT = 48
-_GENERATIONS = 1 << 15
+#: Seqs are below 2^53.
+_GENERATION_SHIFT = 53
+_GENERATIONS = 1 << 10
 _STREAM_MASK = (1 << _GENERATION_SHIFT) - 1
 
 
@@ -59,10 +60,7 @@ class StdinWindow:
         """Take a marker that came back. Returns whether there is room again because of it."""
         if not self.asked or seq != self._seq:
             return False
-        if self.asked > 1:
-            self._be_another()
-        self.asked = 0
-        self._unacknowledged = 0
+        self.reset()
         return True
 
     def reset(self) -> None:

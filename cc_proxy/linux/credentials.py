@@ -1,4 +1,4 @@
-"""Whom a client is, as the kernel says, and doing something with that client's rights and no others.
+"""Who a client is, as the kernel says, and taking on that client's rights.
 
 Linux keeps rights for each thread. The C library's functions, and so Python's, change all threads of a
 process at once; here the system calls themselves are made, which change the one that calls.
@@ -12,15 +12,8 @@ import platform
 import socket
 import struct
 import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TypeVar
-
-from cc_proxy.linux.threads import start_thread
-
-T = TypeVar("T")
 
 ROOT = 0
 
@@ -32,6 +25,8 @@ _FEW_GROUPS = 256
 
 _UNCHANGED = -1
 _CAPABILITY_VERSION = 0x2008_0522
+#: <sys/prctl.h>
+_PR_SET_DUMPABLE, _PR_SET_NAME = 4, 15
 #: CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: what makes root pass permissions of files.
 _PAST_PERMISSIONS = 1 << 1 | 1 << 2
 
@@ -50,7 +45,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class CannotAct(Exception):
-    """This process may not act as a client; the text says why. Nothing was done then."""
+    """This process may not act as user `uid`; the text says why, and `errno` is the kernel's word for it."""
+
+    def __init__(self, uid: int, number: int) -> None:
+        machine = f"not known how on this machine ({platform.machine()})"
+        cause = machine if number == errno.ENOSYS else os.strerror(number)
+        super().__init__(f"the daemon cannot act as user {uid}: {cause}")
+        self.errno = number
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,51 +81,38 @@ class Credentials:
         return frozenset((self.gid, *self.groups))
 
 
-def call_as(who: Credentials, function: Callable[[], T]) -> T:
-    """Call `function` with the rights of `who`, and return what it returns or raise what it raises.
+def become(who: Credentials) -> None:
+    """Give the thread that calls the rights of `who` and no others, for good.
 
-    This happens in a thread of its own, which gives up all other rights for good: there is nothing to
-    restore, and nothing that could fail to be. Who listens to a socket that is connected there sees `who` as
-    its peer. Raises `CannotAct`, or `RuntimeError` if there is no thread to be had.
+    A socket that it connects from then on tells the listener that the peer is `who`. If this process is root
+    and so is `who`, there is nothing to give up. Raises `CannotAct`; the thread must not go on then.
+
+    From then on the kernel lets `who` change the scheduling of this thread. Its real and saved ids stay what
+    they were: by them it is decided who may send a signal to this process, or trace it.
     """
     if who.uid == os.geteuid() == ROOT:
-        return function()
-    outcome: Future[T] = Future()
-    thread = threading.Thread(
-        target=_run, args=(who, function, outcome), name=f"as user {who.uid}", daemon=True
-    )
-    start_thread(thread)
-    thread.join()
-    try:
-        return outcome.result()
-    finally:
-        del outcome  # an exception refers to this frame
-
-
-def _run(who: Credentials, function: Callable[[], T], outcome: "Future[T]") -> None:
-    try:
-        _become(who)
-        outcome.set_result(function())
-    except BaseException as error:
-        outcome.set_exception(error)
-    finally:
-        del outcome  # and to this one
-
-
-def _become(who: Credentials) -> None:
-    """Give this thread the rights of `who` and no others. Raises `CannotAct`; it must not go on then."""
+        return
     try:
         setgroups, setresgid, setresuid = _calls()
         if set(os.getgroups()) != set(who.groups):  # it takes a capability even if nothing changes
             groups = array.array("I", who.groups)
             _call(_libc.syscall, setgroups, len(groups), ctypes.c_void_p(groups.buffer_info()[0]))
-        # The real ones stay: by them it is decided who may send this process a signal.
         _call(_libc.syscall, setresgid, _UNCHANGED, ctypes.c_uint(who.gid), _UNCHANGED)
         _call(_libc.syscall, setresuid, _UNCHANGED, ctypes.c_uint(who.uid), _UNCHANGED)
         _give_up_capabilities(_PAST_PERMISSIONS if who.uid == ROOT else 0)
         _check(who)
     except OSError as error:
-        raise CannotAct(f"the daemon cannot act as user {who.uid}: {error.strerror}") from None
+        raise CannotAct(who.uid, error.errno or errno.EPERM) from None
+
+
+def forbid_dumps() -> None:
+    """Have the kernel write no core dump of this process, and let nobody but root look into it."""
+    _call(_libc.prctl, _PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def name_process(name: str) -> None:
+    """Give this process another name for `ps -o comm` and the like: 15 characters are seen. Main thread."""
+    _call(_libc.prctl, _PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
 def _check(who: Credentials) -> None:
@@ -146,7 +134,7 @@ def _give_up_capabilities(kept: int) -> None:
 def _calls() -> tuple[int, int, int]:
     calls = _CALLS.get(platform.machine()) if sys.maxsize > 2**32 else None
     if calls is None:
-        raise OSError(errno.ENOSYS, f"not known how on this machine ({platform.machine()})")
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     return calls
 
 

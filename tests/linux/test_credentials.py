@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from cc_proxy.linux import credentials
-from cc_proxy.linux.credentials import CannotAct, Credentials, call_as
-from tests.users import ALICE, BOB, ROOT, needs_root
+from cc_proxy.linux.credentials import CannotAct, Credentials
+from tests.users import ALICE, BOB, ROOT, call_as, needs_root
 
 RIGHTS = ("Uid", "Gid", "Groups", "CapPrm", "CapEff", "CapInh", "CapAmb")
 
@@ -119,7 +119,8 @@ def test_who_cannot_be_is_refused_before_anything_is_done(nobody: Credentials) -
 
 ALICES_DAEMON = """
 import os
-from cc_proxy.linux.credentials import CannotAct, Credentials, call_as
+from cc_proxy.linux.credentials import CannotAct, Credentials
+from tests.users import call_as
 
 os.setgroups([])
 os.setresgid(54321, 54321, 54321)

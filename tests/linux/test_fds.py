@@ -21,7 +21,9 @@ from cc_proxy.linux.fds import (
     raise_fd_limit,
     refuse_rights,
     send_pieces,
+    untaken,
 )
+from cc_proxy.linux.fds import unread as unread_of
 from tests.proxy.support import open_fds
 from tests.wire.support import WAIT, at_end
 
@@ -218,3 +220,16 @@ def test_kernel_that_cannot_refuse_fds_is_no_error() -> None:
     assert may_hold_fds(older)
     with pytest.raises(OSError, match="22"):
         refuse_rights(Kernel(errno.EINVAL))  # type: ignore[arg-type]
+
+
+def test_what_is_on_its_way_is_known_at_both_ends(ends: Ends) -> None:
+    near, far = ends
+    assert (unread_of(far), untaken(near)) == (0, 0)
+    near.sendall(bytes(1_000))
+    assert unread_of(far) == 1_000
+    assert untaken(near) >= 1_000
+    far.recv(999)
+    assert unread_of(far) == 1
+    assert untaken(near) > 0
+    far.recv(1)
+    assert (unread_of(far), untaken(near)) == (0, 0)

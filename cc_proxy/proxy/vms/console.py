@@ -5,7 +5,7 @@ import socket
 from typing import Self
 
 from cc_proxy.log.levels import CONSOLE, logger
-from cc_proxy.proxy.vms.dialer import CannotConnect, Dialer
+from cc_proxy.proxy.vms.dialer import Connected
 
 _LONGEST_LINE = 1024
 #: Little at once: a console that floods must not hold up the VM's streams.
@@ -45,16 +45,18 @@ class Console:
         self._sock = sock
         self._lines = LineSplitter()
 
+    @staticmethod
+    def is_wanted(path: str) -> bool:
+        """Whether to connect to the console at `path`: if there is one, and the log wants it."""
+        return bool(path) and logger.isEnabledFor(CONSOLE)
+
     @classmethod
-    def open(cls, vm: str, path: str, dialer: Dialer) -> Self | None:
-        """Connect to the console at `path` if there is one and the log wants it; wait for nobody."""
-        if not path or not logger.isEnabledFor(CONSOLE):
-            return None
-        try:
-            return cls(vm, dialer.connect("console", path, 0))
-        except (CannotConnect, RuntimeError) as error:
-            logger.warning("console cannot be read", extra={"vm": vm, "console": path, "error": str(error)})
-            return None
+    def open(cls, vm: str, path: str, connected: Connected) -> Self | None:
+        """Take over the console's socket, if it was connected; the log says if it should have been."""
+        if connected.console_error:
+            fields = {"vm": vm, "console": path, "error": connected.console_error}
+            logger.warning("console cannot be read", extra=fields)
+        return cls(vm, connected.console) if connected.console else None
 
     def fileno(self) -> int:
         """The socket's fd, to wait on."""

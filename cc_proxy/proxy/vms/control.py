@@ -6,26 +6,29 @@ import functools
 import os
 import select
 import socket
-import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
+from cc_proxy.api.transport import limit_receive
 from cc_proxy.hyperstart.codes import Code
-from cc_proxy.hyperstart.control import Command, ControlChannel, ControlMessage
-from cc_proxy.proxy.spin import Eager
+from cc_proxy.hyperstart.control import Command, ControlChannel, ControlMessage, Quiz
+from cc_proxy.proxy.spin import Spin
+from cc_proxy.proxy.streams.interfaces import Lost
 
-#: So many commands may be without an answer, their senders having given up, before no more are sent.
+#: Commands that may be without an answer, their senders having given up, before no more are sent.
 _MOST_UNANSWERED = 64
-#: Answers are short; and while events are taken apart nobody else runs. Of one long message more is read.
+#: Answers are short. Of one long message more is read at once.
 _READ_SIZE = 512
 _LONG_READ = 64 * 1024
-#: So many reads empty a socket's buffer, and an agent that never stops talking gets no more.
+#: Reads that empty a socket's buffer; an agent that never stops talking gets no more.
 _MOST_LAST_READS = 512
-_TIMEVAL = struct.Struct("@ll")
+_HUNG_UP = "the VM hung up its control channel"
 
 
-class ControlLost(Exception):
+class ControlLost(Lost):
     """The control channel is of no use any more; the text is the cause."""
 
 
@@ -37,74 +40,86 @@ class NotSent(NoAnswer):
     """There is no answer because the command was not sent."""
 
 
+@dataclass(eq=False, slots=True)
+class _Request:
+    """A command that waits for its turn, for its answer, or for both."""
+
+    code: Code
+    payload: bytes
+    begun: float
+    #: Locked until the turn is this request's.
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    #: What was sent; None if that is still to be done.
+    command: Command | None = None
+
+
 class ControlLink:
     """Owner of the control channel's socket.
 
     A command is carried out by the thread that asks for it: it writes, then reads until the answer is there.
-    Between commands nobody reads, so `unasked` (an epoll instance with the socket in it) becomes readable
-    when the agent has said something or hung up; the pump then calls `read_unasked`.
+    With the answer it passes the turn on, and sends the next command first: while the next thread wakes up,
+    the agent is at work already.
 
-    Lock order: nothing else is locked while `_turn` is held, and it is held over I/O; only transactions of
-    this VM wait for it.
+    Between commands nobody reads, so an epoll instance with the socket in it (`fileno`) becomes readable when
+    the agent has said something or hung up; the pump then calls `read`.
     """
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        on_read: Callable[[int, list[ControlMessage]], None],
-        due: Callable[[], float] = lambda: 0.0,
-    ) -> None:
-        """`on_read` is told the bytes and the events of each read, `due` how long to rest before the next."""
-        self._turn = threading.Lock()  # guards _channel, _lost, and reading and writing _sock
+    def __init__(self, sock: socket.socket, on_event: Callable[[ControlMessage], None]) -> None:
+        """`on_event` is told of what the agent says that answers no command."""
         self._sock = sock
-        self._on_read = on_read
-        self._due = due
+        self._on_event = on_event
+        # Guards _taken and _queue; nothing else is locked, and nobody waits, while it is held.
+        self._lock = threading.Lock()
+        # Whether some thread has the turn. It alone uses what follows up to _spin, and reads and writes
+        # _sock.
+        self._taken = False
         self._channel = ControlChannel()
         self._lost: ControlLost | None = None
-        self._end = "the VM hung up its control channel"  # what that is called; set once at the most
-        self._over = threading.Event()  # nobody rests any more: others wait for the end
-        # Commands and since when, by the thread that waits for them. Each thread adds and removes its own:
-        # single steps of the interpreter, which need no lock.
-        self._waiting: dict[int, tuple[Code, float]] = {}
         self._receive_ticks = 0
-        self._eager = Eager()
-        self._unasked = select.epoll()
-        self._unasked.register(sock, 0)
+        self._spin = Spin()
+        self._queue: deque[_Request] = deque()  # those that wait for the turn
+        self._end = _HUNG_UP  # what it is called that the channel has ended; set once at most
+        # Commands by the thread that waits for them. Each thread adds and removes its own: atomic under the
+        # GIL.
+        self._waiting: dict[int, _Request] = {}
+        self._unsolicited = select.epoll()
+        self._unsolicited.register(sock, 0)
 
     # Any thread -------------------------------------------------------------------------------------------
 
     def wait_until_up(
         self, io: socket.socket, timeout: float, ping_after: float, left: float | None = None
-    ) -> None:
-        """Wait for READY; after `ping_after` seconds without it, take an answered ping in its place.
+    ) -> bool:
+        """Wait for READY; returns whether it came. Before anybody else uses the channel.
 
-        `left` is what is left of `timeout`, if connecting took some of it. `io` is watched meanwhile: a VM
-        that hangs up there is lost too. Raises `ControlLost` or `NoAnswer`.
+        After `ping_after` seconds without it the agent is asked questions (`Quiz`): one that answers those
+        has been up before. `left` is what is left of `timeout`, if connecting took some of it. `io` is
+        watched meanwhile: a VM that hangs up there is lost too. Raises `ControlLost` or `NoAnswer`.
         """
         left = timeout if left is None else left
         begun = time.monotonic()
-        with self._turn:
-            up = select.poll()
-            up.register(self._sock, select.POLLIN)
-            up.register(io, 0)
-            ping = None
-            while not (self._channel.ready or (ping and ping.answer)):
-                now = time.monotonic() - begun
-                if now >= left:
-                    # If this process was stopped, it may have come in time.
-                    self._read_what_is_there()
-                    if self._channel.ready or (ping and ping.answer):
-                        break
-                    raise NoAnswer(f"no READY from the VM in {timeout:g} s")
-                if ping is None and now >= ping_after:
-                    ping = self._channel.send(Code.PING, b"{}")
-                until = left if ping or ping_after > left else ping_after
-                self._exchange_when_ready(up, until - now)
-                if io.fileno() in dict(up.poll(0)):
-                    raise ControlLost("the VM hung up its I/O channel")
-                if not self._channel.ready:
-                    self._rest()
-            self._unasked.modify(self._sock, select.EPOLLIN)
+        up = select.poll()
+        up.register(self._sock, select.POLLIN)
+        up.register(io, 0)
+        while not self._is_up():
+            now = time.monotonic() - begun
+            if now >= left:
+                # If this process was stopped, it may have come in time.
+                self._read_what_is_there()
+                if self._is_up():
+                    break
+                raise NoAnswer(f"no READY from the VM in {timeout:g} s")
+            if not self._channel.is_quizzed and now >= ping_after:
+                self._channel.ask(Quiz())
+            until = left if self._channel.is_quizzed or ping_after > left else ping_after
+            self._exchange_when_ready(up, until - now)
+            if io.fileno() in dict(up.poll(0)):
+                raise ControlLost("the VM hung up its I/O channel")
+        self._unsolicited.modify(self._sock, select.EPOLLIN)
+        return self._channel.ready
+
+    def _is_up(self) -> bool:
+        return self._channel.is_up
 
     def transact(self, code: Code, payload: bytes, timeout: float) -> ControlMessage:
         """Send a command and return its ACK or ERROR.
@@ -112,41 +127,37 @@ class ControlLink:
         `timeout` is in seconds and includes waiting for the commands of others. Raises `NoAnswer` (the
         command may yet be carried out; its answer will be taken for its own) or `ControlLost`.
         """
-        begun = time.monotonic()
         thread = threading.get_ident()
-        self._waiting[thread] = code, begun
+        request = _Request(code, payload, time.monotonic())
+        self._waiting[thread] = request
         try:
-            return self._transact(code, payload, begun + timeout, timeout)
+            return self._transact(request, timeout)
         finally:
             del self._waiting[thread]
 
     def waiting(self) -> list[tuple[Code, float]]:
         """Return the commands that are waited for, and since when (`time.monotonic`), the oldest first."""
-        return list(self._waiting.values())
+        return [(request.code, request.begun) for request in list(self._waiting.values())]
 
     @property
     def unanswered(self) -> int:
         """How many commands the agent has not answered, given-up ones included, at some moment."""
         return self._channel.unanswered
 
-    def _transact(self, code: Code, payload: bytes, deadline: float, timeout: float) -> ControlMessage:
-        if not self._turn.acquire(timeout=timeout):
+    def _transact(self, request: _Request, timeout: float) -> ControlMessage:
+        deadline = request.begun + timeout
+        if not self._get_turn(request, deadline):
             raise NotSent(f"no answer in {timeout:g} s: another command was in the way all the time")
         try:
-            if self._unasked.closed:
-                raise ControlLost("its control channel is closed")
-            if self._channel.unanswered >= _MOST_UNANSWERED:
-                raise NotSent(f"not sent: the VM has left {self._channel.unanswered} commands unanswered")
-            self._unasked.modify(self._sock, 0)
-            command = self._channel.send(code, payload)
-            self._write()
-            self._await(command, deadline, timeout)
-            assert command.answer
-            return command.answer
+            if request.command is None:
+                self._unsolicited_is_watched(False)
+                self._send(request)
+            assert request.command
+            self._await(request.command, deadline, timeout)
+            assert request.command.answer
+            return request.command.answer
         finally:
-            if not self._unasked.closed:
-                self._unasked.modify(self._sock, select.EPOLLIN)
-            self._turn.release()
+            self._pass_turn()
 
     def hang_up(self, cause: str = "") -> None:
         """Make everybody who waits on this channel find it lost, for this cause if there is one.
@@ -154,40 +165,88 @@ class ControlLink:
         The socket stays open until `close`.
         """
         self._end = cause or self._end
-        self._over.set()
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError as error:
             if error.errno not in (errno.ENOTCONN, errno.EBADF):
                 raise
 
+    # Any thread: the turn ---------------------------------------------------------------------------------
+
+    def _get_turn(self, request: _Request, deadline: float) -> bool:
+        """Wait for the turn; returns whether it came in time."""
+        with self._lock:
+            if not self._taken:
+                self._taken = True
+                return True
+            request.turn.acquire()
+            self._queue.append(request)
+        if request.turn.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            return True
+        with self._lock:
+            if request in self._queue:
+                self._queue.remove(request)
+                return False
+        return True  # it came at the last moment
+
+    def _pass_turn(self) -> None:
+        """Send the next command, and let the thread that waits for it go on. Requires the turn."""
+        with self._lock:
+            request = self._queue.popleft() if self._queue else None
+            if request is None:
+                self._unsolicited_is_watched(True)
+                self._taken = False
+        if request:
+            # If that fails, the request's own thread finds out why.
+            with contextlib.suppress(ControlLost, NotSent):
+                self._send(request)
+            request.turn.release()
+
+    def _unsolicited_is_watched(self, watched: bool) -> None:
+        if not self._unsolicited.closed:
+            self._unsolicited.modify(self._sock, select.EPOLLIN if watched else 0)
+
     # Pump thread ------------------------------------------------------------------------------------------
 
-    @property
-    def unasked(self) -> select.epoll:
-        """Readable when `read_unasked` has something to do."""
-        return self._unasked
+    def fileno(self) -> int:
+        """Readable when `read` has something to do."""
+        return self._unsolicited.fileno()
 
-    def read_unasked(self) -> None:
-        """Note the events that came between commands. Raises `ControlLost`; never waits."""
-        if not self._turn.acquire(blocking=False):
-            if self._hung_up():
-                raise ControlLost(self._end)
-            return
+    def read(self) -> bool:
+        """Note the events that came between commands; returns True. Raises `ControlLost`; never waits."""
+        with self._lock:
+            if self._taken:
+                if self._hung_up():
+                    raise ControlLost(self._end)
+                return True
+            self._taken = True
         try:
             with contextlib.suppress(BlockingIOError):
                 self._read(socket.MSG_DONTWAIT)
         finally:
-            self._turn.release()
+            self._pass_turn()
+        return True
 
     def close(self) -> None:
         """Close the socket, once those who were using it have found it lost."""
         self.hang_up()
-        with self._turn:
-            self._unasked.close()
+        request = _Request(Code.PING, b"", 0.0)
+        self._get_turn(request, threading.TIMEOUT_MAX)
+        if not self._unsolicited.closed:
+            self._unsolicited.close()
             self._sock.close()
+        self._pass_turn()
 
-    # Requires holding _turn -------------------------------------------------------------------------------
+    # Requires the turn ------------------------------------------------------------------------------------
+
+    def _send(self, request: _Request) -> None:
+        """Send a request's command, or begin to. Raises `ControlLost` or `NotSent`."""
+        if self._unsolicited.closed:
+            raise ControlLost("its control channel is closed")
+        if self._channel.unanswered >= _MOST_UNANSWERED:
+            raise NotSent(f"not sent: the VM has left {self._channel.unanswered} commands unanswered")
+        request.command = self._channel.send(request.code, request.payload)
+        self._write()
 
     def _exchange(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds for the agent and read once; returns whether it said something."""
@@ -206,12 +265,11 @@ class ControlLink:
         return bool(ready.poll(int(timeout * 1000) + 1)) and self._has_read(socket.MSG_DONTWAIT)
 
     def _limit_receive(self, timeout: float) -> None:
-        """Have recv(2) wait `timeout` seconds at the most, rounded up to a hundredth."""
+        """Have recv(2) wait `timeout` seconds, rounded up to a hundredth: few commands set it anew."""
         ticks = int(timeout * 100) + 1
         if ticks != self._receive_ticks:
             self._receive_ticks = ticks
-            until = _TIMEVAL.pack(ticks // 100, ticks % 100 * 10_000)
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, until)
+            limit_receive(self._sock, ticks / 100)
 
     def _await(self, command: Command, deadline: float, timeout: float) -> None:
         """Wait for the answer."""
@@ -225,15 +283,13 @@ class ControlLink:
                 if late:
                     self._read_what_is_there()
                 else:
-                    self._eager.wait(self._look, functools.partial(self._exchange, deadline - now))
+                    self._spin.wait(self._look, functools.partial(self._exchange, deadline - now))
             except ControlLost as lost:
                 if not command.is_answered():
                     raise
-                # The answer was in front of what ended the channel: that is for whoever comes next.
+                # The answer was in front of what ended the channel: that is for the next one to find.
                 self._lost = lost
                 self.hang_up()
-            if not (late or command.is_answered()):
-                self._rest()
             now = time.monotonic()
 
     def _look(self) -> bool | None:
@@ -262,11 +318,6 @@ class ControlLink:
             return False
         return True
 
-    def _rest(self) -> None:
-        """Leave the interpreter to others before there is more to read; not while they wait for the end."""
-        while (seconds := self._due()) and not self._over.wait(seconds):
-            pass
-
     def _read(self, flags: int) -> None:
         size = max(_READ_SIZE, min(self._channel.missing, _LONG_READ))
         try:
@@ -279,7 +330,8 @@ class ControlLink:
             raise self._lost
         if not data:
             raise ControlLost(self._end)
-        self._on_read(len(data), self._channel.receive_data(data))
+        for event in self._channel.receive_data(data):
+            self._on_event(event)
         if self._channel.error:
             raise ControlLost(f"control channel: {self._channel.error}")
 

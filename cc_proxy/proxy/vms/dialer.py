@@ -1,26 +1,51 @@
-"""Connecting to what a client names: as that client, and never to the daemon itself."""
+"""Connecting to what a client's hello names: as that client, and never to the daemon itself."""
 
+import contextlib
+import errno
 import os
 import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.errors import TimedOut
-from cc_proxy.api.transport import connect_socket
-from cc_proxy.linux.credentials import CannotAct, Credentials, call_as
+from cc_proxy.api.payloads import Hello
+from cc_proxy.linux.credentials import CannotAct, Credentials
 from cc_proxy.linux.fds import refuse_rights
 from cc_proxy.linux.socketfile import MAX_SOCKET_PATH
-from cc_proxy.proxy.users import Share
+from cc_proxy.proxy.vms.connector import Attempt, Connector, Report, Target, TooManyHang
+from cc_proxy.proxy.vms.connector_process import NOT_ALLOWED, NOT_STARTED
 
-#: Seconds that others of the same user are waited for at least: it takes most of them a moment.
-_COURTESY = 0.2
+#: Seconds that a console gets once the channels are connected.
+_CONSOLE_TIMEOUT = 0.25
+#: Seconds between two questions whether anybody still waits for the sockets.
+_INTERVAL = 0.1
 
-
-class _NoTurn(Exception):
-    """Others of the same user were connecting all the time."""
+_TOO_LATE = "not accepted in time"
 
 
 class CannotConnect(Exception):
     """A socket that cannot be connected to; the text names the member of hello, and says why."""
+
+
+@dataclass(slots=True)
+class Connected:
+    """The sockets of a VM, and their owner: a context manager that closes them. One thread."""
+
+    ctl: socket.socket
+    io: socket.socket
+    #: None if it was not wanted, or could not be connected, which `console_error` says.
+    console: socket.socket | None = None
+    console_error: str = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sock in (self.ctl, self.io, self.console):
+            if sock:
+                sock.close()
 
 
 class Dialer:
@@ -31,58 +56,149 @@ class Dialer:
     client's uid and gid.
     """
 
-    def __init__(self, client: Credentials, share: Share, own_address: str | bytes | None = None) -> None:
-        """`own_address` is the name that the daemon's listening socket was bound to."""
+    def __init__(
+        self,
+        client: Credentials,
+        connector: Connector,
+        own_address: str | bytes | None = None,
+        is_here: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`own_address` is the name that the daemon's listening socket was bound to.
+
+        `is_here` returns whether the client still waits.
+        """
+        self._is_here = is_here
         self.client = client
-        self.share = share
+        self._connector = connector
         self._own_address = own_address
 
-    def connect(self, member: str, path: str, timeout: float | Deadline) -> socket.socket:
-        """Connect to the socket at `path`, waiting `timeout` seconds if its backlog is full.
+    def connect(
+        self,
+        hello: Hello,
+        timeout: float | Deadline,
+        *,
+        console: bool = False,
+        still_wanted: Callable[[], bool] = lambda: True,
+    ) -> Connected:
+        """Connect to the channels that a hello names within `timeout` seconds, and to the console if told to.
 
-        `member` is what clients call it. Raises `CannotConnect`, or `RuntimeError` if there is no thread.
+        A channel that is not there yet is looked for again, and one that does not accept is waited for, as
+        long as `still_wanted` returns true. The console has to be there, and to accept, at once; a VM can do
+        without it. Raises `CannotConnect`, or `RuntimeError` if no process can be had; nothing is left open
+        then.
         """
-        _check(member, path)
-        deadline = Deadline(timeout)
+        with contextlib.ExitStack() as undo:
+            ctl = undo.enter_context(_Socket("ctlSerial", hello.ctl_serial))
+            io = undo.enter_context(_Socket("ioSerial", hello.io_serial))
+            connected = Connected(ctl.sock, io.sock)
+            extra = None
+            if console:
+                try:
+                    extra = undo.enter_context(_Socket("console", hello.console, blocking=False))
+                except CannotConnect as error:
+                    connected.console_error = str(error)
+            self._dial(
+                [ctl, io, extra] if extra else [ctl, io],
+                Deadline(timeout),
+                lambda: still_wanted() and self._is_here(),
+            )
+            for channel in (ctl, io):
+                if not channel.is_connected:
+                    raise channel.error()
+            undo.pop_all()
+        if extra and extra.is_connected:
+            connected.console = extra.sock
+        elif extra:
+            connected.console_error = str(extra.error())
+            extra.sock.close()
+        return connected
+
+    def _dial(
+        self, sockets: Sequence["_Socket"], deadline: Deadline, still_wanted: Callable[[], bool]
+    ) -> None:
+        """Connect sockets in this order; says to each how it went. Raises as `connect` does."""
+        first, *_ = sockets
+        targets = [Target(each.sock, each.path, patient=each.sock.getblocking()) for each in sockets]
         try:
-            try:
-                return self._connect_at_once(path, deadline)
-            except BlockingIOError:  # to wait for somebody is nothing that others should wait for
-                return call_as(self.client, lambda: self._connect(path, deadline))
-        except CannotAct as error:
-            raise CannotConnect(f"{member}: {error}") from None
-        except _NoTurn:
-            raise CannotConnect(
-                f"{member}: cannot connect to {path}: others of the same user had their turn all the time"
-            ) from None
+            with self._connector.connecting(self.client, targets, deadline) as attempt:
+                while report := _next_report(attempt, deadline, still_wanted):
+                    if not self._take_in(report, sockets):
+                        return
+                    if all(each.is_connected for each in sockets[:2]):
+                        deadline = Deadline(min(_CONSOLE_TIMEOUT, deadline.remaining()))
         except TimedOut:
-            raise CannotConnect(f"{member}: cannot connect to {path}: not accepted in time") from None
+            return
+        except (TooManyHang, _NotWanted) as error:
+            first.cause = str(error)
         except OSError as error:
-            raise CannotConnect(f"{member}: cannot connect to {path}: {error.strerror}") from None
+            first.cause = error.strerror or str(error)
+        else:
+            for each in sockets:
+                each.cause = each.cause or "the process that was to connect has been killed"
 
-    def _connect_at_once(self, path: str, deadline: Deadline) -> socket.socket:
-        """Raises `BlockingIOError` if the backlog is full; or `_NoTurn`."""
-        if not self.share.dialing.acquire(timeout=max(_COURTESY, deadline.remaining())):
-            raise _NoTurn
+    def _take_in(self, report: Report, sockets: Sequence["_Socket"]) -> bool:
+        """Say to a socket how its last look went; returns whether others may be connected."""
+        if report.number == NOT_STARTED:
+            raise RuntimeError(f"no process to connect from: {os.strerror(report.errno)}")
+        if report.number == NOT_ALLOWED:
+            raise CannotConnect(f"{sockets[0].member}: {CannotAct(self.client.uid, report.errno)}")
+        sock = sockets[report.number]
+        if report.errno == errno.EAGAIN:
+            sock.cause = _TOO_LATE
+        elif report.errno:
+            sock.cause = os.strerror(report.errno)
+        # Whatever links and mounts led there, this is the name it was bound to.
+        elif self._own_address is not None and sock.sock.getpeername() == self._own_address:
+            sock.cause = "that is the daemon itself"
+            return False
+        else:
+            sock.is_connected = True
+        return True
+
+
+class _NotWanted(Exception):
+    pass
+
+
+class _Socket:
+    """A socket that a hello names, and its owner: a context manager that closes it."""
+
+    def __init__(self, member: str, path: str, *, blocking: bool = True) -> None:
+        """Raises `CannotConnect` if it is no path, or no socket can be had."""
+        _check(member, path)
+        self.member = member
+        self.path = os.fsencode(path)
+        self.is_connected = False
+        self.cause = ""  # why it is not, if anything is known of that
+        self._said = path
         try:
-            return call_as(self.client, lambda: self._connect(path, 0))
+            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            self.cause = error.strerror or str(error)
+            raise self.error() from None
+        self.sock.setblocking(blocking)
+        refuse_rights(self.sock)  # before anybody can pass one
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+    def error(self) -> CannotConnect:
+        return CannotConnect(f"{self.member}: cannot connect to {self._said}: {self.cause or _TOO_LATE}")
+
+
+def _next_report(attempt: Attempt, deadline: Deadline, still_wanted: Callable[[], bool]) -> Report | None:
+    """Return what there is to report next, None once the attempt has ended. Raises `TimedOut`."""
+    while True:
+        try:
+            return attempt.next_report(Deadline(min(_INTERVAL, deadline.remaining())))
         except TimedOut:
-            raise BlockingIOError from None
-        finally:
-            self.share.dialing.release()
-
-    def _connect(self, path: str, timeout: float | Deadline) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            refuse_rights(sock)  # before anybody can pass one
-            connect_socket(sock, path, timeout)
-            # Whatever links and mounts led there, this is the name it was bound to.
-            if self._own_address is not None and sock.getpeername() == self._own_address:
-                raise OSError(0, "that is the daemon itself")
-        except BaseException:
-            sock.close()
-            raise
-        return sock
+            if not deadline.remaining():
+                raise
+        if not still_wanted():
+            raise _NotWanted("nobody waits for it any more")
 
 
 def _check(member: str, path: str) -> None:

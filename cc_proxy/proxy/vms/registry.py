@@ -2,7 +2,8 @@
 
 import threading
 from collections import Counter, deque
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 from cc_proxy.access import is_admin, may_use
 from cc_proxy.api.payloads import Hello
@@ -10,15 +11,16 @@ from cc_proxy.api.status import MOST_USERS, UserStatus
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.streams.spool import SpoolSpace
-from cc_proxy.proxy.users import LimitReached, Share, Shares
+from cc_proxy.proxy.users import Charge, User, Users
+from cc_proxy.proxy.vms.connector import Connector
 from cc_proxy.proxy.vms.dialer import Dialer
 from cc_proxy.proxy.vms.vm import State, Trouble, Vm, VmError
 from cc_proxy.settings import LiveSettings
 
-#: VMs that failed and are gone, of which the last error is kept.
-_MOST_ENDED = 32
-#: Characters of the id of a VM that has ended.
-_MOST_KEPT = 4_096
+#: VMs that failed, of which `status` tells the last error.
+_MOST_FAILED = 32
+#: Longest id, in characters, that is kept after its VM has gone. Clients in the field use 64.
+_LONGEST_KEPT = 4_096
 
 
 class RegistryError(Exception):
@@ -33,85 +35,119 @@ class FailedVm(NamedTuple):
     trouble: Trouble
 
 
+T = TypeVar("T", FailedVm, Vm)
+
+
 class Registry:
     """All VMs of the daemon. Any thread may call.
 
-    Who asks for a VM that is not theirs to use is told what they were told if there were none.
+    A VM that goes without bye keeps its id until somebody says bye or hello for it: runtimes delete a
+    container by its name after its VM has powered off. A client that asks for a VM it may not use is told
+    what it would be told if there were none.
     """
 
-    def __init__(self, live: LiveSettings, own_address: str | bytes | None = None) -> None:
+    def __init__(
+        self, live: LiveSettings, connector: Connector, own_address: str | bytes | None = None
+    ) -> None:
         """`own_address` is what the daemon's listening socket was bound to: no VM is there."""
         self._live = live
+        self._connector = connector
         self._own_address = own_address
         self._space = SpoolSpace(live)
         #: What each user has.
-        self.shares = Shares(live)
-        self._lock = threading.Lock()  # guards all that follows; nothing else is locked while it is held
-        self._by_id: dict[str, Vm] = {}  # from the beginning of hello until bye, or until the VM is lost
-        self._vms: set[Vm] = set()  # those that have not ended
+        self.users = Users(live)
+        self._lock = threading.Lock()  # guards all that follows; innermost
+        self._by_id: dict[str, Vm] = {}  # from the beginning of hello until bye; also VMs that have gone
+        self._vms: dict[Vm, list[Charge]] = {}  # those that have not gone, and what they count for
         self._failed: deque[FailedVm] = deque()  # the latest last
 
-    def register(self, hello: Hello, client: Credentials) -> Vm:
+    def register(self, hello: Hello, client: Credentials, is_here: Callable[[], bool] = lambda: True) -> Vm:
         """Register the VM behind two sockets as the client's; returns once it is up.
 
-        The id is taken from the beginning, and free again if this fails. Raises `RegistryError`,
+        The id is taken from the beginning, and free again if this fails. Sockets that are not there yet are
+        looked for again as long as `is_here` says that the client still waits. Raises `RegistryError`,
         `LimitReached` or `VmError`.
         """
-        container_id = hello.container_id
-        share = self.shares.of(client.uid)
-        vm = Vm(container_id, client.uid, self._live, self._space, self._note_change)
-        self._check_free(container_id)  # also for those who have as many as they may: nothing is taken for it
-        _take(share, container_id)
+        user = self.users.of(client.uid)
+        vm = Vm(hello.container_id, client.uid, self._live, self._space, self._on_change)
+        before = self._enter(vm, client, user)
         try:
-            self._enter(vm)
-        except BaseException:
-            _give_back(share, container_id)
-            raise
-        try:
-            vm.start(hello, Dialer(client, share, self._own_address))
-        except VmError as error:
-            fields = {"vm": container_id, "uid": client.uid, "error": str(error)}
-            logger.warning("VM not registered", extra=fields)
+            vm.start(hello, Dialer(client, self._connector, self._own_address, is_here), user)
+        except BaseException as error:
+            self._leave_to(before)
+            if isinstance(error, VmError):
+                fields = {"vm": hello.container_id, "uid": client.uid, "error": str(error)}
+                logger.warning("VM not registered", extra=fields)
             raise
         return vm
 
-    def _check_free(self, container_id: str) -> None:
-        with self._lock:
-            if container_id in self._by_id:
-                raise RegistryError(f"{container_id}: container already registered")
+    def _enter(self, vm: Vm, client: Credentials, user: User) -> Vm | None:
+        """Take an id, and count the VM; returns the VM that has gone and had the id before, if there is one.
 
-    def _enter(self, vm: Vm) -> None:
+        Raises `RegistryError` or `LimitReached`; nothing is taken then.
+        """
         with self._lock:
-            if vm.container_id in self._by_id:
-                raise RegistryError(f"{vm.container_id}: container already registered")
-            self._vms.add(vm)
-            try:
+            before = self._by_id.get(vm.container_id)
+        # Looked at first: nothing is counted for an id that is taken, even for a user who is at a limit.
+        self._check_free(before, vm.container_id, client)
+        charges = [user.charge("vms")]
+        try:
+            charges.append(user.charge("request_bytes", len(vm.container_id)))
+            with self._lock:
+                if self._by_id.get(vm.container_id) is not before:
+                    raise _taken(vm.container_id)
+                self._vms[vm] = charges
                 self._by_id[vm.container_id] = vm
-            except BaseException:
-                self._vms.discard(vm)
-                raise
+        except BaseException:
+            with self._lock:
+                self._vms.pop(vm, None)
+            for charge in charges:
+                charge.give_back()
+            raise
+        return before
+
+    def _leave_to(self, before: Vm | None) -> None:
+        """A hello that failed changes nothing: an id that it took over is again that of the VM before."""
+        with self._lock:
+            if before:
+                self._by_id.setdefault(before.container_id, before)
+
+    def _check_free(self, before: Vm | None, container_id: str, client: Credentials) -> None:
+        """An id whose VM has gone may be taken over by those who could say bye for it, and by nobody else.
+
+        A client that attaches by name trusts the name. Raises `RegistryError`.
+        """
+        if before and not (before.is_gone and self._may_use(client, before.owner)):
+            raise _taken(container_id)
 
     def get(self, container_id: str, client: Credentials) -> Vm:
-        """Return the VM that is registered and up under an id. Raises `RegistryError`."""
+        """Return the VM that is registered under an id, and up or gone. Raises `RegistryError`."""
         with self._lock:
             vm = self._by_id.get(container_id)
-        if vm is None or vm.state is not State.UP or not self._may_use(client, vm.owner):
+        if vm is None or vm.state is State.STARTING or not self._may_use(client, vm.owner):
             raise RegistryError(f"unknown containerID: {container_id}")
         return vm
 
     def unregister(self, container_id: str, client: Credentials) -> None:
         """Free an id and let its VM go. Raises `RegistryError`."""
-        if not self.get(container_id, client).leave():
-            raise RegistryError(f"unknown containerID: {container_id}")
+        vm = self.get(container_id, client)
+        with self._lock:
+            if self._by_id.get(container_id) is not vm:  # somebody else has just done so
+                raise RegistryError(f"unknown containerID: {container_id}")
+            del self._by_id[container_id]
+        vm.leave()
+        logger.info("VM unregistered", extra={"vm": container_id})
 
     def vms(self) -> list[Vm]:
-        """Return all VMs that have not ended, those without an id included."""
+        """Return all VMs that have not gone, those without an id included."""
         with self._lock:
             return list(self._vms)
 
     def vms_of(self, client: Credentials) -> list[Vm]:
-        """Return those of `vms` that a client may use."""
-        return [vm for vm in self.vms() if self._may_use(client, vm.owner)]
+        """Return the VMs that a client may use, those included that have gone and keep their ids."""
+        with self._lock:
+            vms = {*self._vms, *self._by_id.values()}
+        return [vm for vm in vms if self._may_use(client, vm.owner)]
 
     def _may_use(self, client: Credentials, owner: int) -> bool:
         return client.uid == owner or may_use(self._live.current.access, client, owner)
@@ -124,7 +160,7 @@ class Registry:
         return free
 
     def failed(self, client: Credentials) -> list[FailedVm]:
-        """Return the VMs that a client might have used, failed of late and have ended, the latest first."""
+        """Return the VMs that a client might have used and that have failed, the latest first."""
         with self._lock:
             failed = list(reversed(self._failed))
         return [ended for ended in failed if self._may_use(client, ended.owner)]
@@ -134,61 +170,56 @@ class Registry:
         everything = is_admin(self._live.current.access, client)
         return self._space.used if everything else self._space.used_by(client.uid)
 
-    def users(self, client: Credentials) -> list[UserStatus]:
+    def user_status(self, client: Credentials) -> list[UserStatus]:
         """Return what each user has that a client may know of: its own, or all if it is an admin."""
         everybody = is_admin(self._live.current.access, client)
-        used = self.shares.used
         return [
             UserStatus(
-                uid=uid,
-                connections=used(uid, "connections"),
-                vms=used(uid, "vms"),
-                sessions=used(uid, "sessions"),
-                commands=used(uid, "commands"),
-                spooled=self._space.used_by(uid),
+                uid=user.uid,
+                connections=user.has["connections"],
+                vms=user.has["vms"],
+                sessions=user.has["sessions"],
+                commands=user.has["commands"],
+                spooled=self._space.used_by(user.uid),
             )
-            for uid in self.shares.users()
-            if everybody or uid == client.uid
+            for user in self.users.all()
+            if everybody or user.uid == client.uid
         ][:MOST_USERS]
 
-    def _note_change(self, vm: Vm, state: State) -> None:
-        """Several may be told at once, and in any order: each has something of its own to do."""
-        if state is State.UP:
-            if vm.state is State.UP:
-                logger.info("VM registered", extra={"vm": vm.container_id, "uid": vm.owner})
+    def _on_change(self, vm: Vm, state: State) -> None:
+        """A VM has moved to another state. Calls may overlap, and come in any order."""
+        if state is State.UP and vm.state is State.UP:
+            logger.info("VM registered", extra={"vm": vm.container_id, "uid": vm.owner})
+        if state is not State.GONE:
             return
         with self._lock:
-            if self._by_id.get(vm.container_id) is vm:
+            charges = self._vms.pop(vm, [])
+            keeps_id = vm.came_up and len(vm.container_id) <= _LONGEST_KEPT
+            if not keeps_id and self._by_id.get(vm.container_id) is vm:
                 del self._by_id[vm.container_id]
-            ended = state is State.ENDED and vm in self._vms  # two moves may be told of when it has ended
-            if ended:
-                self._vms.discard(vm)
-                if vm.failed and vm.trouble:
-                    self._keep(FailedVm(vm.container_id[:_MOST_KEPT], vm.owner, vm.trouble))
-        if ended:
-            _give_back(self.shares.of(vm.owner), vm.container_id)
-            vm.container_id = vm.container_id[:_MOST_KEPT]  # a client may stay attached, and keep it
-        if state is State.LEAVING:
-            logger.info("VM unregistered", extra={"vm": vm.container_id})
+            if vm.failed and vm.trouble:
+                self._failed.append(FailedVm(vm.container_id[:_LONGEST_KEPT], vm.owner, vm.trouble))
+                _drop_one_over(self._failed, _MOST_FAILED)
+            self._forget_gone()
+        for charge in charges:
+            charge.give_back()
 
-    def _keep(self, failed: FailedVm) -> None:
-        """Note a VM that has failed, in place of the oldest of the user who has most. Requires _lock."""
-        self._failed.append(failed)
-        if len(self._failed) > _MOST_ENDED:
-            [(most, _)] = Counter(other.owner for other in self._failed).most_common(1)
-            self._failed.remove(next(other for other in self._failed if other.owner == most))
+    def _forget_gone(self) -> None:
+        """Keep as many ids of VMs that have gone as there may be VMs. Requires _lock."""
+        gone = deque(vm for vm in self._by_id.values() if vm.state is State.GONE)
+        if (forgotten := _drop_one_over(gone, self._live.current.limits.vms)) is not None:
+            del self._by_id[forgotten.container_id]
 
 
-def _take(share: Share, container_id: str) -> None:
-    """Count a VM, and what its id takes of memory for as long as there is the VM. Raises `LimitReached`."""
-    share.take("vms")
-    try:
-        share.take("request_bytes", len(container_id))
-    except LimitReached:
-        share.give_back("vms")
-        raise
+def _taken(container_id: str) -> RegistryError:
+    return RegistryError(f"{container_id}: container already registered")
 
 
-def _give_back(share: Share, container_id: str) -> None:
-    share.give_back("vms")
-    share.give_back("request_bytes", len(container_id))
+def _drop_one_over(vms: deque[T], most: int) -> T | None:
+    """If there are more than `most`, drop the oldest of the user who has most; returns it."""
+    if len(vms) <= most:
+        return None
+    [(owner, _)] = Counter(vm.owner for vm in vms).most_common(1)
+    oldest = next(vm for vm in vms if vm.owner == owner)
+    vms.remove(oldest)
+    return oldest

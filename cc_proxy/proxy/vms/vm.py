@@ -1,7 +1,6 @@
 """One VM: its life from hello to the end, with its control channel and its pump."""
 
 import contextlib
-import functools
 import logging
 import socket
 import threading
@@ -21,23 +20,18 @@ from cc_proxy.linux.fds import check_passable, refuse_rights
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.streams.pump import Pump
-from cc_proxy.proxy.streams.session import Session
-from cc_proxy.proxy.streams.spool import SpoolSpace
-from cc_proxy.proxy.turns import Place
-from cc_proxy.proxy.users import Share
+from cc_proxy.proxy.streams.session import Session, Whose
+from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
+from cc_proxy.proxy.users import User
 from cc_proxy.proxy.vms.console import Console
 from cc_proxy.proxy.vms.control import ControlLink, ControlLost, NoAnswer, NotSent
-from cc_proxy.proxy.vms.dialer import CannotConnect, Dialer
+from cc_proxy.proxy.vms.dialer import CannotConnect, Connected, Dialer
 from cc_proxy.settings import LiveSettings
 
 #: A socket is writable again when three quarters of this are free: the rest must last until more is there.
 _SEND_BUFFER = 1024 * 1024
 _SESSION_SEND_BUFFER = 256 * 1024
-#: Seconds of a CPU that an event, a read, or so many bytes of one are taken for: more than it takes; an agent
-#: needs few of them.
-_EVENT = 0.000_02
-_BYTES = 4096
-#: Why everything ends some time.
+#: The cause of every VM's end once the daemon stops.
 _STOPS = "the daemon stops"
 
 
@@ -57,17 +51,17 @@ class State(Enum):
 
     STARTING = auto()  # hello has begun
     UP = auto()
-    LEAVING = auto()  # bye was said: the clients it has may stay until the linger is over
+    LEAVING = auto()  # bye was said: its clients may stay until the linger is over
     LOST = auto()  # what it has sent is still delivered
-    ENDED = auto()
+    GONE = auto()
 
 
 _MOVES = {
-    State.STARTING: {State.UP, State.LOST, State.ENDED},
-    State.UP: {State.LEAVING, State.LOST, State.ENDED},
-    State.LEAVING: {State.LOST, State.ENDED},
-    State.LOST: {State.ENDED},
-    State.ENDED: set[State](),
+    State.STARTING: {State.UP, State.LOST, State.GONE},
+    State.UP: {State.LEAVING, State.LOST, State.GONE},
+    State.LEAVING: {State.LOST, State.GONE},
+    State.LOST: {State.GONE},
+    State.GONE: set[State](),
 }
 
 
@@ -75,7 +69,7 @@ class Vm:
     """A VM that a client has said hello for. Any thread may call.
 
     `owner` is the uid of that client. `on_change` is called, with no lock held, when the VM has moved to
-    another state, with that: by the time, there may be yet another.
+    another state, with that state; by then it may be in yet another.
     """
 
     def __init__(
@@ -88,41 +82,38 @@ class Vm:
     ) -> None:
         self.container_id = container_id
         self.owner = owner
-        self._live = live
         self.created = time.monotonic()
         #: What went wrong last. Set as a whole, by any thread.
         self.trouble: Trouble | None = None
-        #: Whether that was its end, or that it never came up.
+        #: Whether it ended, or never came up, because something went wrong.
         self.failed = False
+        #: Whether it ever was up.
+        self.came_up = False
+        self._live = live
         self._space = space
         self._on_change = on_change
-        self._lock = threading.Lock()  # guards all that follows; nothing else is locked while it is held
+        self._control: ControlLink | None = None  # set once, by the thread that says hello; as is _pump,
+        self._pump: Pump | None = None  # which the pump thread drops at its end
+        self._lock = threading.Lock()  # guards all that follows; innermost
         self._state = State.STARTING
         self._cause = ""
-        self._powering_off = False  # it was told to
+        self._ends = 0  # commands on their way that power it off
         self._stopping = False  # the daemon is
         self._next_seq = 1
-        self._control: ControlLink | None = None
-        self._pump: Pump | None = None
 
-    @property
-    def state(self) -> State:
-        """Where the VM is in its life."""
-        return self._state
+    # A client's thread ------------------------------------------------------------------------------------
 
-    def start(self, hello: Hello, dialer: Dialer) -> None:
+    def start(self, hello: Hello, dialer: Dialer, user: User) -> None:
         """Connect to the VM and wait until it is ready. Raises `VmError`; nothing is left open then."""
         try:
-            with contextlib.ExitStack() as undo:
-                pump = self._connect(hello, dialer, undo)
-                undo.pop_all()
+            pump = self._connect(hello, dialer, user)
             pump.start()
             if not self._move(State.UP):
                 raise VmError(self._gone())
         except BaseException as error:
             self._fail(str(error))
             self.abort()
-            self._move(State.ENDED)
+            self._move(State.GONE)
             if isinstance(error, CannotConnect | ControlLost | NoAnswer):
                 raise VmError(str(error)) from None
             if isinstance(error, OSError | RuntimeError):
@@ -138,7 +129,7 @@ class Vm:
         if control is None or self._state not in (State.UP, State.LEAVING):
             raise VmError(self._gone())
         if name is Code.DESTROY_POD:
-            self._powering_off = True
+            self._expect_end(1)
         try:
             answer = control.transact(name, payload, self._live.current.vm.command_timeout)
         except NoAnswer as error:
@@ -163,13 +154,8 @@ class Vm:
             raise VmError(refusal)
         return answer
 
-    def _keep_on(self, refused: Code) -> None:
-        """The agent does not carry out a command: if that was to power off, it is not expected to end."""
-        if refused is Code.DESTROY_POD:
-            self._powering_off = False
-
-    def open_session(self, n_streams: int, share: Share, pid: int = 0) -> tuple[int, socket.socket]:
-        """Allocate streams for a client of `share`'s user, the process `pid`.
+    def open_session(self, n_streams: int, user: User, pid: int = 0) -> tuple[int, socket.socket]:
+        """Allocate streams for a client of a user's, the process `pid`.
 
         Returns the first one's seq, and the end of their fd that is the client's. Raises `VmError` or
         `LimitReached`; no seq is used up then.
@@ -178,8 +164,7 @@ class Vm:
         if pump is None or self._state not in (State.UP, State.LEAVING):
             raise VmError(self._gone())
         with contextlib.ExitStack() as undo:
-            share.take("sessions")
-            undo.callback(share.give_back, "sessions")
+            charge = undo.enter_context(user.charge("sessions"))
             ours, theirs = _session_pair()
             undo.callback(theirs.close)
             undo.callback(ours.close)
@@ -188,26 +173,85 @@ class Vm:
                 self._next_seq = seqs.stop
             window = self._live.current.stdin.window
             paced = StdinWindow(seqs.start, window) if window else None
-            session = Session(seqs, ours, self._space, share, paced)
-            session.vm, session.pid = self.container_id, pid
+            who = Whose(self.container_id, user.uid, pid)
+            session = Session(seqs, ours, who, Spool(self._space, user.uid), paced, charge.give_back)
             if not pump.add(session):
                 raise VmError(self._gone())
             undo.pop_all()  # the pump's from now on
         return seqs.start, theirs
 
-    def leave(self) -> bool:
-        """Bye was said: end when the VM hangs up, or when the linger has passed. False if it is not up."""
+    def _expect_end(self, more: int) -> None:
+        with self._lock:
+            self._ends += more
+
+    def _keep_on(self, refused: Code) -> None:
+        """The agent does not carry out a command: if that was to power off, one less makes it end."""
+        if refused is Code.DESTROY_POD:
+            self._expect_end(-1)
+
+    def _connect(self, hello: Hello, dialer: Dialer, user: User) -> Pump:
+        """Connect all sockets and wait for READY, within one deadline."""
+        limits = self._live.current.vm
+        deadline = Deadline(limits.ready_timeout)
+        with contextlib.ExitStack() as undo:
+            sockets = undo.enter_context(self._dial(hello, dialer, deadline))
+            io = sockets.io
+            self._control = control = ControlLink(sockets.ctl, self._note_event)
+            undo.callback(control.close)
+            console = Console.open(self.container_id, hello.console, sockets)
+            for channel in (sockets.ctl, io):
+                channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+            booted = control.wait_until_up(
+                io, limits.ready_timeout, limits.ready_ping_after, deadline.remaining()
+            )
+            if not booted:
+                self._next_seq = _unused_seq()
+            echo_timeout = self._live.current.stdin.echo_timeout
+            self._pump = Pump(self, io, control, console, user.one_batch, echo_timeout)
+            undo.pop_all()
+        return self._pump
+
+    def _dial(self, hello: Hello, dialer: Dialer, deadline: Deadline) -> Connected:
+        wanted = Console.is_wanted(hello.console)
+        try:
+            return dialer.connect(hello, deadline, console=wanted, still_wanted=lambda: not self._stopping)
+        except CannotConnect as error:
+            raise (ControlLost(_STOPS) if self._stopping else error) from None
+
+    def _note_event(self, event: ControlMessage) -> None:
+        if logger.isEnabledFor(logging.DEBUG):  # an agent sends two of them for each command
+            logger.debug("event from the VM", extra={"vm": self.container_id, "event": str(event)})
+
+    # Pump thread ------------------------------------------------------------------------------------------
+
+    def ended(self) -> None:
+        """The pump has delivered everything and closed both channels."""
+        self._move(State.GONE)
+        self._pump = None  # a client that stays attached must not keep the pump's buffers
+
+    # Any thread -------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """Where the VM is in its life."""
+        return self._state
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it was up and is of no use any more, though nobody said bye."""
+        return self.came_up and self._state in (State.LOST, State.GONE)
+
+    def leave(self) -> None:
+        """Bye was said: end when the VM hangs up, or when the linger has passed."""
         pump = self._pump
-        if pump is None or not self._move(State.LEAVING):
-            return False
-        pump.finish("it has lingered long enough after bye", self._live.current.vm.bye_linger)
-        return True
+        if self._move(State.LEAVING) and pump:
+            pump.finish("it has lingered long enough after bye", self._live.current.vm.bye_linger)
 
     def lose(self, cause: str) -> None:
-        """The VM is of no use any more, because of `cause`. Who waits for its answer is told."""
+        """The VM is of no use any more, because of `cause`. Whoever waits for its answer is told."""
         with self._lock:
             self._cause = self._cause or cause
-            expected = self._powering_off or self._stopping or self._state is State.LEAVING
+            expected = self._ends > 0 or self._stopping or self._state is State.LEAVING
             if not expected and State.LOST in _MOVES[self._state]:
                 self._fail(cause)
         if not self._move(State.LOST):
@@ -224,17 +268,10 @@ class Vm:
         """The control channel, to look at; None before there is one."""
         return self._control
 
-    def describe(self) -> Streams | Future[Streams] | None:
-        """Return how its streams stand, or ask (`Pump.describe`); None before there are any."""
+    def describe(self) -> Future[Streams] | None:
+        """Ask how its streams stand (`Pump.describe`); None while it has no pump."""
         pump = self._pump
         return pump.describe() if pump else None
-
-    def ended(self) -> None:
-        """The pump has delivered everything and closed both channels."""
-        self._move(State.ENDED)
-        # A client that stays attached must not keep the pump's buffers.
-        with self._lock:
-            self._pump = None
 
     def stop(self) -> None:
         """The daemon stops: deliver what the VM has sent by now, and end."""
@@ -262,29 +299,10 @@ class Vm:
         pump = self._pump
         return pump.session_count if pump else 0
 
-    def answers(self) -> bool:
-        """Whether its pump has answered the last call of this. One thread at a time."""
+    def probe(self) -> bool:
+        """Whether its pump has answered the last probe; if so, send another. One thread at a time."""
         pump = self._pump
-        return pump is None or pump.answers()
-
-    def _connect(self, hello: Hello, dialer: Dialer, undo: contextlib.ExitStack) -> Pump:
-        """Connect both channels and wait for READY, all in one time. What is opened is closed by `undo`."""
-        limits = self._live.current.vm
-        deadline = Deadline(limits.ready_timeout)
-        ctl = undo.enter_context(dialer.connect("ctlSerial", hello.ctl_serial, deadline))
-        share = dialer.share
-        control = ControlLink(ctl, functools.partial(_note, self.container_id, share), Place(share).due)
-        undo.callback(control.close)
-        self._control = control
-        io = undo.enter_context(dialer.connect("ioSerial", hello.io_serial, deadline))
-        for channel in (ctl, io):
-            channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        control.wait_until_up(io, limits.ready_timeout, limits.ready_ping_after, deadline.remaining())
-        console = Console.open(self.container_id, hello.console, dialer)
-        if console:
-            undo.callback(console.close)
-        self._pump = Pump(self, io, control, console, self._live.current.stdin.echo_timeout, share)
-        return self._pump
+        return pump is None or pump.probe()
 
     def _fail(self, cause: str) -> None:
         """It has come to an end that nobody asked for; the first cause counts."""
@@ -298,6 +316,7 @@ class Vm:
             if to not in _MOVES[self._state]:
                 return False
             self._state = to
+            self.came_up = self.came_up or to is State.UP
         self._on_change(self, to)
         return True
 
@@ -305,11 +324,12 @@ class Vm:
         return f"VM gone: {self._cause or 'it was unregistered'}"
 
 
-def _note(container_id: str, share: Share, size: int, events: list[ControlMessage]) -> None:
-    if logger.isEnabledFor(logging.DEBUG):  # an agent sends two of them for each command
-        for event in events:
-            logger.debug("event from the VM", extra={"vm": container_id, "event": str(event)})
-    share.spend((1 + len(events) + size // _BYTES) * _EVENT, _EVENT)
+def _unused_seq() -> int:
+    """Return a seq that nobody can have used in a VM that was up already, whoever handed out seqs before.
+
+    Nobody hands out a million streams a second for as long as a VM lives. Below 2^53 until the year 2242.
+    """
+    return int(time.time()) << 20  # noqa: TID251 - the one clock that goes on over restarts of the daemon
 
 
 def _session_pair() -> tuple[socket.socket, socket.socket]:

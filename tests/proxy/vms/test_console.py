@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import random
 import socket
-import threading
+import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from cc_proxy.linux.credentials import Credentials
+from cc_proxy.api.payloads import Hello
 from cc_proxy.log.levels import CONSOLE, logger
 from cc_proxy.proxy.vms.console import _LONGEST_LINE, Console, LineSplitter
-from cc_proxy.proxy.vms.dialer import Dialer
+from cc_proxy.proxy.vms.dialer import Connected
 from tests.proxy.conftest import Logged
-from tests.proxy.support import DIALER, new_share, open_fds
-from tests.wire.support import WAIT, in_background
+from tests.proxy.support import DIALER, open_fds
+from tests.wire.support import WAIT
 
 
 def lines_of(*pieces: bytes) -> list[str]:
@@ -98,12 +99,27 @@ def listener(tmp_sock_dir: Path) -> Iterator[socket.socket]:
         yield listener
 
 
+def opened(path: str) -> tuple[Console | None, Connected]:
+    """The console of a VM whose channels are there."""
+    with ExitStack() as undo:
+        directory = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="ccp-", dir="/tmp")))
+        for name in ("ctl", "io"):
+            channel = undo.enter_context(socket.socket(socket.AF_UNIX))
+            channel.bind(str(directory / name))
+            channel.listen()
+        hello = Hello("vm", str(directory / "ctl"), str(directory / "io"), path)
+        connected = DIALER.connect(hello, WAIT, console=Console.is_wanted(path))
+        connected.ctl.close()
+        connected.io.close()
+    return Console.open("vm", path, connected), connected
+
+
 def test_console_is_not_dialled_unless_the_log_wants_it(listener: socket.socket, logged: Logged) -> None:
-    assert Console.open("vm", listener.getsockname(), DIALER) is None
+    assert opened(listener.getsockname())[0] is None
     with pytest.raises(BlockingIOError):
         listener.accept()
     logger.setLevel(CONSOLE)
-    assert Console.open("vm", "", DIALER) is None
+    assert opened("")[0] is None
     assert logged.records == []
 
 
@@ -111,10 +127,12 @@ def test_console_is_not_dialled_unless_the_log_wants_it(listener: socket.socket,
 def test_console_that_cannot_be_reached_is_a_warning(logged: Logged, path: str) -> None:
     logger.setLevel(CONSOLE)
     before = set(open_fds())
-    assert Console.open("vm", path, DIALER) is None
+    console, connected = opened(path)
+    assert console is None
     assert logged.at(logging.WARNING) == ["console cannot be read"]
     (fields,) = logged.fields("console cannot be read")
-    assert (fields["vm"], fields["console"], bool(fields["error"])) == ("vm", path, True)
+    assert fields == {"vm": "vm", "console": path, "error": connected.console_error}
+    assert connected.console_error.startswith("console: ")
     assert set(open_fds()) == before
 
 
@@ -125,32 +143,15 @@ def test_console_whose_backlog_is_full_is_not_waited_for(tmp_sock_dir: Path, log
         listener.bind(path)
         listener.listen(0)
         first.connect(path)
-        assert Console.open("vm", path, DIALER) is None
+        console, connected = opened(path)
+    assert console is None
+    assert connected.console_error == f"console: cannot connect to {path}: not accepted in time"
     assert logged.at(logging.WARNING) == ["console cannot be read"]
-
-
-def test_console_waits_for_its_turn_while_another_hello_of_the_user_connects(
-    listener: socket.socket, logged: Logged
-) -> None:
-    logger.setLevel(CONSOLE)
-    share, begun = new_share(), threading.Event()
-
-    def take_turn() -> None:
-        with share.dialing:
-            begun.set()
-            threading.Event().wait(0.01)
-
-    with in_background(take_turn):
-        assert begun.wait(WAIT)
-        console = Console.open("vm", listener.getsockname(), Dialer(Credentials.own(), share))
-    assert console
-    console.close()
-    assert logged.at(logging.WARNING) == []
 
 
 def test_console_is_read_to_its_end(listener: socket.socket, logged: Logged) -> None:
     logger.setLevel(CONSOLE)
-    console = Console.open("vm", listener.getsockname(), DIALER)
+    console, _ = opened(listener.getsockname())
     assert console
     far, _ = listener.accept()
     assert console.read(), "nothing is there, and more may come"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import queue
+import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 
 import pytest
@@ -19,11 +20,14 @@ from tests.proxy.support import NEVER, Rig, fill, pair, read_now
 from tests.wire.support import (
     ACK,
     ASYNC_EVENT,
+    COMMAND,
     ERROR,
     FINISHPOD,
     NEXT,
     PING,
+    QUESTIONS,
     READY,
+    VERSION_NUMBER,
     WAIT,
     at_end,
     command,
@@ -42,22 +46,9 @@ class Agent:
     def __init__(self) -> None:
         near, self.sock = pair()
         self.events: queue.SimpleQueue[ControlMessage] = queue.SimpleQueue()
-        self.dues: queue.SimpleQueue[float] = queue.SimpleQueue()  # seconds, each once
-        self.on_read: Callable[[], object] = lambda: None
-        self.link = ControlLink(near, self._note, self._due)
+        self.link = ControlLink(near, self.events.put)
         self.io, self.far_io = pair()
         self.results: queue.SimpleQueue[object] = queue.SimpleQueue()
-
-    def _note(self, _size: int, events: list[ControlMessage]) -> None:
-        for event in events:
-            self.events.put(event)
-        self.on_read()
-
-    def _due(self) -> float:
-        try:
-            return self.dues.get_nowait()
-        except queue.Empty:
-            return 0.0
 
     def say(self, code: int, payload: bytes = b"") -> None:
         self.sock.sendall(command(code, payload))
@@ -114,24 +105,38 @@ def test_ready_is_all_that_is_waited_for(agent: Agent) -> None:
     assert [agent.events.get_nowait().code, agent.events.get_nowait().code] == [ASYNC_EVENT, READY]
 
 
-def test_answered_ping_takes_the_place_of_ready(agent: Agent) -> None:
-    def answer() -> None:
-        assert agent.read() == (PING, b"{}")
-        agent.say(NEXT, bytes(4))
-        agent.say(ACK)
+def answer_questions(agent: Agent, number: int = QUESTIONS) -> None:
+    for _ in range(number):
+        agent.say(ACK, VERSION_NUMBER if agent.read()[0] == Code.VERSION else b"")
 
-    with in_background(answer):
+
+def test_agent_that_has_been_up_before_is_known_by_its_answers(agent: Agent) -> None:
+    with in_background(lambda: answer_questions(agent)):
+        assert not agent.link.wait_until_up(agent.io, WAIT, 0.0), "it was not seen to boot"
+
+
+@pytest.mark.parametrize("late", [command(ACK), command(ERROR), command(ACK, VERSION_NUMBER) + command(ACK)])
+def test_answers_to_others_come_first_and_are_nobodys(agent: Agent, late: bytes) -> None:
+    agent.sock.sendall(late)
+    with in_background(lambda: answer_questions(agent)):
         agent.link.wait_until_up(agent.io, WAIT, 0.0)
+    assert agent.link.unanswered == 0
+    with agent.asking(b"next"):
+        assert agent.read() == (PING, b"next")
+        agent.say(ACK, b"to the next")
+    assert agent.result() == ControlMessage(ACK, b"to the next")
 
 
-def test_ready_after_the_ping_counts_and_its_answer_is_still_the_pings(agent: Agent) -> None:
-    def answer() -> None:
+def test_ready_after_the_questions_counts_and_their_answers_stay_theirs(agent: Agent) -> None:
+    def boot() -> None:
         agent.read()
         agent.say(READY)
 
-    with in_background(answer):
-        agent.link.wait_until_up(agent.io, WAIT, 0.0)
-    agent.say(ERROR, b"to the ping")
+    with in_background(boot):
+        assert agent.link.wait_until_up(agent.io, WAIT, 0.0), "it was seen to boot"
+    assert agent.link.unanswered == QUESTIONS
+    agent.say(ACK)
+    answer_questions(agent, QUESTIONS - 1)
     with agent.asking(b"next"):
         assert agent.read() == (PING, b"next")
         agent.say(ACK, b"to the next")
@@ -149,7 +154,7 @@ def test_ready_that_came_in_time_counts_though_nobody_looked(agent: Agent, left:
 def test_agent_that_says_nothing(agent: Agent, ping_after: float) -> None:
     with pytest.raises(NoAnswer, match=r"no READY from the VM in 0\.05 s"):
         agent.link.wait_until_up(agent.io, 0.05, ping_after)
-    assert read_now(agent.sock) == (b"" if ping_after == NEVER else command(PING, b"{}"))
+    assert len(read_now(agent.sock)) == (0 if ping_after == NEVER else QUESTIONS * COMMAND.size)
 
 
 @contextmanager
@@ -190,15 +195,11 @@ def test_agent_that_talks_without_end_is_given_up_too(agent: Agent) -> None:
 def test_vm_that_is_lost_before_it_is_up(
     agent: Agent, trouble: Callable[[Agent], None], cause: str, ping_after: float, when: str
 ) -> None:
-    def make_trouble() -> None:
-        wait_until(agent.link._turn.locked, "the link waits")
-        trouble(agent)
-
     with ExitStack() as stack:
         if when == "before":
             trouble(agent)
         else:
-            stack.enter_context(in_background(make_trouble))
+            stack.enter_context(in_background(lambda: trouble(agent)))
         with pytest.raises(ControlLost) as lost:
             agent.link.wait_until_up(agent.io, WAIT, ping_after)
     # A ping that could not be written, or was not read, tells it another way.
@@ -227,7 +228,6 @@ def test_of_several_threads_one_is_served_at_a_time(agent: Agent) -> None:
             stack.enter_context(agent.asking(b"%d" % number))
         for _ in range(8):
             _, payload = agent.read()
-            threading.Event().wait(0.002)
             assert is_silent(agent.sock), "the next one waits for the answer"
             agent.say(ACK, payload)
     results = [agent.result() for _ in range(8)]
@@ -269,61 +269,12 @@ def test_another_command_in_the_way_all_the_time(agent: Agent) -> None:
             agent.transact(b"second", timeout=0.02)
         assert is_silent(agent.sock), "what was given up before its turn is never sent"
         agent.say(ACK)
-    assert agent.link._channel.unanswered == 0
+    assert agent.link.unanswered == 0
 
 
 def test_events_do_not_prolong_the_deadline(agent: Agent) -> None:
     with talking(agent), pytest.raises(NoAnswer):
         agent.transact(timeout=0.1)
-
-
-def test_who_waits_for_more_rests_before_it(agent: Agent) -> None:
-    """And the pump sees to that itself."""
-    agent.dues.put(0.01)
-    agent.say(ASYNC_EVENT)
-    agent.link.read_unasked()
-    assert agent.dues.qsize() == 1
-    agent.say(ASYNC_EVENT)
-    with agent.asking():
-        agent.read()
-        for _ in range(2):
-            agent.events.get(timeout=WAIT)
-        agent.say(ACK)
-        assert agent.result() == ControlMessage(ACK)
-    assert agent.dues.empty()
-
-
-def test_answer_is_not_rested_after(agent: Agent) -> None:
-    agent.dues.put(NEVER)
-    with agent.asking():
-        agent.read()
-        agent.say(ACK)
-        assert agent.result() == ControlMessage(ACK)
-
-
-def test_nobody_rests_while_others_wait_for_the_end(agent: Agent) -> None:
-    agent.dues.put(NEVER)
-    agent.say(ASYNC_EVENT)
-    with agent.asking():
-        agent.read()
-        agent.events.get(timeout=WAIT)
-        agent.say(ASYNC_EVENT)
-        wait_until(agent.dues.empty, "it rests")
-        agent.link.close()
-        assert isinstance(agent.result(), ControlLost)
-        assert agent.events.get_nowait().code == ASYNC_EVENT, "what was said is read to the end"
-
-
-def test_long_answers_are_read_in_large_pieces(agent: Agent) -> None:
-    sizes: list[int] = []
-    agent.on_read = lambda: sizes.append(agent.link._channel.missing)
-    payload = bytes(1_000_000)
-    with agent.asking():
-        agent.read()
-        agent.say(ACK, payload)
-        agent.result()
-    assert sizes[-1] == 0
-    assert len(sizes) < 200, "not two thousand"
 
 
 def test_late_answers_are_their_own(agent: Agent) -> None:
@@ -332,14 +283,14 @@ def test_late_answers_are_their_own(agent: Agent) -> None:
             agent.transact(timeout=0)
         agent.read()
     agent.say(ERROR, b"to the first")
-    agent.link.read_unasked()  # between the commands
+    agent.link.read()  # between the commands
     with agent.asking(b"last"):
         assert agent.read() == (PING, b"last")
         agent.say(ACK, b"to the second")
         agent.say(ERROR, b"to the third")
         agent.say(ACK, b"to the last")
     assert agent.result() == ControlMessage(ACK, b"to the last")
-    assert agent.link._channel.unanswered == 0
+    assert agent.link.unanswered == 0
     assert agent.events.empty()
 
 
@@ -351,7 +302,7 @@ def test_no_more_is_sent_to_an_agent_that_leaves_64_unanswered(agent: Agent) -> 
         agent.transact(timeout=WAIT)
     assert read_now(agent.sock) == command(PING) * 64
     agent.say(ACK)
-    agent.link.read_unasked()
+    agent.link.read()
     with agent.asking():
         agent.read()
         for _ in range(63):
@@ -419,33 +370,16 @@ def test_answer_and_end_in_one_read_is_an_answer(agent: Agent) -> None:
         agent.transact()
 
 
-def hold_back(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Have nothing read before that is set."""
-    proceed = threading.Event()
-    read = agent.link._read
-
-    def read_late(flags: int) -> None:
-        assert proceed.wait(WAIT)
-        read(flags)
-
-    monkeypatch.setattr(agent.link, "_read", read_late)
-    return proceed
-
-
-def test_answer_and_end_is_an_answer_though_the_pump_sees_the_end_first(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answer_and_end_is_an_answer_though_the_pump_sees_the_end_first(agent: Agent) -> None:
     """It hangs up the link, from its own thread; what has arrived by then is not lost."""
-    proceed = hold_back(agent, monkeypatch)
-    with agent.asking():
-        agent.read()
-        agent.say(ACK, b"last words")
-        agent.sock.close()
-        with pytest.raises(ControlLost, match=HUNG_UP):
-            agent.link.read_unasked()
-        agent.link.hang_up()
-        proceed.set()
-    assert agent.result() == ControlMessage(ACK, b"last words")
+    for _ in range(20):
+        with closing(Agent()) as other:
+            with other.asking():
+                other.read()
+                other.say(ACK, b"last words")
+                other.sock.close()
+                other.link.hang_up()
+            assert other.result() == ControlMessage(ACK, b"last words")
 
 
 @pytest.mark.parametrize("rest", [command(NEXT, length=3), command(ACK) + command(NEXT, length=3)])
@@ -456,7 +390,7 @@ def test_answer_in_front_of_nonsense_is_an_answer(agent: Agent, rest: bytes) -> 
         agent.sock.sendall(command(ACK, b"last words") + rest)
     assert agent.result() == ControlMessage(ACK, b"last words")
     with pytest.raises(ControlLost, match="control channel: next with a total length of 3"):
-        agent.link.read_unasked()
+        agent.link.read()
     with pytest.raises(ControlLost):
         agent.transact()
 
@@ -510,8 +444,7 @@ def test_closing_waits_for_who_uses_it_and_they_find_it_lost(agent: Agent) -> No
     for _ in range(4):
         outcome = agent.result()
         assert isinstance(outcome, ControlLost)
-    assert agent.link._sock.fileno() == -1
-    assert agent.link.unasked.closed
+    assert at_end(agent.sock)
     with pytest.raises(ControlLost, match="its control channel is closed"):
         agent.transact()
     agent.link.hang_up()
@@ -521,68 +454,57 @@ def test_closing_waits_for_who_uses_it_and_they_find_it_lost(agent: Agent) -> No
 # Between commands -----------------------------------------------------------------------------------------
 
 
-def test_unasked_is_readable_between_commands_alone(agent: Agent) -> None:
-    unasked = agent.link.unasked
+def is_readable(agent: Agent) -> bool:
+    return bool(select.select([agent.link], [], [], 0)[0])
+
+
+def test_it_is_readable_between_commands_alone(agent: Agent) -> None:
     agent.say(READY)
     agent.link.wait_until_up(agent.io, WAIT, WAIT)
-    assert unasked.poll(0) == []
+    assert not is_readable(agent)
     agent.say(ASYNC_EVENT)
-    assert unasked.poll(0)
-    agent.link.read_unasked()
-    assert unasked.poll(0) == []
+    assert is_readable(agent)
+    agent.link.read()
+    assert not is_readable(agent)
     with agent.asking():
         agent.read()
         agent.say(ASYNC_EVENT)
         agent.events.get(timeout=WAIT)
-        assert unasked.poll(0) == []
-        agent.link.read_unasked()  # a turn of the pump that came too late
+        assert not is_readable(agent)
+        agent.link.read()  # a turn of the pump that came too late
         agent.say(ACK)
     agent.result()
     agent.say(ASYNC_EVENT)
-    assert unasked.poll(0)
-
-
-def test_what_a_command_waits_for_is_nothing_to_wake_the_pump_for(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    agent.say(READY)
-    agent.link.wait_until_up(agent.io, WAIT, WAIT)
-    proceed = hold_back(agent, monkeypatch)
-    with agent.asking():
-        agent.read()
-        agent.say(ACK)
-        assert agent.link.unasked.poll(0) == []
-        proceed.set()
-    assert agent.result() == ControlMessage(ACK)
+    assert is_readable(agent)
 
 
 @pytest.mark.parametrize("timeout", [0.0, 0.02])
-def test_unasked_is_watched_again_after_a_command_that_failed(agent: Agent, timeout: float) -> None:
+def test_it_is_watched_again_after_a_command_that_failed(agent: Agent, timeout: float) -> None:
     agent.say(READY)
     agent.link.wait_until_up(agent.io, WAIT, WAIT)
     with pytest.raises(NoAnswer):
         agent.transact(timeout=timeout)
     agent.say(ACK)
-    assert agent.link.unasked.poll(0)
-    agent.link.read_unasked()
-    assert agent.link._channel.unanswered == 0
+    assert is_readable(agent)
+    agent.link.read()
+    assert agent.link.unanswered == 0
 
 
 def test_end_is_noticed_in_the_middle_of_a_command_by_who_has_nothing_to_do_with_it(agent: Agent) -> None:
     with agent.asking():
         agent.read()
-        agent.link.read_unasked()  # nothing to say
+        agent.link.read()  # nothing to say
         agent.sock.close()
-        wait_until(lambda: bool(agent.link.unasked.poll(0)) or not agent.results.empty(), "it is noticed")
+        wait_until(lambda: is_readable(agent) or not agent.results.empty(), "it is noticed")
         with pytest.raises(ControlLost, match="hung up"):
-            agent.link.read_unasked()
+            agent.link.read()
     assert isinstance(agent.result(), ControlLost)
 
 
-def test_nothing_unasked_is_no_error(agent: Agent) -> None:
-    agent.link.read_unasked()
+def test_nothing_to_read_is_no_error(agent: Agent) -> None:
+    agent.link.read()
     agent.say(NEXT)
-    agent.link.read_unasked()
+    agent.link.read()
     assert agent.events.get_nowait().code == NEXT
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from cc_proxy.api.payloads import Hello
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.linux.fds import may_hold_fds
-from cc_proxy.proxy.vms.dialer import CannotConnect, Dialer
-from tests.proxy.support import DIALER, dialer_of, new_share, open_fds
+from cc_proxy.proxy.vms.dialer import CannotConnect, Connected, Dialer
+from tests.proxy.support import DIALER, dialer_of, open_fds
 from tests.users import ALICE, BOB, ROOT, give, needs_root
 from tests.wire.support import WAIT, is_silent
 
@@ -34,11 +38,24 @@ def path_of(listener: socket.socket) -> Path:
     return Path(listener.getsockname())
 
 
+def connect(dialer: Dialer, path: Path | str, timeout: float = WAIT) -> Connected:
+    """Both channels are at one place."""
+    return dialer.connect(Hello("vm", str(path), str(path)), timeout)
+
+
 def refusal(dialer: Dialer, path: Path | str, member: str = "ctlSerial") -> str:
     """Why it is not connected to; nothing is left open."""
     before = set(open_fds())
-    with pytest.raises(CannotConnect) as error:
-        dialer.connect(member, str(path), 0.05)
+    with tempfile.TemporaryDirectory(prefix="ccp-", dir="/tmp") as directory:
+        there = f"{directory}/x"
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(there)
+            other.listen()
+            Path(directory).chmod(0o755)
+            Path(there).chmod(0o777)
+            hello = Hello("vm", str(path), there) if member == "ctlSerial" else Hello("vm", there, str(path))
+            with pytest.raises(CannotConnect) as error:
+                dialer.connect(hello, 0.05)
     assert set(open_fds()) <= before
     return str(error.value)
 
@@ -47,7 +64,7 @@ def refusal(dialer: Dialer, path: Path | str, member: str = "ctlSerial") -> str:
 
 
 @pytest.mark.parametrize("path", ["", "relative/path", "/with\0nul", "\0abstract", "@abstract", "./x"])
-@pytest.mark.parametrize("member", ["ctlSerial", "ioSerial", "console"])
+@pytest.mark.parametrize("member", ["ctlSerial", "ioSerial"])
 def test_path_that_is_none(path: str, member: str) -> None:
     assert refusal(DIALER, path, member) == f"{member}: not an absolute path: {path!r}"
 
@@ -63,14 +80,15 @@ def test_path_of_107_bytes(tmp_sock_dir: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
-        DIALER.connect("ctlSerial", path, 1.0).close()
+        with connect(DIALER, path):
+            pass
 
 
 def test_who_is_connected_to_cannot_pass_fds(listener: socket.socket) -> None:
-    with DIALER.connect("ctlSerial", str(path_of(listener)), WAIT) as sock:
+    with connect(DIALER, path_of(listener)) as connected:
         peer, _ = listener.accept()
         with peer:
-            if may_hold_fds(sock):
+            if may_hold_fds(connected.ctl):
                 pytest.skip("needs Linux 6.16")
             with pytest.raises(PermissionError):
                 socket.send_fds(peer, [b"x"], [0])
@@ -81,23 +99,15 @@ def test_socket_whose_backlog_is_full_is_waited_for_no_longer_than_that(tmp_sock
     with socket.socket(socket.AF_UNIX) as listener, ExitStack() as stack:
         listener.bind(path)
         listener.listen(0)
-        stack.enter_context(DIALER.connect("ctlSerial", path, 1.0))
-        assert refusal(DIALER, path) == f"ctlSerial: cannot connect to {path}: not accepted in time"
+        stack.enter_context(socket.socket(socket.AF_UNIX)).connect(path)
+        for member in ("ctlSerial", "ioSerial"):
+            assert (
+                refusal(DIALER, path, member) == f"{member}: cannot connect to {path}: not accepted in time"
+            )
 
 
 def test_path_that_is_far_too_long_is_not_said_again() -> None:
     assert refusal(DIALER, "\x7f" * 1_000_000) == "ctlSerial: a path of 1000000 bytes, the limit is 107"
-
-
-def test_path_that_hangs_holds_up_hellos_of_its_user_only_and_until_their_deadline() -> None:
-    """As on a file system that does not answer."""
-    share = new_share()
-    dialer = Dialer(ROOT, share)
-    with share.dialing:
-        assert refusal(dialer, "/nowhere") == (
-            "ctlSerial: cannot connect to /nowhere: others of the same user had their turn all the time"
-        )
-        assert not share.turn.locked(), "other requests go on"
 
 
 def test_what_is_no_stream_socket(tmp_sock_dir: Path) -> None:
@@ -121,14 +131,63 @@ def test_what_is_no_stream_socket(tmp_sock_dir: Path) -> None:
 
 
 def test_open_files_of_the_daemon_are_none_of_the_clients_business(tmp_sock_dir: Path) -> None:
-    """By way of /proc/self, which is the daemon's own for the daemon."""
+    """By way of /proc/self: who connects has none of them."""
     near, far = socket.socketpair()
     with near, far, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_sock_dir / "x"))
         listener.listen()
         for sock in (near, listener):
-            assert refusal(DIALER, f"/proc/self/fd/{sock.fileno()}").endswith(": Connection refused")
+            high = fcntl.fcntl(sock, fcntl.F_DUPFD_CLOEXEC, 100)
+            try:
+                assert refusal(DIALER, f"/proc/self/fd/{high}").endswith(": No such file or directory")
+            finally:
+                os.close(high)
         assert is_silent(listener)
+
+
+# Not there yet --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["nothing", "stale"])
+@pytest.mark.parametrize("member", ["ctl", "io"])
+def test_socket_that_is_not_there_yet_is_looked_for_again(
+    listener: socket.socket, tmp_sock_dir: Path, state: str, member: str
+) -> None:
+    path, there = tmp_sock_dir / "late", str(path_of(listener))
+    if state == "stale":
+        with socket.socket(socket.AF_UNIX) as before:
+            before.bind(str(path))
+    with socket.socket(socket.AF_UNIX) as late:
+
+        def listen() -> bool:
+            if not late.getsockname():
+                path.unlink(missing_ok=True)
+                late.bind(str(path))
+                late.listen()
+            return True
+
+        hello = Hello("vm", str(path), there) if member == "ctl" else Hello("vm", there, str(path))
+        with DIALER.connect(hello, WAIT, still_wanted=listen) as connected:
+            assert getattr(connected, member).getpeername() == str(path)
+
+
+def test_nobody_waits_for_what_nobody_wants() -> None:
+    with pytest.raises(CannotConnect, match=r"^ctlSerial: .*: nobody waits for it any more$"):
+        DIALER.connect(Hello("vm", "/nowhere", "/nowhere"), WAIT, still_wanted=lambda: False)
+
+
+def test_console_is_dialled_in_the_same_step_and_not_looked_for_again(listener: socket.socket) -> None:
+    path = str(path_of(listener))
+    with DIALER.connect(Hello("vm", path, path, path), WAIT, console=True) as connected:
+        assert connected.console
+        assert connected.console.getpeername() == path
+    with DIALER.connect(Hello("vm", path, path, path), WAIT) as connected:
+        assert connected.console is None
+    never = mock.Mock(return_value=True)
+    hello = Hello("vm", path, path, "/nowhere")
+    with DIALER.connect(hello, WAIT, console=True, still_wanted=never) as connected:
+        assert connected.console_error == "console: cannot connect to /nowhere: No such file or directory"
+    assert not never.called
 
 
 # The daemon itself ----------------------------------------------------------------------------------------
@@ -165,9 +224,10 @@ def test_the_daemon_is_not_connected_to_by_whatever_name(tmp_sock_dir: Path, way
 def test_the_vm_sees_the_client(listener: socket.socket) -> None:
     path = path_of(listener)
     path.chmod(0o777)
-    with dialer_of(BOB).connect("ctlSerial", str(path), WAIT), listener.accept()[0] as accepted:
+    with connect(dialer_of(BOB), path), listener.accept()[0] as accepted:
         peer = Credentials.of_peer(accepted)
-    assert peer == Credentials(os.getpid(), BOB.uid, BOB.gid, BOB.groups)
+    assert (peer.uid, peer.gid, peer.groups) == (BOB.uid, BOB.gid, BOB.groups)
+    assert peer.pid != os.getpid()
 
 
 @needs_root
@@ -188,7 +248,8 @@ def test_permissions_are_those_of_the_client(
     path = path_of(listener)
     give(path, ALICE, mode)
     if opens:
-        dialer_of(user).connect("ctlSerial", str(path), WAIT).close()
+        with connect(dialer_of(user), path):
+            pass
     else:
         assert refusal(dialer_of(user), path) == f"ctlSerial: cannot connect to {path}: Permission denied"
         assert is_silent(listener)
@@ -213,7 +274,8 @@ def test_directory_that_the_client_cannot_enter(listener: socket.socket, open_di
     }
     assert refusal(dialer_of(BOB), ways[way]).endswith(": Permission denied")
     assert is_silent(listener)
-    dialer_of(ALICE).connect("ctlSerial", str(path), WAIT).close()
+    with connect(dialer_of(ALICE), path):
+        pass
 
 
 @needs_root
@@ -232,4 +294,5 @@ def test_link_in_a_sticky_directory_is_followed_for_its_owner_only(
     link.symlink_to(path)
     os.chown(link, BOB.uid, BOB.gid, follow_symlinks=False)
     assert refusal(dialer_of(ALICE), link).endswith(": Permission denied")
-    dialer_of(BOB).connect("ctlSerial", str(link), WAIT).close()
+    with connect(dialer_of(BOB), link):
+        pass

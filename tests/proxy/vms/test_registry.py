@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,14 +13,16 @@ import pytest
 
 from cc_proxy.api.payloads import Hello
 from cc_proxy.linux.credentials import Credentials
-from cc_proxy.proxy.users import LimitReached
+from cc_proxy.proxy.streams.pump import Pump
+from cc_proxy.proxy.users import Charge, LimitReached
 from cc_proxy.proxy.vms.dialer import Dialer
-from cc_proxy.proxy.vms.registry import FailedVm, Registry, RegistryError
-from cc_proxy.proxy.vms.vm import State, Trouble, Vm, VmError
+from cc_proxy.proxy.vms.registry import Registry, RegistryError
+from cc_proxy.proxy.vms.vm import State, Vm, VmError
 from cc_proxy.settings import Limits, LiveSettings, Settings, Spool
 from cc_proxy.settings import Vm as VmSettings
+from tests.connector import CONNECTOR
 from tests.proxy.conftest import Logged
-from tests.proxy.support import new_share
+from tests.proxy.support import new_user
 from tests.wire.support import READY, WAIT, FakeVm, at_end, frame, in_background, is_silent, wait_until
 
 LIMIT = 3
@@ -40,7 +43,8 @@ class Office:
                     limits=Limits(vms=LIMIT),
                     spool=Spool(directory=str(directory)),
                 )
-            )
+            ),
+            CONNECTOR,
         )
 
     def agent(self) -> FakeVm:
@@ -148,11 +152,9 @@ def test_of_many_hellos_for_one_id_one_wins_and_the_others_dial_nothing(office: 
 
 
 def test_failed_hello_frees_the_id(office: Office) -> None:
-    agent = office.agent()
-    agent.ctl_path.unlink()
     for _ in range(LIMIT + 2):
-        with pytest.raises(VmError):
-            office.registry.register(hello("pod", agent), ME)
+        with pytest.raises(VmError, match="Not a directory"):
+            office.registry.register(Hello("pod", "/dev/null/ctl", "/dev/null/io"), ME)
         assert office.registry.vms() == []
     office.register("pod")
 
@@ -175,8 +177,8 @@ def test_hello_that_fails_in_a_way_nobody_expects_frees_the_id(
 def test_hello_that_there_is_no_memory_for_leaves_nothing(
     office: Office, monkeypatch: pytest.MonkeyPatch, full: str
 ) -> None:
-    class Vms(set[Vm]):
-        def add(self, _vm: Vm) -> None:
+    class Vms(dict[Vm, list[Charge]]):
+        def __setitem__(self, _vm: Vm, _charges: list[Charge]) -> None:
             raise MemoryError
 
     class ById(dict[str, Vm]):
@@ -188,21 +190,23 @@ def test_hello_that_there_is_no_memory_for_leaves_nothing(
         with pytest.raises(MemoryError):
             office.registry.register(hello("pod", office.agent()), ME)
     assert office.registry.vms() == []
-    assert office.registry.shares.users() == []
+    assert office.registry.users.all() == []
     office.register("pod")
 
 
 def test_who_fails_often_takes_the_place_of_nobody_elses_failures(office: Office) -> None:
-    registry, trouble = office.registry, Trouble("x", 0.0)
-    with registry._lock:
-        for number in range(3):
-            registry._keep(FailedVm(f"bobs{number}", 2, trouble))
-        for number in range(100):
-            registry._keep(FailedVm(f"alices{number}", 1, trouble))
-    ids = [failed.container_id for failed in registry.failed(ME)]
+    """A user with a hundred failed VMs has no more of them forgotten than its own."""
+    agent = office.agent()
+    agent.ctl_path.unlink()
+    alice, bob = Credentials(ME.pid, 1, 1), Credentials(ME.pid, 2, 2)
+    for who, number in ((bob, 3), (alice, 100)):
+        for count in range(number):
+            with pytest.raises(VmError):
+                office.registry.register(hello(f"{who.uid} {count}", agent), who)
+    ids = [failed.container_id for failed in office.registry.failed(ME)]
     assert len(ids) == 32
-    assert ids[:2] == ["alices99", "alices98"]
-    assert ids[-3:] == ["bobs2", "bobs1", "bobs0"]
+    assert ids[:2] == ["1 99", "1 98"]
+    assert ids[-3:] == ["2 2", "2 1", "2 0"]
 
 
 def test_no_more_vms_than_the_settings_allow_the_lingering_ones_included(office: Office) -> None:
@@ -221,7 +225,7 @@ def test_no_more_vms_than_the_settings_allow_the_lingering_ones_included(office:
 
 def test_id_is_used_again_while_the_old_vm_lingers(office: Office) -> None:
     old, old_agent = office.register("pod")
-    base, client = old.open_session(1, new_share())
+    base, client = old.open_session(1, new_user())
     with client:
         client.settimeout(WAIT)
         office.registry.unregister("pod", ME)
@@ -238,55 +242,99 @@ def test_id_is_used_again_while_the_old_vm_lingers(office: Office) -> None:
 
 
 @pytest.mark.parametrize("channel", ["ctl", "io"])
-def test_lost_vm_frees_its_id(office: Office, channel: str) -> None:
+def test_lost_vm_keeps_its_id_until_hello_takes_it_over(office: Office, channel: str) -> None:
     vm, agent = office.register("pod")
     getattr(agent, channel).close()
-    wait_until(lambda: not office.knows("pod"), "the id is free")
-    office.register("pod")
+    wait_until(lambda: vm.is_gone, "it is lost")
+    assert office.registry.get("pod", ME) is vm
+    again, _ = office.register("pod")
+    assert office.registry.get("pod", ME) is again
     wait_until(lambda: vm not in office.registry.vms(), "it has ended")
+    assert office.registry.get("pod", ME) is again
 
 
-def test_vm_that_is_lost_as_it_comes_up_stays_unregistered(
-    office: Office, monkeypatch: pytest.MonkeyPatch, logged: Logged
-) -> None:
-    """Whatever order its moves are told in."""
-    real = Registry._note_change
-    told: list[State] = []
-
-    def note_late(registry: Registry, vm: Vm, state: State) -> None:
-        if state is State.UP:
-            vm.lose("right away")
-            assert vm.join(WAIT)
-        told.append(state)
-        real(registry, vm, state)
-
-    monkeypatch.setattr(Registry, "_note_change", note_late)
-    office.registry = Registry(LiveSettings(Settings()))
-    vm, _ = office.register("pod")
-    assert vm.state is State.ENDED
-    assert told == [State.LOST, State.ENDED, State.UP]
-    assert not office.knows("pod")
-    assert office.registry.vms() == []
-    assert "VM registered" not in logged.at(0)
+def test_hello_that_fails_leaves_the_id_to_the_vm_that_has_gone(office: Office) -> None:
+    vm, agent = office.register("pod")
+    agent.hang_up()
+    wait_until(lambda: vm.state is State.GONE, "it has gone")
+    with pytest.raises(VmError, match="not an absolute path"):
+        office.registry.register(Hello("pod", "relative", "/x"), ME)
+    assert office.registry.get("pod", ME) is vm
 
 
-def test_vm_that_ends_before_all_know_that_it_leaves_is_counted_once(
-    office: Office, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = Registry._note_change
-
-    def note_late(registry: Registry, vm: Vm, state: State) -> None:
-        if state is State.LEAVING:
-            vm.abort()
-            assert vm.join(WAIT)
-        real(registry, vm, state)
-
-    monkeypatch.setattr(Registry, "_note_change", note_late)
-    office.registry = Registry(LiveSettings(Settings()))
-    vm, _ = office.register("pod")
+def test_id_of_a_vm_that_has_gone_is_free_after_bye(office: Office) -> None:
+    vm, agent = office.register("pod")
+    agent.hang_up()
+    wait_until(lambda: vm.state is State.GONE, "it has gone")
+    assert office.registry.vms_of(ME) == [vm]
     office.registry.unregister("pod", ME)
-    assert vm.state is State.ENDED
-    assert office.registry.shares.used(ME.uid, "vms") == 0
+    assert not office.knows("pod")
+    assert office.registry.vms_of(ME) == []
+    with pytest.raises(RegistryError, match="unknown containerID: pod"):
+        office.registry.unregister("pod", ME)
+
+
+STRANGER = Credentials(ME.pid, 54_321, 54_321)
+
+
+def test_nobody_else_takes_over_the_id_of_a_vm_that_has_gone(office: Office) -> None:
+    """A client that attaches by name trusts the name."""
+    vm, agent = office.register("pod")
+    agent.hang_up()
+    wait_until(lambda: vm.state is State.GONE, "it has gone")
+    other = office.agent()
+    with pytest.raises(RegistryError, match="pod: container already registered"):
+        office.registry.register(hello("pod", other), STRANGER)
+    assert other.was_not_dialled()
+    with pytest.raises(RegistryError, match="unknown containerID: pod"):
+        office.registry.unregister("pod", STRANGER)
+    assert office.registry.get("pod", ME) is vm
+
+
+def test_no_more_ids_are_kept_than_there_may_be_vms(office: Office) -> None:
+    for number in range(LIMIT + 2):
+        vm, agent = office.register(f"pod{number}")
+        agent.hang_up()
+        wait_until(lambda vm=vm: vm.state is State.GONE, "it has gone")  # type: ignore[misc]
+        wait_until(lambda vm=vm: vm not in office.registry.vms(), "and forgotten as a VM")  # type: ignore[misc]
+    known = [number for number in range(LIMIT + 2) if office.knows(f"pod{number}")]
+    assert known == list(range(2, LIMIT + 2)), "the oldest are forgotten first"
+
+
+def test_an_id_that_nobody_in_the_field_has_is_not_kept(office: Office) -> None:
+    vm, agent = office.register("x" * 5_000)
+    agent.hang_up()
+    wait_until(lambda: vm not in office.registry.vms(), "it has gone")
+    assert not office.knows("x" * 5_000)
+
+
+def test_vm_that_is_lost_as_it_comes_up_keeps_its_id(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Pump.start
+
+    def start_and_hang_up(pump: Pump) -> None:
+        real(pump)
+        agent.ctl.shutdown(socket.SHUT_RDWR)
+
+    agent = office.agent()
+    monkeypatch.setattr(Pump, "start", start_and_hang_up)
+    try:
+        vm, _ = office.register("pod", agent)
+    except VmError:  # the end was seen before it was up
+        assert not office.knows("pod")
+    else:
+        wait_until(lambda: vm.is_gone, "it is lost")
+        assert office.knows("pod")
+    wait_until(lambda: office.registry.vms() == [], "it has ended")
+
+
+def test_bye_and_the_end_at_once_count_once(office: Office) -> None:
+    for number in range(10):
+        vm, agent = office.register(f"pod{number}")
+        with in_background(agent.hang_up):
+            office.registry.unregister(f"pod{number}", ME)
+        assert vm.join(WAIT)
+        wait_until(lambda vm=vm: vm not in office.registry.vms(), "it has gone")  # type: ignore[misc]
+    assert office.registry.users.all() == []
 
 
 def test_hello_and_bye_from_many_threads(office: Office) -> None:
