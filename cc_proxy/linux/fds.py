@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import fcntl
 import resource
 import socket
 import struct
 import sys
+import termios
 from collections.abc import Sequence
 
 #: Bytes on their way that are not to be copied.
@@ -13,7 +15,8 @@ Piece = bytes | memoryview
 
 #: What nobody wants to read goes here, whichever thread reads it; made once, since memory may be short then.
 _SCRATCH = bytearray(64 * 1024)
-_IOV_MAX = 1024
+#: The most pieces that one call takes (<limits.h>).
+IOV_MAX = 1024
 _FD = struct.Struct("i")
 #: Since Linux 6.16; Python's `socket` has no name for it.
 _SO_PASSRIGHTS = 83
@@ -83,6 +86,22 @@ def close_stream(sock: socket.socket) -> None:
     sock.close()
 
 
+def unread(sock: socket.socket) -> int:
+    """Return the bytes that have arrived at a stream socket and nobody has read yet."""
+    return _ask(sock, termios.FIONREAD)
+
+
+def untaken(sock: socket.socket) -> int:
+    """Return the bytes of memory that is held by what was sent and the peer has not read yet; 0 if it has
+    read all of that.
+    """
+    return _ask(sock, termios.TIOCOUTQ)  # which SIOCOUTQ is another name for
+
+
+def _ask(sock: socket.socket, question: int) -> int:
+    return int.from_bytes(fcntl.ioctl(sock, question, bytes(4)), sys.byteorder)
+
+
 def send_pieces(sock: socket.socket, pieces: Sequence[Piece]) -> Sequence[Piece]:
     """Send pieces one after the other on a non-blocking socket; returns what it did not take.
 
@@ -96,7 +115,7 @@ def send_pieces(sock: socket.socket, pieces: Sequence[Piece]) -> Sequence[Piece]
             return pieces
         return () if sent == len(pieces[0]) else cut(pieces, sent)
     while pieces:
-        some = pieces if len(pieces) <= _IOV_MAX else pieces[:_IOV_MAX]
+        some = pieces if len(pieces) <= IOV_MAX else pieces[:IOV_MAX]
         size = sum(map(len, some))
         try:
             sent = sock.sendmsg(some)

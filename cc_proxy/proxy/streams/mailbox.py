@@ -1,14 +1,9 @@
-"""What other threads have a thread do that waits in epoll."""
+"""Calls that other threads leave for a thread that waits in epoll."""
 
 import os
-import select
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
-
-#: Seconds for which nothing need be received: poll(2) waits for whole milliseconds.
-_MOMENT = 0.002
 
 
 class Mailbox:
@@ -16,25 +11,18 @@ class Mailbox:
 
     def __init__(self) -> None:
         """Raises `OSError`."""
-        self._lock = threading.Lock()  # guards all that follows; nothing else is locked while it is held
-        self._letters: deque[Callable[[], object]] = deque()
+        self._lock = threading.Lock()  # guards _fd, and that no call is added once it is closed; innermost
+        self._calls: deque[Callable[[], object]] = deque()
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._poll = select.poll()
-        self._poll.register(self._fd, select.POLLIN)
 
-    def post(self, letter: Callable[[], object]) -> bool:
-        """Have the thread call `letter`. False if it is closed. Any thread."""
+    def post(self, call: Callable[[], object]) -> bool:
+        """Have the thread call `call`. False if it is closed. Any thread."""
         with self._lock:
             if self._fd < 0:
                 return False
-            self._letters.append(letter)
+            self._calls.append(call)
             os.eventfd_write(self._fd, 1)
         return True
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing that the thread has yet to call. Any thread."""
-        return not self._letters
 
     # The thread whose it is -------------------------------------------------------------------------------
 
@@ -45,22 +33,15 @@ class Mailbox:
     def receive(self) -> None:
         """Make the calls that `fileno` announces."""
         os.eventfd_read(self._fd)
-        self.open()
+        self.make_calls()
 
-    def wait(self, seconds: float) -> None:
-        """Wait for calls and make them; returns after that, or after the time, give or take a millisecond."""
-        if seconds < _MOMENT:
-            time.sleep(seconds)
-        elif self._poll.poll(int(1000 * seconds)):
-            self.receive()
-
-    def open(self) -> None:
+    def make_calls(self) -> None:
         """Make the calls that are there."""
-        while self._letters:  # looking and taking are single steps of the interpreter
-            self._letters.popleft()()
+        while self._calls:  # only this thread takes any out
+            self._calls.popleft()()
 
     def close(self) -> None:
-        """Take no more. What is there can still be opened."""
+        """Take no more. Calls that are there can still be made."""
         with self._lock:
             os.close(self._fd)
             self._fd = -1

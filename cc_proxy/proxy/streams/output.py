@@ -1,23 +1,17 @@
-"""Output: frames from one VM to its clients. Pump thread, all of it."""
+"""Output: frames from one VM to its clients. The thread that drives the channel does everything here."""
 
-import fcntl
 import socket
-import struct
-import termios
 from collections.abc import Callable, Iterator, Mapping
 
 from cc_proxy.hyperstart.frames import Batch, Buffer, gather
+from cc_proxy.linux.fds import unread
 from cc_proxy.linux.memory import new_buffer
 from cc_proxy.linux.selector import WRITE, Selector
 from cc_proxy.log.levels import IO, logger
-from cc_proxy.proxy.streams.counters import Counters
 from cc_proxy.proxy.streams.dump import dump_frames
 from cc_proxy.proxy.streams.session import Session
 
 _BUFFER_SIZE = 256 * 1024
-#: Seconds at a stretch for what is read at once when it has to suit others, and the least that is read.
-_LONG, _SHORT = 0.000_1, 0.000_05
-_LEAST, _STEP = 256, 2 * 1024
 
 
 class FramingLost(Exception):
@@ -27,35 +21,27 @@ class FramingLost(Exception):
 class Output:
     """Reads the I/O channel and passes frames to the sessions that own them.
 
-    `before_delivery` is called when something was read, and is the last chance to make known who owns it:
-    a client that knew its seqs before the VM sent this has its session in the pump's mailbox by now, which it
-    may not have had before the read. `on_stray` is called with the seq of each frame that nobody owns.
+    `before_delivery` is called when something was read: it is the last chance to make known who owns it.
+    `on_stray` is called with the seq of each frame that nobody owns, and returns whether it knows the frame.
     """
 
-    def __init__(  # noqa: PLR0913, PLR0917 - the pump wires it, once
+    def __init__(
         self,
         vm: str,
         io: socket.socket,
         selector: Selector,
         owners: Mapping[int, Session],
-        counters: Counters,
         before_delivery: Callable[[], None],
-        on_stray: Callable[[int], None],
+        on_stray: Callable[[int], bool],
     ) -> None:
         self._vm = vm
         self._io = io
         self._selector = selector
         self._owners = owners
-        self._counters = counters
         self._before_delivery = before_delivery
         self._on_stray = on_stray
         self._buffer = new_buffer(_BUFFER_SIZE)
         self._view = memoryview(self._buffer)
-        #: Bytes that are read at once, beyond what is there.
-        self.most = _BUFFER_SIZE
-        #: How often a client was to be sent something.
-        self.sends = 0
-        self._empty = self._view  # so much of the buffer
         # Where a frame stands in the buffer that has not arrived whole.
         self._start = self._stop = 0
         #: Sessions that are watched, by fd, because something waits for their clients.
@@ -65,6 +51,12 @@ class Output:
         self._stuck: set[Session] = set()
         #: Whether slices of the buffer are still waited for, so that the VM cannot be read.
         self.paused = False
+        #: Bytes and whole frames that clients were passed, or have waiting for them.
+        self.bytes = self.frames = 0
+        #: Frames that nobody owned.
+        self.strays = 0
+        #: How often the VM had to wait because the spool did not take what a client did not read.
+        self.pauses = 0
 
     def read(self) -> int:
         """Read once and deliver what came; returns how many bytes that was, 0 at end of file.
@@ -87,7 +79,7 @@ class Output:
 
         Raises `OSError`.
         """
-        (size,) = struct.unpack("i", fcntl.ioctl(self._io, termios.FIONREAD, bytes(4)))
+        size = unread(self._io)
         rest = bytearray(self._buffer[self._start : self._stop])
         while size > 0 and (piece := self._io.recv(size)):
             rest += piece
@@ -99,18 +91,17 @@ class Output:
         """Find the whole frames there, and whose they are."""
         self._before_delivery()
         batch = gather(buffer, view, start, stop, self._owners)
-        self._counters.bytes_to_clients += batch.stop - start
-        self._counters.frames_to_clients += batch.frames
+        self.bytes += batch.stop - start - sum(length for _, length in batch.strays)
+        self.frames += batch.frames - len(batch.strays)
         if logger.isEnabledFor(IO):
             dump_frames(self._vm, "output", (view[start : batch.stop],))
         return batch
 
     def _deliver(self, batch: Batch[Session]) -> None:
         """Pass on frames."""
-        self.sends += len(batch.slices)
         self._deliver_each(iter(batch.slices.items()))
         for seq, _ in batch.strays:
-            self._on_stray(seq)
+            self.strays += not self._on_stray(seq)
 
     def _deliver_each(self, slices: Iterator[tuple[Session, list[memoryview]]]) -> None:
         for session, pieces in slices:
@@ -127,16 +118,6 @@ class Output:
         """The session's client takes something again, or has gone."""
         session.flush()
         self._settle(session)
-
-    def adapt(self, stretch: float) -> None:
-        """Read less at once if the last turn had the interpreter long at a stretch, or more if not."""
-        if stretch > _LONG and self.most > _LEAST:
-            self.most = max(_LEAST, self.most // 2)
-        elif stretch < _SHORT and self.most < _BUFFER_SIZE:
-            self.most = min(_BUFFER_SIZE, self.most + _STEP)
-        else:
-            return
-        self._empty = self._view[: self.most]
 
     def holds(self, session: Session) -> bool:
         """Whether the VM is not read because of this session."""
@@ -166,7 +147,7 @@ class Output:
         if held and self._start:
             self._buffer[:held] = self._buffer[self._start : self._stop]
         self._start, self._stop = 0, held
-        return self._view[held : held + self.most] if held else self._empty
+        return self._view[held:] if held else self._view
 
     def _settle(self, session: Session) -> None:
         """Watch the session's client for as long as something waits for it."""
@@ -189,7 +170,7 @@ class Output:
         self.paused = True
         if session.stuck and session not in self._stuck:
             self._stuck.add(session)
-            self._counters.pauses += 1
+            self.pauses += 1
             logger.warning(
                 "the VM is not read until its client reads",
                 extra={

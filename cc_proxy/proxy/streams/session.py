@@ -2,19 +2,16 @@
 
 import contextlib
 import errno
-import fcntl
 import socket
-import struct
-import termios
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from cc_proxy.hyperstart.frames import StdinSplitter
 from cc_proxy.hyperstart.pacing import StdinWindow
-from cc_proxy.linux.fds import Piece, close_stream, cut, send_pieces
+from cc_proxy.linux.fds import Piece, close_stream, cut, send_pieces, unread
 from cc_proxy.log.levels import logger
-from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
-from cc_proxy.proxy.users import Share
+from cc_proxy.proxy.streams.spool import Spool
 
 #: What a socket says whose client has gone.
 _GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
@@ -24,6 +21,14 @@ _PATIENCE = 0.02
 _PATIENCE_REGAINED = 0.25
 #: Seconds until a spool that was full, or could not be used, is tried again.
 _SPOOL_RETRY = 1.0
+
+
+class Whose(NamedTuple):
+    """Whose streams they are: the VM, the user, and the process that asked for them."""
+
+    vm: str
+    uid: int
+    pid: int
 
 
 class Session:
@@ -37,17 +42,19 @@ class Session:
     """
 
     def __init__(
-        self, seqs: range, sock: socket.socket, space: SpoolSpace, share: Share, window: StdinWindow | None
+        self,
+        seqs: range,
+        sock: socket.socket,
+        whose: Whose,
+        spool: Spool,
+        window: StdinWindow | None,
+        on_close: Callable[[], None],
     ) -> None:
-        """`share` is that of the client's user, of which one session has been taken."""
         sock.setblocking(False)
         self._sock = sock
-        self._spool = Spool(space, share.uid)
-        self._share = share
-        #: Whose it is: the VM, the user, and the process that asked for it.
-        self.vm = ""
-        self.uid = share.uid
-        self.pid = 0
+        self._spool = spool
+        self._on_close = on_close
+        self.vm, self.uid, self.pid = whose
         self._patience = _PATIENCE
         self._patience_at = 0.0
         self._took_at = 0.0
@@ -200,8 +207,7 @@ class Session:
     @property
     def unread(self) -> int:
         """Bytes that the client has sent and nobody has read yet."""
-        (size,) = struct.unpack("i", fcntl.ioctl(self._sock, termios.FIONREAD, bytes(4)))
-        return int(size)
+        return unread(self._sock)
 
     # The end ----------------------------------------------------------------------------------------------
 
@@ -212,4 +218,4 @@ class Session:
             self.pending = ()
         finally:
             close_stream(self._sock)
-            self._share.give_back("sessions")
+            self._on_close()

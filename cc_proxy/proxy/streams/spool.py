@@ -8,13 +8,12 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cc_proxy.linux.fds import Piece, cut
+from cc_proxy.linux.fds import IOV_MAX, Piece, cut
 from cc_proxy.settings import LiveSettings
 from cc_proxy.settings import Spool as SpoolSettings
 
 #: The most `sendfile` is asked to move at once, so that one client's backlog does not hold up the others.
 _DRAIN_AT_ONCE = 256 * 1024
-_IOV_MAX = 1024
 #: Once a file is this long, the next is begun.
 _FILE_SIZE = 8 * 1024 * 1024
 
@@ -124,7 +123,7 @@ class Spool:
             self._files.append(_File(_open_unnamed(self._space.settings.directory)))
         file = self._files[-1]
         try:
-            written = os.pwritev(file.fd, pieces[:_IOV_MAX], file.stop)
+            written = os.pwritev(file.fd, pieces[:IOV_MAX], file.stop)
         except OSError:
             if file.start == file.stop:
                 os.close(self._files.pop().fd)

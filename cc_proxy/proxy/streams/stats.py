@@ -1,26 +1,29 @@
-"""What a pump says of its streams: its part of `status`. Pump thread, or any while that waits."""
+"""What a channel says of its streams: its part of `status`. For the thread that drives the channel."""
 
 import time
 from collections.abc import Collection
-from dataclasses import asdict
 
 from cc_proxy.api.status import MOST_LISTED, Streams, Traffic, WaitingStream
-from cc_proxy.proxy.streams.counters import Counters
 from cc_proxy.proxy.streams.output import Output
 from cc_proxy.proxy.streams.session import Session
 from cc_proxy.proxy.streams.stdin import Stdin
 
 
-def describe_streams(
-    sessions: Collection[Session], output: Output, stdin: Stdin, counters: Counters
-) -> Streams:
+def describe_streams(sessions: Collection[Session], output: Output, stdin: Stdin) -> Streams:
     """Return how the streams of one VM are now."""
     now = time.monotonic()
     waiting = [_waiting(session, output, now) for session in sessions if session.waits]
     waiting.sort(key=lambda stream: (not stream.holds_vm, -stream.idle))
     return Streams(
         sessions=len(sessions),
-        traffic=Traffic(**asdict(counters)),
+        traffic=Traffic(
+            bytes_to_clients=output.bytes,
+            bytes_to_vm=stdin.bytes,
+            frames_to_clients=output.frames,
+            frames_to_vm=stdin.frames,
+            stray_frames=output.strays,
+            pauses=output.pauses,
+        ),
         paused=output.paused,
         waiting=waiting[:MOST_LISTED],
         waiting_sessions=len(waiting),

@@ -1,4 +1,4 @@
-"""Stdin: frames from the clients to one VM. Pump thread, all of it."""
+"""Stdin: frames from the clients to one VM. The thread that drives the channel does everything here."""
 
 import os
 import socket
@@ -9,9 +9,8 @@ from cc_proxy.api.frames import encode_frame
 from cc_proxy.hyperstart.pacing import marked_stream
 from cc_proxy.linux.fds import Piece, send_pieces
 from cc_proxy.linux.memory import new_buffer
-from cc_proxy.linux.selector import HANG_UP, MOST_EVENTS, NOTHING_ELSE, READ, Selector
+from cc_proxy.linux.selector import HANG_UP, NOTHING_ELSE, READ, Selector
 from cc_proxy.log.levels import IO, logger
-from cc_proxy.proxy.streams.counters import Counters
 from cc_proxy.proxy.streams.dump import dump_frames
 from cc_proxy.proxy.streams.session import Session
 
@@ -20,11 +19,6 @@ _BUFFER_SIZE = 256 * 1024
 _MOST_SHARES = 2
 #: A client is not read any more in a turn when less than this is left of it, or than a part of it.
 _LEAST_READ = 16 * 1024
-_LEAST_PART = 16
-#: To read one is taken for as much as so many bytes, however few it has sent.
-_LEAST_USED = 512
-#: So many fds are looked at together at the least.
-_ALWAYS_SEEN = 4
 #: Seconds between two looks, while the VM takes nothing, for clients that are gone meanwhile.
 _LOOK_INTERVAL = 1.0
 #: An agent that has let so many markers pass, and never sent one back, is taken not to do that.
@@ -41,23 +35,19 @@ class Stdin:
         self,
         vm: str,
         io: socket.socket,
+        clients: Selector,
         owners: Mapping[int, Session],
-        counters: Counters,
         echo_timeout: float,
         drop: Callable[[Session, str], None],
     ) -> None:
         self._vm = vm
         self._io = io
+        self._clients = clients  # where their fds are watched
         self._owners = owners
-        self._counters = counters
         self._echo_timeout = echo_timeout
         self._drop = drop
         self._buffer = new_buffer(_BUFFER_SIZE)
         self._view = memoryview(self._buffer)
-        #: Bytes that are read at once, of all clients together.
-        self.most = _BUFFER_SIZE
-        #: How often a client was read.
-        self.reads = 0
         self._sessions: dict[int, Session] = {}  # by fd
         self._left_out: list[int] = []  # fds that were ready when the buffer was full, in their order
         self._to_vm: Sequence[Piece] = ()
@@ -69,8 +59,8 @@ class Stdin:
         self.asked: dict[Session, float] = {}
         #: Whether slices of the buffer still wait for the VM, so that no client can be read.
         self.blocked = False
-        #: Where the clients' fds are watched.
-        self.clients = Selector()
+        #: Bytes and frames of stdin, as the agent gets them: a long frame of a client's is several.
+        self.bytes = self.frames = 0
         #: Why the VM takes nothing any more.
         self.error: str | None = None
 
@@ -92,17 +82,13 @@ class Stdin:
     def add(self, session: Session) -> None:
         """Begin to read a client."""
         self._sessions[session.fd] = session
-        self.clients.add(session.fd, READ)
+        self._clients.add(session.fd, READ)
 
     def forget(self, session: Session) -> None:
         """The session is to be closed."""
         self._sessions.pop(session.fd, None)
         self.asked.pop(session, None)
-        self.clients.remove(session.fd)
-
-    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
-        """Wait for the clients, and for what else is watched with them; no more of them than can be read."""
-        return self.clients.poll(timeout, min(MOST_EVENTS, _ALWAYS_SEEN + self.most // _LEAST_USED))
+        self._clients.remove(session.fd)
 
     def read_clients(self, ready: list[tuple[int, int]]) -> None:
         """Read the clients that have sent something or hung up, and pass it all on in one write.
@@ -110,26 +96,21 @@ class Stdin:
         `ready` are their fds with the events of each. Not while `blocked`.
         """
         pieces: list[Piece] = []
-        used = read = 0
-        most = self.most
-        share = most // min(len(ready), _MOST_SHARES)
-        least = min(_LEAST_READ, most // _LEAST_PART)
+        used = 0
+        share = _BUFFER_SIZE // min(len(ready), _MOST_SHARES)
         if self._left_out:
             ready = self._left_out_first(ready)
         for number, (fd, events) in enumerate(ready):
-            if most - max(used, read * _LEAST_USED) < least:
+            if _BUFFER_SIZE - used < _LEAST_READ:
                 self._left_out = [fd for fd, _ in ready[number:]]
                 break
             session = self._sessions.get(fd)
             if session is None:
                 continue
             if events & READ:
-                read += 1
-                used += self._read(session, used, min(share, most - used), events, pieces)
+                used += self._read(session, used, min(share, _BUFFER_SIZE - used), events, pieces)
             else:
                 self._hung_up(session)
-        self.reads += read
-        self._counters.bytes_to_vm += used
         self._send(pieces)
 
     def _left_out_first(self, ready: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -164,11 +145,6 @@ class Stdin:
         """The VM is not read: no marker can have come back, so their time begins anew."""
         self.asked = dict.fromkeys(self.asked, now + self._echo_timeout)
 
-    def put_off_by(self, seconds: float) -> None:
-        """The VM was not read for a while."""
-        if self.asked:
-            self.asked = {session: at + seconds for session, at in self.asked.items()}
-
     def run_timers(self, now: float) -> None:
         """Ask again where a marker did not come back; give up clients that are gone while nobody is read."""
         if self._to_vm and now >= self._look_at:
@@ -194,7 +170,8 @@ class Stdin:
         splitter = session.splitter
         before, frames = splitter.payload_bytes, splitter.frames
         good = splitter.split(self._buffer, self._view, start, start + size)
-        self._counters.frames_to_vm += splitter.frames - frames
+        self.frames += splitter.frames - frames
+        self.bytes += sum(map(len, good))
         if logger.isEnabledFor(IO):
             dump_frames(self._vm, "stdin", good)
         pieces += good
@@ -202,7 +179,7 @@ class Stdin:
             self._drop(session, splitter.error)
         elif window and (marker := window.sent(splitter.payload_bytes - before)):
             pieces.append(marker)
-            self.clients.change(session.fd, NOTHING_ELSE)
+            self._clients.change(session.fd, NOTHING_ELSE)
             self.asked[session] = time.monotonic() + self._echo_timeout
         return size
 
@@ -215,16 +192,18 @@ class Stdin:
         session.stdin_open = False
         gone = bool(events & HANG_UP) or session.output_gone
         if not session.splitter.at_eof and (session.splitter.payload_bytes or not gone):
-            pieces.append(encode_frame(session.seqs.start))
+            pieces.append(end := encode_frame(session.seqs.start))
+            self.frames += 1
+            self.bytes += len(end)
         if gone:
             self._drop(session, "closed by its client")
         else:
-            self.clients.change(session.fd, NOTHING_ELSE)
+            self._clients.change(session.fd, NOTHING_ELSE)
 
     def _give_up_gone(self) -> None:
         """Close what is left of clients that are gone, unless something that they sent has yet to be read."""
         pieces: list[Piece] = []
-        for fd, events in self.clients.poll(0):
+        for fd, events in self._clients.poll(0):
             session = self._sessions.get(fd)
             if session and events & HANG_UP and not session.unread:
                 self._end(session, events, pieces)
@@ -236,15 +215,15 @@ class Stdin:
             self._drop(session, "closed by its client")
         elif session in self.asked:
             # What it sent last is still to be read, when there is room for it.
-            self.clients.remove(session.fd)
+            self._clients.remove(session.fd)
         # Else its marker has come back since it was looked at, in the same turn: it is being read again.
 
     def _resume(self, session: Session) -> None:
         """Read a client again that was not read until its marker came back."""
-        if self.clients.watches(session.fd):
-            self.clients.change(session.fd, READ)
+        if self._clients.watches(session.fd):
+            self._clients.change(session.fd, READ)
         else:
-            self.clients.add(session.fd, READ)
+            self._clients.add(session.fd, READ)
 
     def _ask_again(self, session: Session) -> None:
         window = session.window

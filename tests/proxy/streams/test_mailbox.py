@@ -31,7 +31,7 @@ def test_calls_are_made_in_order_by_the_thread_that_is_woken() -> None:
     for number in range(3):
         assert mailbox.post(functools.partial(note, number))
     woken.join(WAIT)
-    mailbox.open()  # what was posted after it had been woken
+    mailbox.make_calls()  # what was posted after it had been woken
     assert [number for number, _ in made] == [0, 1, 2]
     assert made[0][1] == woken.ident
     mailbox.close()
@@ -46,7 +46,7 @@ def test_what_is_posted_meanwhile_is_called_too() -> None:
         made.append("outer")
 
     mailbox.post(outer)
-    mailbox.open()
+    mailbox.make_calls()
     assert made == ["outer", "inner"]
     assert is_readable(mailbox)
     mailbox.receive()
@@ -61,31 +61,8 @@ def test_error_of_a_call_loses_none_of_the_others() -> None:
     mailbox.post(lambda: made.append("next"))
     with pytest.raises(IndexError):
         mailbox.receive()
-    mailbox.open()
+    mailbox.make_calls()
     assert made == ["next"]
-    mailbox.close()
-
-
-def test_calls_are_waited_for() -> None:
-    mailbox = Mailbox()
-    made: list[str] = []
-    mailbox.post(lambda: made.append("at once"))
-    mailbox.wait(WAIT)
-    assert made == ["at once"]
-    late = threading.Timer(0.01, mailbox.post, [lambda: made.append("late")])
-    late.start()
-    mailbox.wait(WAIT)
-    assert made == ["at once", "late"]
-    late.join(WAIT)
-    mailbox.close()
-
-
-@pytest.mark.parametrize("seconds", [0.0, 0.000_1, 0.01])
-def test_none_may_come(seconds: float) -> None:
-    mailbox = Mailbox()
-    mailbox.wait(seconds)
-    mailbox.post(lambda: None)
-    assert is_readable(mailbox), "who comes later is not lost"
     mailbox.close()
 
 
@@ -96,6 +73,6 @@ def test_nothing_is_taken_once_it_is_closed_and_what_was_is_not_lost() -> None:
     assert mailbox.post(lambda: made.append("in time"))
     mailbox.close()
     assert not mailbox.post(lambda: made.append("too late"))
-    mailbox.open()
+    mailbox.make_calls()
     assert made == ["in time"]
     assert open_fds() == before

@@ -16,19 +16,16 @@ from cc_proxy.api.frames import MAX_FRAME
 from cc_proxy.linux.selector import WRITE, Selector
 from cc_proxy.log.levels import IO, logger
 from cc_proxy.proxy.streams import output as output_module
-from cc_proxy.proxy.streams import session as session_module
-from cc_proxy.proxy.streams.counters import Counters
 from cc_proxy.proxy.streams.output import FramingLost, Output
 from cc_proxy.proxy.streams.session import Session
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from tests.proxy.conftest import Logged
 from tests.proxy.support import (
     NEVER,
-    close_once,
     frames_of,
+    new_session,
     pair,
     read_now,
-    share_of_session,
     spool_files,
     spool_space,
 )
@@ -49,25 +46,26 @@ class Bench:
         self._stack = ExitStack()
         self.strays: list[int] = []
         self.owners: dict[int, Session] = {}
-        self.counters = Counters()
         self.selector = Selector()
         near, self.vm = pair()
         near.setblocking(False)
         self.vm.setblocking(False)
         self.vm.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        self.output = Output(
-            "vm", near, self.selector, self.owners, self.counters, lambda: None, self.strays.append
-        )
+        self.output = Output("vm", near, self.selector, self.owners, lambda: None, self._on_stray)
         for sock in (near, self.vm, self.selector):
             self._stack.callback(sock.close)
+
+    def _on_stray(self, seq: int) -> bool:
+        self.strays.append(seq)
+        return False
 
     def open(self, *, streams: int = 2, buffer: int | None = None) -> tuple[Session, socket.socket]:
         near, far = pair(buffer)
         base = max(self.owners, default=0) + 1
-        session = Session(range(base, base + streams), near, self._space, share_of_session(), None)
+        session = new_session(range(base, base + streams), near, self._space)
         self.owners |= dict.fromkeys(session.seqs, session)
         self._stack.callback(far.close)
-        self._stack.callback(close_once, session)
+        self._stack.callback(session.close)
         return session, far
 
     def send(self, data: bytes) -> None:
@@ -129,16 +127,6 @@ def bench(make_bench: BenchMaker, space: SpoolSpace) -> Bench:
     return make_bench(space)
 
 
-@pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "_PATIENCE", NEVER)
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "_PATIENCE", 0.0)
-
-
 def test_frames_go_to_who_owns_their_stream(bench: Bench) -> None:
     (_, one), (_, other) = bench.open(), bench.open()
     first, second, stray, third = (
@@ -152,7 +140,7 @@ def test_frames_go_to_who_owns_their_stream(bench: Bench) -> None:
     assert read_now(one) == first + third
     assert read_now(other) == second + frame(4)
     assert bench.strays == [9]
-    assert bench.counters.bytes_to_clients == len(data)
+    assert bench.output.bytes == len(data) - 20, "but nobody's"
     assert not bench.output.waiting
     assert not bench.paused()
 
@@ -239,7 +227,7 @@ def test_lost_framing_is_an_error_behind_all_that_came_before(bench: Bench, leng
     assert read_now(client) == frame(1, b"before")
 
 
-def test_slow_client_is_waited_for_and_then_spooled_for(bench: Bench, patient: None) -> None:
+def test_slow_client_is_waited_for_and_then_spooled_for(bench: Bench) -> None:
     session, client = bench.open(buffer=SMALL)
     sent = bench.make_full(session)
     assert bench.paused()
@@ -257,10 +245,10 @@ def test_slow_client_is_waited_for_and_then_spooled_for(bench: Bench, patient: N
     bench.pass_on(more)
     assert not bench.paused()
     assert bench.flush_all(session, client) == sent + more
-    assert bench.counters.pauses == 0
+    assert bench.output.pauses == 0
 
 
-def test_client_that_reads_in_time_needs_no_spool(bench: Bench, patient: None, tmp_path: Path) -> None:
+def test_client_that_reads_in_time_needs_no_spool(bench: Bench, tmp_path: Path) -> None:
     session, client = bench.open(buffer=SMALL)
     sent = bench.make_full(session)
     received = read_now(client)
@@ -270,7 +258,7 @@ def test_client_that_reads_in_time_needs_no_spool(bench: Bench, patient: None, t
     assert spool_files(tmp_path) == 0
 
 
-def test_slow_client_holds_up_nobody_else(bench: Bench, impatient: None) -> None:
+def test_slow_client_holds_up_nobody_else(bench: Bench) -> None:
     (slow, slow_client), (_, client) = bench.open(buffer=SMALL), bench.open()
     sent = bench.make_full(slow)
     bench.output.run_timers(slow.patient_until or 0)
@@ -284,7 +272,7 @@ def test_slow_client_holds_up_nobody_else(bench: Bench, impatient: None) -> None
 
 
 def test_full_spool_is_said_once_and_again_once_it_was_empty(
-    make_bench: BenchMaker, tmp_path: Path, impatient: None, logged: Logged
+    make_bench: BenchMaker, tmp_path: Path, logged: Logged
 ) -> None:
     bench = make_bench(spool_space(tmp_path, session_limit=10_000))
     session, client = bench.open(buffer=SMALL)
@@ -300,17 +288,17 @@ def test_full_spool_is_said_once_and_again_once_it_was_empty(
         bench.output.flush(session)  # the socket is full: nothing changes
         assert bench.paused()
         assert logged.at(logging.WARNING) == [PAUSED] * times
-        assert bench.counters.pauses == times
+        assert bench.output.pauses == times
         assert bench.flush_all(session, client) == sent
         assert not bench.paused()
     assert (
         logged.fields(PAUSED)
-        == [{"vm": "vm", "stream": 1, "pid": 0, "uid": os.geteuid(), "reason": FULL}] * 2
+        == [{"vm": "vm", "stream": 1, "pid": os.getpid(), "uid": os.geteuid(), "reason": FULL}] * 2
     )
 
 
 def test_directory_that_is_missing_is_said_once_and_tried_again(
-    make_bench: BenchMaker, tmp_path: Path, impatient: None, logged: Logged
+    make_bench: BenchMaker, tmp_path: Path, logged: Logged
 ) -> None:
     directory = tmp_path / "later"
     bench = make_bench(spool_space(directory))
@@ -324,10 +312,10 @@ def test_directory_that_is_missing_is_said_once_and_tried_again(
         assert until > now
         now = until
     assert logged.at(logging.WARNING) == [PAUSED]
-    assert bench.counters.pauses == 1
+    assert bench.output.pauses == 1
     reason = UNUSABLE + "No such file or directory"
     assert logged.fields(PAUSED) == [
-        {"vm": "vm", "stream": 1, "pid": 0, "uid": os.geteuid(), "reason": reason}
+        {"vm": "vm", "stream": 1, "pid": os.getpid(), "uid": os.geteuid(), "reason": reason}
     ]
     directory.mkdir()
     bench.output.run_timers(now)
@@ -336,7 +324,7 @@ def test_directory_that_is_missing_is_said_once_and_tried_again(
 
 
 def test_missing_directory_is_no_matter_to_a_client_that_reads(
-    make_bench: BenchMaker, tmp_path: Path, impatient: None
+    make_bench: BenchMaker, tmp_path: Path
 ) -> None:
     bench = make_bench(spool_space(tmp_path / "missing"))
     session, client = bench.open(buffer=SMALL)
@@ -348,7 +336,7 @@ def test_missing_directory_is_no_matter_to_a_client_that_reads(
 
 
 def test_disk_that_is_full_in_the_middle_is_called_that(
-    bench: Bench, impatient: None, logged: Logged, file_limit: int
+    bench: Bench, logged: Logged, file_limit: int
 ) -> None:
     """There is room for a part of what waits, as there nearly always is when a disk gets full."""
     session, client = bench.open(buffer=SMALL)
@@ -364,9 +352,7 @@ def test_disk_that_is_full_in_the_middle_is_called_that(
     assert bench.flush_all(session, client) == sent
 
 
-def test_disk_that_is_full_in_the_middle_is_tried_again(
-    bench: Bench, impatient: None, file_limit: int
-) -> None:
+def test_disk_that_is_full_in_the_middle_is_tried_again(bench: Bench, file_limit: int) -> None:
     """Somebody else may have made room, though its own client reads nothing."""
     session, _ = bench.open(buffer=SMALL)
     bench.make_full(session)
@@ -378,7 +364,7 @@ def test_disk_that_is_full_in_the_middle_is_tried_again(
 
 @pytest.mark.parametrize("state", ["direct", "pending", "spooled", "full"])
 def test_client_that_goes_leaves_nothing_watched_or_held(
-    make_bench: BenchMaker, tmp_path: Path, patient: None, state: str
+    make_bench: BenchMaker, tmp_path: Path, state: str
 ) -> None:
     space = spool_space(tmp_path, session_limit=2_500)
     bench = make_bench(space)
@@ -409,9 +395,7 @@ def test_client_that_goes_leaves_nothing_watched_or_held(
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_forgotten_session_is_not_waited_for(
-    make_bench: BenchMaker, tmp_path: Path, patient: None, full: bool
-) -> None:
+def test_forgotten_session_is_not_waited_for(make_bench: BenchMaker, tmp_path: Path, full: bool) -> None:
     bench = make_bench(spool_space(tmp_path, session_limit=0))
     session, _ = bench.open(buffer=SMALL)
     bench.make_full(session)
@@ -425,9 +409,7 @@ def test_forgotten_session_is_not_waited_for(
     bench.output.forget(session)
 
 
-def test_buffer_is_kept_as_long_as_slices_of_it_wait(
-    make_bench: BenchMaker, tmp_path: Path, patient: None
-) -> None:
+def test_buffer_is_kept_as_long_as_slices_of_it_wait(make_bench: BenchMaker, tmp_path: Path) -> None:
     """Two clients are slow: the VM is read again when both of them have their part."""
     bench = make_bench(spool_space(tmp_path, session_limit=0))
     (one, one_client), (other, other_client) = bench.open(buffer=SMALL), bench.open(buffer=SMALL)
@@ -456,9 +438,7 @@ def test_frames_are_dumped_once_each_whoever_they_are_for(bench: Bench, logged: 
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_every_byte_for_clients_of_any_speed(
-    make_bench: BenchMaker, tmp_path: Path, impatient: None, seed: int
-) -> None:
+def test_every_byte_for_clients_of_any_speed(make_bench: BenchMaker, tmp_path: Path, seed: int) -> None:
     """The loop of the pump, without its clock: clients read now and then, and the spool is small."""
     rng = random.Random(seed)
     limit = [0, 9_000, 1_000_000][seed % 3]
@@ -499,21 +479,3 @@ def test_every_byte_for_clients_of_any_speed(
         assert not bench.watched(session)
     assert bool(pauses) == (limit < 1_000_000)
     assert spool_files(tmp_path) == 0
-
-
-def test_what_takes_long_is_read_in_smaller_pieces_until_it_does_not(bench: Bench) -> None:
-    _, client = bench.open()
-    frames = frame(1, bytes(88)) * 100
-    for _ in range(10):
-        bench.output.adapt(1.0)
-    bench.send(frames)
-    sizes: list[int] = []
-    while sum(sizes) < len(frames):
-        sizes.append(bench.output.read())
-    assert max(sizes) == output_module._LEAST
-    assert bench.output.sends > 1
-    assert read_now(client) == frames
-    for _ in range(200):
-        bench.output.adapt(0.0)
-    assert bench.pass_on(frames) == len(frames)
-    assert read_now(client) == frames

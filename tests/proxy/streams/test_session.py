@@ -6,23 +6,21 @@ import os
 import random
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
 
 from cc_proxy.proxy.streams import session as session_module
 from cc_proxy.proxy.streams import spool as spool_module
-from cc_proxy.proxy.streams.session import Session
-from cc_proxy.proxy.streams.spool import SpoolSpace
+from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
 from tests.clock import Clock
 from tests.proxy.support import (
     NEVER,
-    close_once,
+    new_session,
     pair,
     read_now,
     read_to_end,
-    share_of_session,
     spool_files,
     spool_space,
 )
@@ -37,7 +35,7 @@ class Case:
     def __init__(self, space: SpoolSpace) -> None:
         near, self.client = pair(SMALL)
         self.space = space
-        self.session = Session(range(1, 3), near, space, share_of_session(), None)
+        self.session = new_session(range(1, 3), near, space)
         self.sent = bytearray()
         self.read = bytearray()
 
@@ -71,7 +69,7 @@ class Case:
         self.deliver(random.Random(7).randbytes(50_000))
 
     def close(self) -> None:
-        close_once(self.session)
+        self.session.close()
         self.client.close()
 
 
@@ -330,6 +328,28 @@ def test_closed_with_output_waiting_gives_back_its_space(case: Case, tmp_path: P
     case.read += read_to_end(case.client)
     assert case.sent.startswith(case.read)
     assert at_end(case.client)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_made_it_is_told_that_it_is_closed(
+    space: SpoolSpace, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Though its spool cannot be given up."""
+
+    def fail(_: Spool) -> None:
+        raise KeyError("nobody expects it")
+
+    near, client = pair()
+    closed: list[int] = []
+    session = new_session(range(1, 3), near, space, on_close=lambda: closed.append(near.fileno()))
+    assert closed == []
+    with client, monkeypatch.context() as patch:
+        if fails:
+            patch.setattr(Spool, "close", fail)
+        with pytest.raises(KeyError) if fails else nullcontext():
+            session.close()
+        assert closed == [-1], "once, and its fd is closed by then"
+        assert at_end(client)
 
 
 def test_patience_is_used_up_and_comes_back_slowly(case: Case, clock: Clock) -> None:

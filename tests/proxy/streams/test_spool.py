@@ -16,7 +16,7 @@ from cc_proxy.linux.credentials import ROOT
 from cc_proxy.linux.fds import Piece
 from cc_proxy.proxy.streams import spool as spool_module
 from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
-from tests.proxy.support import fill, pair, read_now, running, spool_files, spool_space
+from tests.proxy.support import fill, pair, read_now, running, spool_fds, spool_files, spool_space
 from tests.wire.support import is_silent
 
 Ends = tuple[socket.socket, socket.socket]
@@ -232,10 +232,10 @@ def test_full_disk_at_the_first_byte_leaves_no_empty_file(
 def test_files_have_no_name_and_are_nobody_elses(tmp_path: Path) -> None:
     spool = Spool(spool_space(tmp_path), ROOT)
     spool.append([b"secret"])
-    (file,) = spool._files
+    (fd,) = spool_fds(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert stat.S_IMODE(os.fstat(file.fd).st_mode) == 0o600
-    assert not os.get_inheritable(file.fd)
+    assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o600
+    assert not os.get_inheritable(fd)
     spool.close()
 
 
@@ -252,11 +252,11 @@ def test_files_have_no_name_where_the_file_system_cannot_make_such(
     monkeypatch.setattr(os, "open", without_tmpfile)
     spool = Spool(spool_space(tmp_path), ROOT)
     assert spool.append([b"secret"]) == 6
-    (file,) = spool._files
+    (fd,) = spool_fds(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert stat.S_IMODE(os.fstat(file.fd).st_mode) == 0o600
-    assert os.fstat(file.fd).st_nlink == 0
-    assert not os.get_inheritable(file.fd)
+    assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o600
+    assert os.fstat(fd).st_nlink == 0
+    assert not os.get_inheritable(fd)
     assert drain(spool, ends) == b"secret"
 
 
@@ -335,7 +335,7 @@ def test_files_of_a_client_that_is_slow_for_ever_hold_what_waits_and_little_more
         while moved < 4_000:
             moved += spool.drain_to(near.fileno())
             read_now(far)
-        assert sum(os.fstat(file.fd).st_size for file in spool._files) <= spool.size + 15_000
+        assert sum(os.fstat(fd).st_size for fd in spool_fds(tmp_path)) <= spool.size + 15_000
     spool.close()
 
 

@@ -1,0 +1,295 @@
+"""The I/O channel of one VM: frames between it and the clients' fds, step by step (docs/protocol.md, 3 and
+4).
+
+Everything that is ready is read in one piece, taken apart in one walk, and written with one call for each
+receiver. Nothing is copied on the way: what is written are slices of the buffer that was read into. A buffer
+is not read into again while slices of it wait, and that makes the back-pressure between the VM and its
+clients: `Stdin.blocked`, the VM takes nothing and clients are not read; `Output.paused`, a client takes
+nothing and the VM is not read. A client whose stdin waits for its agent's acknowledgement is not read either.
+"""
+
+import contextlib
+import socket
+import time
+
+from cc_proxy.api.status import Streams
+from cc_proxy.hyperstart.pacing import FIRST_MARKER
+from cc_proxy.linux.fds import close_stream
+from cc_proxy.linux.selector import NOTHING_ELSE, READ, WRITE
+from cc_proxy.log import faults
+from cc_proxy.log.levels import logger
+from cc_proxy.proxy.streams.interfaces import Beside, Lost, Owner
+from cc_proxy.proxy.streams.mailbox import Mailbox
+from cc_proxy.proxy.streams.output import FramingLost, Output
+from cc_proxy.proxy.streams.session import Session
+from cc_proxy.proxy.streams.stats import describe_streams
+from cc_proxy.proxy.streams.stdin import Stdin
+from cc_proxy.proxy.streams.watch import Ready, Watch
+
+_HUNG_UP = "the VM hung up its I/O channel"
+
+
+class Channel:
+    """Owner of the VM's I/O socket, of what is watched beside it, and of the sessions.
+
+    One thread drives it - `wait`, then `serve`, for as long as it `is_in_use` - and that thread does
+    everything here. It has no lock.
+    """
+
+    def __init__(
+        self,
+        owner: Owner,
+        io: socket.socket,
+        control: Beside,
+        console: Beside | None,
+        mailbox: Mailbox,
+        echo_timeout: float,
+    ) -> None:
+        """Take over `io`, `control` and `console`. Calls left in `mailbox`, which is not, are made in
+        between.
+
+        `echo_timeout` is in seconds (`Stdin`). Raises `OSError`; the caller keeps everything then.
+        """
+        io.setblocking(False)
+        self._owner = owner
+        self._vm = owner.container_id
+        self._io = io
+        self._io_fd = io.fileno()
+        self._control = control
+        self._console = console
+        self._sessions: set[Session] = set()
+        self._owners: dict[int, Session] = {}  # by seq
+        self._watch = Watch(self._on_writable)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._watch.close)
+            # A client that knew its seqs before the VM sent this has its session in the mailbox by now, which
+            # it may not have had before the read: so calls are made between reading and delivering, too.
+            self._output = Output(
+                self._vm, io, self._watch.others, self._owners, mailbox.make_calls, self._on_stray
+            )
+            self._stdin = Stdin(self._vm, io, self._watch.clients, self._owners, echo_timeout, self._drop)
+            self._watch.add_io(self._io_fd, self._on_io)
+            self._watch.add(mailbox.fileno(), lambda _events: mailbox.receive())
+            self._watch.add(control.fileno(), self._on_control)
+            if console:
+                self._watch.add(console.fileno(), self._on_console)
+            undo.pop_all()
+        self._io_open = True
+        self._finish_at: float | None = None
+        self._finish_cause = ""
+
+    # Turn by turn -----------------------------------------------------------------------------------------
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether there is anything left to do: the VM is there, or clients have not got everything."""
+        return self._io_open or bool(self._sessions)
+
+    @property
+    def session_count(self) -> int:
+        """How many sessions there are. Any thread."""
+        return len(self._sessions)  # one step, so that no other thread sees half of it
+
+    def wait(self) -> list[Ready]:
+        """Wait until something is ready, or a timer is due; returns what is ready, for `serve`."""
+        return self._watch.wait(self._timeout() if self._timed else None, self._reads_clients)
+
+    def serve(self, ready: list[Ready]) -> None:
+        """Do what there is to do about what `wait` returned."""
+        if self._reads_clients:
+            clients = self._watch.serve(ready)
+            if clients and self._reads_clients:  # which others may just have changed
+                self._stdin.read_clients(clients)
+        else:
+            self._watch.serve_others(ready)
+        if self._timed:
+            self._run_timers(time.monotonic())
+        self._watch_io()
+
+    def describe(self) -> Streams:
+        """Return how the streams stand now."""
+        return describe_streams(self._sessions, self._output, self._stdin)
+
+    @property
+    def _reads_clients(self) -> bool:
+        return self._io_open and not self._stdin.blocked
+
+    @property
+    def _timed(self) -> bool:
+        if self._output.paused or self._stdin.asked or self._stdin.blocked:
+            return True
+        return self._finish_at is not None
+
+    def _timeout(self) -> float | None:
+        """Requires that something is `_timed`."""
+        moments = [*self._output.moments()]
+        if not self._output.paused:
+            moments += self._stdin.moments()
+        if self._finish_at is not None:
+            moments.append(self._finish_at)
+        return max(0.0, min(moments) - time.monotonic()) if moments else None
+
+    def _run_timers(self, now: float) -> None:
+        if self._finish_at is not None and now >= self._finish_at:
+            self._finish_at = None
+            self._lose(self._finish_cause)
+        self._output.run_timers(now)
+        if self._output.paused:
+            self._stdin.put_off(now)
+        else:
+            self._stdin.run_timers(now)
+
+    def _watch_io(self) -> None:
+        """Watch the I/O channel and the clients for what can be done about them now."""
+        if self._stdin.error:
+            self._lose(self._stdin.error)
+        if self._io_open:
+            reading = NOTHING_ELSE if self._output.paused else READ
+            self._watch.set_io(reading, WRITE if self._stdin.blocked else NOTHING_ELSE)
+
+    # What is ready ----------------------------------------------------------------------------------------
+
+    def _on_control(self, _events: int) -> None:
+        try:
+            self._control.read()
+        except Lost as lost:
+            self._lose(str(lost))
+
+    def _on_console(self, _events: int) -> None:
+        try:
+            ended = self._console is not None and not self._console.read()
+        except Exception:  # whatever it is, the VM's streams can do without the console
+            faults.note("console failed", vm=self._vm)
+            ended = True
+        if ended:
+            self._close_console()
+
+    def _close_console(self) -> None:
+        if self._console:
+            self._watch.remove(self._console.fileno())
+            self._console.close()
+            self._console = None
+
+    def _on_io(self, events: int) -> None:
+        if events == READ and self._io_open and not self._output.paused:
+            self._read_vm()  # what there is nearly always
+            return
+        if events & WRITE and self._stdin.blocked:
+            self._stdin.flush()
+        if not events & ~WRITE or not self._io_open:
+            return
+        if self._output.paused:
+            # A hang-up is noticed even while it is not read.
+            self._lose(_HUNG_UP)
+        else:
+            self._read_vm()
+
+    def _read_vm(self) -> None:
+        try:
+            size = self._output.read()
+        except BlockingIOError:
+            return
+        except (FramingLost, OSError) as error:
+            self._lose(f"I/O channel: {error}")
+            self._end_io()
+            return
+        if not size:
+            self._lose(_HUNG_UP)
+            self._end_io()
+
+    def _on_writable(self, fd: int) -> None:
+        session = self._output.waiting.get(fd)
+        if session is None:  # it was dropped since its fd was looked at
+            return
+        try:
+            self._output.flush(session)
+        except Exception:
+            self._drop(session, "internal error")  # so that the others still get what waits for them
+            raise
+        if not self._io_open and not session.waits:
+            self._drop(session, "all is delivered")
+
+    def _on_stray(self, seq: int) -> bool:
+        """A frame that nobody owns; returns whether it was a marker of ours that came back."""
+        if seq < FIRST_MARKER:
+            return False
+        self._stdin.echo(seq)
+        return True
+
+    # Sessions ---------------------------------------------------------------------------------------------
+
+    def add(self, session: Session) -> None:
+        """Take over a session: frames for its seqs reach it from now on."""
+        if not self._io_open:
+            session.close()
+            return
+        self._sessions.add(session)
+        self._owners.update(dict.fromkeys(session.seqs, session))
+        self._stdin.add(session)
+
+    def _drop(self, session: Session, reason: str) -> None:
+        """Close a session if it is not closed yet. Output on its streams is nobody's from now on."""
+        if session not in self._sessions:
+            return
+        logger.debug("session closed", extra={"vm": self._vm, "stream": session.seqs.start, "reason": reason})
+        self._sessions.remove(session)
+        with contextlib.closing(session):
+            for seq in session.seqs:
+                self._owners.pop(seq, None)
+            self._stdin.forget(session)
+            self._output.forget(session)
+
+    # The end ----------------------------------------------------------------------------------------------
+
+    def _lose(self, cause: str) -> None:
+        """The VM is of no use any more: deliver what it has sent, then its clients see end of file."""
+        self._owner.lose(cause)
+        self.finish_reading()
+
+    def finish_by(self, at: float, cause: str) -> None:
+        """Close both channels at this moment (`time.monotonic`), and deliver what came by then."""
+        self._finish_cause = cause
+        self._finish_at = at if self._finish_at is None else min(at, self._finish_at)
+
+    def finish_reading(self) -> None:
+        """Deliver what has arrived by now, and close both channels."""
+        if not self._io_open:
+            return
+        try:
+            with contextlib.suppress(OSError):
+                self._output.read_rest()
+        finally:
+            self._end_io()
+
+    def _end_io(self) -> None:
+        """Close the I/O channel; sessions end as soon as everything is delivered."""
+        if not self._io_open:
+            return
+        self._io_open = False
+        self._watch.remove(self._io_fd)
+        self._watch.remove(self._control.fileno())
+        self._control.close()
+        close_stream(self._io)
+        for session in list(self._sessions):
+            self._stdin.forget(session)
+            if not session.waits:
+                self._drop(session, "the VM's I/O channel is closed")
+
+    def abort(self) -> None:
+        """End every session and both channels now, whatever waits."""
+        with contextlib.ExitStack() as every_one:
+            for session in self._sessions:
+                every_one.callback(self._drop, session, "the daemon stops")
+            every_one.callback(self._end_io)
+
+    def close(self) -> None:
+        """Close whatever is open, whatever fails meanwhile. To be called last; not again."""
+        with contextlib.ExitStack() as last_first:
+            last_first.callback(self._let_go)
+            last_first.callback(self._watch.close)
+            last_first.callback(self._close_console)
+            last_first.callback(self.abort)
+
+    def _let_go(self) -> None:
+        """Undo what refers to this in a circle: or the buffers would stay until a collector comes by."""
+        del self._output, self._stdin, self._watch

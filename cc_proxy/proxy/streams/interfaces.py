@@ -1,0 +1,32 @@
+"""What the streams of a VM need from outside: whose they are, and what is watched beside them."""
+
+from typing import Protocol
+
+
+class Lost(Exception):
+    """The VM is of no use any more; the text is the cause."""
+
+
+class Owner(Protocol):
+    """Whose channel it is; called by the thread that drives the channel, with nothing locked."""
+
+    container_id: str
+
+    def lose(self, cause: str) -> None:
+        """The VM is lost. May be called again."""
+
+    def ended(self) -> None:
+        """Everything is closed, and the pump's thread is about to end."""
+
+
+class Beside(Protocol):
+    """What is watched beside the streams: the control channel's events, and the console."""
+
+    def fileno(self) -> int:
+        """The fd that becomes readable when `read` has something to do."""
+
+    def read(self) -> bool:
+        """Take what has come, without waiting; returns whether more may come. Raises `Lost`."""
+
+    def close(self) -> None:
+        """Give back the fd. The control channel's may be called more than once."""
