@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import msgspec
 
-from bench import hostile_vms
+from bench import hostile_vms, starving
 from bench.launch import ends_with
 from cc_proxy.api import Attach, Hello, Request
 from cc_proxy.api.messages import HEADER, MAX_TEXT, encode
@@ -32,7 +32,7 @@ def _request(payload: Attach | Hello) -> bytes:
 
 
 _ATTACH = _request(Attach("nobody's"))
-_HELLO = _request(Hello("mine", "/nonexistent", "/nonexistent"))
+_HELLO = _request(Hello("mine", "/dev/null/ctl", "/dev/null/io"))
 _LONG = _raw(b'{"id":"' + b"x" * (MAX_TEXT - 9) + b'"}')
 _DEEP = _raw(b'{"a":' + b"[" * 400_000 + b"]" * 400_000 + b"}")
 
@@ -131,6 +131,7 @@ def attack(path: str, habit: str, connections: int) -> None:
 
 def main(path: str, uid: int, habit: str, connections: int, directory: str) -> None:
     parent = os.getppid()
+    busy = starving.keep_busy(uid) if habit == starving.HABIT else set()
     # How the host shares its CPUs among users is not what is measured.
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     os.setgroups([])
@@ -141,6 +142,8 @@ def main(path: str, uid: int, habit: str, connections: int, directory: str) -> N
     with suppress(KeyboardInterrupt):
         if habit in hostile_vms.HABITS:
             hostile_vms.attack(path, directory, habit)
+        elif habit == starving.HABIT:
+            starving.attack(path, directory, busy)
         else:
             attack(path, habit, connections)
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 
-from bench import attack, hostile_vms
+from bench import attack, hostile_vms, starving
 from bench.processes import BenchError, Child, Daemon, Worker, gather
 
 #: Nobody's number.
@@ -21,16 +21,16 @@ _WARM_UP = 60.0
 _USED_UP = 2.0
 #: Seconds until it has noticed that all of them are gone, at the most: it reads on at the user's pace.
 _GOODBYE = 300.0
-#: Threads of the victim's VM and of the connection that said hello for it.
+#: The victim's VM, and the connection that said hello for it.
 _STAYING = 2
 _FEW = 8  # connections, of those who send a megabyte each time
-_COMING_AND_GOING = frozenset({"churn", "nonsense", "vms"})
-#: Threads of a VM and of its client.
-_VM_THREADS = 2
+_COMING_AND_GOING = frozenset({"churn", "nonsense", "vms", starving.HABIT})
+#: A VM, and its client's connection.
+_A_VM = 2
 _CONTAINER = "victim"
 _HEADING = f"{'attack':10} {'at once':>11}  {'echo p50, p99':>19}  ratio  {'attach p50, p99':>19}  ratio"
 
-_HABITS = [*attack.HABITS, "all", *hostile_vms.HABITS]
+_HABITS = [*attack.HABITS, "all", starving.HABIT, *hostile_vms.HABITS]
 
 Figures = dict[str, dict[str, float]]
 
@@ -69,15 +69,15 @@ class Scene:
         arguments = (self._daemon.path, str(_UID), habit, str(count), str(self._theirs))
         with Child("attacker", "bench.attack", *arguments):
             if habit not in _COMING_AND_GOING:
-                self._wait_for(count * (_VM_THREADS if habit in hostile_vms.HABITS else 1))
+                self._wait_for(count * (_A_VM if habit in hostile_vms.HABITS else 1))
             time.sleep(_USED_UP)
             self.measure()  # while others are at work it is another matter
             yield
         self._daemon.settle(_GOODBYE, _STAYING)
 
-    def _wait_for(self, threads: int) -> None:
+    def _wait_for(self, number: int) -> None:
         deadline = time.monotonic() + _WARM_UP
-        while self._daemon.connections() < _STAYING + threads and time.monotonic() < deadline:
+        while self._daemon.connections() < _STAYING + number and time.monotonic() < deadline:
             time.sleep(0.1)
 
 
@@ -118,6 +118,8 @@ def _run(habits: list[str], options: argparse.Namespace) -> None:
 def _count(habit: str, connections: int) -> int:
     if habit in hostile_vms.HABITS:
         return hostile_vms.HABITS[habit]
+    if habit == starving.HABIT:
+        return starving.HELLOS
     return _FEW if habit in {"long", "deep"} else connections
 
 

@@ -104,15 +104,15 @@ class Daemon(Service):
         except BaseException:
             self.stop()
             raise
-        self._threads = self._threads_of_its_own()
 
     def configure(self, settings: str) -> None:
         """Write its settings file; `settings` begin inside of its table [spool]."""
         self.config.write_text(f'[spool]\ndirectory = "{self._directory}"\n{settings}')
 
     def connections(self) -> int:
-        """How many there are, about: each has a thread."""
-        return self.count_threads() - self._threads
+        """How many connections and VMs there are, but for the connection that asks."""
+        with Client(self.path, timeout=_START_TIMEOUT) as client:
+            return sum(user.connections + user.vms for user in client.status().users) - 1
 
     def resident_bytes(self) -> int:
         return self.memory()["Rss"]
@@ -126,22 +126,14 @@ class Daemon(Service):
     def settle(self, seconds: float = 5.0, staying: int = 0) -> None:
         """Wait until what was closed is gone, so that its end is no part of the next measurement.
 
-        `staying` are the threads of what was not closed. Raises `BenchError` if the others do not go.
+        `staying` are the connections and VMs that were not closed. Raises `BenchError` if the others stay.
         """
         deadline = time.monotonic() + seconds
         while self.connections() > staying:
             if time.monotonic() > deadline:
                 left = self.connections() - staying
-                raise BenchError(f"{self.name} keeps {left} threads of what has ended")
+                raise BenchError(f"{self.name} keeps {left} connections or VMs that have ended")
             time.sleep(0.005)
-
-    def _threads_of_its_own(self) -> int:
-        # All have been started once a connection is served; which has one more. What served another one
-        # before it, to see whether the daemon is there, needs a moment to end.
-        with Client(self.path, timeout=_START_TIMEOUT) as client:
-            client.status()
-            time.sleep(_LINGERING)
-            return self.count_threads() - 1
 
     def count_threads(self) -> int:
         return len(os.listdir(self._proc("task")))

@@ -19,7 +19,7 @@ from cc_proxy.log import faults
 _MADE = re.compile(r"(?:self\.)?(\w+) = threading\.Lock\(\)")
 
 #: Others may be taken while one of these is held, but one at a time, and they never while another is.
-OUTERMOST = frozenset({"Share.turn", "Share.asking", "Share._pumping"})
+OUTERMOST = frozenset({"User._batch"})
 
 make_lock = threading.Lock
 

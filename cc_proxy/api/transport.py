@@ -4,6 +4,7 @@ A read never takes a byte beyond its message, so that an fd that follows stays w
 The socket may be blocking or not; its mode is not changed.
 """
 
+import math
 import socket
 import struct
 from typing import TypeVar
@@ -44,9 +45,9 @@ def connect_socket(sock: socket.socket, path: str, timeout: float | Deadline | N
     """Connect a blocking AF_UNIX socket as `connect` does; the caller closes it if that fails."""
     try:
         # It waits as long as a send would. 0 would be for ever, so no time left is a little time.
-        _set_send_timeout(sock, max(min(Deadline(timeout).remaining(), _LONGEST_WAIT), 1e-6))
+        limit_send(sock, max(Deadline(timeout).remaining(), 1e-6))
         sock.connect(path)
-        _set_send_timeout(sock, 0.0)
+        limit_send(sock, 0.0)
     except BlockingIOError:
         raise TimedOut(f"timed out connecting to {path}") from None
     except OSError as error:
@@ -55,10 +56,24 @@ def connect_socket(sock: socket.socket, path: str, timeout: float | Deadline | N
         raise
 
 
-def _set_send_timeout(sock: socket.socket, seconds: float) -> None:
-    whole = int(seconds)
-    until = _TIMEVAL.pack(whole, int((seconds - whole) * 1_000_000))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, until)
+def limit_receive(sock: socket.socket, seconds: float) -> None:
+    """Have each recv(2) of a blocking socket wait `seconds` at most, then raise `BlockingIOError`; 0: for
+    ever.
+
+    Any thread may call.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
+
+
+def limit_send(sock: socket.socket, seconds: float) -> None:
+    """The same for send(2), and for connect(2)."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(seconds))
+
+
+def _timeval(seconds: float) -> bytes:
+    """Rounded up: 0 microseconds would be for ever."""
+    whole, micro = divmod(math.ceil(min(seconds, _LONGEST_WAIT) * 1_000_000), 1_000_000)
+    return _TIMEVAL.pack(whole, micro)
 
 
 def read_message(

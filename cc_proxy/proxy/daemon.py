@@ -1,13 +1,17 @@
 """The daemon as a whole: what is started, in which order, what signals do, and how it stops."""
 
 import gc
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
-from cc_proxy.access import names_others
+import msgspec
+
+from cc_proxy.access import look_up_again, names_others, unknown_names
 from cc_proxy.linux.systemd import Notifier, monotonic_usec
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
@@ -16,8 +20,9 @@ from cc_proxy.log.writing import Logging
 from cc_proxy.proxy.clients.listener import Listener
 from cc_proxy.proxy.clients.server import Server
 from cc_proxy.proxy.clients.status import About
+from cc_proxy.proxy.vms.connector import Connector
 from cc_proxy.proxy.vms.registry import Registry
-from cc_proxy.proxy.watchdog import Health
+from cc_proxy.proxy.watchdog import Watchdog
 from cc_proxy.settings import LiveSettings, Reload, Settings, SettingsError
 
 #: Seconds that what is in flight gets to finish when the daemon stops.
@@ -26,10 +31,14 @@ STOP_TIMEOUT = 5.0
 _DELIVERY_TIME = 1.0
 #: And so much of that for who still waits for a VM to be told that it is gone.
 _LAST_WORDS = 0.2
+_LAST_JOIN = 1.0
 #: Address space of each thread's stack. Little of it is ever touched, and there may be thousands.
 _STACK_SIZE = 512 * 1024
 #: Seconds between two looks at what the service manager, or the log, is to be told.
 _TICK = 1.0
+
+#: Seconds until users and groups that nobody knew are looked up again: their name service may be up by then.
+_LOOK_UP_INTERVAL = 30.0
 
 #: More than the slices of any batch: a pump's buffer has at most so many frames.
 _MOST_SLICES = 30_000
@@ -53,6 +62,8 @@ class Host:
     settings_file: Callable[[], str]
     notifier: Notifier
     log: Logging
+    #: Started before there were threads; ended by whoever has made it.
+    connector: Connector
 
 
 def serve(listener: Listener, settings: Settings, host: Host) -> None:
@@ -60,11 +71,12 @@ def serve(listener: Listener, settings: Settings, host: Host) -> None:
     threading.stack_size(_STACK_SIZE)
     _tune_collector()
     live = LiveSettings(settings)
-    registry = Registry(live, listener.socket.getsockname())
+    registry = Registry(live, host.connector, listener.socket.getsockname())
     with Server(listener, registry, live, About(host.settings_file)) as server:
         server.start()
         logger.info("ready", extra={"socket": listener.socket.getsockname()})
-        supervisor = Supervisor(live, host, listener, registry, Health(server, registry))
+        _warn_of_unknown(settings)
+        supervisor = Supervisor(live, host, listener, registry, Watchdog(server, registry))
         received = supervisor.run()
         logger.info("stopping", extra={"signal": received.name})
         host.notifier.tell("STOPPING=1", "STATUS=Stopping")
@@ -90,13 +102,13 @@ class Supervisor:
     """
 
     def __init__(
-        self, live: LiveSettings, host: Host, listener: Listener, registry: Registry, health: Health
+        self, live: LiveSettings, host: Host, listener: Listener, registry: Registry, watchdog: Watchdog
     ) -> None:
         self._live = live
         self._host = host
         self._listener = listener
         self._registry = registry
-        self._health = health
+        self._watchdog = watchdog
         self._actions = {
             signal.SIGHUP: self._reload,
             signal.SIGUSR1: log_stacks,
@@ -108,6 +120,10 @@ class Supervisor:
         # Half of what the manager allows, so that one message may be late.
         self._interval = host.notifier.watchdog / 2 if host.notifier.watchdog else None
         self._served_at = time.monotonic()
+        self._reading: Future[Settings] | None = None  # the settings, when they have been asked for
+        self._looking_up: Future[Settings] | None = None  # the same settings with the names of today
+        self._read_again = False  # whether SIGHUP came while they were read
+        self._looked_up_at = self._served_at
 
     def run(self) -> signal.Signals:
         """Work until a signal says stop; returns that."""
@@ -126,6 +142,8 @@ class Supervisor:
 
     def _tick(self) -> None:
         self._serve_watchdog()
+        self._take_settings()
+        self._look_up_names()
         self._host.log.report_suppressed()
         if self._host.notifier.wanted and self._new_status() != self._told:
             self._tell(self._status, wait=False)
@@ -134,7 +152,7 @@ class Supervisor:
         now = time.monotonic()
         if self._interval is None or now - self._served_at < self._interval:
             return
-        if self._health.is_good(self._interval) and self._tell("WATCHDOG=1", wait=False):
+        if self._watchdog.is_good(self._interval) and self._tell("WATCHDOG=1", wait=False):
             self._served_at = now
 
     def _new_status(self) -> str:
@@ -145,15 +163,45 @@ class Supervisor:
         return self._status
 
     def _reload(self) -> None:
+        """Have the settings read; `_take_settings` goes on with them."""
+        if self._reading:
+            logger.warning("the settings are still being read: they are read again after that")
+            self._read_again = True
+            return
+        self._looking_up = None
+        self._reading = _read_aside(self._host.read_settings)
         self._tell("RELOADING=1", monotonic_usec(), "STATUS=Reading the settings again")
+
+    def _take_settings(self) -> None:
+        """Replace the settings if new ones have been read."""
+        if self._reading is None or not self._reading.done():
+            return
+        reading, self._reading = self._reading, None
         try:
-            reload = self._live.replace(self._host.read_settings())
+            self._apply(self._live.replace(reading.result()))
         except SettingsError as error:
             logger.error("settings not reloaded: the old ones stay", extra={"error": str(error)})
-        else:
-            self._apply(reload)
+        except Exception:
+            faults.note("settings not reloaded: the old ones stay")
         finally:
             self._tell("READY=1", self._new_status())
+        if self._read_again:
+            self._read_again = False
+            self._reload()
+
+    def _look_up_names(self) -> None:
+        """Look up users and groups again that nobody knew, and let them in once somebody does."""
+        if self._looking_up and self._looking_up.done():
+            looked_up, self._looking_up = self._looking_up, None
+            if looked_up.result() != self._live.current:
+                self._apply(self._live.replace(looked_up.result()))
+        due = time.monotonic() - self._looked_up_at >= _LOOK_UP_INTERVAL
+        if due and not self._reading and not self._looking_up and unknown_names(self._live.current.access):
+            self._looked_up_at = time.monotonic()
+            current = self._live.current
+            self._looking_up = _read_aside(
+                lambda: msgspec.structs.replace(current, access=look_up_again(current.access))
+            )
 
     def _apply(self, reload: Reload) -> None:
         current = self._live.current
@@ -163,6 +211,7 @@ class Supervisor:
         logger.info("settings reloaded", extra={"changed": reload.changed})
         if reload.waiting:
             logger.warning("settings that take effect after a restart", extra={"waiting": reload.waiting})
+        _warn_of_unknown(current)
 
     def _tell(self, *assignments: str, wait: bool = True) -> bool:
         """Tell the manager; returns whether it has taken that, or wants nothing. Says once if not."""
@@ -176,6 +225,33 @@ class Supervisor:
         if heard:
             self._told = self._status if self._status in assignments else self._told
         return heard
+
+
+def _read_aside(read: Callable[[], Settings]) -> "Future[Settings]":
+    """Return what a thread of its own will have read: a file, or a name service, may not answer for long.
+
+    The next tick comes as soon as it has. The thread ends with what it does, or with the process.
+    """
+    future: Future[Settings] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(read())
+        except BaseException as error:
+            future.set_exception(error)
+        _wake()
+
+    threading.Thread(target=run, name="settings", daemon=True).start()
+    return future
+
+
+def _wake() -> None:
+    os.kill(os.getpid(), signal.SIGALRM)  # not this thread's, which has it blocked
+
+
+def _warn_of_unknown(settings: Settings) -> None:
+    if names := unknown_names(settings.access):
+        logger.warning("[access] names users or groups that nobody knows so far", extra={"names": names})
 
 
 def _next_signal() -> signal.Signals:
@@ -208,4 +284,7 @@ def _stop(server: Server, registry: Registry) -> None:
         logger.warning("stopped with output undelivered", extra={"vms": left})
     for vm in vms:
         vm.abort()
-        vm.join(1.0)
+    # What hangs now hangs in the kernel, and ends with the process: all of them together get this long.
+    deadline = time.monotonic() + _LAST_JOIN
+    for vm in vms:
+        vm.join(max(0.0, deadline - time.monotonic()))

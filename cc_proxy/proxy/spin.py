@@ -17,7 +17,7 @@ _LONG_LOOK = 0.000_03
 _SHY = 0.005
 
 
-class Eager:
+class Spin:
     """Waits for one thing, one thread at a time.
 
     To be woken takes a thread 10 to 30 µs, as long as a quick peer needs to answer. So after a few short
@@ -36,13 +36,13 @@ class Eager:
     def wait(self, look: Callable[[], _T | None], sleep: Callable[[], _T]) -> _T:
         """Return what `look` or `sleep` returns: `look` does at once, None if nothing is there yet."""
         begun = now = time.monotonic()
-        if self._short_waits >= _IN_A_ROW and now > Eager._shy_until:
+        if self._short_waits >= _IN_A_ROW and now > Spin._shy_until:
             until = begun + _SPIN
             while now < until:
                 found = look()
                 looked_at, now = now, time.monotonic()
                 if now - looked_at > _LONG_LOOK:
-                    Eager._shy_until = now + _SHY
+                    Spin._shy_until = now + _SHY
                     until = now
                 if found is not None:
                     return found

@@ -13,7 +13,7 @@ _LOCK_TIMEOUT = 0.5
 _SLEEP = 1.0
 
 
-class Health:
+class Watchdog:
     """Looks whether each part of the daemon still takes its turns. Main thread.
 
     Nothing that waits is ill: the accept thread wakes up several times a second, and the others answer at
@@ -44,12 +44,10 @@ class Health:
         stuck = []
         if time.monotonic() - self._server.turned_at > max(patience, _SLEEP):
             stuck.append("the accept thread")
-        if not self._server.idle.answers():
-            stuck.append("the thread that wakes idle connections")
+        if not self._server.parking.probe():
+            stuck.append("the parking thread")
         if not self._server.is_free(_LOCK_TIMEOUT):
             stuck.append("the lock of the connections")
         if not self._registry.is_free(_LOCK_TIMEOUT):
             return [*stuck, "the lock of the VMs"]
-        return stuck + [
-            f"the pump of VM {vm.container_id}" for vm in self._registry.vms() if not vm.answers()
-        ]
+        return stuck + [f"the pump of VM {vm.container_id}" for vm in self._registry.vms() if not vm.probe()]

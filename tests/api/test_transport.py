@@ -12,6 +12,7 @@ import pytest
 
 from cc_proxy.api import ProtocolError, Request, Response, TimedOut, read_message, write_message
 from cc_proxy.api.messages import MemberError
+from cc_proxy.api.transport import limit_receive
 from tests.api.support import Grudging, expect, expect_end, message, peer, splits
 
 MIB = 1_048_576
@@ -279,3 +280,13 @@ def test_a_closed_socket_is_an_os_error(pair: Pair, timeout: float | None) -> No
         write_message(near, Request("a"), timeout=timeout)
     with pytest.raises(OSError, match="Bad file descriptor"):
         read_message(near, Request, timeout=timeout)
+
+
+@pytest.mark.parametrize("seconds", [1e-6, 9e-7, 1e-7])
+def test_a_moment_is_not_for_ever(seconds: float) -> None:
+    """To the kernel a timeout of 0 is none at all."""
+    near, far = socket.socketpair()
+    with near, far:
+        limit_receive(near, seconds)
+        with pytest.raises(BlockingIOError):
+            near.recv(1)

@@ -146,12 +146,12 @@ class World(RuleBasedStateMachine):
         self.done["hello"] += 1
         client = self.clients[number % len(self.clients)]
         fake = FakeVm(self.directory, f"vm{next(numbers)}")
-        if container in self.registered or how == "is not there":
+        if self._is_taken(container) or how == "is not there":
             if how == "is not there":
-                fake.io_path.unlink()
+                fake.io_path = Path("/dev/null/io")  # nor ever will be: it is not waited for
             client.raw.hello(container, fake)
             said = error_of(client.raw.receive())
-            if container in self.registered:
+            if self._is_taken(container):
                 assert said == f"{container}: container already registered"
                 assert fake.was_not_dialled()
             fake.close()
@@ -190,6 +190,10 @@ class World(RuleBasedStateMachine):
         for name, container in wanted:
             self._check_answer(client, name, container)
 
+    def _is_taken(self, container: str) -> bool:
+        """By a VM that is there: one that has gone is taken over."""
+        return container in self.registered and self.registered[container].alive
+
     def _request(self, name: str, container: str) -> bytes:
         if name.startswith("allocate"):
             return request("allocateIO", {"nStreams": int(name[-1])})
@@ -214,8 +218,10 @@ class World(RuleBasedStateMachine):
     def _check_allocated(self, client: Client, streams: int) -> None:
         if not streams:
             assert client.raw.receive() == refused("asking for unexpected number of streams (0)")
-        elif client.vm is None or not client.vm.alive:
+        elif client.vm is None:
             assert client.raw.receive() == NOT_ATTACHED
+        elif not client.vm.alive:
+            assert error_of(client.raw.receive()).startswith("VM gone: ")
         else:
             stream = client.raw.receive_io()
             assert stream.base == client.vm.next_seq
@@ -325,8 +331,6 @@ class World(RuleBasedStateMachine):
         self.done["VM dies"] += 1
         vm = self.alive[number % len(self.alive)]
         vm.die(how)
-        if self.registered.get(vm.container) is vm:
-            del self.registered[vm.container]
 
     # Sessions -------------------------------------------------------------------------------------------
 
@@ -387,6 +391,10 @@ class World(RuleBasedStateMachine):
             for vm in self.alive:
                 vm.die("ctl")
             self.settle()
+            for container in self.registered:
+                client = self.daemon.connect()
+                assert client.bye(container) == OK
+                client.close()
         finally:
             close_all(self.vms, self.clients)
         self.daemon.check()

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from cc_proxy.log.levels import fields_of, logger
-from cc_proxy.proxy import turns
-from cc_proxy.proxy import users as shares
-from cc_proxy.proxy.streams import session
+from cc_proxy.proxy import users
+from cc_proxy.proxy.streams import channel, session, stats, stdin
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from tests.clock import Clock
 from tests.proxy.house import Answering, House
@@ -89,8 +88,8 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Answering:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The time of sessions and of who has a turn when."""
+    """The time of the streams and of users."""
     clock = Clock()
-    for module in (session, shares, turns):
+    for module in (channel, session, stats, stdin, users):
         monkeypatch.setattr(module, "time", clock)
     return clock

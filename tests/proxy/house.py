@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import threading
@@ -16,8 +17,10 @@ from cc_proxy.proxy.clients import server as server_module
 from cc_proxy.proxy.clients.handlers import Client, Handlers, Reply
 from cc_proxy.proxy.clients.listener import Listener
 from cc_proxy.proxy.clients.server import Server
+from cc_proxy.proxy.users import Thing
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.settings import Limits, LiveSettings, Settings
+from tests.connector import CONNECTOR
 from tests.wire.support import WAIT, RawClient, refused
 
 UNKNOWN = refused("no payload named 'x'")
@@ -45,7 +48,8 @@ class House:
         self._patch.setattr(server_module, "_STOP_POLL", 0.01)
         self._stack.callback(self._patch.undo)
         self._stack.callback(sys.setswitchinterval, sys.getswitchinterval())
-        self.server = Server(listener, Registry(live), live)
+        self.registry = Registry(live, CONNECTOR)
+        self.server = Server(listener, self.registry, live)
         self.server.start()
         self._stopped = False
 
@@ -53,6 +57,10 @@ class House:
         client = RawClient(self.path)
         self._stack.callback(client.close)
         return client
+
+    def has(self, thing: Thing) -> int:
+        """How much of something this process's user has."""
+        return self.registry.users.of(os.geteuid()).has[thing]
 
     def stop(self, seconds: float = WAIT) -> bool:
         self._stopped = True
@@ -83,12 +91,20 @@ class Answering:
     """Handlers whose answers a test chooses."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.clients: list[int] = []
+        self.clients: list[int] = []  # by number, once for each request
+        self.asker: Client | None = None  # the last one
         self.passed: list[socket.socket] = []
         self.proceed = threading.Event()
         monkeypatch.setattr(Handlers, "answer", lambda handlers, client, text: self.answer(client, text))
+        monkeypatch.setattr(
+            Handlers, "answer_at_once", lambda handlers, client, text: self.at_once(client, text)
+        )
+
+    def at_once(self, client: Client, text: bytes) -> Reply | None:
+        return None if text == b"wait" else self.answer(client, text)
 
     def answer(self, client: Client, text: bytes) -> Reply:
+        self.asker = client
         self.clients.append(client.number)
         if text == b"wait":
             assert self.proceed.wait(WAIT)

@@ -6,7 +6,8 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import CancelledError
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -15,14 +16,15 @@ from cc_proxy.hyperstart.control import ControlMessage
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.proxy.streams.pump import Pump
-from cc_proxy.proxy.streams.session import Session
-from cc_proxy.proxy.streams.spool import SpoolSpace
-from cc_proxy.proxy.users import Share, Shares
+from cc_proxy.proxy.streams.session import Session, Whose
+from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
+from cc_proxy.proxy.users import User, Users
 from cc_proxy.proxy.vms.console import Console
 from cc_proxy.proxy.vms.control import ControlLink
 from cc_proxy.proxy.vms.dialer import Dialer
 from cc_proxy.settings import Limits, LiveSettings, Settings
 from cc_proxy.settings import Spool as SpoolSettings
+from tests.connector import CONNECTOR
 from tests.wire.support import (
     FRAME,
     READY,
@@ -39,27 +41,26 @@ from tests.wire.support import (
 T = TypeVar("T")
 
 
-def new_share(limits: Limits | None = None, who: Credentials | None = None) -> Share:
-    """A user's who has nothing yet."""
-    shares = Shares(LiveSettings(Settings(limits=limits or Limits())))
-    return shares.of((who or Credentials.own()).uid)
+def new_user(limits: Limits | None = None, who: Credentials | None = None) -> User:
+    """One who has nothing yet."""
+    users = Users(LiveSettings(Settings(limits=limits or Limits())))
+    return users.of((who or Credentials.own()).uid)
 
 
-def share_of_session() -> Share:
-    """A user's who has one session, as whoever makes one has taken it."""
-    share = new_share()
-    share.take("sessions")
-    return share
-
-
-def close_once(session: Session) -> None:
-    """Close a session that may be closed by now: what it took is given back once."""
-    if session._sock.fileno() >= 0:
-        session.close()
+def new_session(
+    seqs: range,
+    sock: socket.socket,
+    space: SpoolSpace,
+    window: StdinWindow | None = None,
+    on_close: Callable[[], None] = lambda: None,
+) -> Session:
+    """A session of this process's that counts for nobody."""
+    whose = Whose("vm", os.getuid(), os.getpid())
+    return Session(seqs, sock, whose, Spool(space, whose.uid), window, on_close)
 
 
 def dialer_of(who: Credentials, own_address: str | bytes | None = None) -> Dialer:
-    return Dialer(who, new_share(who=who), own_address)
+    return Dialer(who, CONNECTOR, own_address)
 
 
 DIALER = dialer_of(Credentials.own())
@@ -130,11 +131,18 @@ def open_fds() -> dict[int, str]:
     return fds
 
 
+def spool_fds(directory: Path) -> list[int]:
+    """Files without a name that are open and were made in `directory`."""
+    return [
+        fd
+        for fd, target in open_fds().items()
+        if target.startswith(f"{directory}/") and target.endswith("(deleted)")
+    ]
+
+
 def spool_files(directory: Path) -> int:
-    """How many files without a name are open that were made in `directory`."""
-    return sum(
-        target.startswith(f"{directory}/") and target.endswith("(deleted)") for target in open_fds().values()
-    )
+    """How many of those there are."""
+    return len(spool_fds(directory))
 
 
 class FakeOwner:
@@ -153,35 +161,23 @@ class FakeOwner:
         self.over.set()
 
 
-class Rig:
-    """A pump that runs, and the far ends of all its sockets."""
+class Ends:
+    """What a VM's pump takes over, the test's ends of all those sockets, and clients."""
 
     def __init__(
-        self,
-        space: SpoolSpace,
-        *,
-        window: int = 0,
-        echo_timeout: float = NEVER,
-        io_buffer: int | None = None,
-        console: Console | None = None,
-        started: bool = True,
-        share: Share | None = None,
+        self, space: SpoolSpace, *, vm: str = "vm", window: int = 0, io_buffer: int | None = None
     ) -> None:
         self.space = space
-        self.share = new_share()
-        self.owner = FakeOwner("vm")
+        self.owner = FakeOwner(vm)
         self.events: list[ControlMessage] = []
         self._window = window
         self._next_seq = 1
         self._streams: list[Stream] = []
-        io, self.io = pair(io_buffer)
+        self.near_io, self.io = pair(io_buffer)
         ctl, self.ctl = pair()
-        self.control = ControlLink(ctl, lambda _, events: self.events.extend(events))
+        self.control = ControlLink(ctl, self.events.append)
         self.ctl.sendall(command(READY))
-        self.control.wait_until_up(io, WAIT, WAIT)
-        self.pump = Pump(self.owner, io, self.control, console, echo_timeout, share or self.share)
-        if started:
-            self.pump.start()
+        self.control.wait_until_up(self.near_io, WAIT, WAIT)
 
     def __enter__(self) -> Self:
         return self
@@ -190,15 +186,43 @@ class Rig:
         self.close()
 
     def session(self, streams: int = 2, *, buffer: int | None = None) -> tuple[Session, Stream]:
-        """A session for the pump, and its client's end."""
+        """A session that nobody has taken over yet, and its client's end."""
         near, far = pair(buffer)
         seqs = range(self._next_seq, self._next_seq + streams)
         self._next_seq = seqs.stop
         stream = Stream(far, seqs.start)
         self._streams.append(stream)
         window = StdinWindow(seqs.start, self._window) if self._window else None
-        self.share.take("sessions")
-        return Session(seqs, near, self.space, self.share, window), stream
+        return new_session(seqs, near, self.space, window), stream
+
+    def close(self) -> None:
+        for stream in self._streams:
+            stream.close()
+        self.io.close()
+        self.ctl.close()
+
+
+class Rig(Ends):
+    """A pump that runs, and the far ends of all its sockets."""
+
+    def __init__(
+        self,
+        space: SpoolSpace,
+        *,
+        vm: str = "vm",
+        window: int = 0,
+        echo_timeout: float = NEVER,
+        io_buffer: int | None = None,
+        console: Console | None = None,
+        one_at_a_time: Callable[[], AbstractContextManager[None]] | None = None,
+        started: bool = True,
+    ) -> None:
+        super().__init__(space, vm=vm, window=window, io_buffer=io_buffer)
+        self._started = started
+        turns = one_at_a_time or new_user().one_batch
+        self.pump = Pump(self.owner, self.near_io, self.control, console, turns, echo_timeout)
+        if started:
+            self.pump.start()
 
     def open(self, streams: int = 2, *, buffer: int | None = None) -> Stream:
         session, stream = self.session(streams, buffer=buffer)
@@ -221,37 +245,31 @@ class Rig:
         return answers[0]
 
     def streams(self) -> Streams:
-        """What the pump says of its streams, asked or not."""
-        answer = self.pump.describe()
-        return answer if isinstance(answer, Streams) else answer.result(WAIT)
+        """What the pump says of its streams."""
+        return self.pump.describe().result(WAIT)
 
     def wait_for_turn(self) -> None:
         """Until the pump has done all that it was doing, or has ended."""
-        done = threading.Event()
-        if self.pump._mailbox.post(done.set):
-            wait_until(lambda: done.is_set() or self.owner.over.is_set(), "a turn of the pump")
+        with suppress(CancelledError):
+            self.streams()
 
-    def wait(self, condition: Callable[[Pump], bool], what: str) -> None:
-        """Until it is so, as the pump thread sees it."""
-        wait_until(lambda: self.call(lambda: condition(self.pump)), what)
+    def wait(self, condition: Callable[[Streams], bool], what: str) -> None:
+        """Until it is so, as the pump says."""
+        wait_until(lambda: condition(self.streams()), what)
 
     def settle(self) -> None:
         """Until the pump has read all that the VM and the clients sent."""
         wait_until(lambda: unread_by_peer(self.io) == 0, "the VM is read")
-        self.call(lambda: None)
+        self.streams()
 
     def wait_ended(self) -> None:
         assert self.owner.over.wait(WAIT)
         assert self.pump.join(WAIT)
 
     def close(self) -> None:
-        for stream in self._streams:
-            stream.close()
-        self.io.close()
-        self.ctl.close()
-        if self.pump._thread.ident is not None:
-            self.pump.abort()
-            assert self.pump.join(WAIT)
+        super().close()
+        self.pump.abort()
+        assert self.pump.join(WAIT) or not self._started
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import pwd
 import signal
+import threading
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -18,6 +20,7 @@ from cc_proxy.proxy.daemon import Host, Supervisor
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.settings import LiveSettings, Settings
 from tests.proxy.conftest import Logged
+from tests.wire.support import WAIT
 
 
 class Stop:
@@ -160,25 +163,37 @@ class Desk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.manager = Manager()
+        self.new = Settings(access=Access(users=(UserId(54_321),)))
         self.now = 1_000.0
         self.listed: list[SimpleNamespace] = []
         self.signals: list[signal.Signals] = []
         self.failure: BaseException | None = None
         self.open_to_all: list[bool] = []
+        self.answers = threading.Event()  # whether files and name services do
+        self.answers.set()
         monkeypatch.setattr(daemon, "time", self)
-        monkeypatch.setattr(daemon, "_next_signal", lambda: self.signals.pop(0))
+        monkeypatch.setattr(daemon, "_next_signal", self.next_signal)
+        monkeypatch.setattr(daemon, "_wake", lambda: self.signals.insert(0, signal.SIGALRM))
         monkeypatch.setattr(signal, "setitimer", lambda *_: None)
-        host = Host(self.read_settings, str, cast(Notifier, self.manager), cast(Logging, self.manager))
         me: Any = self
+        host = Host(self.read_settings, str, cast(Notifier, self.manager), cast(Logging, self.manager), me)
         self.supervisor = Supervisor(LiveSettings(Settings()), host, me, me, me)
 
     def monotonic(self) -> float:
         return self.now
 
+    def next_signal(self) -> signal.Signals:
+        """The next, once what is read has been read, unless nothing will be."""
+        for thread in threading.enumerate():
+            if thread.name == "settings" and self.answers.is_set():
+                thread.join(WAIT)
+        return self.signals.pop(0)
+
     def read_settings(self) -> Settings:
+        assert self.answers.wait(WAIT)
         if self.failure:
             raise self.failure
-        return Settings(access=Access(users=(UserId(54_321),)))
+        return self.new
 
     def open_to(self, *, for_all: bool) -> None:
         self.open_to_all.append(for_all)
@@ -214,10 +229,45 @@ def test_error_in_the_main_thread_costs_nothing_but_what_it_was_at(
 ) -> None:
     desk.failure = failure
     assert desk.work(signal.SIGHUP)[-2:] == READY, "or the manager would wait for the end of the reload"
-    assert logged.fields("signal not carried out") == [{"signal": "SIGHUP"}]
+    assert logged.at(logging.ERROR) == ["settings not reloaded: the old ones stay"]
     desk.failure = None
     assert desk.work(signal.SIGHUP)[-2:] == READY
     assert logged.at(logging.INFO)[-1] == "settings reloaded"
+
+
+def test_settings_that_cannot_be_read_hold_nobody_up(desk: Desk, logged: Logged) -> None:
+    """As from a network file system that hangs."""
+    desk.answers.clear()
+    told = desk.work(signal.SIGHUP, signal.SIGALRM, signal.SIGHUP, signal.SIGHUP)
+    assert told[0] == "RELOADING=1"
+    assert "READY=1" not in told
+    desk.now += 1.0
+    assert "WATCHDOG=1" in desk.work(signal.SIGALRM)
+    assert sum(thread.name == "settings" for thread in threading.enumerate()) == 1
+    assert (
+        logged.at(logging.WARNING)
+        == ["the settings are still being read: they are read again after that"] * 2
+    )
+    desk.answers.set()
+    assert desk.work().count("READY=1") == 2, "the first reading, and one for the later signals"
+    assert logged.at(logging.INFO).count("settings reloaded") == 2
+
+
+def test_names_that_nobody_knew_are_looked_up_again(
+    desk: Desk, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.new = Settings(access=Access(users=(UserId.resolve("later"),)))
+    desk.work(signal.SIGHUP)
+    assert logged.fields("[access] names users or groups that nobody knows so far") == [{"names": ["later"]}]
+    desk.now += 60.0
+    desk.work(signal.SIGALRM)
+    assert logged.at(logging.INFO).count("settings reloaded") == 1, "they are the same"
+    monkeypatch.setattr(pwd, "getpwnam", lambda name: SimpleNamespace(pw_uid={"later": 54_321}[name]))
+    desk.work(signal.SIGALRM)
+    assert logged.at(logging.INFO).count("settings reloaded") == 1, "it is too early"
+    desk.now += 60.0
+    desk.work(signal.SIGALRM)
+    assert logged.fields("settings reloaded")[-1] == {"changed": {"access.users": ((-1,), (54_321,))}}
 
 
 def test_settings_that_name_others_open_the_socket(desk: Desk) -> None:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from cc_proxy.proxy import spin as module
-from cc_proxy.proxy.spin import Eager
+from cc_proxy.proxy.spin import Spin
 
 #: About a microsecond, and nothing is rounded.
 MICRO = 2.0**-20
@@ -16,7 +16,7 @@ class Peer:
 
     def __init__(self) -> None:
         self.now = 1024.0
-        self.eager = Eager()
+        self.spin = Spin()
         self.looks = 0
         self.slept = False
 
@@ -38,14 +38,14 @@ class Peer:
             self.now = max(self.now, comes_at)
             return "slept"
 
-        return self.eager.wait(look, sleep)
+        return self.spin.wait(look, sleep)
 
 
 @pytest.fixture
 def peer(monkeypatch: pytest.MonkeyPatch) -> Peer:
     peer = Peer()
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: peer.now))
-    monkeypatch.setattr(Eager, "_shy_until", 0.0)
+    monkeypatch.setattr(Spin, "_shy_until", 0.0)
     return peer
 
 
@@ -95,16 +95,16 @@ def test_who_meets_somebody_else_leaves_the_interpreter_to_them(peer: Peer) -> N
 
 def test_all_leave_it_to_them_and_not_for_long(peer: Peer) -> None:
     peer.be_quick()
-    eagers = [peer.eager, Eager()]
-    peer.eager = eagers[1]
+    spins = [peer.spin, Spin()]
+    peer.spin = spins[1]
     peer.be_quick()
     peer.wait(150 * MICRO, look_takes=40 * MICRO)
-    for eager in eagers:
-        peer.eager = eager
+    for spin in spins:
+        peer.spin = spin
         assert peer.wait(10 * MICRO) == "slept"
     peer.now += 0.006
-    for eager in eagers:
-        peer.eager = eager
+    for spin in spins:
+        peer.spin = spin
         assert peer.wait(10 * MICRO) == "looked"
 
 
@@ -116,7 +116,7 @@ def test_what_a_long_look_finds_counts(peer: Peer) -> None:
 
 def test_what_is_found_may_be_empty(peer: Peer) -> None:
     peer.be_quick()
-    assert peer.eager.wait(lambda: b"", lambda: b"slept") == b""
+    assert peer.spin.wait(lambda: b"", lambda: b"slept") == b""
 
 
 def test_error_of_a_look_is_the_callers(peer: Peer) -> None:
@@ -126,4 +126,4 @@ def test_error_of_a_look_is_the_callers(peer: Peer) -> None:
         raise ConnectionResetError
 
     with pytest.raises(ConnectionResetError):
-        peer.eager.wait(look, lambda: None)
+        peer.spin.wait(look, lambda: None)

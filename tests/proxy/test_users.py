@@ -1,88 +1,102 @@
-"""What each user has: counted for each and for all, and whose turn it is."""
+"""What each user has: counted for each and for all; and how fast each may ask for more."""
 
 from __future__ import annotations
 
 import random
 import threading
-import time
 from contextlib import ExitStack
-from types import SimpleNamespace
 
 import pytest
 
-from cc_proxy.proxy import users as shares_module
-from cc_proxy.proxy.turns import Place
-from cc_proxy.proxy.users import LimitReached, Shares, Thing
-from cc_proxy.settings import Limits, LiveSettings, Settings, UserLimits
+from cc_proxy.proxy import users as users_module
+from cc_proxy.proxy.users import LimitReached, Thing, Users
+from cc_proxy.settings import Limits, LiveSettings, Settings
 from tests.clock import Clock
-from tests.proxy.sharing import ALICE, BOB, CARL, ROOT, THINGS, contended, shares_of, two_users
+from tests.proxy.sharing import ALICE, BOB, CARL, ROOT, THINGS, users_of
 from tests.wire.support import WAIT, in_background
 
 
 @pytest.mark.parametrize("thing", THINGS)
-def test_no_user_gets_more_than_its_share_and_all_together_no_more_than_there_is(thing: Thing) -> None:
-    shares = shares_of(total=5, each=2)
-    for uid in (ALICE, BOB):
-        for _ in range(2):
-            shares.of(uid).take(thing)
+def test_no_user_gets_more_than_its_limit_and_all_together_no_more_than_there_is(thing: Thing) -> None:
+    users = users_of(total=5, each=2)
+    alice, bob, carl = (users.of(uid) for uid in (ALICE, BOB, CARL))
+    charges = [user.charge(thing) for user in (alice, alice, bob, bob)]
+    for user in (alice, bob):
         with pytest.raises(LimitReached, match=r"^the limit of 2 .* for one user is reached$"):
-            shares.of(uid).take(thing)
-    shares.of(CARL).take(thing)
+            user.charge(thing)
+    carl.charge(thing)
     with pytest.raises(LimitReached, match=r"^the limit of 5 (?!.*for one user).* is reached$"):
-        shares.of(CARL).take(thing)
-    assert [shares.used(uid, thing) for uid in (ALICE, BOB, CARL)] == [2, 2, 1]
-    shares.of(ALICE).give_back(thing)
-    shares.of(CARL).take(thing)
+        carl.charge(thing)
+    assert [user.has[thing] for user in (alice, bob, carl)] == [2, 2, 1]
+    charges[0].give_back()
+    carl.charge(thing)
+
+
+def test_root_may_have_all_there_is() -> None:
+    """It runs the host's containers."""
+    root = users_of(total=5, each=2).of(ROOT)
+    for _ in range(5):
+        root.charge("vms")
+    with pytest.raises(LimitReached, match=r"^the limit of 5 VMs is reached$"):
+        root.charge("vms")
 
 
 def test_things_are_counted_apart() -> None:
-    shares = shares_of(total=1, each=1)
+    users = users_of(total=1, each=1)
     for thing in THINGS:
-        shares.of(ALICE).take(thing)
+        users.of(ALICE).charge(thing)
 
 
-def test_a_user_has_one_share() -> None:
-    shares = shares_of(1, 1)
-    assert shares.of(ALICE) is shares.of(ALICE)
-    assert shares.of(ALICE) is not shares.of(BOB)
+def test_a_user_is_the_same_for_as_long_as_it_is_present() -> None:
+    users = users_of(1, 1)
+    assert users.of(ALICE) is users.of(ALICE)
+    assert users.of(ALICE) is not users.of(BOB)
 
 
-def test_what_is_too_much_at_once_takes_nothing() -> None:
-    share = shares_of(total=10, each=10).of(ALICE)
-    share.take("request_bytes", 7)
+def test_what_is_too_much_at_once_counts_nothing() -> None:
+    user = users_of(total=10, each=10).of(ALICE)
+    user.charge("request_bytes", 7)
     with pytest.raises(LimitReached):
-        share.take("request_bytes", 4)
-    share.take("request_bytes", 3)
+        user.charge("request_bytes", 4)
+    user.charge("request_bytes", 3)
 
 
-def test_what_is_taken_for_a_while_is_given_back_whatever_happens() -> None:
-    shares = shares_of(total=1, each=1)
-    with pytest.raises(LimitReached), shares.of(ALICE).taken("commands"):
-        shares.of(ALICE).take("commands")
-    assert shares.used(ALICE, "commands") == 0
+def test_a_charge_gives_itself_back_once() -> None:
+    user = users_of(total=3, each=3).of(ALICE)
+    user.charge("sessions")
+    charge = user.charge("sessions", 2)
+    charge.give_back()
+    charge.give_back()
+    assert user.has["sessions"] == 1
+
+
+def test_a_charge_for_a_while_is_given_back_whatever_happens() -> None:
+    user = users_of(total=1, each=1).of(ALICE)
+    with pytest.raises(LimitReached), user.charge("commands"):
+        user.charge("commands")
+    assert user.has["commands"] == 0
 
 
 def test_limits_are_those_of_the_settings_now() -> None:
     live = LiveSettings(Settings(limits=Limits(vms=1)))
-    share = Shares(live).of(ALICE)
-    share.take("vms")
+    user = Users(live).of(ALICE)
+    user.charge("vms")
     with pytest.raises(LimitReached):
-        share.take("vms")
+        user.charge("vms")
     live.replace(Settings(limits=Limits(vms=2)))
-    share.take("vms")
+    user.charge("vms")
 
 
 def test_counting_by_many_threads() -> None:
-    shares = shares_of(total=6, each=4)
+    users = users_of(total=6, each=4)
     beyond: list[int] = []
 
     def live(seed: int) -> None:
-        rng, share = random.Random(seed), shares.of(seed % 3)
+        rng, user = random.Random(seed), users.of(1 + seed % 3)
         for _ in range(500):
-            number = rng.randrange(1, 4)
             try:
-                with share.taken("sessions", number):
-                    if shares.used(share.uid, "sessions") > 4:
+                with user.charge("sessions", rng.randrange(1, 4)):
+                    if user.has["sessions"] > 4:
                         beyond.append(seed)
             except LimitReached:
                 pass
@@ -91,187 +105,107 @@ def test_counting_by_many_threads() -> None:
         for seed in range(6):
             stack.enter_context(in_background(lambda seed=seed: live(seed)))  # type: ignore[misc]
     assert not beyond
-    assert [shares.used(uid, "sessions") for uid in range(3)] == [0, 0, 0]
+    assert [users.of(uid).has["sessions"] for uid in (1, 2, 3)] == [0, 0, 0]
+    assert users.all() == []
 
 
-def test_a_user_is_paced_while_others_are_connected(monkeypatch: pytest.MonkeyPatch) -> None:
-    slept: list[float] = []
-    clock = SimpleNamespace(monotonic=lambda: 1_000.0 + sum(slept), sleep=slept.append)
-    monkeypatch.setattr(shares_module, "time", clock)
-    settings = Settings(limits=Limits(user=UserLimits(request_rate=10)))
-    shares = Shares(LiveSettings(settings))
-    share = shares.of(ALICE)
-    share.take("connections")
-    for _ in range(100):
-        share.pace()
-    assert not slept, "she is alone"
-    shares.of(BOB).take("connections")
-    for _ in range(10 * shares_module._IN_ONE_GO):
-        share.pace()
-    assert not slept
-    for _ in range(5):
-        share.pace()
-    share.pace(10)
-    assert sum(slept) == pytest.approx(1.5)
-    shares.of(BOB).give_back("connections")
-    share.pace(1_000)
-    assert sum(slept) == pytest.approx(1.5), "she is alone again"
+def test_a_user_is_held_back_while_others_are_present(clock: Clock) -> None:
+    users = users_of(total=2_000, each=1_000, rate=10)
+    alice, bob = users.of(ALICE), users.of(BOB)
+    alice.charge("connections")
+    assert alice.delay(100) == 0.0, "she is alone"
+    charge = bob.charge("connections")
+    assert alice.delay(50) == 0.0, "five seconds' worth in one go"
+    assert alice.delay() == pytest.approx(0.1)
+    assert alice.delay(9) == pytest.approx(1.0), "behind those before"
+    assert bob.delay() == 0.0
+    clock.now += 0.5
+    assert alice.delay(0) == pytest.approx(0.5)
+    charge.give_back()
+    assert alice.delay(1_000) == 0.0, "she is alone again"
 
 
-def test_others_have_their_turn_while_one_waits_aside() -> None:
-    share = shares_of(1, 1).of(ALICE)
-    done = threading.Event()
-
-    def have_turn() -> None:
-        with share.turn:
-            done.set()
-
-    with share.turn:
-        thread = threading.Thread(target=have_turn)
-        thread.start()
-        assert not done.is_set()
-        with share.aside():
-            assert done.wait(WAIT)
-        assert share.turn.locked()
-    thread.join()
-    assert not share.turn.locked()
+def test_root_is_never_held_back() -> None:
+    users = users_of(total=10, each=10, rate=1)
+    root, bob = users.of(ROOT), users.of(BOB)
+    root.charge("connections")
+    bob.charge("vms")
+    assert users.several
+    assert root.delay(1_000) == 0.0
+    assert not root.is_limited
+    assert bob.is_limited
 
 
-def test_one_pump_of_a_user_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shares_module, "_COURTESY", WAIT)
-    shares = shares_of(1, 1)
-    share = shares.of(ALICE)
+def test_a_user_whose_connections_have_gone_is_present_while_it_has_a_vm() -> None:
+    users = users_of(10, 10)
+    alice, bob = users.of(ALICE), users.of(BOB)
+    alice.charge("connections")
+    connection, vm = bob.charge("connections"), bob.charge("vms")
+    connection.give_back()
+    assert users.several
+    vm.give_back()
+    assert not users.several
+
+
+def test_one_batch_of_a_user_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(users_module, "_COURTESY", WAIT)
+    users = users_of(1, 1)
+    alice, bob = users.of(ALICE), users.of(BOB)
     served: list[str] = []
 
     def serve() -> None:
-        with share.one_pump():
+        with alice.one_batch():
             served.append("second")
 
     with ExitStack() as first:
-        first.enter_context(share.one_pump())
-        with in_background(serve):
-            assert not shares.of(BOB)._pumping.locked(), "another user's do not wait"
-            served.append("first")
-            first.close()
-    assert served == ["first", "second"]
-
-
-def test_pump_does_not_wait_long_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shares_module, "_COURTESY", 0.01)
-    share = shares_of(1, 1).of(ALICE)
-    with share.one_pump():
-        with share.one_pump():
+        first.enter_context(alice.one_batch())
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with in_background(lambda: bob.one_batch().__enter__()):
             pass
-        assert share._pumping.locked(), "it is still the first one's"
-    assert not share._pumping.locked()
+        served.append("first")
+        first.close()
+        thread.join(WAIT)
+    assert served == ["first", "second"], "but another user's does not wait"
 
 
-def test_users_who_have_gone_leave_nothing() -> None:
-    shares = shares_of(total=10, each=2)
-    here = shares.of(1)
-    here.take("connections")
-    for uid in range(2, 1_500):
-        with shares.of(uid).taken("connections"), shares.of(uid).taken("vms"):
+def test_a_batch_does_not_wait_long_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(users_module, "_COURTESY", 0.01)
+    alice = users_of(1, 1).of(ALICE)
+
+    def serve() -> None:
+        with alice.one_batch():
             pass
-    assert shares.of(1) is here
-    assert len(shares._shares) <= shares_module._FEW
-    assert list(shares._users) == [(1, "connections")]
+
+    with alice.one_batch(), in_background(serve):
+        pass
+    with alice.one_batch():
+        pass
 
 
-def test_nobody_gets_around_its_pace_by_going(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SimpleNamespace(monotonic=lambda: 1_000.0, sleep=lambda seconds: None)
-    monkeypatch.setattr(shares_module, "time", clock)
-    shares = shares_of(total=10, each=2)
-    shares.of(BOB).take("connections")
-    alice = shares.of(ALICE)
-    with alice.taken("connections"):
-        alice.pace(10)
-    for uid in range(10, 200):
-        shares.of(uid)
-    assert shares.of(ALICE) is alice
+def test_users_who_have_left_are_forgotten() -> None:
+    users = users_of(10, 10)
+    first = users.of(1)
+    for uid in range(2, 1_000):
+        users.of(uid)
+    assert users.of(1) is not first
+
+
+def test_nobody_gets_around_the_rate_by_leaving(clock: Clock) -> None:
+    users = users_of(total=2_000, each=1_000, rate=10)
+    alice, bob = users.of(ALICE), users.of(BOB)
+    bob.charge("connections")
+    with alice.charge("connections"):
+        alice.delay(1_000)
+    for uid in range(100, 1_000):
+        users.of(uid)
+    assert users.of(ALICE) is alice
+    clock.now += 1_000
+    for uid in range(1_000, 3_000):
+        users.of(uid)
+    assert users.of(ALICE) is not alice, "nothing is owed any more"
 
 
 def test_no_more_is_given_back_than_was_taken() -> None:
-    share = shares_of(total=2, each=2).of(ALICE)
-    share.take("vms")
-    with pytest.raises(AssertionError, match="3 vms of user 1 are given back, of 1"):
-        share.give_back("vms", 3)
-    share.give_back("vms")
-
-
-def test_connections_that_come_too_fast_wait_in_their_order(clock: Clock) -> None:
-    alice, bob = two_users()
-    rate = UserLimits().request_rate / shares_module._CONNECTING
-    burst = [alice.arrive() for _ in range(int(rate) * shares_module._IN_ONE_GO)]
-    assert not any(burst)
-    beyond = [alice.arrive() for _ in range(3)]
-    assert beyond == pytest.approx([1 / rate, 2 / rate, 3 / rate])
-    assert bob.arrive() == 0.0
-    bob.give_back("connections")
-    assert alice.arrive() == 0.0, "she is alone"
-
-
-@pytest.mark.parametrize("busy", [ROOT, BOB, CARL])
-def test_one_of_many_who_is_at_work_is_enough(clock: Clock, busy: int) -> None:
-    shares = shares_of(total=9, each=9)
-    users = [shares.of(uid) for uid in (ROOT, ALICE, BOB, CARL)]
-    for user in users:
-        user.take("connections")
-        user.works()
-    clock.sleep(shares_module._LATELY)
-    shares.of(busy).works()
-    assert contended(*users) == [uid for uid in (ALICE, BOB, CARL) if uid != busy]
-    for _ in range(2):
-        shares.of(ALICE).works()
-    assert contended(*users) == [ALICE, BOB, CARL]
-    clock.sleep(shares_module._LATELY / 2)
-    shares.of(ALICE).works()
-    clock.sleep(shares_module._LATELY / 2)
-    assert contended(*users) == [BOB, CARL]
-
-
-def test_a_request_is_work(clock: Clock) -> None:
-    alice, bob = two_users()
-    with bob.turn:
-        bob.pace()
-    assert contended(alice, bob) == [ALICE]
-    assert (alice.disturbed, bob.disturbed) == (bob, None), "and has to be answered"
-    clock.sleep(2 * shares_module._JUST_NOW)
-    assert alice.disturbed is None
-    clock.sleep(shares_module._LATELY)
-    assert contended(alice, bob) == []
-
-
-def test_root_is_not_slowed_down_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    slept: list[float] = []
-    monkeypatch.setattr(time, "sleep", slept.append)
-    shares = Shares(LiveSettings(Settings(limits=Limits(user=UserLimits(request_rate=1)))))
-    waits = {}
-    for uid in (ALICE, ROOT):
-        share = shares.of(uid)
-        share.take("connections")
-        shares.of(BOB).take("connections")
-        waits[uid] = [share.arrive() for _ in range(3)]
-        share.pace(100)
-        shares.of(BOB).works()
-        share.spend(1.0, 1.0)
-        assert bool(slept) == bool(Place(share).due()) == (uid == ALICE)
-        slept.clear()
-    assert waits[ALICE][-1] > 0
-    assert waits[ROOT] == [0.0] * 3
-
-
-def test_who_has_gone_and_left_a_vm_is_there() -> None:
-    shares = shares_of(total=10, each=5)
-    alice, bob = shares.of(ALICE), shares.of(BOB)
-    bob.take("connections")
-    alice.take("vms")
-    assert bob.others
-    with alice.taken("connections"):
-        pass
-    assert bob.others
-    for uid in range(10, 200):
-        shares.of(uid)
-    assert shares.of(ALICE) is alice
-    alice.give_back("vms")
-    assert not bob.others
+    with pytest.raises(AssertionError, match="given back too often"):
+        users_of(1, 1).of(ALICE).count("vms", -1)

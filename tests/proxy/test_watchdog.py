@@ -12,13 +12,14 @@ from typing import cast
 import pytest
 
 from cc_proxy.linux.credentials import ROOT
-from cc_proxy.proxy import watchdog as health_module
+from cc_proxy.proxy import watchdog as watchdog_module
 from cc_proxy.proxy.clients.server import Server
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.proxy.vms.vm import Vm
-from cc_proxy.proxy.watchdog import Health
+from cc_proxy.proxy.watchdog import Watchdog
 from cc_proxy.settings import LiveSettings, Settings
+from tests.connector import CONNECTOR
 from tests.proxy.conftest import Logged
 from tests.proxy.support import Rig
 from tests.wire.support import WAIT
@@ -31,18 +32,18 @@ class Parts:
 
     def __init__(self, rig: Rig) -> None:
         live = LiveSettings(Settings())
-        self.registry = Registry(live)
+        self.registry = Registry(live, CONNECTOR)
         self.vm = Vm("pod", ROOT, live, rig.space, lambda vm, state: None)
         self.vm._pump = rig.pump
-        self.registry._vms.add(self.vm)
-        self.idle = SimpleNamespace(answers=lambda: True)
+        self.registry._vms[self.vm] = []
+        self.parking = SimpleNamespace(probe=lambda: True)
         self.server = SimpleNamespace(
-            turned_at=time.monotonic() + NEXT, is_free=lambda timeout: True, idle=self.idle
+            turned_at=time.monotonic() + NEXT, is_free=lambda timeout: True, parking=self.parking
         )
-        self.health = Health(cast(Server, self.server), self.registry)
+        self.watchdog = Watchdog(cast(Server, self.server), self.registry)
 
     def is_good(self) -> bool:
-        return self.health.is_good(patience=10.0)
+        return self.watchdog.is_good(patience=10.0)
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def parts(rig: Rig) -> Parts:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health_module, "_LOCK_TIMEOUT", 0.01)
+    monkeypatch.setattr(watchdog_module, "_LOCK_TIMEOUT", 0.01)
 
 
 def stuck(logged: Logged) -> list[dict[str, object]]:
@@ -66,10 +67,10 @@ def test_all_is_well(parts: Parts, rig: Rig, logged: Logged) -> None:
     assert logged.at(logging.INFO) == []
 
 
-def test_a_thread_that_wakes_nobody_is_named(parts: Parts, logged: Logged) -> None:
-    parts.idle.answers = lambda: False
+def test_a_parking_thread_that_hangs_is_named(parts: Parts, logged: Logged) -> None:
+    parts.parking.probe = lambda: False
     assert not parts.is_good()
-    assert stuck(logged)[0]["stuck"] == ["the thread that wakes idle connections"]
+    assert stuck(logged)[0]["stuck"] == ["the parking thread"]
 
 
 def test_pump_that_hangs_is_named_once_until_it_goes_on(parts: Parts, rig: Rig, logged: Logged) -> None:
@@ -108,7 +109,7 @@ def test_pump_that_waits_for_the_vm_is_well(parts: Parts, space: SpoolSpace) -> 
         with suppress(BlockingIOError):
             while True:
                 client.send(bytes(4000))
-        rig.wait(lambda pump: pump._stdin.blocked, "the VM takes nothing")
+        rig.wait(lambda streams: streams.stdin_held > 0, "the VM takes nothing")
         for _ in range(3):
             assert parts.is_good()
             rig.wait_for_turn()
@@ -146,4 +147,4 @@ def test_accept_thread_that_takes_no_turns(parts: Parts, rig: Rig, logged: Logge
 
 def test_accept_thread_may_sleep_for_a_second_however_impatient_the_manager(parts: Parts) -> None:
     parts.server.turned_at = time.monotonic() - 0.3
-    assert parts.health.is_good(patience=0.1)
+    assert parts.watchdog.is_good(patience=0.1)

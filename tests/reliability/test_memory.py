@@ -16,6 +16,7 @@ from cc_proxy.linux.credentials import Credentials
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.proxy.vms.vm import VmError
 from cc_proxy.settings import LiveSettings, Settings, Spool
+from tests.connector import CONNECTOR
 from tests.fuzz.acknowledging import AcknowledgingVm
 from tests.proxy.house import UNKNOWN, House
 from tests.proxy.support import read_to_end
@@ -42,14 +43,14 @@ def no_circles() -> Iterator[None]:
 
 @pytest.fixture
 def registry(tmp_sock_dir: Path) -> Registry:
-    return Registry(LiveSettings(Settings(spool=Spool(directory=str(tmp_sock_dir)))))
+    return Registry(LiveSettings(Settings(spool=Spool(directory=str(tmp_sock_dir)))), CONNECTOR)
 
 
 def test_vm(tmp_sock_dir: Path, registry: Registry) -> None:
     """Its pump has half a megabyte of buffers."""
     with AcknowledgingVm(str(tmp_sock_dir)) as agent, no_circles():
         vm = registry.register(Hello("pod", agent.control_path, agent.io_path), Credentials.own())
-        _, stream = vm.open_session(2, registry.shares.of(vm.owner))
+        _, stream = vm.open_session(2, registry.users.of(vm.owner))
         vm.command(Code.PING, b"{}")
         vm.abort()
         assert vm.join(WAIT)
@@ -61,7 +62,7 @@ def test_vm(tmp_sock_dir: Path, registry: Registry) -> None:
 
 def test_vm_that_never_came_up(registry: Registry) -> None:
     with no_circles(), pytest.raises(VmError):
-        registry.register(Hello("pod", "/nonexistent", "/nonexistent"), Credentials.own())
+        registry.register(Hello("pod", "relative", "relative"), Credentials.own())
 
 
 def test_connection(tmp_sock_dir: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -12,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cc_proxy.linux.credentials import Credentials, call_as
 from cc_proxy.log import journal
-from tests.users import ALICE, BOB, needs_root
 from tests.wire.daemon import PATIENT, Daemon, Pod, Wire
 from tests.wire.support import (
     OK,
@@ -25,10 +22,8 @@ from tests.wire.support import (
     is_silent,
     read_exact,
     refused,
-    request,
     wait_until,
 )
-from tests.wire.test_access import ACCESS
 
 MIB = 1_048_576
 PIDS = Path("/sys/fs/cgroup/pids")
@@ -48,17 +43,19 @@ def running(directory: Path, tables: str = PATIENT, *, prefix: list[str] | None 
         assert daemon.stop() == 0
 
 
-def connect_until_refused(wire: Wire, most: int) -> str:
-    """Many clients at once; returns what the one said that there was no room for. All of them go."""
-    with ExitStack() as stack:
-        for _ in range(most):
-            client = wire.daemon.connect()
-            stack.callback(client.close_all)
-            with suppress(BrokenPipeError):  # turned away already
-                client.send(request("x"))
-            if (answer := client.receive()) != refused("no payload named 'x'"):
-                return error_of(answer)
-    raise AssertionError(f"there was room for {most}")
+def take_all_threads(wire: Wire, stack: ExitStack) -> str:
+    """Have clients begin messages, which takes a thread each; returns what the last one is told."""
+    clients: list[RawClient] = []
+
+    def refused_ones() -> list[RawClient]:
+        clients.append(wire.daemon.connect())
+        stack.callback(clients[-1].close_all)
+        with suppress(BrokenPipeError):  # turned away already
+            clients[-1].send(b"\0")
+        return [client for client in clients if not is_silent(client.sock)]
+
+    wait_until(lambda: bool(refused_ones()), "there is no thread for one")
+    return error_of(next(client for client in clients if not is_silent(client.sock)).receive())
 
 
 # Threads and memory ---------------------------------------------------------------------------------------
@@ -81,22 +78,21 @@ def few_threads() -> Iterator[list[str]]:
 def test_no_more_threads(tmp_sock_dir: Path, few_threads: list[str]) -> None:
     with running(tmp_sock_dir, prefix=few_threads) as wire:
         pod = wire.pod()
-        assert connect_until_refused(wire, 60) == "the daemon cannot start another thread"
+        with ExitStack() as stack:
+            assert take_all_threads(wire, stack) == "the daemon cannot start another thread"
         wait_until(lambda: wire.daemon.count_threads() < 10, "they have gone")
         with ExitStack() as stack:
-            clients = [wire.daemon.connect() for _ in range(30)]
-            for client in clients:
-                stack.callback(client.close_all)
-                assert client.ask("x")
+            client = wire.client()
             client.hello("late", vm := wire.vm())
-            while wire.daemon.count_threads() < 40:
-                stack.callback(wire.daemon.connect().close_all)
             vm.accept()
+            take_all_threads(wire, stack)
             vm.say(8)
             assert error_of(client.receive()) == "the daemon is short of resources: can't start new thread"
             assert vm.is_hung_up()
-            assert pod.pings()
+            pod.client.hyper("ping")
+            assert pod.client.receive() == refused("the daemon cannot start another thread")
         wait_until(lambda: wire.daemon.count_threads() < 10, "they have gone")
+        assert pod.pings(), "the connection has lived on"
         wire.pod(container="late")
 
 
@@ -109,37 +105,13 @@ def test_no_more_memory(tmp_sock_dir: Path) -> None:
     with running(tmp_sock_dir, prefix=limited) as wire:
         pod = wire.pod()
         stream = pod.client.allocate(1)
-        assert connect_until_refused(wire, 500) == "the daemon cannot start another thread"
+        with ExitStack() as stack:
+            assert take_all_threads(wire, stack) == "the daemon cannot start another thread"
         pod.vm.send_frame(stream.base, b"out")
         assert stream.read_frame().payload == b"out"
         assert pod.pings()
         wait_until(lambda: wire.daemon.count_threads() < 10, "they have gone")
         assert Pod("late", wire.pod(container="late").client, pod.vm).container == "late"
-
-
-@needs_root
-def test_no_more_memory_for_connections_that_wait_without_a_thread(open_dir: Path) -> None:
-    """They come too fast, so no thread is started for them that could find the memory full."""
-    slowly = f"{ACCESS}[limits.user]\nrequest_rate = 1\n"
-    with running(open_dir, slowly) as wire, ExitStack() as stack:
-        path = wire.daemon.socket_path
-
-        def connect(user: Credentials) -> RawClient:
-            client = call_as(user, lambda: RawClient(path))
-            stack.callback(client.close)
-            return client
-
-        bob = connect(BOB)
-        assert bob.ask("x") == refused("no payload named 'x'")
-        size = int(Path(f"/proc/{wire.daemon.pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        _, hard = resource.prlimit(wire.daemon.pid, resource.RLIMIT_AS)
-        resource.prlimit(wire.daemon.pid, resource.RLIMIT_AS, (size + 3 * MIB, hard))
-        refusal = f'"uid": {ALICE.uid}, "error": "the daemon cannot start another thread"'
-        while refusal not in wire.daemon.log():
-            for _ in range(100):
-                connect(ALICE)
-            assert bob.ask("x") == refused("no payload named 'x'")
-        resource.prlimit(wire.daemon.pid, resource.RLIMIT_AS, (hard, hard))
 
 
 # The disk -------------------------------------------------------------------------------------------------

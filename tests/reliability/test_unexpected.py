@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import socket
 import threading
 from collections import Counter
@@ -24,23 +23,25 @@ from cc_proxy.linux.credentials import ROOT, Credentials
 from cc_proxy.log import faults
 from cc_proxy.log.levels import CONSOLE, logger
 from cc_proxy.log.writing import Logging
+from cc_proxy.proxy.clients import connection as connection_module
 from cc_proxy.proxy.clients import server as server_module
 from cc_proxy.proxy.clients.server import Server
-from cc_proxy.proxy.clients.workers import Crew
+from cc_proxy.proxy.clients.workers import Workers
+from cc_proxy.proxy.streams import channel as channel_module
 from cc_proxy.proxy.streams import output as output_module
-from cc_proxy.proxy.streams import pump as pump_module
 from cc_proxy.proxy.streams import session as session_module
 from cc_proxy.proxy.streams.session import Session
 from cc_proxy.proxy.streams.spool import SpoolSpace
-from cc_proxy.proxy.users import Share
+from cc_proxy.proxy.users import User
 from cc_proxy.proxy.vms.console import Console
 from cc_proxy.proxy.vms.control import ControlLink
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.proxy.vms.vm import State, Vm, VmError
 from cc_proxy.settings import LiveSettings, Settings
+from tests.connector import CONNECTOR
 from tests.proxy.conftest import Logged
 from tests.proxy.house import UNKNOWN, House
-from tests.proxy.support import DIALER, Rig, new_share, open_fds, pair, read_to_end, spool_files
+from tests.proxy.support import DIALER, Rig, new_user, open_fds, pair, read_to_end, spool_files
 from tests.wire.support import (
     READY,
     WAIT,
@@ -143,6 +144,7 @@ def test_thread_that_cannot_even_be_made_costs_its_connection(
     with monkeypatch.context() as patch:
         failed = fail_once(patch, threading, "Thread")
         client = house.connect()
+        client.send(request("hyper", {"hyperName": "ping"}))
         assert at_end(client.sock)
         assert failed.is_set()
     asks(house)
@@ -152,30 +154,15 @@ def test_thread_that_cannot_even_be_made_costs_its_connection(
 def test_connection_that_fails_before_it_is_served_costs_none_of_those_that_came_with_it(
     house: House, monkeypatch: pytest.MonkeyPatch, logged: Logged, counted: Counted
 ) -> None:
-    """They wait together, and the second fails while the first is served already."""
-    come = threading.Event()
-    get_request, arrive, failing = Server.get_request, Share.arrive, threading.Semaphore(1)
-
-    def get_late(server: Server) -> object:
-        assert come.wait(WAIT)
-        return get_request(server)
-
-    def fail_second(share: Share) -> float:
-        if failing.acquire(blocking=False):
-            return arrive(share)
-        monkeypatch.setattr(Share, "arrive", arrive)
-        return fail()
-
-    monkeypatch.setattr(Server, "get_request", get_late)
-    monkeypatch.setattr(Share, "arrive", fail_second)
-    first, second, *others = [house.connect() for _ in range(4)]
-    come.set()
-    assert at_end(second.sock)
-    for client in (first, *others):
+    with monkeypatch.context() as patch:
+        failed = fail_once(patch, User, "delay")
+        first = house.connect()
+        assert failed.wait(WAIT)
+        others = [house.connect() for _ in range(3)]
+    assert at_end(first.sock)
+    for client in others:
         assert client.ask("x") == UNKNOWN
     check_said_once(logged, counted, "connection failed")
-    assert logged.fields("connection failed") == [{"client": 2}]
-    assert len(house.server._connections) == 3
 
 
 def test_refusal_that_fails_too_costs_its_connection_alone(
@@ -187,10 +174,11 @@ def test_refusal_that_fails_too_costs_its_connection_alone(
         raise RuntimeError("no memory for another thread")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Crew, "hand_over", refuse)
-        patch.setattr(server_module, "failure", fail)
-        patch.setattr(Share, "arrive", lambda _: 0.001)  # the thread that wakes gives up, too
-        assert at_end(house.connect().sock)
+        patch.setattr(Workers, "start", refuse)
+        patch.setattr(connection_module, "failure", fail)
+        client = house.connect()
+        client.send(request("hyper", {"hyperName": "ping"}))
+        assert at_end(client.sock)
     asks(house)
     check_said_once(logged, counted, "connection failed")
     assert len(house.server._connections) == 1
@@ -202,11 +190,9 @@ def test_connection_that_cannot_be_noted_down_does_not_count(
     class Full(dict[object, object]):
         __setitem__ = fail
 
-    shares, me = house.server.shares, os.getuid()
     with monkeypatch.context() as patch:
         patch.setattr(house.server, "_connections", Full())
         assert at_end(house.connect().sock)
-        wait_until(lambda: not shares.used(me, "connections"), "it counts no more")
     asks(house)
     check_said_once(logged, counted, "connection failed")
 
@@ -215,12 +201,12 @@ def test_error_that_cannot_even_be_logged_leaves_nothing_open(
     house: House, monkeypatch: pytest.MonkeyPatch, counted: Counted
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Share, "arrive", fail)
+        patch.setattr(User, "delay", fail)
         failed = fail_once(patch, Server, "handle_error")
         assert at_end(house.connect().sock)
         assert failed.is_set()
     asks(house)
-    assert counted() == {"accepting connections failed": 1}
+    assert counted() == {"connection failed": 1}, "said once by whoever could"
     assert len(house.server._connections) == 1
 
 
@@ -274,7 +260,7 @@ def boot(vm: FakeVm) -> None:
     [
         (ControlLink, "wait_until_up"),
         (Console, "open"),
-        (pump_module, "Output"),
+        (channel_module, "Output"),
         (threading.Thread, "start"),
         (logging.Logger, "info"),  # the VM is up by then
     ],
@@ -282,7 +268,7 @@ def boot(vm: FakeVm) -> None:
 def test_hello_that_fails_gives_everything_back(
     tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str
 ) -> None:
-    registry = Registry(LiveSettings(Settings()))
+    registry = Registry(LiveSettings(Settings()), CONNECTOR)
     before = set(open_fds())
     with closing(FakeVm(tmp_sock_dir, "vm")) as vm, in_background(partial(boot, vm)):
         with monkeypatch.context() as patch:
@@ -309,8 +295,8 @@ def test_control_channel_that_fails_costs_its_vm(
     vm = Vm("pod", ROOT, LiveSettings(Settings()), space, lambda vm, state: states.append(state))
     agent = FakeVm(tmp_sock_dir, "vm")
     with in_background(partial(boot, agent)):
-        vm.start(hello_of(agent), DIALER)
-    _, stream = vm.open_session(1, new_share())
+        vm.start(hello_of(agent), DIALER, new_user())
+    _, stream = vm.open_session(1, new_user())
     with monkeypatch.context() as patch:
         patch.setattr(ControlChannel, "send", fail)
         with pytest.raises(VmError, match=r"^VM gone: internal error in its control channel$"):
@@ -323,7 +309,7 @@ def test_control_channel_that_fails_costs_its_vm(
     stream.close()
     assert agent.is_hung_up()
     assert vm.join(WAIT)
-    assert states == [State.UP, State.LOST, State.ENDED]
+    assert states == [State.UP, State.LOST, State.GONE]
     agent.close()
 
 
@@ -342,13 +328,13 @@ def test_what_had_arrived_is_still_delivered(
     slow, idle = rig.open(buffer=SMALL), rig.open()
     first, rest = numbered(slow.base, 100), numbered(slow.base, 50) + frame(idle.base, b"last")
     rig.io.sendall(first)
-    rig.wait(lambda pump: any(session.spooled for session in pump._sessions), "output is spooled")
+    rig.wait(lambda streams: streams.spooled > 0, "output is spooled")
 
     def fail_when_there_is_more(_: object) -> None:
         rig.io.sendall(rest)
         raise KeyError("nobody expects it")
 
-    rig.call(lambda: monkeypatch.setattr(ControlLink, "read_unasked", fail_when_there_is_more))
+    rig.call(lambda: monkeypatch.setattr(ControlLink, "read", fail_when_there_is_more))
     rig.ctl.sendall(command(23))
     assert idle.read_frame().payload == b"last"
     assert at_end(idle.sock)
@@ -397,7 +383,7 @@ def test_client_whose_output_cannot_be_flushed_takes_nothing_from_the_others(
     streams = [rig.open(buffer=SMALL) for _ in range(2)]
     sent = [numbered(stream.base, 100) for stream in streams]
     rig.io.sendall(b"".join(sent))
-    rig.wait(lambda pump: all(session.spooled for session in pump._sessions), "both wait")
+    rig.wait(lambda streams: len([one for one in streams.waiting if one.spooled]) == 2, "both wait")
     real = Session.flush
 
     def flush(session: Session) -> None:
@@ -448,7 +434,7 @@ def test_console_that_fails_costs_nothing_but_the_console(
 
 
 def test_question_that_fails_is_no_error_of_the_pump(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cc_proxy.proxy.streams.pump.describe_streams", fail)
+    monkeypatch.setattr("cc_proxy.proxy.streams.channel.describe_streams", fail)
     with pytest.raises(KeyError):
         rig.streams()
     assert not rig.owner.causes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.wire.daemon import HASTY, PATIENT, UNPACED, Daemon, Wire
+from tests.wire.daemon import BRIEF, HASTY, PATIENT, UNPACED, Daemon, Wire
 
 
 class Pool:
@@ -89,6 +89,7 @@ def _wire(name: str, tables: str, pool: Pool, directory: Path) -> Iterator[Wire]
 
 patient_daemon = pytest.fixture(scope="session")(_session_daemon("patient", PATIENT))
 hasty_daemon = pytest.fixture(scope="session")(_session_daemon("hasty", HASTY))
+brief_daemon = pytest.fixture(scope="session")(_session_daemon("brief", BRIEF))
 unpaced_daemon = pytest.fixture(scope="session")(_session_daemon("unpaced", UNPACED))
 
 
@@ -102,6 +103,12 @@ def wire(pool: Pool, patient_daemon: None, tmp_sock_dir: Path) -> Iterator[Wire]
 def hasty(pool: Pool, hasty_daemon: None, tmp_sock_dir: Path) -> Iterator[Wire]:
     """A daemon whose times are all below a second."""
     yield from _wire("hasty", HASTY, pool, tmp_sock_dir)
+
+
+@pytest.fixture
+def brief(pool: Pool, brief_daemon: None, tmp_sock_dir: Path) -> Iterator[Wire]:
+    """A daemon that soon gives up a VM whose sockets are not there."""
+    yield from _wire("brief", BRIEF, pool, tmp_sock_dir)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from cc_proxy.api.status import shorten
 from tests.wire.support import OK, READY, VERSIONED, WAIT, FakeVm, RawClient, refused, wait_until
 
 CHECKOUT = Path(__file__).parent.parent.parent
@@ -41,6 +42,7 @@ bye_linger = 0.4
 [stdin]
 echo_timeout = 0.1
 """
+BRIEF = PATIENT.replace("ready_timeout = 60", "ready_timeout = 0.4")
 UNPACED = PATIENT.replace("[stdin]", "[stdin]\nwindow = 0")
 
 
@@ -270,25 +272,28 @@ class Wire:
         return client
 
     def is_registered(self, container: str) -> bool:
+        """Whether there is a VM behind the id: one that has gone without bye keeps it."""
         client = self.daemon.connect()
         try:
-            answer = client.attach(container)
+            if client.attach(container) == refused(f"unknown containerID: {container}"):
+                return False
+            vms = json.loads(client.ask("status"))["data"]["vms"]
         finally:
             client.close()
-        assert answer in {VERSIONED, refused(f"unknown containerID: {container}")}
-        return answer == VERSIONED
+        [state] = [vm["state"] for vm in vms if vm["id"] == shorten(container)] or ["forgotten"]
+        return state not in {"lost", "gone", "forgotten"}
 
     def is_taken(self, container: str) -> bool:
-        """Also by a hello that has not ended yet. Asked with one that cannot succeed."""
+        """Also by a hello that has not ended yet. Asked with one that fails at once."""
         client = self.daemon.connect()
-        data = {"containerId": container, "ctlSerial": "/nonexistent", "ioSerial": "/nonexistent"}
+        data = {"containerId": container, "ctlSerial": "relative", "ioSerial": "relative"}
         try:
             return client.ask("hello", data) == refused(f"{container}: container already registered")
         finally:
             client.close()
 
     def wait_unregistered(self, container: str) -> None:
-        wait_until(lambda: not self.is_registered(container), f"{container} is free")
+        wait_until(lambda: not self.is_registered(container), f"the VM of {container} has gone")
 
     def close(self) -> None:
         self._stack.close()

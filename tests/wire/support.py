@@ -35,6 +35,10 @@ HYPERSTART_ERROR = b'{"success":false,"error":"ERROR received from Hyperstart"}'
 # Codes that the scripts of the tests need; test_hyper.py has the table.
 GETVERSION, FINISHCMD, READY, ACK, ERROR, PING, FINISHPOD, NEXT, ASYNC_EVENT = 0, 7, 8, 9, 10, 12, 13, 14, 23
 
+# An agent that says no READY is asked this many questions at once; it answers `version` with this number.
+QUESTIONS = 16
+VERSION_NUMBER = b"\0\0\x10\x92"
+
 _ROOM_FOR_FDS = socket.CMSG_SPACE(8 * 4)
 
 
@@ -285,6 +289,11 @@ class FakeVm:
         assert self._io
         return self._io
 
+    def listen_again(self) -> None:
+        for path in (self.ctl_path, self.io_path):
+            path.unlink(missing_ok=True)
+        self.listeners = [_listen(self.ctl_path), _listen(self.io_path)]
+
     def accept(self) -> None:
         self._ctl, self._io = (listener.accept()[0] for listener in self.listeners)
         self._ctl.settimeout(WAIT)
@@ -306,6 +315,11 @@ class FakeVm:
         taken = self.read_command()
         self.say(ACK, payload)
         return taken
+
+    def answer_questions(self, number: int = QUESTIONS) -> None:
+        """Answers as an agent that has been up for long."""
+        for _ in range(number):
+            self.say(ACK, VERSION_NUMBER if self.read_command().code == GETVERSION else b"")
 
     def send_frame(self, seq: int, payload: bytes = b"") -> None:
         self.io.sendall(frame(seq, payload))

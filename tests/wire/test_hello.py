@@ -13,12 +13,15 @@ from tests.wire.support import (
     ERROR,
     FINISHCMD,
     FINISHPOD,
+    GETVERSION,
     HYPERSTART_ERROR,
     NEXT,
     NOT_ATTACHED,
     OK,
     PING,
+    QUESTIONS,
     READY,
+    VERSION_NUMBER,
     VERSIONED,
     FakeVm,
     RawClient,
@@ -67,6 +70,23 @@ def test_ready_may_come_before_the_proxy_connects_its_second_socket(wire: Wire) 
     with ctl:
         ctl.sendall(command(READY))
         assert client.receive() == VERSIONED
+
+
+@pytest.mark.parametrize("stale", [True, False], ids=["refused", "missing"])
+def test_vm_whose_sockets_are_not_there_yet_is_waited_for(wire: Wire, stale: bool) -> None:
+    """Its hypervisor is about to start."""
+    client, vm = wire.client(), wire.vm()
+    for listener, path in zip(vm.listeners, (vm.ctl_path, vm.io_path), strict=True):
+        listener.close()
+        if not stale:
+            path.unlink()
+    client.hello(wire.new_id(), vm)
+    assert not wire.is_registered("nobody")  # answered while hello waits
+    assert is_silent(client.sock)
+    vm.listen_again()
+    vm.accept()
+    vm.say(READY)
+    assert client.receive() == VERSIONED
 
 
 def test_nothing_is_sent_to_a_vm_that_says_ready(wire: Wire) -> None:
@@ -195,7 +215,7 @@ def test_refused_hello_leaves_the_client_attached_where_it_was(wire: Wire) -> No
     pod, other = wire.pod(), wire.pod()
     pod.client.hello(other.container, other.vm)
     assert error_of(pod.client.receive())
-    assert pod.client.ask("hello", dict.fromkeys(FIELDS, "/nonexistent"))
+    assert pod.client.ask("hello", dict.fromkeys(FIELDS, "relative"))
     assert pod.pings()
 
 
@@ -224,13 +244,14 @@ def test_events_before_ready_do_no_harm(wire: Wire) -> None:
     assert client.receive() == VERSIONED
 
 
-def test_vm_that_is_up_already_is_recognised_by_its_answer_to_a_ping(hasty: Wire) -> None:
+def test_vm_that_is_up_already_is_recognised_by_its_answers(hasty: Wire) -> None:
     start = time.monotonic()
     client, vm, container = saying_hello(hasty)
-    assert vm.read_command().code == PING
+    first = vm.read_command()
     assert time.monotonic() - start >= 0.3  # ready_ping_after
     vm.say(NEXT, b"\0\0\0\10")
-    vm.say(ACK)
+    vm.say(ACK, VERSION_NUMBER if first.code == GETVERSION else b"")
+    vm.answer_questions(QUESTIONS - 1)
     assert client.receive() == VERSIONED
     assert hasty.is_registered(container)
     client.hyper("ping")
@@ -238,38 +259,78 @@ def test_vm_that_is_up_already_is_recognised_by_its_answer_to_a_ping(hasty: Wire
     assert client.receive() == OK
 
 
-def test_answer_to_the_ping_may_come_in_pieces(hasty: Wire) -> None:
+def test_answers_of_a_vm_that_is_up_may_come_in_pieces(hasty: Wire) -> None:
     client, vm, _ = saying_hello(hasty)
-    assert vm.read_command().code == PING
-    for piece in in_pieces(command(NEXT, b"\0\0\0\10") + command(ACK, b"{}"), 5):
+    questions = [vm.read_command().code for _ in range(QUESTIONS)]
+    answers = [command(ACK, VERSION_NUMBER if code == GETVERSION else b"") for code in questions]
+    for piece in in_pieces(command(NEXT, b"\0\0\0\10") + b"".join(answers), 5):
         vm.ctl.sendall(piece)
     assert client.receive() == VERSIONED
 
 
-def test_what_is_no_answer_to_the_ping_does_not_count_as_one(hasty: Wire) -> None:
+@pytest.mark.parametrize("late", [[ACK], [ERROR], [ACK, ERROR, ACK], [ACK] * 20], ids=str)
+def test_late_answers_to_somebody_else_are_taken_for_nobodys(hasty: Wire, late: list[int]) -> None:
+    """The agent is still at the commands of a daemon that was killed, or of a hello that gave up."""
     client, vm, _ = saying_hello(hasty)
-    assert vm.read_command().code == PING
+    vm.ctl.sendall(b"".join(command(code) for code in late))
+    vm.answer_questions()
+    assert client.receive() == VERSIONED
+    client.hyper("execcmd", "{}")
+    assert vm.read_command().payload == b"{}"
+    vm.say(ERROR)
+    assert client.receive() == HYPERSTART_ERROR
+    client.hyper("ping")
+    vm.acknowledge()
+    assert client.receive() == OK
+
+
+def test_late_answers_to_a_hello_that_gave_up_prove_nothing(hasty: Wire) -> None:
+    client, vm, _ = saying_hello(hasty)
+    answers = [ACK for _ in range(QUESTIONS)]
+    vm.ctl.sendall(b"".join(command(code) for code in answers))
+    assert error_of(client.receive()) == "no READY from the VM in 1 s"
+
+
+def test_what_is_no_answer_does_not_count_as_one(hasty: Wire) -> None:
+    client, vm, _ = saying_hello(hasty)
+    vm.read_command()
     for code in (NEXT, FINISHCMD, FINISHPOD, ASYNC_EVENT):
         vm.say(code)
     vm.hang_up()
     assert error_of(client.receive())
 
 
-def test_vm_that_says_ready_after_the_ping_is_registered_and_the_answer_stays_the_pings(hasty: Wire) -> None:
+def test_vm_that_says_ready_after_the_questions_is_registered_and_answers_them_first(hasty: Wire) -> None:
+    """They reached it while it booted."""
     client, vm, _ = saying_hello(hasty)
-    assert vm.read_command().code == PING
+    first = vm.read_command()
     vm.say(READY)
     assert client.receive() == VERSIONED
     client.hyper("getpod")
-    vm.say(ACK)  # the ping's
+    vm.say(ACK, VERSION_NUMBER if first.code == GETVERSION else b"")
+    vm.answer_questions(QUESTIONS - 1)
     assert vm.read_command().code == 2
     vm.say(ERROR)
     assert client.receive() == HYPERSTART_ERROR
 
 
+@pytest.mark.parametrize("booted", [True, False])
+def test_seqs_begin_at_1_only_in_a_vm_that_was_seen_to_boot(hasty: Wire, booted: bool) -> None:
+    client, vm, _ = saying_hello(hasty)
+    if booted:
+        vm.say(READY)
+    else:
+        vm.answer_questions()
+    assert client.receive() == VERSIONED
+    base = client.allocate().base
+    assert base == 1 if booted else 2**50 < base < 2**53
+    assert client.allocate().base == base + 2
+
+
 def test_vm_that_never_says_ready_is_refused_in_time_and_the_id_is_free_again(hasty: Wire) -> None:
     client, vm, container = saying_hello(hasty)
-    vm.read_command()
+    for _ in range(QUESTIONS):
+        vm.read_command()
     start = time.monotonic()
     assert error_of(client.receive())
     assert time.monotonic() - start < 3

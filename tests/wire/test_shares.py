@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import signal
 import socket
 import struct
 import threading
@@ -15,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from tests.users import ALICE, BOB, ROOT, needs_root
-from tests.wire.daemon import Daemon
 from tests.wire.support import (
     OK,
     READY,
@@ -241,33 +238,6 @@ def test_connections_that_come_too_fast_are_served_later_and_others_meanwhile(op
         assert is_silent(alices[-1].sock)
         assert all(alice.receive() == refused("no payload named 'x'") for alice in alices)
         assert time.monotonic() - begun >= 0.6
-
-
-def test_who_comes_behind_a_crowd_of_another_user_is_served_among_the_first(open_dir: Path) -> None:
-    tables = SHARES.replace("connections = 6", "connections = 200") + '[log]\nlevel = "debug"\n'
-    for town in town_of(open_dir, tables):
-        daemon = town.wire.daemon
-        daemon.process.send_signal(signal.SIGSTOP)
-        clients = [town.client(user) for user in (*[ALICE] * 100, BOB)]
-        daemon.process.send_signal(signal.SIGCONT)
-        assert all(client.ask("x") == refused("no payload named 'x'") for client in clients)
-        served = served_users(daemon, 101)
-        assert served.index(BOB.uid) < 50
-
-
-def served_users(daemon: Daemon, number: int) -> list[object]:
-    """Whose connections have been served, in that order, without root's. Waits until they are logged."""
-    users: list[object] = []
-
-    def are_logged() -> bool:
-        events = map(json.loads, daemon.log().splitlines())
-        users[:] = [
-            event["uid"] for event in events if event["message"] == "client connected" and event["uid"]
-        ]
-        return len(users) == number
-
-    wait_until(are_logged, "all are logged")
-    return users
 
 
 def test_connections_that_wait_are_served_when_the_daemon_stops(open_dir: Path) -> None:

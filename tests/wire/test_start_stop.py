@@ -259,6 +259,17 @@ def test_what_is_in_flight_may_finish(tmp_sock_dir: Path) -> None:
         wire.daemon.check_log()
 
 
+def test_hello_that_waits_for_its_sockets_is_told_that_the_daemon_stops(tmp_sock_dir: Path) -> None:
+    with running(tmp_sock_dir) as wire:
+        client, vm = wire.client(), wire.vm()
+        vm.io_path.unlink()
+        client.hello("pod", vm)
+        with vm.listeners[0].accept()[0]:  # it waits for the other one now
+            wire.daemon.process.send_signal(signal.SIGTERM)
+            assert error_of(client.receive()) == "the daemon stops"
+        assert wire.daemon.process.wait(WAIT) == 0
+
+
 def test_nobody_else_is_let_in_meanwhile(tmp_sock_dir: Path) -> None:
     with running(tmp_sock_dir) as wire:
         pod = wire.pod()

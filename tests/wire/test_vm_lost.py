@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,7 @@ from tests.wire.daemon import Wire
 from tests.wire.support import (
     MARKER,
     NOT_ATTACHED,
+    OK,
     VERSIONED,
     WAIT,
     FakeVm,
@@ -96,18 +99,57 @@ def test_clients_get_what_had_arrived_then_end_of_file(wire: Wire, step: Callabl
 
 
 @pytest.mark.parametrize("step", LOST)
-def test_the_id_is_free_and_a_command_in_flight_fails(wire: Wire, step: Callable[[FakeVm], None]) -> None:
+def test_a_command_in_flight_fails_and_the_id_is_kept_until_it_is_taken_over(
+    wire: Wire, step: Callable[[FakeVm], None]
+) -> None:
     pod = wire.pod()
     waiting = wire.attached(pod)
     waiting.hyper("ping")
     pod.vm.read_command()
     step(pod.vm)
-    assert "ERROR received" not in error_of(waiting.receive())
+    cause = error_of(waiting.receive())
+    assert cause.startswith("VM gone: ")
     wire.wait_unregistered(pod.container)
-    assert wire.client().bye(pod.container) == refused(f"unknown containerID: {pod.container}")
+    late = wire.client()
+    assert late.attach(pod.container) == VERSIONED
+    assert late.ask("allocateIO", {"nStreams": 2}) == refused(cause)
+    assert late.ask("hyper", {"hyperName": "ping"}) == refused(cause)
     again = wire.pod(container=pod.container)
     assert again.pings()
     assert again.client.allocate().base == 1
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_bye_frees_the_id_of_a_vm_that_has_gone(wire: Wire, attached: bool) -> None:
+    """A runtime deletes a container after its VM has powered off."""
+    pod = wire.pod()
+    pod.client.hyper("destroypod", '""')
+    pod.vm.acknowledge()
+    assert pod.client.receive() == OK
+    pod.vm.hang_up()
+    wire.wait_unregistered(pod.container)
+    client = wire.client()
+    if attached:
+        assert client.attach(pod.container) == VERSIONED
+    assert client.bye(pod.container) == OK
+    assert client.bye(pod.container) == refused(f"unknown containerID: {pod.container}")
+    assert client.attach(pod.container) == refused(f"unknown containerID: {pod.container}")
+    assert wire.pod(container=pod.container).pings()
+
+
+def test_status_shows_a_vm_that_has_gone_with_the_cause(wire: Wire) -> None:
+    pod = wire.pod()
+    pod.vm.hang_up()
+    wire.wait_unregistered(pod.container)
+    client = wire.client()
+
+    def shown() -> dict[str, Any]:
+        vms = json.loads(client.ask("status"))["data"]["vms"]
+        return next(vm for vm in vms if vm["id"] == pod.container)
+
+    wait_until(lambda: shown()["state"] == "gone", "all is delivered")
+    assert "hung up" in shown()["lastError"]["text"]
+    assert client.bye(pod.container) == OK
 
 
 @pytest.mark.parametrize("step", FRAMING_LOST)
@@ -219,8 +261,8 @@ def test_client_of_a_lost_vm_can_go_on_with_another(wire: Wire, step: Callable[[
     pod, other = wire.pod(), wire.pod()
     step(pod.vm)
     wire.wait_unregistered(pod.container)
-    error_of(pod.client.ask("allocateIO", {"nStreams": 1}))
-    error_of(pod.client.ask("hyper", {"hyperName": "ping"}))
+    assert error_of(pod.client.ask("allocateIO", {"nStreams": 1})).startswith("VM gone: ")
+    assert error_of(pod.client.ask("hyper", {"hyperName": "ping"})).startswith("VM gone: ")
     assert pod.client.attach(other.container) == VERSIONED
     assert other.pings(pod.client)
     fresh = wire.client()

@@ -1,230 +1,314 @@
-"""One client's connection: reads requests and sends responses in its thread (docs/protocol.md, 1)."""
+"""One client's connection: bytes in, requests out to the handlers, responses back (docs/protocol.md, 1)."""
 
 import array
-import contextlib
 import errno
-import functools
-import itertools
-import math
 import os
+import select
 import socket
-import socketserver
-import struct
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from enum import Enum, auto
 
 from cc_proxy.api.errors import ProtocolError
 from cc_proxy.api.fdpassing import TAG
 from cc_proxy.api.messages import MessageParser
+from cc_proxy.api.transport import limit_receive, limit_send
+from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
-from cc_proxy.proxy.clients.handlers import Client, Reply, failure
-from cc_proxy.proxy.spin import Eager
-from cc_proxy.proxy.users import LimitReached
+from cc_proxy.proxy.clients.handlers import Client, Handlers, Reply, failure
+from cc_proxy.proxy.spin import Spin
+from cc_proxy.proxy.users import Charge, LimitReached
+from cc_proxy.settings import Limits
 
-if TYPE_CHECKING:
-    from cc_proxy.proxy.clients.server import Server
-
-#: Seconds that a connection's own thread waits for the next request: one that has just sent one may soon send
-#: another, and to be woken by `Idle` takes longer.
-_BUSY = 0.02
-#: Fits most requests and, as a bytes object, Python's own small blocks: thousands of threads wait with one.
+#: Seconds that a connection keeps its thread after an answer. Clients that talk to an agent send one command
+#: after the other, and a thread that waits in recv(2) has the next one sooner than the parking thread.
+_LINGER = 0.02
+#: Most requests fit, and as a bytes object it fits into Python's own small blocks.
 _READ_SIZE = 448
 _LARGEST_READ = 64 * 1024
-#: Bytes of a request that need not be counted before they have arrived, and of a response before it has been
-#: taken: more than those in the field have.
+#: A request, or a response, of more bytes than this counts against `request_bytes` until it is dealt with.
+#: Those of clients in the field are shorter.
 _UNCOUNTED = 4 * 1024
-#: Messages in the field come in so many pieces at the most, a header and a text; of others' it is a while, in
-#: seconds, until the next piece is looked for.
-_PIECES = 2
-_PATIENCE = 0.005
-#: Such a look is as much work as so many requests.
-_LOOKING = 3
-#: Who breaks the protocol will have to come again, and that is taken for as much work as so many requests.
-_BREAKING = 3
-#: What the kernel takes in one piece.
+#: The kernel's timeout of a send begins anew with each piece it makes, of this size, of what it is given.
 _LARGEST_SEND = 32 * 1024
-#: A plain number: this is passed with each response.
+#: A plain int: an enum's `|` and conversion take longer than the rest of a send.
 _DONTWAIT = int(socket.MSG_DONTWAIT)
-_TIMEVAL = struct.Struct("@ll")
 
 
-class Connection(socketserver.BaseRequestHandler):
-    """One client's connection."""
+class After(Enum):
+    """What becomes of a connection once it has been served."""
 
-    server: "Server"
-    request: socket.socket
-    #: What the server calls an address: clients' sockets have no names.
-    client_address: Client
+    PARK = auto()  # its client is silent
+    THREAD = auto()  # what comes next may take time
+    END = auto()
 
-    def handle(self) -> None:
-        """Answer requests, one after the other, until the client goes or breaks the protocol."""
-        client = self.client_address
-        self._share = client.share
-        self._eager = Eager()
-        # Bytes of the request that is arriving, or being answered, or of its response, if that is a long one.
-        self._counted = 0
-        fields = {"client": client.number, "pid": client.who.pid, "uid": client.who.uid}
-        logger.debug("client connected", extra=fields)
-        reason = "closed by the client"
-        self.server.handlers.clients.add(client)
+
+class Connection:
+    """Owner of one client's socket. One thread at a time: the parking thread, or a worker.
+
+    While the client is silent the connection has no thread. The parking thread answers what it can at once;
+    for whatever may wait - an agent, the rest of a message, a client that does not read - a worker goes on.
+    """
+
+    def __init__(
+        self, sock: socket.socket, client: Client, handlers: Handlers, limits: Callable[[], Limits]
+    ) -> None:
+        self.client = client
+        #: What becomes of it now.
+        self.after = After.PARK
+        self._sock = sock
+        self._handlers = handlers
+        self._limits = limits
+        self._parser = MessageParser()
+        self._spin = Spin()
+        # What the parking thread leaves to a worker: a request without an answer, and how long to wait before
+        # it gets one; or what is left of an answer, and the socket whose fd goes out behind that.
+        self._text: bytes | None = None
+        self._delay = 0.0
+        self._unsent: bytes | memoryview = b""
+        self._passed: socket.socket | None = None
+        self._charge: Charge | None = None  # for the request that arrives, or its response, if it is long
+        client.is_here = self._is_here
+        handlers.clients.add(client)
+        logger.debug("client connected", extra=client.fields)
+
+    def fileno(self) -> int:
+        """The socket's fd."""
+        return self._sock.fileno()
+
+    def _is_here(self) -> bool:
+        """Whether the client has not hung up. One that only sends no more may still wait for an answer."""
+        poll = select.poll()
+        poll.register(self._sock, 0)
+        return not poll.poll(0)
+
+    @property
+    def sock(self) -> socket.socket:
+        """The socket; closed by the server."""
+        return self._sock
+
+    # Parking thread ---------------------------------------------------------------------------------------
+
+    def on_readable(self) -> bool:
+        """Answer what can be answered at once. Returns whether the connection stays parked."""
+        self._go_on(self._serve_arrived)
+        return self.after is After.PARK
+
+    def _serve_arrived(self) -> After:
         try:
-            self._set_timeout(socket.SO_RCVTIMEO, _BUSY)
-            self._serve(client)
-        except ProtocolError as error:
-            reason = str(error)
-            logger.warning("client broke the protocol", extra={**fields, "error": reason[:200]})
-            with client.share.turn:
-                client.share.pace(_BREAKING)
-        except LimitReached as limit:
-            reason = str(limit)
-            self._refuse(reason)
-        except OSError as error:
-            reason = os.strerror(error.errno or 0)
-        finally:
-            self._count_no_more()
-            self.server.handlers.clients.discard(client)
-        logger.debug("client disconnected", extra={"client": client.number, "reason": reason})
+            data = self._sock.recv(_READ_SIZE, _DONTWAIT)
+        except BlockingIOError:
+            return After.PARK
+        if not data:
+            return After.END
+        self._parser.receive_data(data)
+        return self._answer_parsed()
 
-    def _refuse(self, why: str) -> None:
-        """Say why a request is not let in, and throw away the rest of it.
+    def _answer_parsed(self) -> After:
+        parser, client = self._parser, self.client
+        while (text := parser.next_text()) is not None:
+            self._delay = client.user.delay()
+            reply = None if self._delay else self._handlers.answer_at_once(client, text)
+            if reply is None:
+                self._text = text
+                return After.THREAD
+            if not self._send_at_once(reply):
+                return After.THREAD
+        return After.THREAD if parser.unfinished else After.PARK
 
-        Who still writes when a connection is closed is told of that, and never reads why.
+    def decline(self, why: str) -> None:
+        """There is no thread: answer the request that needs one with an error, and then those behind it.
+
+        What is no request, such as the beginning of a message, ends the connection.
         """
-        deadline = time.monotonic() + self.server.limits.message_timeout
-        with contextlib.suppress(OSError, ProtocolError):
-            self._send(failure(why))
-            self.request.shutdown(socket.SHUT_WR)
-            while self._receive_by(deadline, _LARGEST_READ) and time.monotonic() < deadline:
-                self._let_more_come()
+        self._go_on(lambda: self._decline(why))
 
-    def _serve(self, client: Client) -> None:
-        parser = MessageParser()
-        while (text := self._next_text(parser)) is not None:
-            reply = self.server.handlers.answer(client, text)
-            if self._counted:
-                self._count_no_more()
-            if len(reply.message) > _UNCOUNTED:
-                reply = self._count(reply)
-            self._send(reply)
-            # They do not count any more, and the client may be silent for as long as it likes.
-            del text, reply
-            if self._counted:
-                self._count_no_more()
+    def _decline(self, why: str) -> After:
+        is_request, self._text, self._delay = self._text is not None, None, 0.0
+        logger.warning("no thread for a request", extra={**self.client.fields, "error": why})
+        if self._unsent or not self._send_at_once(failure(why)) or not is_request:
+            return After.END
+        return self._answer_parsed()
 
-    def _count(self, reply: Reply) -> Reply:
-        """Count a long response until it has been taken; returns the refusal that goes out in its place."""
-        try:
-            self._share.take("request_bytes", len(reply.message))
-        except LimitReached as limit:
-            size = len(reply.message)
-            return failure(f"it was carried out, but its response of {size} bytes cannot be sent: {limit}")
-        self._counted = len(reply.message)
-        return reply
+    # A worker's thread ------------------------------------------------------------------------------------
 
-    def _next_text(self, parser: MessageParser) -> bytes | None:
-        """Return the next request's text; None once the client has closed the connection.
+    def converse(self) -> bool:
+        """Answer until the client is silent; returns whether the connection is to be parked again."""
+        self._go_on(self._converse)
+        return self.after is After.PARK
+
+    def _converse(self) -> After:
+        limit_receive(self._sock, _LINGER)
+        self._send_rest()
+        if self._text is not None:
+            self._answer(self._text)
+            self._text = None
+        while not isinstance(text := self._next_text(), After):
+            self._delay = self.client.user.delay()
+            self._answer(text)
+            del text  # the client may be silent for as long as it likes
+        return text
+
+    def _answer(self, text: bytes) -> None:
+        if self._delay:
+            time.sleep(self._delay)
+        reply = self._handlers.answer(self.client, text)
+        self._uncount()
+        if len(reply.message) > _UNCOUNTED:
+            reply = self._count(reply)
+        if not self._send_at_once(reply):
+            self._send_rest()
+        self._uncount()
+
+    def _next_text(self) -> bytes | After:
+        """Return the next request's text.
 
         Between messages a client may be silent for as long as it likes, but not in the middle of one.
         """
+        parser = self._parser
         while (text := parser.next_text()) is None:
             if parser.unfinished:
-                return self._finish_text(parser)
-            # Who asks one thing after the other is not to wait longer for each than it takes.
-            data = self._sleep() if self._share.others else self._eager.wait(self._look, self._sleep)
+                return self._finish_text() or After.END
+            data = self._spin.wait(self._look, self._sleep)
             if not data:
-                return None
+                return After.END if data is not None else After.PARK
             parser.receive_data(data)
         return text
 
     def _look(self) -> bytes | None:
         try:
-            return self.request.recv(_READ_SIZE, _DONTWAIT)
+            return self._sock.recv(_READ_SIZE, _DONTWAIT)
         except BlockingIOError:
             return None
 
-    def _sleep(self) -> bytes:
+    def _sleep(self) -> bytes | None:
         try:
-            return self.request.recv(_READ_SIZE)
+            return self._sock.recv(_READ_SIZE)
         except BlockingIOError:
-            return self._receive_by(math.inf, _READ_SIZE)
+            return None
 
-    def _finish_text(self, parser: MessageParser) -> bytes | None:
+    def _finish_text(self) -> bytes | None:
         """Return the text of a message of which a part has arrived; None if the client closes before."""
-        deadline = time.monotonic() + self.server.limits.message_timeout
-        for pieces in itertools.count():
-            if (text := parser.next_text()) is not None:
-                break
-            if pieces >= _PIECES:
-                self._let_more_come()
+        parser = self._parser
+        deadline = time.monotonic() + self._limits().message_timeout
+        while (text := parser.next_text()) is None:
             missing = parser.missing
-            if missing > _UNCOUNTED and not self._counted:
-                self._share.take("request_bytes", missing)
-                self._counted = missing
+            if missing > _UNCOUNTED and self._charge is None:
+                self._charge = self.client.user.charge("request_bytes", missing)
             data = self._receive_by(deadline, min(missing, _LARGEST_READ))
             if not data:
                 return None
             parser.receive_data(data)
+            # A client that sends a byte at a time costs as much as one that sends a request at a time.
+            if parser.missing and (delay := self.client.user.delay()):
+                time.sleep(delay)
+        limit_receive(self._sock, _LINGER)
         return text
 
-    def _let_more_come(self) -> None:
-        """Read who sends a little at a time less often: each look takes the interpreter from others."""
-        with self._share.turn:
-            self._share.pace(_LOOKING)
-        time.sleep(_PATIENCE)
-
     def _receive_by(self, deadline: float, size: int) -> bytes:
-        while (seconds := deadline - time.monotonic()) > 0:
-            with contextlib.suppress(BlockingIOError):
-                return self.request.recv(size)
-            self.server.idle.wait(self._share.uid, self.request, None if seconds == math.inf else seconds)
-        # If this process was stopped, it came in time all the same.
-        with contextlib.suppress(BlockingIOError):
-            return self.request.recv(size, socket.MSG_DONTWAIT)
-        raise ProtocolError("a message that had begun did not arrive in time")
-
-    def _count_no_more(self) -> None:
-        self._share.give_back("request_bytes", self._counted)
-        self._counted = 0
-
-    def _send(self, reply: Reply) -> None:
-        if reply.passed is None:
-            self._send_all(reply.message)
-            return
-        with reply.passed as passed:
-            self._send_all(reply.message)
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [passed.fileno()]))]
-            self._send_by(self._send_deadline(), lambda flags: self.request.sendmsg([TAG], rights, flags))
-
-    def _send_all(self, message: bytes) -> None:
-        """Send a message whole. Raises `OSError` if it is not taken in time, a little at a time or not."""
+        left = deadline - time.monotonic()
         try:
-            sent = self.request.send(message, _DONTWAIT)
+            if left > 0:
+                limit_receive(self._sock, left)
+                return self._sock.recv(size)
+            # If this process was stopped for a while, the rest came in time all the same.
+            return self._sock.recv(size, _DONTWAIT)
         except BlockingIOError:
-            sent = 0
-        if sent < len(message):
-            self._send_rest(memoryview(message)[sent:])
+            raise ProtocolError("a message that had begun did not arrive in time") from None
 
-    def _send_rest(self, rest: memoryview) -> None:
-        deadline = self._send_deadline()
-        while rest:
-            # The kernel waits anew for each piece that it makes of what it is given.
-            send = functools.partial(self.request.send, rest[:_LARGEST_SEND])
-            rest = rest[self._send_by(deadline, send) :]
+    def _refuse(self, why: str) -> None:
+        """Say why a request is not let in, and throw away the rest of it.
 
-    def _send_deadline(self) -> float:
-        return time.monotonic() + self.server.limits.message_timeout
+        A client that still writes when its connection is closed gets an error for that, and never reads why.
+        """
+        deadline = time.monotonic() + self._limits().message_timeout
+        rest = self._parser.missing
+        try:
+            self._unsent = failure(why).message
+            self._send_rest()
+            self._sock.shutdown(socket.SHUT_WR)
+            while rest and (data := self._receive_by(deadline, min(rest, _LARGEST_READ))):
+                rest -= len(data)
+        except (OSError, ProtocolError):
+            pass  # the client has gone, or takes too long
 
-    def _send_by(self, deadline: float, send: Callable[[int], int]) -> int:
-        seconds = deadline - time.monotonic()
-        with contextlib.suppress(BlockingIOError):
-            if seconds > 0:
-                self._set_timeout(socket.SO_SNDTIMEO, seconds)
-                return send(0)
-            return send(socket.MSG_DONTWAIT)
-        raise TimeoutError(errno.ETIMEDOUT, "a response was not taken in time")
+    def _send_rest(self) -> None:
+        """Send what is left of an answer. Raises `OSError` if that is not taken in time."""
+        deadline = time.monotonic() + self._limits().message_timeout
+        while (self._unsent or self._passed) and (left := deadline - time.monotonic()) > 0:
+            limit_send(self._sock, left)
+            self._send_some(0)
+        if self._unsent or self._passed:
+            raise TimeoutError(errno.ETIMEDOUT, "a response was not taken in time")
 
-    def _set_timeout(self, option: int, seconds: float) -> None:
-        # Rounded up, because 0 is for ever.
-        whole, micro = divmod(math.ceil(seconds * 1_000_000), 1_000_000)
-        self.request.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(whole, micro))
+    # Either -----------------------------------------------------------------------------------------------
+
+    def _go_on(self, step: Callable[[], After]) -> None:
+        """Take a step, and have the connection end if its client, or an error, ends it there."""
+        reason = "closed by the client"
+        try:
+            self.after = step()
+            if self.after is not After.END:
+                return
+        except ProtocolError as error:
+            reason = str(error)
+            logger.warning("client broke the protocol", extra={**self.client.fields, "error": reason[:200]})
+        except LimitReached as limit:
+            reason = str(limit)
+            self._refuse(reason)
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+        except Exception:
+            reason = "internal error"
+            faults.note("connection failed", client=self.client.number)
+        self._end(reason)
+
+    def _end(self, reason: str) -> None:
+        self.after = After.END
+        self._uncount()
+        self._close_passed()
+        self._handlers.clients.discard(self.client)
+        self.client.is_here = _gone  # or the two would refer to each other for ever
+        logger.debug("client disconnected", extra={"client": self.client.number, "reason": reason})
+
+    def _send_at_once(self, reply: Reply) -> bool:
+        """Send as much of a reply as the client takes now; returns whether that was all."""
+        self._unsent, self._passed = reply
+        return self._send_some(_DONTWAIT)
+
+    def _send_some(self, flags: int) -> bool:
+        """Send more of an answer; returns whether that was all."""
+        try:
+            while rest := self._unsent:
+                sent = self._sock.send(rest if flags else rest[:_LARGEST_SEND], flags)
+                self._unsent = memoryview(rest)[sent:] if sent < len(rest) else b""
+            if self._passed:
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self._passed.fileno()]))]
+                self._sock.sendmsg([TAG], rights, flags)
+                self._close_passed()
+        except BlockingIOError:
+            return False
+        return True
+
+    def _close_passed(self) -> None:
+        passed, self._passed = self._passed, None
+        if passed:
+            passed.close()
+
+    def _count(self, reply: Reply) -> Reply:
+        """Count a long response until it has been taken; returns the refusal that goes out in its place."""
+        size = len(reply.message)
+        try:
+            self._charge = self.client.user.charge("request_bytes", size)
+        except LimitReached as limit:
+            return failure(f"it was carried out, but its response of {size} bytes cannot be sent: {limit}")
+        return reply
+
+    def _uncount(self) -> None:
+        if self._charge:
+            self._charge.give_back()
+            self._charge = None
+
+
+def _gone() -> bool:
+    return False

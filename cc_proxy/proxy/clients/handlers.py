@@ -2,10 +2,9 @@
 
 import logging
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import UnsetType
@@ -29,14 +28,13 @@ from cc_proxy.api.payloads import (
     SetLogLevel,
     Version,
 )
-from cc_proxy.api.status import MOST_VMS
 from cc_proxy.hyperstart.codes import COMMANDS
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.log.levels import LEVELS, current_level, logger, set_level
 from cc_proxy.proxy.clients.status import About, describe
-from cc_proxy.proxy.users import LimitReached, Share
+from cc_proxy.proxy.users import LimitReached, User
 from cc_proxy.proxy.vms.registry import Registry, RegistryError
-from cc_proxy.proxy.vms.vm import State, Vm, VmError
+from cc_proxy.proxy.vms.vm import Vm, VmError
 from cc_proxy.settings import LiveSettings
 
 PROTOCOL_VERSION = 1
@@ -44,22 +42,6 @@ PROTOCOL_VERSION = 1
 MAX_RESPONSE = 1024
 
 _ELLIPSIS = "…"
-
-#: A hello counts as so many requests more, for its connections, its pump and their end; and one that fails,
-#: which is easily repeated, as so many more again.
-_HELLO, _FAILED_HELLO = 6, 5
-#: Streams count as so many more, for their fds, and since the pump has to take them over and drop them.
-_STREAMS = 2
-#: What is longer, in bytes, may take long. No client in the field sends such requests.
-_SHORT = 16 * 1024
-#: Seconds of a CPU that a request may take without a rest, and how many times as long that is. While a long
-#: text is decoded nobody else runs, so that is to be rare: fewer than one in a hundred requests may meet it.
-_LONG = 0.000_5
-_REST = 4.0
-_REST_OF_LONG = 100.0
-#: VMs whose pumps a `status` asks, for which it counts as one request more.
-_VMS_A_REQUEST = 3
-_LONGEST_REST = 30.0
 
 
 class Refusal(Exception):
@@ -72,12 +54,18 @@ class Client:
 
     number: int
     who: Credentials
-    share: Share
+    user: User
     vm: Vm | None = field(default=None)
+    #: Returns whether it has not hung up. Any thread.
+    is_here: Callable[[], bool] = field(default=lambda: True)
+
+    @property
+    def fields(self) -> dict[str, int]:
+        """What the log says of it."""
+        return {"client": self.number, "pid": self.who.pid, "uid": self.who.uid}
 
 
-@dataclass(slots=True)
-class Reply:
+class Reply(NamedTuple):
     """A response as bytes, and the socket whose fd goes out behind it, which is then to be closed."""
 
     message: bytes
@@ -87,13 +75,12 @@ class Reply:
 _DONE = Reply(messages.encode(Response(True)))
 
 
-def success(result: msgspec.Struct) -> Reply:
-    """Return the response that carries a result."""
-    return Reply(messages.encode(_carrying(result)))
-
-
-def _carrying(result: msgspec.Struct) -> Response:
-    return Response(True, data=msgspec.Raw(msgspec.json.encode(result)))
+def success(
+    result: msgspec.Struct, passed: socket.socket | None = None, limit: int = messages.MAX_TEXT
+) -> Reply:
+    """Return the response that carries a result, in a text of `limit` bytes at most."""
+    response = Response(True, data=msgspec.Raw(msgspec.json.encode(result)))
+    return Reply(messages.encode(response, limit), passed)
 
 
 _ATTACHED = success(Version(PROTOCOL_VERSION))
@@ -116,6 +103,15 @@ def failure(text: str) -> Reply:
     return Reply(messages.encode(Response(False, text[:fits] + _ELLIPSIS)))
 
 
+class _Entry(NamedTuple):
+    """What answers one payload."""
+
+    decoder: Decoder[Any]
+    handler: Callable[[Client, Any], Reply]
+    #: Whether that may have to wait for a VM, or for other threads.
+    waits: bool
+
+
 class Handlers:
     """The payload table. Any thread may call, one at a time for a client."""
 
@@ -123,42 +119,47 @@ class Handlers:
         self._registry = registry
         self._live = live
         self._about = about or About()
-        #: Who is connected. Adding, removing and copying are single steps of the interpreter: no lock needed.
+        #: The clients that are connected. Adding, removing and copying are atomic under the GIL: no lock.
         self.clients: set[Client] = set()
-        handlers: dict[type[Payload], Callable[[Client, Any], Reply]] = {
-            Hello: self._hello,
-            Attach: self._attach,
-            Bye: self._bye,
-            AllocateIo: self._allocate_io,
-            Hyper: self._hyper,
-            GetStatus: self._status,
-            SetLogLevel: self._log_level,
-        }
-        self._table = {kind.NAME: (Decoder(kind), handler) for kind, handler in handlers.items()}
+        self._table: dict[str, _Entry] = {}
+        for kind, handler, waits in (
+            (Hello, self._hello, True),
+            (Attach, self._attach, False),
+            (Bye, self._bye, False),
+            (AllocateIo, self._allocate_io, False),
+            (Hyper, self._hyper, True),
+            (GetStatus, self._status, True),
+            (SetLogLevel, self._log_level, False),
+        ):
+            self._add(kind, handler, waits=waits)
+
+    def _add(self, kind: type[Payload], handler: Callable[[Client, Any], Reply], *, waits: bool) -> None:
+        self._table[kind.NAME] = _Entry(Decoder(kind), handler, waits)
 
     def answer(self, client: Client, text: bytes) -> Reply:
-        """Carry out the request in a message's text; returns the one reply to it.
+        """Carry out the request in a message's text, however long it takes; returns the one reply to it.
 
         Raises `ProtocolError` if the text is not a JSON object.
         """
-        with client.share.turn:
-            client.share.pace()
-            return self._answer(client, text) if len(text) <= _SHORT else self._answer_long(client, text)
+        reply = self._answer(client, text, may_wait=True)
+        assert reply
+        return reply
 
-    def _answer_long(self, client: Client, text: bytes) -> Reply:
-        begun = time.thread_time()
-        try:
-            return self._answer(client, text)
-        finally:
-            _rest(client, time.thread_time() - begun, _REST_OF_LONG)
+    def answer_at_once(self, client: Client, text: bytes) -> Reply | None:
+        """Do the same if that takes no time. If it may, nothing is done, and None returned."""
+        return self._answer(client, text, may_wait=False)
 
-    def _answer(self, client: Client, text: bytes) -> Reply:
+    def _answer(self, client: Client, text: bytes, *, may_wait: bool) -> Reply | None:
         name, arguments = "", None
         try:
-            request = messages.decode(text, Request)
-            name = request.id
-            handler, arguments = self._resolve(request)
-            reply = handler(client, arguments)
+            with client.user.decoding:
+                request = messages.decode(text, Request)
+                name = request.id
+                entry = self._find(name)
+                if entry.waits and not may_wait:
+                    return None
+                arguments = _arguments(request, entry.decoder)
+            reply = entry.handler(client, arguments)
         except (LimitReached, MemberError, Refusal, RegistryError, VmError) as error:
             reply = failure(str(error))
             if isinstance(error, LimitReached):
@@ -169,25 +170,19 @@ class Handlers:
             _log("request", client, name, arguments)
         return reply
 
-    def _resolve(self, request: Request) -> tuple[Callable[[Client, Any], Reply], Any]:
-        """Return what answers a request, and the request's arguments."""
-        if not request.id:
+    def _find(self, name: str) -> _Entry:
+        """Return what answers a payload. Raises `Refusal`."""
+        if not name:
             raise Refusal("no 'id' field in request")
-        if request.id not in self._table:
-            raise Refusal(f"no payload named '{request.id}'")
-        decoder, handler = self._table[request.id]
-        return handler, _arguments(request, decoder)
+        entry = self._table.get(name)
+        if entry is None:
+            raise Refusal(f"no payload named '{name}'")
+        return entry
 
     def _hello(self, client: Client, hello: Hello) -> Reply:
         if not (hello.container_id and hello.ctl_serial and hello.io_serial):
             raise Refusal("malformed hello command")
-        client.share.pace(_HELLO)
-        try:
-            with client.share.aside():
-                client.vm = self._registry.register(hello, client.who)
-        except (LimitReached, RegistryError, VmError):
-            client.share.pace(_FAILED_HELLO)
-            raise
+        client.vm = self._registry.register(hello, client.who, client.is_here)
         return _ATTACHED
 
     def _attach(self, client: Client, attach: Attach) -> Reply:
@@ -202,14 +197,10 @@ class Handlers:
     def _allocate_io(self, client: Client, allocate: AllocateIo) -> Reply:
         if allocate.n_streams not in (1, 2):
             raise Refusal(f"asking for unexpected number of streams ({allocate.n_streams})")
-        vm = client.vm
-        if vm is None or vm.state not in (State.UP, State.LEAVING):
+        if client.vm is None:
             raise Refusal("client not attached to a vm")
-        client.share.pace(_STREAMS)
-        io_base, fd = vm.open_session(allocate.n_streams, client.share, client.who.pid)
-        reply = success(AllocateIoResult(io_base))
-        reply.passed = fd
-        return reply
+        io_base, fd = client.vm.open_session(allocate.n_streams, client.user, client.who.pid)
+        return success(AllocateIoResult(io_base), fd)
 
     def _hyper(self, client: Client, hyper: Hyper) -> Reply:
         if client.vm is None:
@@ -218,19 +209,13 @@ class Handlers:
         if code is None:
             raise Refusal(f"unknown command '{hyper.hyper_name}'")
         data = b"" if isinstance(hyper.data, UnsetType) else bytes(hyper.data)
-        with client.share.aside("commands"):
+        with client.user.charge("commands"):
             client.vm.command(code, data)
         return _DONE
 
     def _status(self, client: Client, _asked: GetStatus) -> Reply:
-        share = client.share
-        share.pace(len(self._registry.vms_of(client.who)[:MOST_VMS]) // _VMS_A_REQUEST)
-        begun = time.thread_time()
-        with share.aside(), share.asking:
-            status = describe(self._about, self._registry, client.who, self._connections(client.who))
-        reply = Reply(messages.encode(_carrying(status), messages.MAX_STATUS))
-        _rest(client, time.thread_time() - begun, _REST)
-        return reply
+        status = describe(self._about, self._registry, client.who, self._connections(client.who))
+        return success(status, limit=messages.MAX_STATUS)
 
     def _connections(self, who: Credentials) -> list[Vm | None]:
         """Return the VM, if any, of each connection that a client may know of: its user's, or all."""
@@ -249,12 +234,6 @@ class Handlers:
         logger.info("log level changed", extra=fields)
         set_level(new)
         return success(LogLevelChange(old, new))
-
-
-def _rest(client: Client, seconds: float, times: float) -> None:
-    """Have a user whose request took long wait, so that others come to their turns."""
-    if client.share.others and seconds > _LONG:
-        time.sleep(min(seconds * times, _LONGEST_REST))
 
 
 def _arguments(request: Request, decoder: Decoder[Any]) -> Any:

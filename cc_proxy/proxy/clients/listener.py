@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import stat
+from collections.abc import Iterator
 
 from cc_proxy.linux.fds import refuse_rights
 from cc_proxy.linux.socketfile import MAX_SOCKET_PATH, identity, locked
@@ -15,6 +16,8 @@ _BACKLOG = 4096
 #: For the daemon's own group, or for all users.
 _DIRECTORY_MODES = (0o750, 0o755)
 _SOCKET_UMASKS = (0o117, 0o111)  # leave 0660 and 0666
+#: What is above the directory keeps nobody out: leaves 0755.
+_PARENTS_UMASK = 0o022
 
 
 class ListenError(Exception):
@@ -48,7 +51,8 @@ class Listener:
         try:
             directory = os.path.dirname(path)
             if not os.path.isdir(directory):
-                os.makedirs(directory)
+                with _umask(_PARENTS_UMASK):
+                    os.makedirs(directory)
                 os.chmod(directory, _DIRECTORY_MODES[for_all])
             with locked(directory):
                 _remove_stale(path)
@@ -121,13 +125,20 @@ def _remove_stale(path: str) -> None:
 
 def _bind(path: str, umask: int) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(umask)
     try:
-        sock.bind(path)
+        with _umask(umask):
+            sock.bind(path)
         sock.listen(_BACKLOG)
     except BaseException:
         sock.close()
         raise
+    return sock
+
+
+@contextlib.contextmanager
+def _umask(umask: int) -> Iterator[None]:
+    before = os.umask(umask)
+    try:
+        yield
     finally:
         os.umask(before)
-    return sock

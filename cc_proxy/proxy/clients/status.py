@@ -1,10 +1,10 @@
-"""What `status` answers with: how the daemon and its VMs are, put together from all who know a part of it.
+"""What `status` answers with: how the daemon and its VMs are, put together from all parts that know
+something.
 
-A pump's part (`streams.py`) is read while its thread waits, or comes from that through its mailbox: so it is
-of one moment, and nothing on the data path is locked. They are asked one by one: hundreds that all have
-something to say would leave nobody else the interpreter until they have said it, and it takes as long. One
-that is stuck holds up no other, and has no part in the answer, which says so. The rest are plain reads of
-single values, each right when it was read.
+A pump's part (`streams/stats.py`) comes from its thread, through its mailbox, so it is of one moment and
+nothing on the data path is locked. All pumps are asked at once, and one deadline is for all of them: one that
+is stuck holds up nobody, and the answer says so. The rest are reads of single values, each right when it was
+read.
 """
 
 import os
@@ -31,16 +31,7 @@ from cc_proxy.log.levels import current_level
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.proxy.vms.vm import Trouble, Vm
 
-#: What there is of a pump that is asked: its answer, none yet, or none at all while there is no pump.
-_Asked = Streams | Future[Streams] | None
-
-#: So many pumps are asked, then others come to their turns for so many seconds.
-_IN_A_ROW = 4
-_BREATH = 0.000_1
-#: Seconds that a pump gets to answer before the next one is asked, and that all together get for that.
-_MOMENT = 0.02
-_ASKING = 0.25
-#: Seconds that those which have not answered yet get together, once all have been asked.
+#: Seconds that all pumps together get to answer. The public API promises so much.
 _PATIENCE = 0.5
 
 
@@ -54,7 +45,7 @@ class About:
 
 
 def describe(about: About, registry: Registry, asker: Credentials, attached: Iterable[Vm | None]) -> Status:
-    """Return how everything is that `asker` may know of; any thread, for `_ASKING + _PATIENCE` at most.
+    """Return how everything is that `asker` may know of; any thread, for half a second at most.
 
     `attached` has the VM of each connection that it may know of.
     """
@@ -68,7 +59,7 @@ def describe(about: About, registry: Registry, asker: Credentials, attached: Ite
         settings_file=about.settings_file(),
         log_level=current_level(),
         connections=clients.total(),
-        users=registry.users(asker),
+        users=registry.user_status(asker),
         spooled=registry.spooled(asker),
         vms=_vms(listed, clients),
         vm_count=len(vms),
@@ -80,23 +71,13 @@ def describe(about: About, registry: Registry, asker: Credentials, attached: Ite
 
 
 def _vms(vms: list[Vm], clients: Counter[Vm | None]) -> list[VmStatus]:
-    """Ask all pumps, each when the one before has answered or has not for a while."""
-    until = time.monotonic() + _ASKING
-    found, late = {}, {}
-    for number, vm in enumerate(vms):
-        if number and number % _IN_A_ROW == 0:
-            time.sleep(_BREATH)
-        asked = vm.describe()
-        found[vm] = _vm(vm, clients[vm], asked, min(until, time.monotonic() + _MOMENT))
-        if not found[vm].answers:
-            late[vm] = asked
+    """Ask all pumps, then wait for their answers."""
+    asked = [(vm, vm.describe()) for vm in vms]
     deadline = time.monotonic() + _PATIENCE
-    for vm, asked in late.items():
-        found[vm] = _vm(vm, clients[vm], asked, deadline)
-    return [*found.values()]
+    return [_vm(vm, clients[vm], answer, deadline) for vm, answer in asked]
 
 
-def _vm(vm: Vm, clients: int, asked: _Asked, deadline: float) -> VmStatus:
+def _vm(vm: Vm, clients: int, asked: Future[Streams] | None, deadline: float) -> VmStatus:
     streams, answers = _answer(asked, deadline)
     now = time.monotonic()
     control = vm.control
@@ -116,10 +97,10 @@ def _vm(vm: Vm, clients: int, asked: _Asked, deadline: float) -> VmStatus:
     )
 
 
-def _answer(asked: _Asked, deadline: float) -> tuple[Streams | None, bool]:
-    """Return what a pump says, and whether it has not failed to."""
-    if not isinstance(asked, Future):
-        return asked, True
+def _answer(asked: Future[Streams] | None, deadline: float) -> tuple[Streams | None, bool]:
+    """Return what a pump says, and whether it answers in time. A VM without one has nothing to say."""
+    if asked is None:
+        return None, True
     try:
         return asked.result(max(0.0, deadline - time.monotonic())), True
     except CancelledError:  # it has just ended

@@ -1,4 +1,4 @@
-"""Threads that serve connections: one each, and the next one when that has gone."""
+"""Threads for whatever may take long: one for each job, and the next job's when that is done."""
 
 import contextlib
 import queue
@@ -9,74 +9,73 @@ from collections.abc import Callable
 
 from cc_proxy.linux.threads import start_thread
 
-#: What a thread is called meanwhile, and what it does; None is the end.
+#: What the thread is called meanwhile, and what it does; None is the end.
 Job = tuple[str, Callable[[], object]] | None
 
-#: Seconds that a thread waits for another job before it ends, and how many threads wait at the most.
+#: Seconds that a thread without a job waits for one before it ends, and how many wait at most.
 _LINGER = 0.1
 _MOST_SPARE = 16
 
 
-class Crew:
-    """Threads that do jobs, each as soon as it comes and in a thread of its own.
+class Workers:
+    """Threads that do jobs, each at once and in a thread of its own.
 
-    To start a thread and to end it takes longer than to serve a client that comes, asks and goes; so one that
-    has nothing to do waits a little while for another job.
+    Starting and ending a thread takes longer than most jobs, so a thread that has nothing to do waits a
+    little while for another one.
     """
 
     def __init__(self) -> None:
-        # Where those wait who have nothing to do, the last one last. Who takes one out puts a job there,
-        # once. Appending, popping and removing are single steps of the interpreter, which need no lock.
+        # Threads without a job, the last one last. Whoever takes one out puts one job into its queue.
+        # Appending, popping and removing are atomic under the GIL, so there is no lock; the same holds for
+        # `_threads`.
         self._spare: deque[queue.SimpleQueue[Job]] = deque()
-        self._members: set[threading.Thread] = set()  # likewise
+        self._threads: set[threading.Thread] = set()
         self._closed = False
 
-    def hand_over(self, name: str, work: Callable[[], object]) -> None:
-        """Have something done. Raises `RuntimeError` if there is no thread to be had. Any thread."""
+    def start(self, name: str, work: Callable[[], object]) -> None:
+        """Begin a job. Raises `RuntimeError` if no thread can be started. Any thread."""
         try:
             spare = self._spare.pop()
         except IndexError:
-            self._start(name, work)
-        else:
-            try:
-                spare.put((name, work))
-            except BaseException:  # there is no memory; it goes on waiting
-                self._spare.append(spare)
-                raise
+            self._start_thread(name, work)
+            return
+        try:
+            spare.put((name, work))
+        except BaseException:  # no memory: the thread goes on waiting
+            self._spare.append(spare)
+            raise
 
     def close(self) -> None:
-        """Let the threads end as soon as they have nothing to do. Any thread."""
+        """Let the threads end as soon as their jobs are done. Any thread."""
         self._closed = True
-        # Not while there is one: who has waited long enough takes itself out at any moment.
+        # A thread that has waited long enough takes itself out at any moment, so an empty deque is no
+        # surprise.
         with contextlib.suppress(IndexError):
             while True:
                 self._spare.pop().put(None)
 
     def join(self, timeout: float) -> bool:
-        """Wait up to `timeout` seconds for all threads to end; returns whether they have.
-
-        After `close`, when nobody hands over anything any more: who is just being started is not waited for.
-        """
+        """Wait up to `timeout` seconds for all threads to end; returns whether they have. After `close`."""
         deadline = time.monotonic() + timeout
-        for member in list(self._members):
-            with contextlib.suppress(RuntimeError):  # it has not begun, as Python sees it
-                member.join(max(0.0, deadline - time.monotonic()))
-        return not self._members
+        for thread in list(self._threads):
+            with contextlib.suppress(RuntimeError):  # Python does not consider it started yet
+                thread.join(max(0.0, deadline - time.monotonic()))
+        return not self._threads
 
-    def _start(self, name: str, work: Callable[[], object]) -> None:
+    def _start_thread(self, name: str, work: Callable[[], object]) -> None:
         jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         jobs.put((name, work))
-        member = threading.Thread(target=self._do_all, args=(jobs,), name=name, daemon=True)
-        self._members.add(member)
+        thread = threading.Thread(target=self._do_jobs, args=(jobs,), name=name, daemon=True)
+        self._threads.add(thread)
         try:
-            start_thread(member)
+            start_thread(thread)
         except BaseException:
-            self._members.discard(member)
+            self._threads.discard(thread)
             raise
 
-    # A member's thread ------------------------------------------------------------------------------------
+    # A worker's thread ------------------------------------------------------------------------------------
 
-    def _do_all(self, jobs: "queue.SimpleQueue[Job]") -> None:
+    def _do_jobs(self, jobs: "queue.SimpleQueue[Job]") -> None:
         me = threading.current_thread()
         job = jobs.get()
         try:
@@ -84,13 +83,13 @@ class Crew:
                 me.name = job[0]
                 job[1]()
                 me.name = "spare"
-                job = None  # nothing of what is done is kept meanwhile
-                job = self._next(jobs)
+                job = None  # a thread that waits must not keep what it worked on
+                job = self._next_job(jobs)
         finally:
-            self._members.discard(me)
+            self._threads.discard(me)
 
-    def _next(self, jobs: "queue.SimpleQueue[Job]") -> Job:
-        """Return another job; None if there has been none for a while."""
+    def _next_job(self, jobs: "queue.SimpleQueue[Job]") -> Job:
+        """Return another job; None if there was none for a while."""
         if self._closed or len(self._spare) >= _MOST_SPARE:
             return None
         self._spare.append(jobs)
@@ -101,5 +100,5 @@ class Crew:
         try:
             self._spare.remove(jobs)
         except ValueError:
-            return jobs.get()  # somebody has just taken it out
+            return jobs.get()  # somebody has just taken it out, and brings a job
         return None

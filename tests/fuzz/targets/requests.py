@@ -11,7 +11,8 @@ import logging
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -24,10 +25,9 @@ from cc_proxy.linux.credentials import Credentials
 from cc_proxy.log import faults
 from cc_proxy.log.levels import CONSOLE, logger
 from cc_proxy.log.writing import _Json, _Text
-from cc_proxy.proxy.clients.connection import Connection
-from cc_proxy.proxy.clients.handlers import MAX_RESPONSE, Client
-from cc_proxy.proxy.clients.listener import Listener
-from cc_proxy.proxy.clients.server import Server
+from cc_proxy.proxy.clients.connection import After, Connection
+from cc_proxy.proxy.clients.handlers import MAX_RESPONSE, Client, Handlers
+from cc_proxy.proxy.vms.connector import Connector
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.settings import LiveSettings, Settings, Spool, Vm
 from tests.fuzz.acknowledging import AcknowledgingVm
@@ -48,9 +48,9 @@ _WORDS = (*_PAYLOADS, *_MEMBERS, *_COMMANDS, *_LEVELS, *_IDS, "id", "data")
 
 def run(choices: Choices) -> None:
     """Clients of one daemon, one after the other."""
-    with _served() as (server, vm), _Log() as log:
+    with _served() as (house, vm), _Log() as log:
         for number, stream in enumerate(choices.some(4, lambda: _stream(choices, vm)), 1):
-            _client(server, number, stream, choices.cuts())
+            _client(house, number, stream, choices.cuts())
         log.check()
 
 
@@ -92,24 +92,32 @@ def _arguments(choices: Choices, vm: AcknowledgingVm) -> bytes:
 # The daemon ---------------------------------------------------------------------------------------------
 
 
+class _House(NamedTuple):
+    """What a connection needs of a daemon."""
+
+    handlers: Handlers
+    registry: Registry
+    live: LiveSettings
+
+
 @contextmanager
-def _served() -> Iterator[tuple[Server, AcknowledgingVm]]:
-    """A server whose connections are made here, and a VM that it has registered."""
+def _served() -> Iterator[tuple[_House, AcknowledgingVm]]:
+    """A daemon without a server, and a VM that it has registered."""
     with (
         tempfile.TemporaryDirectory(prefix="ccp-", dir="/tmp") as directory,
         AcknowledgingVm(directory) as vm,
+        closing(Connector()) as connector,
     ):
+        connector.start()
         settings = Settings(spool=Spool(directory=directory))
         live = LiveSettings(settings)
-        registry = Registry(live)
-        server = Server(Listener(socket.socket(socket.AF_UNIX)), registry, live)
+        registry = Registry(live, connector)
         try:
             registry.register(Hello("vm", vm.control_path, vm.io_path), Credentials.own())
             # From now on a hello may be for what never says READY.
             live.replace(replace(settings, vm=Vm(ready_timeout=0.01, ready_ping_after=0.005)))
-            yield server, vm
+            yield _House(Handlers(registry, live), registry, live), vm
         finally:
-            server.server_close()
             for registered in registry.vms():
                 registered.abort()
                 assert registered.join(10)
@@ -125,7 +133,7 @@ class _Dribbling(socket.socket):
         return super().recv(min(size, max(1, next(self.sizes))), flags)
 
 
-def _client(server: Server, number: int, stream: bytes, cuts: Iterator[int]) -> None:
+def _client(house: _House, number: int, stream: bytes, cuts: Iterator[int]) -> None:
     """Send all of it, have it served, and then read all of the answers."""
     near, far = socket.socketpair()
     with far, _Dribbling(fileno=near.detach()) as served:
@@ -135,7 +143,10 @@ def _client(server: Server, number: int, stream: bytes, cuts: Iterator[int]) -> 
         far.sendall(stream)
         far.shutdown(socket.SHUT_WR)
         who = Credentials.of_peer(served)
-        Connection(served, Client(number, who, server.shares.of(who.uid)), server)
+        client = Client(number, who, house.registry.users.of(who.uid))
+        connection = Connection(served, client, house.handlers, lambda: house.live.current.limits)
+        connection.converse()
+        assert connection.after is After.END
         served.shutdown(socket.SHUT_WR)
         _check_answers(far, texts_in(stream)[0])
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import select
+import socket
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -17,11 +16,10 @@ from cc_proxy.api import messages
 from cc_proxy.api.messages import MessageParser
 from cc_proxy.api.payloads import Response
 from cc_proxy.proxy.clients import connection as connection_module
-from cc_proxy.proxy.clients.connection import Connection
 from cc_proxy.proxy.clients.handlers import Handlers, Reply
-from cc_proxy.proxy.spin import Eager
-from cc_proxy.proxy.users import Share
-from cc_proxy.settings import Limits, UserLimits
+from cc_proxy.proxy.users import User
+from cc_proxy.settings import Limits
+from tests.clock import Clock
 from tests.proxy.conftest import Logged
 from tests.proxy.house import UNKNOWN, Answering, House, limited
 from tests.proxy.support import read_to_end
@@ -32,30 +30,114 @@ from tests.wire.support import WAIT, at_end, is_silent, message, refused, reques
 
 def test_responses_are_written_whole(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     text = messages.encode(Response(False, "x" * 1_000_000))
-    monkeypatch.setattr(Handlers, "answer", lambda *_: Reply(text))
+    for answer in ("answer", "answer_at_once"):
+        monkeypatch.setattr(Handlers, answer, lambda *_: Reply(text))
     client = house.connect()
     client.send(request("x") * 3)
     for _ in range(3):
         assert len(client.receive()) == len(text) - 8
 
 
-@pytest.mark.parametrize("others", [False, True])
-def test_next_request_is_waited_for_eagerly_unless_other_users_are_there(
-    house: House, monkeypatch: pytest.MonkeyPatch, others: bool
-) -> None:
-    waits: list[Eager] = []
-
-    def wait(eager: Eager, look: Callable[[], object], sleep: Callable[[], object]) -> object:
-        waits.append(eager)
-        found = look()
-        return sleep() if found is None else found
-
-    monkeypatch.setattr(Eager, "wait", wait)
-    monkeypatch.setattr(Share, "others", others)
-    client = house.connect()
+def test_silent_clients_have_no_thread(house: House) -> None:
+    before = threading.active_count()
+    clients = [house.connect() for _ in range(50)]
     for _ in range(3):
-        assert client.ask("x") == UNKNOWN
-    assert bool(waits) is not others
+        assert [client.ask("x") for client in clients] == [UNKNOWN] * 50
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("text", [b"wait", b"x" * 1_000], ids=["what may wait", "a long message"])
+def test_what_may_take_time_has_a_thread_and_holds_up_nobody(
+    house: House, answering: Answering, text: bytes
+) -> None:
+    """And the connection is parked again after that."""
+    before = threading.active_count()
+    slow, other = house.connect(), house.connect()
+    data = message(text)
+    slow.send(data[:500])
+    other.send(message("x"))
+    assert other.receive() == b"answer"
+    wait_until(lambda: threading.active_count() == before + 1, "it has a thread")
+    slow.send(data[500:])
+    answering.proceed.set()
+    assert slow.receive() == b"answer"
+    wait_until(lambda: threading.active_count() == before, "it has none any more")
+    slow.send(message("x"))
+    assert slow.receive() == b"answer"
+
+
+def test_requests_behind_one_that_waits_are_answered_after_it(house: House, answering: Answering) -> None:
+    client = house.connect()
+    client.send(message("x") + message("wait") + message("x") * 3)
+    assert client.receive() == b"answer"
+    assert is_silent(client.sock)
+    answering.proceed.set()
+    for _ in range(4):
+        assert client.receive() == b"answer"
+
+
+def test_user_that_asks_for_too_much_waits_and_holds_up_nobody(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, other = house.connect(), house.connect()
+    assert [client.ask("x") for client in (slow, other)] == [UNKNOWN] * 2
+    waits, goes_on = threading.Event(), threading.Event()
+    clock = Sleeper(waits, goes_on)
+    monkeypatch.setattr(connection_module, "time", clock)
+    delays = iter([0.5])
+    monkeypatch.setattr(User, "delay", lambda *_: next(delays, 0.0))
+    slow.send(request("x"))
+    assert waits.wait(WAIT)
+    assert other.ask("x") == UNKNOWN
+    assert is_silent(slow.sock)
+    goes_on.set()
+    assert slow.receive() == UNKNOWN
+    assert clock.slept == [0.5]
+
+
+def test_message_in_many_pieces_counts_like_many_requests(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = house.connect()
+    assert client.ask("x") == UNKNOWN
+    waits, goes_on = threading.Event(), threading.Event()
+    clock = Sleeper(waits, goes_on)
+    monkeypatch.setattr(connection_module, "time", clock)
+    monkeypatch.setattr(User, "delay", lambda *_: 0.5)
+    data = message(b'{"id":"x"' + b" " * 2_000 + b"}")
+    client.send(data[:-1])
+    assert waits.wait(WAIT)
+    assert clock.slept == [0.5], "though no request has been made so far"
+    client.send(data[-1:])
+    goes_on.set()
+    assert client.receive() == UNKNOWN
+
+
+class Sleeper(Clock):
+    """Lets whoever sleeps go on when the test says so."""
+
+    def __init__(self, sleeps: threading.Event, goes_on: threading.Event) -> None:
+        super().__init__()
+        self._sleeps = sleeps
+        self._goes_on = goes_on
+
+    def sleep(self, seconds: float) -> None:
+        super().sleep(seconds)
+        self._sleeps.set()
+        assert self._goes_on.wait(WAIT)
+
+
+def test_it_is_known_whether_a_client_still_waits(house: House, answering: Answering) -> None:
+    client = house.connect()
+    client.send(message("wait"))
+    wait_until(lambda: answering.asker is not None, "it is being answered")
+    assert answering.asker
+    assert answering.asker.is_here()
+    client.sock.shutdown(socket.SHUT_WR)
+    assert answering.asker.is_here(), "it may still read the answer"
+    client.close()
+    assert not answering.asker.is_here()
+    answering.proceed.set()
 
 
 class Kept(bytes):
@@ -78,7 +160,8 @@ def test_silent_client_takes_no_memory_for_what_it_has_asked(
         return text if text is None else Kept(text)
 
     monkeypatch.setattr(MessageParser, "next_text", next_kept)
-    monkeypatch.setattr(Handlers, "answer", lambda *_: Reply(Kept(messages.frame_text(b"answer"))))
+    for answer in ("answer", "answer_at_once"):
+        monkeypatch.setattr(Handlers, answer, lambda *_: Reply(Kept(messages.frame_text(b"answer"))))
     monkeypatch.setattr(Kept, "gone", [])
     client = house.connect()
     client.send(message("x"))
@@ -92,18 +175,18 @@ def test_long_responses_that_nobody_takes_are_limited(
 ) -> None:
     long = messages.encode(Response(False, "x" * 1_000_000))
     monkeypatch.setattr(Handlers, "answer", lambda *_: Reply(long))
-    with limited(tmp_sock_dir, Limits(user=UserLimits(request_bytes=1_500_000))) as house:
-        share = house.server.shares.of(os.getuid())
+    monkeypatch.setattr(Handlers, "answer_at_once", lambda *_: None)
+    with limited(tmp_sock_dir, Limits(request_bytes=1_500_000)) as house:
 
         def counted() -> int:
-            return house.server.shares.used(share.uid, "request_bytes")
+            return house.has("request_bytes")
 
         slow, other = house.connect(), house.connect()
         slow.send(message("x"))
         wait_until(lambda: counted() == len(long), "it is on its way")
         assert other.ask("x") == refused(
             f"it was carried out, but its response of {len(long)} bytes cannot be sent: "
-            "the limit of 1500000 bytes of ids, and of messages that are on their way for one user is reached"
+            "the limit of 1500000 bytes of ids, and of messages that are on their way is reached"
         )
         assert len(slow.receive()) == len(long) - 8
         wait_until(lambda: counted() == 0, "it is given back")
@@ -112,6 +195,46 @@ def test_long_responses_that_nobody_takes_are_limited(
         wait_until(lambda: counted() == len(long), "it is on its way")
         slow.close()
         wait_until(lambda: counted() == 0, "it is given back though nobody took it")
+
+
+def test_long_request_counts_from_its_beginning_until_it_is_answered(
+    house: House, answering: Answering
+) -> None:
+    client = house.connect()
+    data = message(b"x" * 100_000)
+    client.send(data[:10])
+    wait_until(lambda: 90_000 < house.has("request_bytes") < len(data), "what is to come counts")
+    client.send(data[10:])
+    assert client.receive() == b"answer"
+    wait_until(lambda: not house.has("request_bytes"), "it is given back")
+
+
+def test_long_request_that_is_left_unfinished_is_given_back(house: House, logged: Logged) -> None:
+    client = house.connect()
+    client.send(message(b"x" * 100_000)[:10])
+    wait_until(lambda: house.has("request_bytes") > 0, "it counts")
+    client.close()
+    wait_until(lambda: not house.has("connections"), "the connection is forgotten")
+    assert not house.has("request_bytes")
+    assert logged.fields("client disconnected") == [{"client": 1, "reason": "closed by the client"}]
+
+
+def test_request_beyond_the_limit_is_refused_with_its_connection(tmp_sock_dir: Path) -> None:
+    """And its client reads why, though it has written all of it before."""
+    with limited(tmp_sock_dir, Limits(request_bytes=150_000)) as house:
+        first, beyond = house.connect(), house.connect()
+        first.send(message(b"{}" + b" " * 100_000)[:10])
+        wait_until(lambda: house.has("request_bytes") > 0, "it counts")
+        beyond.send(message(b"{}" + b" " * 100_000))
+        assert beyond.receive() == refused(
+            "the limit of 150000 bytes of ids, and of messages that are on their way is reached"
+        )
+        assert at_end(beyond.sock)
+        first.close()
+        wait_until(lambda: not house.has("request_bytes"), "there is room again")
+        again = house.connect()
+        again.send(message(b"{}" + b" " * 100_000))
+        assert again.receive() == refused("no 'id' field in request")
 
 
 # Fds that are passed --------------------------------------------------------------------------------------
@@ -128,12 +251,32 @@ def test_fd_that_was_passed_is_closed_here(house: House, answering: Answering) -
     client.close_all()
 
 
+def test_fd_goes_out_behind_its_response_however_late_that_is_taken(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than fits at once, so that a worker sends the rest."""
+    near, far = socket.socketpair()
+    near.close()
+    replies = iter([Reply(messages.frame_text(b"x" * 1_000_000), far)])
+    monkeypatch.setattr(Handlers, "answer_at_once", lambda *_: next(replies))
+    client, other = house.connect(), house.connect()
+    client.send(message("x"))
+    wait_until(lambda: not is_silent(client.sock), "it is being sent")
+    replies = iter([Reply(messages.frame_text(b"answer"))])
+    other.send(message("x"))
+    assert other.receive() == b"answer", "nobody waits for that"
+    assert client.receive() == b"x" * 1_000_000
+    assert at_end(client.receive_fd(1).sock)
+    wait_until(lambda: far.fileno() == -1, "it is closed here")
+    client.close_all()
+
+
 def test_fd_for_a_client_that_has_gone_is_closed(house: House, answering: Answering) -> None:
     client = house.connect()
     client.send(message("wait") + message("fd") + message("fd"))
     client.close()
     answering.proceed.set()
-    wait_until(lambda: not house.server._connections, "it is forgotten")
+    wait_until(lambda: not house.has("connections"), "it is forgotten")
     assert all(sock.fileno() == -1 for sock in answering.passed)
 
 
@@ -186,33 +329,7 @@ def test_slow_message_in_time_is_answered_and_the_next_one_has_its_own(tmp_sock_
             for at in range(0, len(data), 5):
                 client.send(data[at : at + 5])
             assert client.receive() == UNKNOWN
-        wait_until(lambda: bool(house.server.idle._waiting), "it is silent")
         assert client.ask("x") == UNKNOWN
-
-
-class Waiting:
-    """A connection that takes nothing: notes how long it would be waited for."""
-
-    def __init__(self) -> None:
-        self.timeouts: list[bytes] = []
-
-    def setsockopt(self, level: int, option: int, value: bytes) -> None:
-        self.timeouts.append(value)
-
-    def send(self, flags: int) -> int:
-        raise BlockingIOError
-
-
-@pytest.mark.parametrize("left", [1.0, 1e-3, 1e-5, 9e-7, 1e-7, 0.0, -1.0])
-def test_last_microsecond_is_not_for_ever(monkeypatch: pytest.MonkeyPatch, left: float) -> None:
-    """To the kernel a timeout of 0 is none at all."""
-    monkeypatch.setattr(connection_module, "time", SimpleNamespace(monotonic=lambda: 1_000.0))
-    connection = Connection.__new__(Connection)
-    request = Waiting()
-    connection.request = request  # type: ignore[assignment]  # in its place
-    with pytest.raises(TimeoutError, match="a response was not taken in time"):
-        connection._send_by(1_000.0 + left, request.send)
-    assert bytes(16) not in request.timeouts
 
 
 def test_client_that_does_not_take_its_responses_is_let_go_in_time(
@@ -229,7 +346,7 @@ def test_client_that_does_not_take_its_responses_is_let_go_in_time(
             try:
                 rest = rest[client.sock.send(rest) :] or memoryview(data)
             except (BlockingIOError, BrokenPipeError, ConnectionResetError):
-                if not house.server._connections:
+                if not house.has("connections"):
                     break
         fields = logged.fields("client disconnected")
         assert fields == [{"client": 1, "reason": "Connection timed out"}]
@@ -251,7 +368,7 @@ def test_error_that_nobody_expects_costs_its_connection_alone(
     assert other.receive() == b"answer"
     assert logged.fields("connection failed") == [{"client": 2}]
     assert logged.at(logging.ERROR) == ["connection failed"]
-    assert len(house.server._connections) == 1
+    assert house.has("connections") == 1
 
 
 @pytest.mark.parametrize(

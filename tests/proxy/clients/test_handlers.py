@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
-import time
 from collections.abc import Iterator
-from dataclasses import replace
-from types import SimpleNamespace
 from typing import cast
 
 import msgspec
@@ -16,19 +13,17 @@ import pytest
 
 from cc_proxy.api.errors import ProtocolError
 from cc_proxy.api.payloads import AllocateIoResult, Hello
-from cc_proxy.api.status import MOST_VMS
 from cc_proxy.hyperstart.codes import FROM_AGENT, Code
 from cc_proxy.hyperstart.control import ControlMessage
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.log.levels import logger
-from cc_proxy.proxy.clients import handlers as handlers_module
 from cc_proxy.proxy.clients.handlers import Client, Handlers, Reply, failure, success
-from cc_proxy.proxy.users import Share
+from cc_proxy.proxy.users import User
 from cc_proxy.proxy.vms.registry import Registry, RegistryError
 from cc_proxy.proxy.vms.vm import State, Vm, VmError
-from cc_proxy.settings import LiveSettings, Settings
+from cc_proxy.settings import Limits, LiveSettings, Settings
 from tests.proxy.conftest import Logged
-from tests.proxy.support import new_share
+from tests.proxy.support import new_user
 
 OK = b'{"success":true}'
 VERSIONED = b'{"success":true,"data":{"version":1}}'
@@ -50,7 +45,7 @@ class FakeVm:
         self.commands.append((name, payload))
         return ControlMessage(Code.ACK)
 
-    def open_session(self, streams: int, share: Share, pid: int) -> tuple[int, socket.socket]:
+    def open_session(self, streams: int, user: User, pid: int) -> tuple[int, socket.socket]:
         if self.refuses is not None:
             raise VmError(self.refuses)
         base = self.next_seq
@@ -67,8 +62,10 @@ class FakeRegistry:
         self.vms: dict[str, FakeVm] = {}
         self.hellos: list[Hello] = []
         self.error: Exception | None = None
+        self.is_here: object = None
 
-    def register(self, hello: Hello, client: Credentials) -> FakeVm:
+    def register(self, hello: Hello, client: Credentials, is_here: object) -> FakeVm:
+        self.is_here = is_here
         if self.error:
             raise self.error
         self.hellos.append(hello)
@@ -91,7 +88,7 @@ class Desk:
     def __init__(self) -> None:
         self.registry = FakeRegistry()
         self.handlers = Handlers(cast(Registry, self.registry), LiveSettings(Settings()))
-        self.client = Client(7, Credentials.own(), new_share())
+        self.client = Client(7, Credentials.own(), new_user())
         self.vm = FakeVm("pod")
         self.registry.vms["pod"] = self.vm
         self._passed: list[socket.socket] = []
@@ -171,15 +168,24 @@ def test_who_is_not_attached(desk: Desk, name: str) -> None:
     assert desk.ask(name, data) == refused("client not attached to a vm")
 
 
-@pytest.mark.parametrize("state", list(State))
-def test_streams_of_a_vm_in_any_state(desk: Desk, state: State) -> None:
-    desk.attach()
-    desk.vm.state = state
-    answer = desk.ask("allocateIO", {"nStreams": 2})
-    if state in {State.UP, State.LEAVING}:
-        assert answer == b'{"success":true,"data":{"ioBase":1}}'
-    else:
-        assert answer == refused("client not attached to a vm")
+@pytest.mark.parametrize(
+    ("name", "waits"),
+    [
+        ("hello", True),
+        ("hyper", True),
+        ("status", True),
+        ("attach", False),
+        ("bye", False),
+        ("allocateIO", False),
+        ("logLevel", False),
+        ("nonsense", False),
+        ("", False),
+    ],
+)
+def test_only_what_may_wait_is_not_answered_at_once(desk: Desk, name: str, waits: bool) -> None:
+    reply = desk.handlers.answer_at_once(desk.client, json.dumps({"id": name}).encode())
+    assert (reply is None) == waits
+    assert desk.registry.hellos == [], "nothing is done then"
 
 
 @pytest.mark.parametrize("name", ["nonsense", "", "PING", *(code.hyper_name for code in FROM_AGENT)])
@@ -201,10 +207,28 @@ def test_what_the_vm_says_is_what_the_client_is_told(desk: Desk) -> None:
     assert desk.attached_to() is desk.vm
 
 
+def test_command_beyond_the_limit_is_refused_and_logged(desk: Desk, logged: Logged) -> None:
+    desk.client.user = new_user(Limits(commands=1))
+    desk.attach()
+    waiting = desk.client.user.charge("commands")
+    error = "the limit of 1 commands that wait is reached"
+    assert desk.ask("hyper", {"hyperName": "ping"}) == refused(error)
+    assert desk.vm.commands == []
+    who = {"pid": desk.client.who.pid, "uid": desk.client.who.uid}
+    assert logged.fields("limit reached") == [{"payload": "hyper", "error": error, **who}]
+    waiting.give_back()
+    for _ in range(2):
+        assert desk.ask("hyper", {"hyperName": "ping"}) == OK, "each is given back when it is done"
+    desk.vm.refuses = "VM gone: for a reason"
+    for _ in range(2):
+        assert desk.ask("hyper", {"hyperName": "ping"}) == refused("VM gone: for a reason")
+
+
 def test_a_client_and_its_vm(desk: Desk) -> None:
     assert desk.ask("hello", HELLO | {"console": "/console"}) == VERSIONED
     assert desk.registry.hellos == [Hello("new", "/ctl", "/io", "/console")]
     assert desk.attached_to() is desk.registry.vms["new"]
+    assert desk.registry.is_here is desk.client.is_here, "it is looked for the VM while its client waits"
     assert desk.ask("attach", {"containerId": "pod"}) == VERSIONED
     assert desk.attached_to() is desk.vm
     reply = desk.reply('{"id":"allocateIO","data":{"nStreams":2}}')
@@ -312,56 +336,3 @@ def test_error_is_never_left_out_because_it_is_short() -> None:
 
 def test_results_are_compact() -> None:
     assert success(AllocateIoResult(1)).message[8:] == b'{"success":true,"data":{"ioBase":1}}'
-
-
-def test_hello_is_as_much_work_as_many_requests(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    paced: list[int] = []
-    monkeypatch.setattr(Share, "pace", lambda share, requests=1: paced.append(requests))
-    hello = {"containerId": "new", "ctlSerial": "/nowhere", "ioSerial": "/nowhere"}
-    desk.ask("hello", hello)
-    assert paced == [1, handlers_module._HELLO]
-
-    def fail(*_: object) -> Vm:
-        raise RegistryError("new: container already registered")
-
-    monkeypatch.setattr(desk.registry, "register", fail)
-    desk.ask("hello", hello)
-    assert paced[2:] == [1, handlers_module._HELLO, handlers_module._FAILED_HELLO]
-
-
-def test_streams_and_a_status_are_as_much_work_as_several_requests(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    paced: list[int] = []
-    monkeypatch.setattr(Share, "pace", lambda share, requests=1: paced.append(requests))
-    monkeypatch.setattr(desk.registry, "vms_of", lambda who: [desk.vm] * 2 * MOST_VMS, raising=False)
-    monkeypatch.setattr(handlers_module, "describe", lambda *_: {})
-    assert json.loads(desk.ask("status"))["success"]
-    assert paced == [1, MOST_VMS // handlers_module._VMS_A_REQUEST]
-    desk.attach()
-    assert json.loads(desk.ask("allocateIO", {"nStreams": 2}))["success"]
-    assert paced[2:] == [1, handlers_module._STREAMS]
-
-
-def test_each_request_is_paced_however_few_connections_they_come_on(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    paced: list[int] = []
-    monkeypatch.setattr(Share, "pace", lambda share, requests=1: paced.append(requests))
-    for _ in range(3):
-        desk.ask("nothing", {})
-    assert paced == [1, 1, 1]
-
-
-@pytest.mark.parametrize(("others", "rests"), [(True, [0.5]), (False, [])])
-def test_request_that_took_long_is_followed_by_a_rest_while_others_are_there(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, others: bool, rests: list[float]
-) -> None:
-    slept: list[float] = []
-    times = iter([1.0, 1.005])
-    clock = SimpleNamespace(thread_time=lambda: next(times), sleep=slept.append, monotonic=time.monotonic)
-    monkeypatch.setattr(handlers_module, "time", clock)
-    monkeypatch.setattr(Share, "others", others)
-    desk.client.who = replace(Credentials.own(), uid=1)
-    desk.ask("x" * 20_000)
-    assert slept == pytest.approx(rests)

@@ -36,7 +36,7 @@ def mode_of(path: Path) -> int:
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o777])
 def test_modes_whatever_the_umask(tmp_sock_dir: Path, mask: int) -> None:
-    path = tmp_sock_dir / "made" / "proxy.sock"
+    path = tmp_sock_dir / "parent" / "made" / "proxy.sock"
     before = os.umask(mask)
     try:
         listener = Listener.bind(str(path))
@@ -44,6 +44,7 @@ def test_modes_whatever_the_umask(tmp_sock_dir: Path, mask: int) -> None:
     finally:
         os.umask(before)
     assert (mode_of(path.parent), mode_of(path)) == (0o750, 0o660)
+    assert mode_of(path.parent.parent) == 0o755, "or the group would not get as far as the directory"
     assert listener.own
     assert not os.get_inheritable(listener.socket.fileno())
     close(listener)

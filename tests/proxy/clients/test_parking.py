@@ -1,279 +1,191 @@
-"""Waiting for clients: each is woken when there is something for it, and no user waits for another's."""
+"""Waiting without a thread: what is parked is served when there is something to read, or leaves."""
 
 from __future__ import annotations
 
-import select
+import queue
 import socket
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack
-from pathlib import Path
+from contextlib import closing
 
 import pytest
 
-from cc_proxy.proxy.clients import parking as idle_module
-from cc_proxy.proxy.clients.parking import Idle
+from cc_proxy.log import faults
+from cc_proxy.proxy.clients.parking import Parking
 from tests.proxy.conftest import Logged
-from tests.proxy.support import NEVER, open_fds, pair
-from tests.wire.support import WAIT, in_background, wait_until
+from tests.wire.support import WAIT, is_silent, wait_until
 
-ALICE, BOB = 1, 2
+
+class Guest:
+    """Reads what comes, and stays until that is `go`."""
+
+    def __init__(self) -> None:
+        self._sock, self.far = socket.socketpair()
+        self.read: queue.SimpleQueue[tuple[bytes, str]] = queue.SimpleQueue()
+        self.fails = False
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def on_readable(self) -> bool:
+        if self.fails:
+            self.fails = False
+            raise KeyError("nobody expects it")
+        data = self._sock.recv(100)
+        self.read.put((data, threading.current_thread().name))
+        return data not in {b"go", b""}
+
+    def close(self) -> None:
+        self._sock.close()
+        self.far.close()
+
+
+class Lot:
+    """A parking lot that runs, and who has left it."""
+
+    def __init__(self) -> None:
+        self.left: queue.SimpleQueue[Guest] = queue.SimpleQueue()
+        self.parking: Parking[Guest] = Parking(self.left.put)
+        self.guests: list[Guest] = []
+
+    def enter(self) -> Guest:
+        guest = Guest()
+        self.guests.append(guest)
+        self.parking.park(guest)
+        return guest
 
 
 @pytest.fixture
-def idle() -> Iterator[Idle]:
-    before = set(open_fds())
-    idle = Idle()
-    for uid in (ALICE, BOB):
-        idle.admit(uid)
-    idle.start()
-    yield idle
-    idle.close()
-    assert set(open_fds()) == before
+def lot() -> Iterator[Lot]:
+    lot = Lot()
+    lot.parking.start()
+    yield lot
+    lot.parking.close()
+    for guest in lot.guests:
+        guest.close()
 
 
-@pytest.mark.parametrize("how", ["sends", "goes", "is shut down"])
-def test_who_waits_is_woken(idle: Idle, how: str) -> None:
-    near, far = pair()
-    with near, far, in_background(lambda: idle.wait(ALICE, near, WAIT)):
-        wait_until(lambda: bool(idle._waiting), "it waits")
-        if how == "sends":
-            far.send(b"x")
-        elif how == "goes":
-            far.close()
-        else:
-            near.shutdown(socket.SHUT_RD)
-        wait_until(lambda: not idle._waiting, "it is woken", WAIT / 2)
+def test_what_has_something_to_read_is_served_where_it_is(lot: Lot) -> None:
+    guests = [lot.enter() for _ in range(200)]
+    for guest in guests:
+        guest.far.sendall(b"x")
+    for guest in guests:
+        assert guest.read.get(timeout=WAIT) == (b"x", "parking")
+    assert lot.left.empty()
 
 
-def test_what_is_there_already_is_not_waited_for(idle: Idle) -> None:
-    near, far = pair()
-    with near, far:
-        far.send(b"x")
-        for _ in range(3):
-            idle.wait(ALICE, near, None)
+def test_what_is_there_already_is_served_at_once(lot: Lot) -> None:
+    guest = Guest()
+    lot.guests.append(guest)
+    guest.far.sendall(b"early")
+    lot.parking.park(guest)
+    assert guest.read.get(timeout=WAIT)[0] == b"early"
 
 
-def test_waiting_has_an_end(idle: Idle) -> None:
-    near, far = pair()
-    with near, far:
-        begun = time.monotonic()
-        idle.wait(ALICE, near, 0.02)
-        assert time.monotonic() - begun >= 0.02
-    assert not idle._waiting
+@pytest.mark.parametrize("how", ["asked to", "hung up"])
+def test_what_does_not_stay_leaves_and_is_watched_no_more(lot: Lot, how: str) -> None:
+    guest = lot.enter()
+    if how == "asked to":
+        guest.far.sendall(b"go")
+    else:
+        guest.far.shutdown(socket.SHUT_WR)
+    assert lot.left.get(timeout=WAIT) is guest
+    guest.read.get(timeout=WAIT)
+    lot.parking.probe()
+    wait_until(lot.parking.probe, "a turn")
+    assert guest.read.empty()
 
 
-def test_the_end_wakes_all() -> None:
-    idle = Idle()
-    idle.admit(ALICE)
-    idle.start()
-    near, far = pair()
-    with near, far, in_background(lambda: idle.wait(ALICE, near, None)):
-        wait_until(lambda: bool(idle._waiting), "it waits")
-        idle.close()
+def test_what_has_left_may_come_again(lot: Lot) -> None:
+    guest = lot.enter()
+    for _ in range(3):
+        guest.far.sendall(b"go")
+        assert lot.left.get(timeout=WAIT) is guest
+        lot.parking.park(guest)
+    guest.far.sendall(b"still here")
+    while guest.read.get(timeout=WAIT)[0] != b"still here":
+        pass
 
 
-def watched(epoll: select.epoll) -> int:
-    """How many fds it has."""
-    return Path(f"/proc/self/fdinfo/{epoll.fileno()}").read_text().count("tfd:")
+def test_error_that_nobody_expected_costs_nobody_else_anything(lot: Lot, logged: Logged) -> None:
+    before = faults.counts().get("watching connections failed", 0)
+    ill, well = lot.enter(), lot.enter()
+    ill.fails = True
+    ill.far.sendall(b"x")
+    well.far.sendall(b"y")
+    assert well.read.get(timeout=WAIT)[0] == b"y"
+    assert ill.read.get(timeout=WAIT)[0] == b"x", "it is served in the next turn"
+    assert faults.counts()["watching connections failed"] == before + 1
 
 
-def test_no_user_waits_until_all_of_another_are_woken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Alice's clients have all gone before Bob's one says something."""
-    monkeypatch.setattr(idle_module, "_AT_ONCE", 2)
-    woken: list[int] = []
-    idle = Idle()
-    for uid in (ALICE, BOB):
-        idle.admit(uid)
-
-    def wait(uid: int, sock: socket.socket) -> None:
-        idle.wait(uid, sock, WAIT)
-
-    class Noted(dict[int, object]):
-        """Who is looked up is about to be woken."""
-
-        def get(self, fd: int, default: object = None) -> object:
-            woken.append(fd)
-            return super().get(fd, default)
-
-    idle._waiting = Noted()  # type: ignore[assignment]
-    with ExitStack() as stack:
-        alices = [pair() for _ in range(20)]
-        bob, bobs_client = pair()
-        bobs_fd = bob.fileno()
-        for sock in (*(sock for ends in alices for sock in ends), bob, bobs_client):
-            stack.enter_context(sock)
-        threads = [threading.Thread(target=wait, args=(ALICE, near)) for near, _ in alices]
-        threads.append(threading.Thread(target=wait, args=(BOB, bob)))
-        for thread in threads:
-            thread.start()
-        wait_until(lambda: sum(map(watched, idle._clients.values())) == 21, "all wait")
-        for _, far in alices:
-            far.close()
-        bobs_client.send(b"x")
-        idle.start()
-        for thread in threads:
-            thread.join(WAIT)
-        idle.close()
-    assert len(woken) >= 21
-    assert woken.index(bobs_fd) < 4
+def test_what_cannot_be_watched_stays_the_callers(lot: Lot) -> None:
+    guest = Guest()
+    guest.close()
+    with pytest.raises((OSError, ValueError)):
+        lot.parking.park(guest)
+    assert lot.left.empty()
 
 
-def test_error_that_nobody_expected_wakes_nobody_less(
-    idle: Idle, monkeypatch: pytest.MonkeyPatch, logged: Logged
-) -> None:
-    real, failures = Idle._wake_some, [KeyError("nobody expects it")]
+def test_its_thread_answers_a_probe_unless_it_hangs(lot: Lot) -> None:
+    hangs, goes_on = threading.Event(), threading.Event()
 
-    def fail_once(self: Idle, fd: int) -> None:
-        if failures:
-            raise failures.pop()
-        real(self, fd)
+    class Hanging(Guest):
+        def on_readable(self) -> bool:
+            hangs.set()
+            assert goes_on.wait(WAIT)
+            return super().on_readable()
 
-    monkeypatch.setattr(Idle, "_wake_some", fail_once)
-    near, far = pair()
-    with near, far, in_background(lambda: idle.wait(ALICE, near, WAIT)):
-        wait_until(lambda: bool(idle._waiting), "it waits")
-        far.send(b"x")
-        wait_until(lambda: not idle._waiting, "it is woken", WAIT / 2)
-    assert "waking connections failed" in logged.at(40)
-
-
-def test_its_thread_answers_unless_it_hangs(idle: Idle, monkeypatch: pytest.MonkeyPatch) -> None:
-    here, go = threading.Event(), threading.Event()
-
-    def hang(fd: int) -> None:
-        here.set()
-        go.wait(WAIT)
-
-    assert idle.answers()
-    wait_until(lambda: not idle._asked, "it has answered")
-    monkeypatch.setattr(idle, "_wake_some", hang)
-    near, far = pair()
-    with near, far, in_background(lambda: idle.wait(ALICE, near, WAIT)):
-        far.send(b"x")
-        assert here.wait(WAIT)
-        assert idle.answers(), "it has been asked only now"
-        assert not idle.answers()
-        monkeypatch.undo()
-        go.set()
-    wait_until(lambda: not idle._asked, "it goes on")
+    assert lot.parking.probe()
+    wait_until(lot.parking.probe, "it has answered")
+    guest = Hanging()
+    lot.guests.append(guest)
+    wait_until(lot.parking.probe, "it has answered")
+    guest.far.sendall(b"x")
+    lot.parking.park(guest)
+    assert hangs.wait(WAIT)
+    lot.parking.probe()
+    assert not lot.parking.probe()
+    goes_on.set()
+    wait_until(lot.parking.probe, "it has answered")
 
 
-def test_who_has_gone_leaves_nothing(idle: Idle) -> None:
-    before = set(open_fds())
-    for uid in range(10, 30):
-        idle.admit(uid)
-        idle.admit(uid)
-        idle.dismiss(uid)
-        near, far = pair()
-        with near, far:
-            far.send(b"x")
-            idle.wait(uid, near, None)
-        idle.dismiss(uid)
-    assert set(open_fds()) == before
-    assert set(idle._connections) == set(idle._clients) == {ALICE, BOB}
+def test_at_the_end_nothing_is_touched_any_more() -> None:
+    lot = Lot()
+    lot.parking.start()
+    guest = lot.enter()
+    lot.parking.close()
+    guest.far.sendall(b"too late")
+    assert guest.read.empty()
+    assert not is_silent(guest._sock)
+    guest.close()
 
 
-class Full:
-    """An epoll instance that takes no more."""
-
-    def register(self, *_: object) -> None:
-        raise OSError(28, "No space left on device")
+def test_one_that_was_never_started_can_be_closed() -> None:
+    Lot().parking.close()
 
 
-def test_who_could_not_be_admitted_can_be_later(idle: Idle, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = set(open_fds())
-    with monkeypatch.context() as patch:
-        patch.setattr(idle, "_users", Full())
-        with pytest.raises(OSError, match="No space"):
-            idle.admit(3)
-    assert set(open_fds()) == before
-    idle.admit(3)
-    near, far = pair()
-    with near, far:
-        far.send(b"x")
-        idle.wait(3, near, None)
+def test_many_come_and_go_at_once(lot: Lot) -> None:
+    def come_and_go() -> None:
+        for _ in range(100):
+            guest = Guest()
+            with closing(guest):
+                lot.parking.park(guest)
+                guest.far.sendall(b"go")
+                assert guest.read.get(timeout=WAIT)[0] == b"go"
+                wait_until(lambda guest=guest: left(guest), "it has left")  # type: ignore[misc]
 
+    gone: set[Guest] = set()
+    lock = threading.Lock()
 
-def test_who_comes_after_the_end_waits_for_nothing() -> None:
-    idle = Idle()
-    idle.admit(ALICE)
-    idle.start()
-    idle.close()
-    near, far = pair()
-    with near, far:
-        idle.wait(ALICE, near, None)
-        idle._stopping = False  # as for who has just looked when it ends
-        idle.wait(ALICE, near, None)
-        idle._stopping = True
-    idle.dismiss(ALICE)
+    def left(guest: Guest) -> bool:
+        with lock:
+            while not lot.left.empty():
+                gone.add(lot.left.get())
+            return guest in gone
 
-
-def test_who_goes_while_it_ends_is_waited_for() -> None:
-    """Its epoll instance is closed once, by one of both."""
-    idle = Idle()
-    idle.admit(ALICE)
-    with idle._lock:  # as in `dismiss`
-        ending = threading.Thread(target=idle.close)
-        ending.start()
-        wait_until(lambda: idle._stopping, "it ends")
-        ending.join(0.05)
-        assert ending.is_alive()
-    ending.join(WAIT)
-    assert not ending.is_alive()
-
-
-def test_what_is_to_be_done_later_is_done_in_its_turn_and_not_before(idle: Idle) -> None:
-    done: list[tuple[str, float]] = []
-    begun = time.monotonic()
-    for name, seconds in (("last", 0.04), ("first", 0.02), ("second", 0.02)):
-        idle.call_later(seconds, lambda name=name: done.append((name, time.monotonic())))  # type: ignore[misc]
-    wait_until(lambda: len(done) == 3, "all is done")
-    assert [name for name, _ in done] == ["first", "second", "last"]
-    assert done[0][1] >= begun + 0.02
-    assert done[2][1] >= begun + 0.04
-
-
-def test_what_was_to_be_done_later_is_done_at_the_end(idle: Idle) -> None:
-    done: list[int] = []
-    for number in range(3):
-        idle.call_later(NEVER, lambda number=number: done.append(number))  # type: ignore[misc]
-    idle.call_all()
-    assert done == [0, 1, 2]
-
-
-def test_at_the_end_what_is_being_done_is_waited_for(idle: Idle) -> None:
-    here, done = threading.Event(), []
-
-    def work() -> None:
-        here.set()
-        time.sleep(0.05)
-        done.append("work")
-
-    idle.call_later(0.0, work)
-    assert here.wait(WAIT)
-    idle.call_all()
-    assert done == ["work"]
-
-
-def test_at_the_end_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(idle_module, "_LAST_CALL", 0.01)
-    idle = Idle()
-    idle.call_all()
-    idle.close()
-
-
-def test_once_nobody_has_to_wait_for_others_nothing_is_done_later() -> None:
-    alone = threading.Event()
-    done: list[int] = []
-    idle = Idle(alone.is_set)
-    idle.start()
-    for number in range(40):
-        idle.call_later(NEVER, lambda number=number: done.append(number))  # type: ignore[misc]
-    time.sleep(0.01)
-    assert not done
-    alone.set()
-    wait_until(lambda: len(done) == 40, "all is done")
-    assert done == list(range(40))
-    idle.close()
+    threads = [threading.Thread(target=come_and_go) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    assert len(gone) == 400

@@ -18,12 +18,11 @@ import pytest
 from cc_proxy.linux.fds import close_stream, may_hold_fds
 from cc_proxy.proxy.clients import server as server_module
 from cc_proxy.proxy.clients.server import Server
-from cc_proxy.proxy.clients.workers import Crew
-from cc_proxy.proxy.users import Share
+from cc_proxy.proxy.clients.workers import Workers
 from cc_proxy.settings import Limits
 from tests.proxy.conftest import Logged
 from tests.proxy.house import UNKNOWN, Answering, House, limited
-from tests.proxy.support import NEVER, open_fds
+from tests.proxy.support import open_fds
 from tests.wire.support import (
     WAIT,
     at_end,
@@ -44,7 +43,7 @@ def test_connections_are_numbered_and_forgotten(house: House, answering: Answeri
             client.send(message("x"))
             assert client.receive() == b"answer"
         client.close()
-    wait_until(lambda: not house.server._connections, "all are forgotten")
+    wait_until(lambda: not house.has("connections"), "all are forgotten")
     assert answering.clients == [1, 1, 2, 2, 3, 3]
 
 
@@ -57,7 +56,7 @@ def test_no_more_connections_than_the_settings_allow(tmp_sock_dir: Path, logged:
         assert at_end(turned_away.sock)
         assert [client.ask("x") for client in clients] == [UNKNOWN] * 2
         clients[0].close()
-        wait_until(lambda: len(house.server._connections) == 1, "there is room again")
+        wait_until(lambda: house.has("connections") == 1, "there is room again")
         assert house.connect().ask("x") == UNKNOWN
         fields = {"pid": os.getpid(), "uid": os.getuid(), "error": "the limit of 2 connections is reached"}
         assert logged.fields("connection refused") == [fields]
@@ -75,34 +74,29 @@ def test_turned_away_though_it_reads_and_sends_what_it_likes(tmp_sock_dir: Path)
             assert at_end(client.sock)
 
 
-def test_thread_that_cannot_be_had_costs_that_connection(
+def test_thread_that_cannot_be_had_costs_that_request(
     house: House, monkeypatch: pytest.MonkeyPatch, logged: Logged
 ) -> None:
-    start = threading.Thread.start
+    def refuse(workers: Workers, name: str, work: Callable[[], object]) -> None:
+        raise RuntimeError("can't start new thread")
 
-    def refuse(thread: threading.Thread) -> None:
-        if thread.name.startswith("client "):
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    first = house.connect()
-    assert first.ask("x") == UNKNOWN
+    client, half = house.connect(), house.connect()
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
-        for _ in range(3):
-            client = house.connect()
-            assert client.receive() == refused("the daemon cannot start another thread")
-            assert at_end(client.sock)
-    assert house.connect().ask("x") == UNKNOWN
-    assert first.ask("x") == UNKNOWN
-    assert len(house.server._connections) == 2
-    assert logged.at(logging.WARNING) == ["connection refused"] * 3
+        patch.setattr(Workers, "start", refuse)
+        client.send(request("hyper") + request("x") + request("hyper"))
+        answers = [client.receive() for _ in range(3)]
+        half.send(b"\0")
+        assert half.receive() == refused("the daemon cannot start another thread")
+        assert at_end(half.sock)
+    assert answers == [refused("the daemon cannot start another thread"), UNKNOWN, answers[0]]
+    assert client.ask("hyper") == refused("client not attached to a vm")
+    assert logged.at(logging.WARNING) == ["no thread for a request"] * 3
 
 
 def test_connection_that_may_find_no_memory_for_its_thread_is_not_let_in(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Be it served at once or later."""
+    """Its requests may need one."""
 
     def refuse() -> None:
         raise RuntimeError("no memory for another thread")
@@ -112,7 +106,7 @@ def test_connection_that_may_find_no_memory_for_its_thread_is_not_let_in(
         client = house.connect()
         assert client.receive() == refused("the daemon cannot start another thread")
         assert at_end(client.sock)
-    assert not house.server.shares.users()
+    assert not house.has("connections")
     assert house.connect().ask("x") == UNKNOWN
 
 
@@ -275,38 +269,35 @@ def test_only_who_has_passed_fds_takes_a_thread_to_be_turned_away(
     house: House, monkeypatch: pytest.MonkeyPatch, passes: bool
 ) -> None:
     """Where the kernel lets them: before Linux 6.16, or with who had connected to an inherited socket."""
-    threads: list[Callable[[], None]] = []
+    started: list[str] = []
+    start = Workers.start
 
-    def begin(close: Callable[[], None]) -> bool:
-        threads.append(close)
-        close()
-        return True
+    def note(workers: Workers, name: str, work: Callable[[], object]) -> None:
+        started.append(name)
+        start(workers, name, work)
 
-    monkeypatch.setattr(server_module, "_begin", begin)
+    monkeypatch.setattr(Workers, "start", note)
     near, far = socket.socketpair()
     with far:
         socket.send_fds(far, [b"x"], [far.fileno()] * passes)
         house.server.shutdown_request(near)
         assert at_end(far)
-    assert len(threads) == passes
+    assert started == ["close"] * passes
 
 
 def test_connection_that_cannot_be_closed_in_order_counts_no_more(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    near, far = socket.socketpair()
-    with near, far:
-        share = house.server.shares.of(os.geteuid())
-        house.server._admit(near, share)
+    def fail(sock: socket.socket) -> None:
+        sock.close()
+        raise MemoryError
 
-        def fail(_sock: socket.socket) -> None:
-            raise MemoryError
-
-        with monkeypatch.context() as patch:
-            patch.setattr(server_module, "close_stream", fail)
-            with pytest.raises(MemoryError):
-                house.server._close(near)
-        assert house.server.shares.users() == []
+    client = house.connect()
+    assert client.ask("x") == UNKNOWN
+    with monkeypatch.context() as patch:
+        patch.setattr(server_module, "close_stream", fail)
+        client.close()
+        wait_until(lambda: not house.has("connections"), "it counts no more")
 
 
 def test_connection_counts_until_it_is_closed(tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +311,7 @@ def test_connection_counts_until_it_is_closed(tmp_sock_dir: Path, monkeypatch: p
             assert house.connect().receive() == refused("the limit of 1 connections is reached")
         finally:
             closing.over.set()
-        wait_until(lambda: not house.server.shares.users(), "it is forgotten")
+        wait_until(lambda: not house.has("connections"), "it is forgotten")
 
 
 # The end --------------------------------------------------------------------------------------------------
@@ -354,30 +345,7 @@ def test_at_the_end_who_is_not_ready_in_time_is_cut_off(house: House, answering:
     assert not house.stop(0.01)
     assert at_end(client.sock)
     answering.proceed.set()
-    wait_until(lambda: not house.server._connections, "it is forgotten")
-
-
-def test_connection_that_comes_too_fast_is_served_once_nobody_else_is_there(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Share, "arrive", lambda _: NEVER)
-    assert house.connect().ask("x") == UNKNOWN
-
-
-def test_error_that_nobody_expects_costs_a_connection_that_waits_its_turn(
-    house: House, monkeypatch: pytest.MonkeyPatch, logged: Logged
-) -> None:
-    def fail(*_: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(Share, "arrive", lambda _: NEVER)
-    with monkeypatch.context() as patch:
-        patch.setattr(Crew, "hand_over", fail)
-        client = house.connect()
-        assert at_end(client.sock)
-    assert logged.at(logging.ERROR) == ["connection failed"]
-    assert house.connect().ask("x") == UNKNOWN
-    wait_until(lambda: len(house.server._connections) == 1, "only the second is known")
+    wait_until(lambda: not house.has("connections"), "it is forgotten")
 
 
 def test_it_stops_even_if_it_is_told_before_it_has_begun(
@@ -409,21 +377,6 @@ def test_who_has_connected_to_an_own_socket_is_still_served(
         assert at_end(client.sock)
 
 
-def test_who_still_waits_when_the_last_ones_have_had_their_time_is_hung_up_on(
-    house: House, monkeypatch: pytest.MonkeyPatch, logged: Logged
-) -> None:
-    monkeypatch.setattr(Server, "get_request", no_request)
-    monkeypatch.setattr(server_module, "_LAST_SERVED", -1.0)
-    monkeypatch.setattr(Crew, "hand_over", NotImplemented)
-    late = [house.connect() for _ in range(5)]
-    for client in late:
-        client.send(request("x"))
-    assert house.stop()
-    assert all(at_end(client.sock) for client in late)
-    wait_until(lambda: not house.server.shares.users(), "they are forgotten")
-    assert logged.at(logging.WARNING) == []
-
-
 def test_nobody_comes_any_more_through_a_socket_that_was_removed(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -434,7 +387,7 @@ def test_nobody_comes_any_more_through_a_socket_that_was_removed(
 
     def bring_another(server: Server, sock: socket.socket) -> None:
         take_in(server, sock)
-        assert len(house.server._connections) <= 10, "there would be no end"
+        assert house.has("connections") <= 10, "there would be no end"
         another = stack.enter_context(socket.socket(socket.AF_UNIX))
         try:
             another.connect(f"/proc/self/fd/{still_open}")

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
-from types import SimpleNamespace
 from typing import cast
 
 import msgspec
-import pytest
 
 from cc_proxy.api import (
     EndedVm,
@@ -43,7 +40,7 @@ class FakeRegistry:
     def spooled(self, client: Credentials) -> int:
         return 0
 
-    def users(self, client: Credentials) -> list[UserStatus]:
+    def user_status(self, client: Credentials) -> list[UserStatus]:
         return []
 
     def vms_of(self, client: Credentials) -> list[Vm]:
@@ -93,31 +90,15 @@ def test_pump_that_is_stuck_is_said_to_be_and_holds_up_no_other(rig: Rig, space:
     rig.wait_for_turn()  # it answers nobody now, and lives
 
 
-def test_pump_that_is_late_is_waited_for_once_all_have_been_asked(
-    rig: Rig, space: SpoolSpace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(status, "_MOMENT", 0.0)
+def test_all_pumps_are_asked_before_any_is_waited_for(rig: Rig, space: SpoolSpace) -> None:
     release = threading.Event()
     with Rig(space) as other:
         first, last = vm_of(rig, "a"), vm_of(other, "b")
-
-        def describe_last() -> Streams:
-            release.set()
-            return other.streams()
-
-        monkeypatch.setattr(last, "describe", describe_last)
         keep_busy(rig, release)
+        assert other.pump._mailbox.post(release.set)
         vms = describe(FakeRegistry(last, first)).vms
     assert [(vm.id, vm.answers) for vm in vms] == [("a", True), ("b", True)]
     assert all(vm.streams for vm in vms)
-
-
-def test_others_have_their_turn_between_vms(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    breaths: list[float] = []
-    monkeypatch.setattr(status, "time", SimpleNamespace(monotonic=time.monotonic, sleep=breaths.append))
-    vms = [vm_of(rig, f"{number:03}") for number in range(3 * status._IN_A_ROW)]
-    assert [vm.id for vm in describe(FakeRegistry(*vms)).vms] == [vm.container_id for vm in vms]
-    assert breaths == [status._BREATH] * 2
 
 
 def test_pump_that_has_ended_is_not_said_to_be_stuck(rig: Rig) -> None:
@@ -149,7 +130,7 @@ def test_stdin_the_vm_does_not_take(space: SpoolSpace) -> None:
     with Rig(space, io_buffer=4096) as rig:
         stream = rig.open(1)
         sent = 0
-        while not rig.call(lambda: rig.pump._stdin.blocked):
+        while not rig.streams().stdin_held:
             stream.sock.sendall(frame(stream.base, bytes(1000)))
             sent += 1
         answer = rig.streams()
@@ -162,13 +143,14 @@ def test_frames_are_counted_in_both_directions(rig: Rig) -> None:
     stream = rig.open(1)
     rig.io.sendall(b"".join(frame(stream.base, bytes(64)) for _ in range(300)) + frame(77, b"stray"))
     stream.sock.sendall(frame(stream.base, b"a") + frame(stream.base, bytes(10_000)))
-    rig.wait(lambda pump: pump.counters.frames_to_clients == 301, "all frames up")
-    rig.wait(lambda pump: pump.counters.bytes_to_vm == 13 + 10_012, "all frames down")
+    rig.wait(lambda streams: streams.traffic.frames_to_clients == 300, "all frames up")
+    rig.wait(lambda streams: streams.traffic.frames_to_vm == 4, "all frames down")
     taken = b""
     while len(taken) < 13 + 10_000 + 3 * 12:
         taken += rig.io.recv(65_536)
     frames = frames_of(taken)
-    assert rig.call(lambda: rig.pump.counters.frames_to_vm) == len(frames) == 4
+    traffic = rig.streams().traffic
+    assert (traffic.frames_to_vm, traffic.bytes_to_vm) == (len(frames), len(taken)), "as the agent gets them"
 
 
 #: As long as numbers get in JSON.

@@ -9,59 +9,61 @@ from typing import cast
 import pytest
 
 from cc_proxy.proxy.clients import workers as module
-from cc_proxy.proxy.clients.workers import Crew, Job
+from cc_proxy.proxy.clients.workers import Job, Workers
 from tests.wire.support import wait_until
 
 
 @pytest.fixture
-def crew() -> Iterator[Crew]:
-    crew = Crew()
-    yield crew
-    crew.close()
-    assert crew.join(5)
+def workers() -> Iterator[Workers]:
+    workers = Workers()
+    yield workers
+    workers.close()
+    assert workers.join(5)
 
 
-def do(crew: Crew, name: str = "job") -> threading.Thread:
+def do(workers: Workers, name: str = "job") -> threading.Thread:
     """Have something done, and return the thread that did it."""
     by: queue.SimpleQueue[threading.Thread] = queue.SimpleQueue()
-    crew.hand_over(name, lambda: by.put(threading.current_thread()))
+    workers.start(name, lambda: by.put(threading.current_thread()))
     return by.get(timeout=5)
 
 
-def wait_for_spare(crew: Crew, number: int) -> None:
-    wait_until(lambda: len(crew._spare) == number, f"{number} have nothing to do")
+def wait_for_spare(workers: Workers, number: int) -> None:
+    wait_until(lambda: len(workers._spare) == number, f"{number} have nothing to do")
 
 
-def test_each_job_has_a_thread_of_its_own(crew: Crew) -> None:
+def test_each_job_has_a_thread_of_its_own(workers: Workers) -> None:
     together = threading.Barrier(3, timeout=5)
     for _ in range(2):
-        crew.hand_over("waits", together.wait)
+        workers.start("waits", together.wait)
     together.wait()
 
 
-def test_a_thread_is_called_what_it_does(crew: Crew) -> None:
+def test_a_thread_is_called_what_it_does(workers: Workers) -> None:
     names: queue.SimpleQueue[str] = queue.SimpleQueue()
     for name in ("one", "two"):
-        crew.hand_over(name, lambda: names.put(threading.current_thread().name))
+        workers.start(name, lambda: names.put(threading.current_thread().name))
         assert names.get(timeout=5) == name
-        wait_for_spare(crew, 1)
+        wait_for_spare(workers, 1)
 
 
-def test_one_that_has_nothing_to_do_does_the_next_job(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_thread_does_the_next_job(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LINGER", 60)
-    first = do(crew)
-    wait_for_spare(crew, 1)
-    assert do(crew) is first
+    first = do(workers)
+    wait_for_spare(workers, 1)
+    assert do(workers) is first
 
 
-def test_one_that_has_had_nothing_to_do_for_a_while_ends(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_was_idle_for_a_while_ends(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LINGER", 0.001)
-    do(crew).join(5)
-    wait_until(lambda: not crew._members, "it has ended")
-    assert not crew._spare
+    do(workers).join(5)
+    wait_until(lambda: not workers._threads, "it has ended")
+    assert not workers._spare
 
 
-def test_a_job_that_comes_as_a_thread_gives_up_is_done(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_that_comes_as_a_thread_gives_up_is_done(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Snatched(deque["queue.SimpleQueue[Job]"]):
         """Whoever waits here is taken out before it can take itself out."""
 
@@ -70,56 +72,58 @@ def test_a_job_that_comes_as_a_thread_gives_up_is_done(crew: Crew, monkeypatch: 
 
     taken: queue.SimpleQueue[queue.SimpleQueue[Job]] = queue.SimpleQueue()
     monkeypatch.setattr(module, "_LINGER", 0)
-    crew._spare = Snatched()
-    first = do(crew)
+    workers._spare = Snatched()
+    first = do(workers)
     by: queue.SimpleQueue[threading.Thread] = queue.SimpleQueue()
     taken.get(timeout=5).put(("late", lambda: by.put(threading.current_thread())))
     assert by.get(timeout=5) is first
     taken.get(timeout=5).put(None)
 
 
-def test_only_so_many_wait(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_so_many_wait(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LINGER", 60)
     together = threading.Barrier(module._MOST_SPARE + 4, timeout=5)
     for _ in range(module._MOST_SPARE + 3):
-        crew.hand_over("waits", together.wait)
+        workers.start("waits", together.wait)
     together.wait()
-    wait_until(lambda: len(crew._members) == module._MOST_SPARE, "the others have ended")
-    wait_for_spare(crew, module._MOST_SPARE)
+    wait_until(lambda: len(workers._threads) == module._MOST_SPARE, "the others have ended")
+    wait_for_spare(workers, module._MOST_SPARE)
 
 
 def test_a_job_that_cannot_be_handed_over_costs_no_thread(
-    crew: Crew, monkeypatch: pytest.MonkeyPatch
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_LINGER", 60)
-    thread = do(crew)
-    wait_for_spare(crew, 1)
-    jobs = crew._spare.pop()
+    thread = do(workers)
+    wait_for_spare(workers, 1)
+    jobs = workers._spare.pop()
 
     class NoMemory:
         def put(self, _job: Job) -> None:
             raise MemoryError
 
     spare = cast("queue.SimpleQueue[Job]", NoMemory())
-    crew._spare.append(spare)
+    workers._spare.append(spare)
     with pytest.raises(MemoryError):
-        crew.hand_over("job", lambda: None)
-    assert list(crew._spare) == [spare]
-    crew._spare[0] = jobs
-    assert do(crew) is thread
+        workers.start("job", lambda: None)
+    assert list(workers._spare) == [spare]
+    workers._spare[0] = jobs
+    assert do(workers) is thread
 
 
-def test_nothing_is_kept_of_a_thread_that_cannot_start(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_kept_of_a_thread_that_cannot_start(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", fail)
     with pytest.raises(RuntimeError):
-        crew.hand_over("job", lambda: None)
-    assert not crew._members
+        workers.start("job", lambda: None)
+    assert not workers._threads
 
 
-def test_nothing_is_kept_of_what_was_done(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_kept_of_what_was_done(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LINGER", 60)
     gone = threading.Event()
 
@@ -130,40 +134,40 @@ def test_nothing_is_kept_of_what_was_done(crew: Crew, monkeypatch: pytest.Monkey
         def __del__(self) -> None:
             gone.set()
 
-    crew.hand_over("job", Kept().work)
+    workers.start("job", Kept().work)
     assert gone.wait(5)
-    wait_for_spare(crew, 1)
+    wait_for_spare(workers, 1)
 
 
-def test_one_that_gives_up_at_the_end_is_missed_by_nobody(crew: Crew) -> None:
+def test_one_that_gives_up_at_the_end_is_missed_by_nobody(workers: Workers) -> None:
     class JustLeft(deque["queue.SimpleQueue[Job]"]):
         """Whoever was here has taken itself out since somebody looked."""
 
         def __bool__(self) -> bool:
             return True
 
-    crew._spare = JustLeft()
-    crew.close()
+    workers._spare = JustLeft()
+    workers.close()
 
 
 def test_after_the_end_threads_end_when_they_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LINGER", 60)
-    crew = Crew()
-    do(crew)
-    wait_for_spare(crew, 1)
+    workers = Workers()
+    do(workers)
+    wait_for_spare(workers, 1)
     release = threading.Event()
-    crew.hand_over("busy", release.wait)
-    do(crew)
-    wait_for_spare(crew, 1)
-    crew.close()
-    assert not crew.join(0.001)
+    workers.start("busy", release.wait)
+    do(workers)
+    wait_for_spare(workers, 1)
+    workers.close()
+    assert not workers.join(0.001)
     release.set()
-    assert crew.join(5)
+    assert workers.join(5)
 
 
 def test_thread_that_is_just_being_started_is_no_error_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who hands over may be slow, and nobody waits for it for ever."""
-    crew = Crew()
+    workers = Workers()
     start, begun, go_on = threading.Thread.start, threading.Event(), threading.Event()
 
     def start_late(thread: threading.Thread) -> None:
@@ -171,13 +175,13 @@ def test_thread_that_is_just_being_started_is_no_error_at_the_end(monkeypatch: p
         assert go_on.wait(5)
         start(thread)
 
-    slow = threading.Thread(target=lambda: crew.hand_over("job", lambda: None))
+    slow = threading.Thread(target=lambda: workers.start("job", lambda: None))
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start_late)
         start(slow)
         assert begun.wait(5)
-        crew.close()
-        assert not crew.join(5)
+        workers.close()
+        assert not workers.join(5)
         go_on.set()
         slow.join(5)
-    assert crew.join(5)
+    assert workers.join(5)

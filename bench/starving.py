@@ -1,0 +1,69 @@
+"""A user who starves whatever runs with their uid: what `bench.attack` does for the habit `starve`.
+
+Hellos name a socket that accepts nothing, so that something of the daemon's with the user's uid waits for it.
+That is given the lowest priority, on a CPU that the user keeps busy.
+"""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+from bench.launch import ends_with
+from cc_proxy.api import Client, ProxyError
+
+HABIT = "starve"
+
+HELLOS = 40
+_BUSY = 8
+_CPU = 0
+_INTERVAL = 0.01
+#: Seconds for which the socket stays.
+_ROUND = 0.5
+
+
+def keep_busy(uid: int) -> set[int]:
+    """Fork processes that do nothing but run, with the usual priority; they end with this one."""
+    parent, busy = os.getpid(), set()
+    for _ in range(_BUSY):
+        busy.add(pid := os.fork())
+        if not pid:
+            os.setresuid(uid, uid, uid)
+            os.sched_setaffinity(0, [_CPU])
+            if ends_with(parent):
+                while True:
+                    pass
+    return busy
+
+
+def attack(path: str, directory: str, busy: set[int]) -> None:
+    full = f"{directory}/full"
+    for number in range(HELLOS):
+        threading.Thread(target=_say_hello, args=(path, number, full), daemon=True).start()
+    while True:
+        with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+            listener.bind(full)
+            listener.listen(0)
+            first.connect(full)
+            until = time.monotonic() + _ROUND
+            while time.monotonic() < until:
+                _starve_others(busy | {os.getpid()})
+                time.sleep(_INTERVAL)
+        os.unlink(full)  # all that waited goes on at once
+
+
+def _say_hello(path: str, number: int, full: str) -> None:
+    while True:
+        with contextlib.suppress(OSError, ProxyError), Client(path) as client:
+            client.hello(f"starving-{number}", full, full)
+
+
+def _starve_others(ours: set[int]) -> None:
+    """Take from all other threads on this host what the kernel lets this user take."""
+    for task in Path("/proc").glob("[0-9]*/task/[0-9]*"):
+        if int(task.parts[2]) not in ours:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(int(task.name), [_CPU])
+                os.sched_setscheduler(int(task.name), os.SCHED_IDLE, os.sched_param(0))
