@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cc_proxy.api import Client, Frame, FrameParser, encode_frame
+from tests.ctl.fake_proxy import FakeProcess, FakeProxy
 
 README = Path(__file__).parent.parent / "README.md"
 MIB = 1024 * 1024
@@ -131,14 +132,26 @@ def test_two_processes_in_one_pod_and_a_signal(proxy: Proxy) -> None:
             assert (cat.returncode, out) == (0, b"third")
 
 
-def test_the_readmes_program(proxy: Proxy) -> None:
+def readmes_program(socket_path: str) -> str:
     (program,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    program = program.replace("/run/cc-oci-runtime/proxy.sock", proxy.socket_path)
+    return program.replace("/run/cc-oci-runtime/proxy.sock", socket_path)
+
+
+def test_the_readmes_program(proxy: Proxy) -> None:
     printed = io.StringIO()
     with proxy.pod("web"), contextlib.redirect_stdout(printed):
-        exec(program, {})
+        exec(readmes_program(proxy.socket_path), {})
     assert "payload=b'Linux\\n'" in printed.getvalue()
     assert "payload=b'\\x00'" in printed.getvalue()
+
+
+def test_the_readmes_program_ends_with_its_vm(tmp_sock_dir: Path) -> None:
+    def dies(process: FakeProcess) -> None:
+        process.out(b"Linux\n")
+        process.io.shutdown(socket.SHUT_RDWR)
+
+    with FakeProxy(tmp_sock_dir / "proxy.sock", dies) as fake, pytest.raises(SystemExit, match="has gone"):
+        exec(readmes_program(fake.path), {})
 
 
 def read_to_exit(stream: socket.socket, io_base: int) -> list[Frame]:

@@ -47,11 +47,13 @@ class Client:
 
     `connection` is the path of the proxy's socket, or a stream socket that is connected already (which
     then belongs to the client and is closed with it). `timeout` is the deadline of each request in
-    seconds, None waits for ever; each method takes one of its own in its place.
+    seconds, None waits for ever; each method takes one of its own in its place. A `Deadline` is one for
+    everything together.
 
-    Every method raises `Refused` with the daemon's text if the daemon said no: nothing has changed then
-    and the connection stays usable. `ProtocolError`, `TimedOut` and `OSError` leave it in an unknown
-    state: from then on every request raises `ProtocolError`, and `close` is all that is left.
+    Every method raises `Refused` with the daemon's text if the daemon said no: nothing has changed then, and
+    the connection stays usable unless the daemon closed it with that (a user who may not connect, a limit).
+    `ProtocolError`, `TimedOut` and `OSError` leave it in an unknown state: from then on every request raises
+    `ProtocolError`, and `close` is all that is left.
 
     One thread at a time may use a client; it is a context manager that closes on the way out.
     """
@@ -60,14 +62,14 @@ class Client:
         self,
         connection: socket.socket | str | os.PathLike[str] = DEFAULT_SOCKET,
         *,
-        timeout: float | None = None,
+        timeout: float | Deadline | None = None,
     ) -> None:
         self._timeout = timeout
-        self._sock = (
-            connection
-            if isinstance(connection, socket.socket)
-            else connect(os.fspath(connection), timeout=timeout)
-        )
+        if isinstance(connection, socket.socket):
+            self._sock, self._where = connection, ""
+        else:
+            self._where = os.fspath(connection)
+            self._sock = connect(self._where, timeout=timeout)
         self._broken = False
 
     def hello(
@@ -131,8 +133,8 @@ class Client:
         deadline = self._deadline(timeout)
         limit = messages.MAX_STATUS if isinstance(payload, GetStatus) else messages.MAX_TEXT
         with self._exchange():
-            write_message(self._sock, request, timeout=deadline)
-            response = read_message(self._sock, Response, timeout=deadline, limit=limit)
+            self._write(request, deadline)
+            response = self._read(deadline, limit)
             if response is None:
                 raise ProtocolError(f"the proxy closed the connection instead of answering {payload.NAME}")
         if not response.success:
@@ -162,6 +164,31 @@ class Client:
         data = self.request(payload, timeout=timeout)
         with self._exchange():
             return messages.decode(bytes(data), kind)
+
+    def _write(self, request: Request, deadline: Deadline) -> None:
+        """Send a request. If that fails, the reason is what the daemon has said before it stopped reading."""
+        try:
+            write_message(self._sock, request, timeout=deadline)
+        except OSError:
+            response = self._said()
+            if response is None or response.success:
+                raise
+            raise Refused(response.error) from None
+
+    def _said(self) -> Response | None:
+        """Return the response that has come already, if any. Raises `ProtocolError` if it is none."""
+        try:
+            return self._read(Deadline(0))
+        except OSError:
+            return None
+
+    def _read(self, deadline: Deadline, limit: int = messages.MAX_TEXT) -> Response | None:
+        """Read a response; None if the connection was closed instead. A `ProtocolError` names the socket."""
+        try:
+            return read_message(self._sock, Response, timeout=deadline, limit=limit)
+        except ProtocolError as error:
+            where = self._where or "the other end"
+            raise ProtocolError(f"{where} is not cc-proxy, or it failed: {error}") from None
 
     @contextmanager
     def _exchange(self) -> Iterator[None]:

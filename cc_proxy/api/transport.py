@@ -4,6 +4,7 @@ A read never takes a byte beyond its message, so that an fd that follows stays w
 The socket may be blocking or not; its mode is not changed.
 """
 
+import errno
 import math
 import socket
 import struct
@@ -43,10 +44,15 @@ def connect(path: str, *, timeout: float | Deadline | None = None) -> socket.soc
 
 def connect_socket(sock: socket.socket, path: str, timeout: float | Deadline | None) -> None:
     """Connect a blocking AF_UNIX socket as `connect` does; the caller closes it if that fails."""
+    deadline = Deadline(timeout)
     try:
-        # It waits as long as a send would. 0 would be for ever, so no time left is a little time.
-        limit_send(sock, max(Deadline(timeout).remaining(), 1e-6))
-        sock.connect(path)
+        connected = False
+        while not connected:
+            # It waits as long as a send would. 0 would be for ever, so no time left is a little time.
+            limit_send(sock, max(deadline.remaining(), 1e-6))
+            sock.connect(path)
+            # After a signal Python takes any socket for connected that goes on by itself; this kind does not.
+            connected = _has_peer(sock)
         limit_send(sock, 0.0)
     except BlockingIOError:
         raise TimedOut(f"timed out connecting to {path}") from None
@@ -54,6 +60,16 @@ def connect_socket(sock: socket.socket, path: str, timeout: float | Deadline | N
         if error.errno is not None:
             error.filename = path
         raise
+
+
+def _has_peer(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        return False
+    return True
 
 
 def limit_receive(sock: socket.socket, seconds: float) -> None:

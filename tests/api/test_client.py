@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from cc_proxy.api import DEFAULT_SOCKET, Attach, Client, Hyper, ProtocolError, Refused, TimedOut
+from cc_proxy.api import DEFAULT_SOCKET, Attach, Client, Deadline, Hyper, ProtocolError, Refused, TimedOut
 from tests.api.support import expect, expect_end, message, peer, say
 
 OK = message(b'{"success":true}')
@@ -204,6 +205,40 @@ def test_a_refusal_without_a_text() -> None:
         assert caught.value.text == ""
 
 
+@pytest.mark.parametrize("action", [action for action, _ in REQUESTS])
+def test_what_the_daemon_says_before_it_stops_reading(action: Action) -> None:
+    """As it does to who may not connect: the answer comes before the request, which then cannot be sent."""
+    near, far = socket.socketpair()
+    far.sendall(REFUSED)
+    far.close()
+    with Client(near) as client:
+        with pytest.raises(Refused, match=r"^unknown containerID: c$"):
+            action(client)
+        assert is_broken(client)
+
+
+def test_what_the_daemon_says_in_the_middle_of_a_request() -> None:
+    def script(far: socket.socket) -> None:
+        far.recv(1_000)
+        far.sendall(REFUSED)
+
+    with peer(script) as near, Client(near) as client:
+        with pytest.raises(Refused, match=r"^unknown containerID: c$"):
+            client.hyper("ping", b'"' + b"x" * 1_000_000 + b'"')
+        assert is_broken(client)
+
+
+@pytest.mark.parametrize("said", [b"", REFUSED[:-1], OK], ids=["nothing", "half", "yes"])
+def test_a_write_that_fails_without_a_refusal(said: bytes) -> None:
+    near, far = socket.socketpair()
+    far.sendall(said)
+    far.shutdown(socket.SHUT_RD)  # more might come, and is not waited for
+    with far, Client(near) as client:
+        with pytest.raises(BrokenPipeError):
+            client.attach("c")
+        assert is_broken(client)
+
+
 # Peers that do not keep to the protocol ---------------------------------------------------------------------
 
 
@@ -382,6 +417,19 @@ def test_the_deadline_is_for_all_of_a_request(monkeypatch: pytest.MonkeyPatch) -
         assert time.monotonic() - begun < 0.5
 
 
+def test_a_deadline_of_the_client_is_for_everything_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("cc_proxy.api.deadline.time", SimpleNamespace(monotonic=lambda: now[0]))
+    with (
+        peer(answers((ATTACH, VERSION), (ATTACH, b""))) as near,
+        Client(near, timeout=Deadline(5.0)) as client,
+    ):
+        client.attach("c")
+        now[0] += 5.0
+        with pytest.raises(TimedOut):
+            client.attach("c")
+
+
 # Connections ------------------------------------------------------------------------------------------------
 
 
@@ -429,6 +477,65 @@ def test_a_path_where_nobody_listens_is_named(tmp_sock_dir: Path, name: str, err
         Client(path)
     assert caught.value.filename == path
     assert path in str(caught.value)
+
+
+def test_a_server_that_is_not_the_daemon_is_named(tmp_sock_dir: Path) -> None:
+    path = str(tmp_sock_dir / "http.sock")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        with Client(path, timeout=10) as client:
+            sock, _ = server.accept()
+            with sock:
+                sock.sendall(b"HTTP/1.1 400 Bad Request\r\n")
+                with pytest.raises(
+                    ProtocolError, match=rf"^{path} is not cc-proxy, or it failed: .*1213486160"
+                ):
+                    client.attach("c")
+
+
+def test_a_signal_while_it_waits_to_be_connected(tmp_sock_dir: Path) -> None:
+    """connect(2) waits while the backlog is full."""
+    path = str(tmp_sock_dir / "proxy.sock")
+    accepted: list[socket.socket] = []
+    signals: list[int] = []
+
+    def on_signal(signum: int, _frame: object) -> None:
+        signals.append(signum)
+        if len(signals) == 3:
+            accepted.append(server.accept()[0])
+
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as first:
+        server.bind(path)
+        server.listen(0)
+        first.connect(path)
+        before = signal.signal(signal.SIGALRM, on_signal)
+        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+        try:
+            client = Client(path, timeout=10)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        sock, _ = server.accept()
+        with client, accepted[0], sock:
+            sock.sendall(VERSION)
+            assert client.attach("c") == 1
+
+
+def test_a_signal_leaves_the_deadline_of_connecting(tmp_sock_dir: Path) -> None:
+    path = str(tmp_sock_dir / "proxy.sock")
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as first:
+        server.bind(path)
+        server.listen(0)
+        first.connect(path)
+        before = signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+        try:
+            with pytest.raises(TimedOut, match="connecting"):
+                Client(path, timeout=0.1)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
 
 def test_a_path_that_is_too_long_is_an_os_error(tmp_sock_dir: Path) -> None:
