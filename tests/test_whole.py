@@ -133,6 +133,7 @@ def test_two_processes_in_one_pod_and_a_signal(proxy: Proxy) -> None:
 
 
 def readmes_program(socket_path: str) -> str:
+    program: str
     (program,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     return program.replace("/run/cc-oci-runtime/proxy.sock", socket_path)
 
