@@ -186,7 +186,12 @@ class Handlers:
         return _ATTACHED
 
     def _attach(self, client: Client, attach: Attach) -> Reply:
-        client.vm = self._registry.get(attach.container_id, client.who)
+        vm = client.vm = self._registry.get(attach.container_id, client.who)
+        if vm.owner != client.who.uid:  # root or an admin, who may; but the agent behind it is that user's
+            logger.info(
+                "attached to another user's VM",
+                extra={**client.fields, "vm": vm.container_id, "owner": vm.owner},
+            )
         return _ATTACHED
 
     def _bye(self, client: Client, bye: Bye) -> Reply:

@@ -84,15 +84,16 @@ def test_user_that_asks_for_too_much_waits_and_holds_up_nobody(
     waits, goes_on = threading.Event(), threading.Event()
     clock = Sleeper(waits, goes_on)
     monkeypatch.setattr(connection_module, "time", clock)
-    delays = iter([0.5])
-    monkeypatch.setattr(User, "delay", lambda *_: next(delays, 0.0))
-    slow.send(request("x"))
+    delays = [0.5]
+    monkeypatch.setattr(User, "delay", lambda *_: delays.pop() if delays else 0.0)
+    slow.send(request("x") * 2)
     assert waits.wait(WAIT)
     assert other.ask("x") == UNKNOWN
     assert is_silent(slow.sock)
+    delays.append(0.25)
     goes_on.set()
-    assert slow.receive() == UNKNOWN
-    assert clock.slept == [0.5]
+    assert [slow.receive() for _ in range(2)] == [UNKNOWN] * 2
+    assert clock.slept == [0.5, 0.25], "for each request"
 
 
 def test_message_in_many_pieces_counts_like_many_requests(
@@ -220,20 +221,24 @@ def test_long_request_that_is_left_unfinished_is_given_back(house: House, logged
 
 
 def test_request_beyond_the_limit_is_refused_with_its_connection(tmp_sock_dir: Path) -> None:
-    """And its client reads why, though it has written all of it before."""
+    """And its client reads why, though it goes on writing."""
     with limited(tmp_sock_dir, Limits(request_bytes=150_000)) as house:
         first, beyond = house.connect(), house.connect()
         first.send(message(b"{}" + b" " * 100_000)[:10])
         wait_until(lambda: house.has("request_bytes") > 0, "it counts")
-        beyond.send(message(b"{}" + b" " * 100_000))
+        data = message(b"{}" + b" " * 100_000)
+        beyond.send(data[:50_000])
         assert beyond.receive() == refused(
             "the limit of 150000 bytes of ids, and of messages that are on their way is reached"
         )
         assert at_end(beyond.sock)
+        assert house.has("connections") == 2
+        beyond.send(data[50_000:])
+        wait_until(lambda: house.has("connections") == 1, "the rest is thrown away")
         first.close()
         wait_until(lambda: not house.has("request_bytes"), "there is room again")
         again = house.connect()
-        again.send(message(b"{}" + b" " * 100_000))
+        again.send(data)
         assert again.receive() == refused("no 'id' field in request")
 
 
@@ -269,6 +274,26 @@ def test_fd_goes_out_behind_its_response_however_late_that_is_taken(
     assert at_end(client.receive_fd(1).sock)
     wait_until(lambda: far.fileno() == -1, "it is closed here")
     client.close_all()
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_each_fd_has_its_place_though_its_client_is_slow(
+    house: House, answering: Answering, before: int
+) -> None:
+    """More than fits: where it does not go on is in front of an fd, or in front of a response."""
+    client = house.connect()
+    client.send(message("x") * before + message("fd") * 300)
+    for _ in range(before):
+        assert client.receive() == b"answer"
+    wait_until(lambda: len(answering.passed) > 100, "there are many")
+    for _ in range(300):
+        assert client.receive() == b"here it is"
+        stream = client.receive_fd(1)
+        assert at_end(stream.sock)
+        stream.close()
+    client.send(message("x"))
+    assert client.receive() == b"answer"
+    assert all(sock.fileno() == -1 for sock in answering.passed)
 
 
 def test_fd_for_a_client_that_has_gone_is_closed(house: House, answering: Answering) -> None:

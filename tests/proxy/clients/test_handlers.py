@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from typing import cast
@@ -34,6 +35,7 @@ class FakeVm:
 
     def __init__(self, container_id: str) -> None:
         self.container_id = container_id
+        self.owner = os.geteuid()
         self.state = State.UP
         self.commands: list[tuple[Code, bytes]] = []
         self.refuses: str | None = None
@@ -241,6 +243,16 @@ def test_a_client_and_its_vm(desk: Desk) -> None:
     assert desk.ask("bye", {"containerId": "new"}) == OK
     assert desk.attached_to() is None, "this client is detached, whichever id it was"
     assert list(desk.registry.vms) == ["pod"]
+
+
+def test_attaching_to_another_users_vm_is_logged(desk: Desk, logged: Logged) -> None:
+    """Its agent sees what it is sent."""
+    assert desk.ask("attach", {"containerId": "pod"}) == VERSIONED
+    assert logged.fields("attached to another user's VM") == []
+    desk.vm.owner = 54_321
+    assert desk.ask("attach", {"containerId": "pod"}) == VERSIONED
+    (fields,) = logged.fields("attached to another user's VM")
+    assert (fields["vm"], fields["owner"], fields["uid"]) == ("pod", 54_321, os.geteuid())
 
 
 def test_replies_that_are_shared_carry_no_fd(desk: Desk) -> None:
