@@ -261,9 +261,10 @@ class Connection:
         except Exception:
             reason = "internal error"
             faults.note("connection failed", client=self.client.number)
-        self._end(reason)
+        self.end(reason)
 
-    def _end(self, reason: str) -> None:
+    def end(self, reason: str) -> None:
+        """Give back everything but the socket, which the server closes. Whoever has the connection."""
         self.after = After.END
         self._uncount()
         self._close_passed()

@@ -198,8 +198,12 @@ class Server(socketserver.ThreadingUnixStreamServer):
     # Any thread -------------------------------------------------------------------------------------------
 
     def _park(self, connection: Connection) -> None:
-        """Have a connection wait for its client. Raises `OSError`."""
-        self.parking.park(connection)
+        """Have a connection wait for its client. Raises `OSError`; the connection has ended then."""
+        try:
+            self.parking.park(connection)
+        except BaseException:
+            connection.end("it cannot be watched")
+            raise
 
     def _on_leave(self, connection: Connection) -> None:
         """A connection has ended, or needs a thread. Parking thread."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import resource
@@ -17,6 +18,8 @@ import pytest
 
 from cc_proxy.linux.fds import close_stream, may_hold_fds
 from cc_proxy.proxy.clients import server as server_module
+from cc_proxy.proxy.clients.connection import Connection
+from cc_proxy.proxy.clients.parking import Parking
 from cc_proxy.proxy.clients.server import Server
 from cc_proxy.proxy.clients.workers import Workers
 from cc_proxy.settings import Limits
@@ -108,6 +111,24 @@ def test_connection_that_may_find_no_memory_for_its_thread_is_not_let_in(
         assert at_end(client.sock)
     assert not house.has("connections")
     assert house.connect().ask("x") == UNKNOWN
+
+
+def test_connection_that_cannot_be_watched_is_told_so_and_forgotten(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when its user has as many fds in epoll instances as the kernel allows."""
+
+    def refuse(parking: Parking[Connection], connection: Connection) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parking, "park", refuse)
+        client = house.connect()
+        assert b"No space left on device" in client.receive()
+        assert at_end(client.sock)
+    wait_until(lambda: not house.has("connections"), "it counts no more")
+    other = house.connect()
+    assert json.loads(other.ask("status"))["data"]["connections"] == 1
 
 
 # Fds ------------------------------------------------------------------------------------------------------
