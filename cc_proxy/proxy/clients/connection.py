@@ -126,7 +126,7 @@ class Connection:
     def _decline(self, why: str) -> After:
         is_request, self._text, self._delay = self._text is not None, None, 0.0
         logger.warning("no thread for a request", extra={**self.client.fields, "error": why})
-        if self._unsent or not self._send_at_once(failure(why)) or not is_request:
+        if self._unsent or self._passed or not self._send_at_once(failure(why)) or not is_request:
             return After.END
         return self._answer_parsed()
 

@@ -284,11 +284,11 @@ def test_each_fd_has_its_place_though_its_client_is_slow(
     """More than fits: where it does not go on is in front of an fd, or in front of a response."""
     client = house.connect()
     client.send(message("x") * before + message("fd") * 300)
-    answered = -1
-    while answered != len(answering.passed):
+    wait_until(lambda: bool(answering.passed), "it has begun")
+    answered = 0
+    while answered != len(answering.passed):  # until no more fits
         answered = len(answering.passed)
         threading.Event().wait(0.03)
-    assert 0 < answered < 300, "no more fits"
     for _ in range(before):
         assert client.receive() == b"answer"
     for _ in range(300):
@@ -299,6 +299,18 @@ def test_each_fd_has_its_place_though_its_client_is_slow(
     client.send(message("x"))
     assert client.receive() == b"answer"
     assert all(sock.fileno() == -1 for sock in answering.passed)
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_fd_that_is_not_taken_in_time_is_closed_with_its_connection(
+    tmp_sock_dir: Path, answering: Answering, logged: Logged, before: int
+) -> None:
+    with limited(tmp_sock_dir, Limits(message_timeout=0.05)) as house:
+        client = house.connect()
+        client.send(message("x") * before + message("fd") * 300)
+        wait_until(lambda: bool(logged.fields("client disconnected")), "it is let go")
+        assert logged.fields("client disconnected") == [{"client": 1, "reason": "Connection timed out"}]
+        assert all(sock.fileno() == -1 for sock in answering.passed)
 
 
 def test_fd_for_a_client_that_has_gone_is_closed(house: House, answering: Answering) -> None:

@@ -159,6 +159,9 @@ def test_a_process_that_is_starved_by_its_client_holds_up_that_client_only(full:
         call_as(MALLORY, lambda: os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0)))
         assert reaches(dialer_of(BOB), there)
         assert reaches(dialer_of(MALLORY), there)
+    # It may end later than it is waited for; then it is looked at with the next hello.
+    wait_until(lambda: children_as(MALLORY) == [], "it has ended")
+    assert reaches(dialer_of(MALLORY), there)
 
 
 # Its end --------------------------------------------------------------------------------------------------
