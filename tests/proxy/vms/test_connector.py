@@ -78,14 +78,31 @@ def reaches(dialer: Dialer, path: str) -> bool:
 
 
 def children_as(user: Credentials) -> list[int]:
-    """The processes of connectors that have a user's effective uid."""
-    found = []
+    """The processes of this one's connectors that have a user's effective uid."""
+    processes = {}
     for status in Path("/proc").glob("[0-9]*/status"):
         with contextlib.suppress(OSError):
             fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-            if fields["Name"].strip() == PROCESS_NAME and fields["Uid"].split()[1] == str(user.uid):
-                found.append(int(status.parent.name))
-    return found
+            processes[int(status.parent.name)] = fields
+
+    def is_ours(pid: int) -> bool:
+        return pid == os.getpid() or (pid in processes and is_ours(int(processes[pid]["PPid"])))
+
+    return [
+        pid
+        for pid, fields in processes.items()
+        if fields["Name"].strip() == PROCESS_NAME
+        and fields["Uid"].split()[1] == str(user.uid)
+        and is_ours(pid)
+    ]
+
+
+def is_running(pid: int) -> bool:
+    """Whoever its parent is by now, and though that may not have waited for it."""
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
 
 
 def child_as(user: Credentials) -> int:
@@ -205,10 +222,11 @@ def test_nothing_is_left_of_a_connector_whose_daemon_has_gone(full: str) -> None
     child = child_as(ALICE)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    wait_until(lambda: child not in children_as(ALICE), "it has ended")
+    wait_until(lambda: not is_running(child), "it has ended")
 
 
 def test_terminals_and_service_managers_do_not_end_it(own: Connector, there: str) -> None:
+    assert reaches(Dialer(BOB, own), there), "it has begun"
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(own._pid, number)
     pid = own._pid
