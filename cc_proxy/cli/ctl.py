@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return STATUS_SIGNALLED + signal.SIGINT
     except Failure as failure:
-        say(str(failure))
+        say(explain(failure))
         return failure.status
     except UnicodeEncodeError as error:  # from the environment, or the path of the working directory
         say(f"not valid UTF-8: {error.object!r}")

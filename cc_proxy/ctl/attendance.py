@@ -2,29 +2,39 @@
 
 import signal
 import socket
+import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 
 import msgspec
 
 from cc_proxy.api import Client, Refused
 from cc_proxy.ctl.background import BackgroundCommands, SignalWatch
-from cc_proxy.ctl.errors import STATUS_NOT_STARTED, Failure, Interrupted, is_from_agent
-from cc_proxy.ctl.options import Process
+from cc_proxy.ctl.connection import lost_streams
+from cc_proxy.ctl.errors import (
+    STATUS_NOT_STARTED,
+    STATUS_SIGNALLED,
+    Failure,
+    Interrupted,
+    is_from_agent,
+    says_why,
+)
+from cc_proxy.ctl.options import Process, Proxy
 from cc_proxy.ctl.relay import IoFd, loop
 from cc_proxy.ctl.requests import HyperProcess, KillContainer, WinSize, hyper_process
-from cc_proxy.ctl.signals import Signals
+from cc_proxy.ctl.signals import STOPPING, Signals
 from cc_proxy.ctl.stdio import STDIN_FD, Output, Stdin
-from cc_proxy.ctl.streams import ProcessStreams, stdin_frames
+from cc_proxy.ctl.streams import ProcessStreams
 from cc_proxy.ctl.terminal import Terminal
 
 #: Makes the name and the arguments of the command that starts a process.
 StartCommand = Callable[[HyperProcess], tuple[str, msgspec.Struct]]
 
 
-#: Signals that ask for an end.
-_ENDING = frozenset({signal.SIGINT, signal.SIGTERM})
+#: Seconds within which a signal that kills a process has done so, and this is known.
+_KILLED_WITHIN = 5.0
+_NOT_STARTED = "the agent does not say why: look whether the program, -w's directory and -u's user are there"
 
 
 def terminal_for(process: Process) -> Terminal | None:
@@ -38,24 +48,30 @@ class Attendance:
 
     client: Client
     signals: Signals
+    proxy: Proxy
     container_id: str
     process: Process
     terminal: Terminal | None
-    #: Whether signals are passed on. They reach a container's first process, so only that may have them.
-    passes_signals: bool
 
-    def run(self, command: StartCommand) -> int:
+    def run(self, command: StartCommand, *, passes_signals: bool) -> int:
         """Start the process and return its exit status.
+
+        With `passes_signals` they are passed on. They reach a container's first process, so only that may
+        have them.
 
         Raises `Failure`, `ProxyError` or `OSError` if that cannot be had, `Interrupted` if a signal or a
         closed stdout ends this command first. `client` is of no use for other requests afterwards.
         """
+        began = time.monotonic()
         with self.signals.may_interrupt():
             io_base, fd = self.client.allocate_io(1 if self.terminal else 2)
         with socket.socket(fileno=fd) as io:
             self._start(command, io_base)
             with self._raw_terminal():
-                return self._relay(io, io_base)
+                status = self._relay(io, io_base, passes_signals)
+        if status is None:
+            raise lost_streams(self.proxy, self.container_id, self.process.args[0], began)
+        return status
 
     def _start(self, command: StartCommand, io_base: int) -> None:
         """Have the process started. The first signal is the process's, as soon as it is there."""
@@ -67,56 +83,85 @@ class Attendance:
         except Refused as refusal:
             if not is_from_agent(refusal):
                 raise
-            raise Failure(f"cannot start '{self.process.args[0]}': {refusal}", STATUS_NOT_STARTED) from None
+            hint = "" if says_why(refusal) else _NOT_STARTED
+            text = f"cannot start '{self.process.args[0]}': {refusal}"
+            raise Failure(text, STATUS_NOT_STARTED, hint) from None
 
     def _raw_terminal(self) -> AbstractContextManager[None]:
         if self.terminal is None:
             return nullcontext()
         return self.terminal.raw(keys_are_signals=not self.process.interactive)
 
-    def _relay(self, io: socket.socket, io_base: int) -> int:
-        streams, output = ProcessStreams(io_base), Output()
+    def _relay(self, io: socket.socket, io_base: int, passes_signals: bool) -> int | None:
+        """Carry the streams until the process has ended; returns its status, None if they ended before it."""
+        streams, passed_on = ProcessStreams(io_base), _PassedOn()
         stdin = Stdin(io_base, forward=self.process.interactive, terminal=self.process.terminal)
-        io_fd = IoFd(io, streams, stdin, output)
-        passed: set[int] = set()
+        with closing(BackgroundCommands(self.client)) as commands, closing(Output()) as output:
+            io_fd = IoFd(io, streams, stdin, output)
 
-        def passes(signum: int) -> bool:
-            """Whether a signal is the process's. A second that ends is not if nobody reads its output."""
-            again = output.stalled and signum in _ENDING and not passed.isdisjoint(_ENDING)
-            return self.passes_signals and streams.status is None and not again
+            def passes(signum: int) -> bool:
+                """Whether a signal is the process's. A second that ends is not if nobody reads its output."""
+                again = output.stalled and signum in STOPPING and passed_on.any_stopping
+                insists = again or self.signals.insistent
+                return passes_signals and streams.status is None and not insists
 
-        def react(signum: int) -> None:
-            if signum == signal.SIGWINCH:
-                self._resize(commands, io_base)
-            elif passes(signum):
-                passed.add(signum)
-                commands.send("killcontainer", KillContainer(self.container_id, signum))
-            else:
-                raise Interrupted(signum)
+            def react(signum: int) -> None:
+                if signum == signal.SIGWINCH:
+                    self._resize(commands, io_base)
+                elif passes(signum):
+                    passed_on.add(signum)
+                    commands.send(signum, "killcontainer", KillContainer(self.container_id, signum))
+                else:
+                    raise Interrupted(signum)
 
-        def done() -> bool:
-            return not output.size and (io_fd.at_eof or streams.status is not None)
+            def done() -> bool:
+                if streams.status is not None:
+                    passed_on.end()
+                return not output.size and (io_fd.at_eof or streams.status is not None)
 
-        with closing(BackgroundCommands(self.client)) as commands:
             # It may have changed since the process was described.
             self._resize(commands, io_base)
             try:
                 loop((SignalWatch(self.signals, react), commands, io_fd, stdin, output), done)
-            except Interrupted:
-                _end_stdin(io, io_fd, io_base)
-                raise
-        if streams.status is None:
-            raise Failure(f"the VM or cc-proxy went away before '{self.process.args[0]}' had ended")
-        return streams.status
+            finally:
+                if streams.status is None:
+                    stdin.end()
+                    io_fd.send()
+        return None if streams.status is None else passed_on.status(streams.status)
 
     def _resize(self, commands: BackgroundCommands, io_base: int) -> None:
         size = self.terminal.size() if self.terminal else None
         if size and (size.rows or size.columns):
-            commands.send("winsize", WinSize(io_base, size.rows, size.columns))
+            commands.send(signal.SIGWINCH, "winsize", WinSize(io_base, size.rows, size.columns))
 
 
-def _end_stdin(io: socket.socket, io_fd: IoFd, io_base: int) -> None:
-    """Have the process find its input at its end. The proxy sees to that only if there was any."""
-    if not io_fd.has_sent:
-        with suppress(OSError):
-            io.send(stdin_frames(io_base, b""), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+class _PassedOn:
+    """The signals that a process was sent, and whether one may have ended it.
+
+    To the agent the status of a process that a signal has killed is 0.
+    """
+
+    def __init__(self) -> None:
+        self._signals: dict[int, float] = {}  # and when they were sent, the latest last
+        self._ended: float | None = None
+
+    @property
+    def any_stopping(self) -> bool:
+        """Whether one of them asked for an end."""
+        return not STOPPING.isdisjoint(self._signals)
+
+    def add(self, signum: int) -> None:
+        """A signal is passed on."""
+        self._signals.pop(signum, None)
+        self._signals[signum] = time.monotonic()
+
+    def end(self) -> None:
+        """The process has ended; only the first call counts."""
+        self._ended = self._ended or time.monotonic()
+
+    def status(self, reported: int) -> int:
+        """Return the exit status of a process of which the agent reports this one."""
+        if reported or self._ended is None:
+            return reported
+        recent = [signum for signum, at in self._signals.items() if self._ended - at <= _KILLED_WITHIN]
+        return STATUS_SIGNALLED + recent[-1] if recent else reported

@@ -4,6 +4,7 @@ import os
 import select
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 
@@ -25,7 +26,9 @@ class BackgroundCommands:
 
     def __init__(self, client: Client) -> None:
         self._sock: socket.socket | None = socket.socket(fileno=os.dup(client.fileno()))
+        #: What is left of the command that is being sent, and those that wait, by the signal they are for.
         self._outgoing = b""
+        self._waiting: dict[int, bytes] = {}
 
     def close(self) -> None:
         """Close this side's handle of the connection; the client keeps its own."""
@@ -33,30 +36,44 @@ class BackgroundCommands:
             self._sock.close()
             self._sock = None
 
-    def send(self, name: str, arguments: msgspec.Struct) -> None:
-        """Have a command sent as soon as the connection takes it."""
+    def send(self, signum: int, name: str, arguments: msgspec.Struct) -> None:
+        """Have a command sent because of a signal, as soon as the connection takes it.
+
+        An earlier one for the same signal is replaced if nothing of it has been sent: as with signals
+        themselves, how often one came while it could not be handled does not count.
+        """
         payload = Hyper(name, msgspec.Raw(msgspec.json.encode(arguments)))
-        self._outgoing += encode(Request(payload.NAME, msgspec.Raw(msgspec.json.encode(payload))))
+        self._waiting[signum] = encode(Request(payload.NAME, msgspec.Raw(msgspec.json.encode(payload))))
 
     def wants(self) -> Wanted:
         """Read answers always, send while there is something to be sent."""
         if self._sock is None:
             return NOTHING
-        return self._sock.fileno(), select.POLLIN | (select.POLLOUT if self._outgoing else 0)
+        sending = select.POLLOUT if self._outgoing or self._waiting else 0
+        return self._sock.fileno(), select.POLLIN | sending
 
     def handle(self, events: int) -> None:
         """Send, and drop what arrives. A connection that is lost is closed: the I/O fd tells the rest."""
         assert self._sock is not None
         try:
-            if self._outgoing:
-                sent = self._sock.send(self._outgoing, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-                self._outgoing = self._outgoing[sent:]
-            if events & ~select.POLLOUT and not self._sock.recv(_READ_SIZE, socket.MSG_DONTWAIT):
-                self.close()
-        except BlockingIOError:
-            pass
+            if events & select.POLLOUT:
+                self._send(self._sock)
+            if events & ~select.POLLOUT:
+                self._receive(self._sock)
         except ConnectionError:
             self.close()
+
+    def _send(self, sock: socket.socket) -> None:
+        if not self._outgoing:
+            self._outgoing = self._waiting.pop(next(iter(self._waiting)))
+        with suppress(BlockingIOError):
+            sent = sock.send(self._outgoing, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            self._outgoing = self._outgoing[sent:]
+
+    def _receive(self, sock: socket.socket) -> None:
+        with suppress(BlockingIOError):
+            if not sock.recv(_READ_SIZE, socket.MSG_DONTWAIT):
+                self.close()
 
 
 class SignalWatch:

@@ -13,6 +13,7 @@ from cc_proxy.ctl.parser import (
     add_sockets,
     add_timeout,
     fd_number,
+    new_id,
     text,
 )
 from cc_proxy.ctl.run import execute, run
@@ -23,7 +24,8 @@ from cc_proxy.log.levels import LogLevel
 _PROCESS_OPTIONS = "[-t] [-i] [-e K=V]... [-w DIR] [-u USER[:GROUP]] [--timeout S]"
 _PROCESS_NOTES = """
 With -t the process has this terminal, which has to be stdin; without it, stdout and stderr stay
-apart. Without -i its stdin is empty. The exit status is the process's own."""
+apart. Without -i its stdin is empty. The exit status is the process's own. The agent reports 0 for a
+process that a signal has killed."""
 
 
 def _add_local(parser: ArgumentParser) -> None:
@@ -32,7 +34,7 @@ def _add_local(parser: ArgumentParser) -> None:
 
 
 def _add_new_id(parser: ArgumentParser) -> None:
-    parser.add_argument("--id", metavar="ID", type=text, help="the container id (default: a random one)")
+    parser.add_argument("--id", metavar="ID", type=new_id, help="the container id (default: a random one)")
 
 
 def _add_hyper_command(parser: ArgumentParser) -> None:
@@ -60,6 +62,13 @@ def _add_ready_fd(parser: ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _add_remove(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--remove", metavar="DIR", type=text, default="",
+        help="at the end remove this directory, with everything in it, if the peer of --ready-fd has gone",
+    )  # fmt: skip
+
+
 COMMANDS: tuple[Command[Any], ...] = (
     Command(
         name="run",
@@ -67,7 +76,8 @@ COMMANDS: tuple[Command[Any], ...] = (
         description="""\
 Register a VM, start a pod of one process in it, and carry that process's stdio until it ends;
 then destroy the pod and unregister the VM. Signals are passed on to the process, unless it has
-the terminal."""
+the terminal; if it then ends within seconds with status 0, the exit status is 128+N all the same.
+The third SIGINT or SIGTERM within 5 seconds ends cc-proxyctl and the pod, whatever the process does."""
         + _PROCESS_NOTES,
         examples=(
             "run --local -- echo hello",
@@ -87,7 +97,10 @@ the terminal."""
         summary="run another process in a running pod",
         description="""\
 Start another process in the container of a registered VM, and carry its stdio until it ends.
-A signal ends cc-proxyctl; the process then reads end of file from its stdin."""
+A signal ends cc-proxyctl; the process then reads end of file from its stdin. With -t it is sent a
+Ctrl-D, which is an end of file to a shell that waits for a new line. A process stays in the VM if it
+does not read its stdin, reads keys, or has a half-typed line; so does one whose cc-proxyctl was
+killed with SIGKILL before it could say so. `exec ID -- kill PID` ends it."""
         + _PROCESS_NOTES,
         examples=("exec web -- ps aux", "exec -ti web -- sh", "exec -i web -- tee /etc/motd < motd"),
         arguments=(add_timeout, add_id, add_process),
@@ -162,7 +175,7 @@ Asking changes nothing.""",
         description="Listen on two sockets, as a VM with its agent does, and run processes on this machine. "
         "It ends, and removes its sockets, when its pod has been destroyed; after `bye` alone it goes on.",
         examples=("agent --ctl /tmp/ctl.sock --io /tmp/io.sock",),
-        arguments=(add_sockets, _add_ready_fd),
+        arguments=(add_sockets, _add_ready_fd, _add_remove),
         read=options.Agent.of,
         do=agent,
     ),

@@ -1,13 +1,68 @@
-"""The way to the proxy."""
+"""The way to the proxy, and what it says of a VM that has gone."""
 
-from cc_proxy.api import Client
+import errno
+import time
+from contextlib import AbstractContextManager, nullcontext
+
+from cc_proxy.api import Client, ProxyError, Status
+from cc_proxy.api.status import shorten
 from cc_proxy.ctl.errors import Failure, reason
-from cc_proxy.ctl.options import Proxy
+from cc_proxy.ctl.options import SOCKET_VARIABLE, Proxy
+from cc_proxy.ctl.signals import Signals
+
+#: Seconds for asking why something went wrong.
+_PATIENCE = 2.0
+
+_SEE_LOG = "cc-proxy's log says which"
+_NOBODY_LISTENS = f"start cc-proxy, or name its socket with --socket-path or {SOCKET_VARIABLE}"
+_NEXT_STEPS = {
+    errno.ENOENT: _NOBODY_LISTENS,
+    errno.ECONNREFUSED: _NOBODY_LISTENS,
+    errno.EACCES: "the socket is for its owner and group: become root, or a member of the group",
+}
 
 
-def connect(proxy: Proxy) -> Client:
-    """Return a connected client. Raises `Failure` if there is no proxy to connect to."""
+def connect(proxy: Proxy, signals: Signals | None = None) -> Client:
+    """Return a connected client. Raises `Failure` if there is no proxy to connect to.
+
+    If signals are caught, one that ends the command raises `Interrupted`.
+    """
+    interruptible: AbstractContextManager[None] = signals.may_interrupt() if signals else nullcontext()
     try:
-        return Client(proxy.socket_path, timeout=proxy.timeout)
+        with interruptible:
+            return Client(proxy.socket_path, timeout=proxy.timeout)
     except OSError as error:
-        raise Failure(f"cannot reach cc-proxy at {proxy.socket_path}: {reason(error)}") from None
+        hint = _NEXT_STEPS.get(error.errno or 0, "")
+        text = f"cannot reach cc-proxy at {proxy.socket_path}: {reason(error)}"
+        raise Failure(text, hint=hint) from None
+
+
+def lost_streams(proxy: Proxy, container_id: str, name: str, began: float) -> Failure:
+    """Return what to say of a process `name` whose streams have ended before it had.
+
+    Asks the proxy which of the two went away, and why. `began` is when the process was started
+    (`time.monotonic`).
+    """
+    before_the_end = f"before '{name}' had ended"
+    try:
+        with Client(proxy.socket_path, timeout=_PATIENCE) as client:
+            status = client.status()
+    except ProxyError:
+        return Failure(f"the VM or cc-proxy went away {before_the_end}", hint=_SEE_LOG)
+    except OSError as error:
+        return Failure(f"cc-proxy went away {before_the_end}: {reason(error)}")
+    age = time.monotonic() - began
+    if status.uptime < age:
+        return Failure(f"cc-proxy was restarted {before_the_end}")
+    return _gone(status, shorten(container_id), age, before_the_end)
+
+
+def _gone(status: Status, vm_id: str, age: float, before_the_end: str) -> Failure:
+    """Return what a status says of a VM that may have been lost within the last `age` seconds."""
+    for ended in status.ended:
+        if ended.id == vm_id and ended.error.age <= age:
+            return Failure(f"the VM was lost {before_the_end}: {ended.error.text}")
+    for vm in status.vms:
+        if vm.id == vm_id and vm.state in ("lost", "gone") and vm.last_error:
+            return Failure(f"the VM has gone {before_the_end}; its last error: {vm.last_error.text}")
+    return Failure(f"the VM powered off, or its streams were closed, {before_the_end}", hint=_SEE_LOG)

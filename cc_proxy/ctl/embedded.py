@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+import select
+import shutil
 import signal
 import stat
 import sys
@@ -19,15 +21,26 @@ def agent(asked: options.Agent) -> int:
     fd = asked.ready_fd
     if fd is not None:
         os.set_inheritable(fd, False)
-        _end_with_peer(fd)
 
     def announce() -> None:
         if fd is None:
             print(f"cc-proxy agent: listens on {asked.vm.ctl} and {asked.vm.io}", file=sys.stderr, flush=True)
-        else:
-            os.write(fd, READY)
+            return
+        # SIGTERM is handled by now. If the peer has gone before, writing fails.
+        _end_with_peer(fd)
+        os.write(fd, READY)
 
-    return run_agent(asked.vm.ctl, asked.vm.io, on_listening=announce)
+    try:
+        return run_agent(asked.vm.ctl, asked.vm.io, on_listening=announce)
+    finally:
+        if asked.remove and fd is not None and _peer_is_gone(fd):
+            shutil.rmtree(asked.remove, ignore_errors=True)
+
+
+def _peer_is_gone(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, 0)
+    return any(events & select.POLLHUP for _, events in poll.poll(0))
 
 
 def _end_with_peer(fd: int) -> None:

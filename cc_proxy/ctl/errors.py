@@ -4,6 +4,7 @@ import sys
 from contextlib import suppress
 
 from cc_proxy.api import ProxyError, Refused
+from cc_proxy.hyperstart.control import MAX_COMMAND
 
 #: The proxy or the VM failed.
 STATUS_FAILED = 125
@@ -21,13 +22,21 @@ _FROM_AGENT = "received from Hyperstart"
 #: What the daemon calls a VM's sockets, and what they are called here.
 _OPTIONS = {"ctlSerial": "--ctl", "ioSerial": "--io"}
 
+#: How texts of the daemon's begin that do not say what to do, and what to do.
+_NEXT_STEPS = {
+    "unknown containerID": "`cc-proxyctl status` lists the VMs that you may use, and those that failed",
+    "message too long": f"a command for the agent has {MAX_COMMAND} bytes at most: shorten its arguments, "
+    "its environment, its id or its data",
+}
+
 
 class Failure(Exception):
-    """Ends the command with its text, one line, and an exit status."""
+    """Ends the command with its text, one line, and an exit status. `hint` says what to do about it."""
 
-    def __init__(self, text: str, status: int = STATUS_FAILED) -> None:
+    def __init__(self, text: str, status: int = STATUS_FAILED, hint: str = "") -> None:
         super().__init__(text)
         self.status = status
+        self.hint = hint
 
 
 class Misuse(Failure):
@@ -46,6 +55,11 @@ class Interrupted(Exception):
         self.status = STATUS_SIGNALLED + signum
 
 
+def says_why(refusal: Refused) -> bool:
+    """Whether an agent that refused gave a reason. hyperstart never does."""
+    return not refusal.text.endswith(_FROM_AGENT)
+
+
 def is_from_agent(refusal: Refused) -> bool:
     """Whether it was the agent that refused, not the proxy in its place."""
     return _FROM_AGENT in refusal.text
@@ -53,14 +67,24 @@ def is_from_agent(refusal: Refused) -> bool:
 
 def explain(error: Exception) -> str:
     """Say in a few words what went wrong."""
+    if isinstance(error, Failure):
+        return with_hint(str(error), error.hint)
     if isinstance(error, Refused):
         member, _, rest = error.text.partition(": ")
-        return f"{_OPTIONS[member]} ({member}): {rest}" if member in _OPTIONS else error.text
+        if member in _OPTIONS:
+            return f"{_OPTIONS[member]} ({member}): {rest}"
+        hints = (hint for beginning, hint in _NEXT_STEPS.items() if error.text.startswith(beginning))
+        return with_hint(error.text, next(hints, ""))
     if isinstance(error, ConnectionError):
         return f"the connection to cc-proxy was lost: {reason(error)}"
     if isinstance(error, OSError) and not isinstance(error, ProxyError) and error.filename is not None:
         return f"{error.filename}: {reason(error)}"
     return reason(error)
+
+
+def with_hint(text: str, hint: str) -> str:
+    """Return a text that goes on with what to do."""
+    return f"{text} ({hint})" if hint else text
 
 
 def reason(error: Exception) -> str:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import cc_proxy
-from cc_proxy.ctl.errors import Failure
+from cc_proxy.ctl.errors import Failure, Interrupted
 from cc_proxy.ctl.options import Vm
 from cc_proxy.ctl.signals import Signals
 
@@ -32,7 +32,7 @@ def local_agent(signals: Signals, console: str) -> Iterator[Vm]:
     ) as path:
         vm = Vm(os.path.join(path, "ctl.sock"), os.path.join(path, "io.sock"), console)
         log = Path(path, "agent.log")
-        with _running_agent(vm, log) as ready:
+        with _running_agent(vm, log, signals) as ready:
             with signals.may_interrupt():
                 _wait_until_ready(ready, log)
             yield vm
@@ -47,7 +47,7 @@ def _parent() -> str | None:
 
 
 @contextmanager
-def _running_agent(vm: Vm, log: Path) -> Iterator[socket.socket]:
+def _running_agent(vm: Vm, log: Path, signals: Signals) -> Iterator[socket.socket]:
     """Gives the socket on which the agent announces that it listens. Closing that ends the agent, too."""
     ready, announce = socket.socketpair()
     with ready:
@@ -56,11 +56,12 @@ def _running_agent(vm: Vm, log: Path) -> Iterator[socket.socket]:
         try:
             yield ready
         finally:
-            _stop(process)
+            _stop(process, signals)
 
 
 def _start(vm: Vm, log: Path, announce: int) -> subprocess.Popen[bytes]:
     command = ["agent", "--ctl", vm.ctl, "--io", vm.io, "--ready-fd", str(announce)]
+    command += ["--remove", str(log.parent)]
     with log.open("wb") as errors:
         return subprocess.Popen(
             [sys.executable, "-m", "cc_proxy.cli.ctl", *command],
@@ -89,10 +90,11 @@ def _last_words(log: Path) -> str:
     return next((line for line in reversed(lines) if line.strip()), "it did not say why")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes], signals: Signals) -> None:
     process.terminate()
     try:
-        process.wait(_PATIENCE)
-    except subprocess.TimeoutExpired:
+        with signals.may_be_cut_short():
+            process.wait(signals.grace(_PATIENCE))
+    except (subprocess.TimeoutExpired, Interrupted):
         process.kill()
         process.wait()

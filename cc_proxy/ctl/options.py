@@ -172,10 +172,12 @@ class Agent:
 
     vm: Vm
     ready_fd: int | None
+    #: A directory; empty for none.
+    remove: str
 
     @classmethod
     def of(cls, args: Namespace) -> Self:
-        return cls(Vm(os.path.abspath(args.ctl), os.path.abspath(args.io)), args.ready_fd)
+        return cls(Vm(os.path.abspath(args.ctl), os.path.abspath(args.io)), args.ready_fd, args.remove)
 
 
 def environment_variables(settings: Iterable[str], environ: Mapping[str, str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import cc_proxy
 from cc_proxy.api import DEFAULT_SOCKET
+from cc_proxy.api.status import LONGEST_TEXT
 from cc_proxy.ctl.options import SOCKET_VARIABLE
 
 #: In seconds. Longer than the daemon's own deadlines, whose errors say more.
@@ -25,7 +26,7 @@ exit status:
   2      wrong usage
   125    the proxy or the VM failed
   127    the agent refused to start the command
-  128+N  signal N ended cc-proxyctl
+  128+N  signal N ended cc-proxyctl, or was passed on by `run` and ended the process
 """
 
 Options = TypeVar("Options")
@@ -96,7 +97,7 @@ def _add_command(
 def add_id(parser: ArgumentParser) -> None:
     """Add the id of a VM that is registered, or to be."""
     parser.add_argument(
-        "id", metavar="ID", type=text, help="the container id under which the proxy knows the VM"
+        "id", metavar="ID", type=container_id, help="the container id under which the proxy knows the VM"
     )
 
 
@@ -170,6 +171,22 @@ def text(value: str) -> str:
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError("not valid UTF-8") from None
     return value
+
+
+def container_id(value: str) -> str:
+    """Take the id of a container: the proxy refuses an empty one without naming it."""
+    if not value:
+        raise argparse.ArgumentTypeError("a container id has at least one character")
+    return text(value)
+
+
+def new_id(value: str) -> str:
+    """Take the id of a container to be, which commands for the agent have to carry several times."""
+    if len(value) > LONGEST_TEXT:
+        raise argparse.ArgumentTypeError(
+            f"a container id of {len(value)} characters; `status` shows {LONGEST_TEXT} at most"
+        )
+    return container_id(value)
 
 
 def seconds(value: str) -> float:

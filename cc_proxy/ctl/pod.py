@@ -5,13 +5,13 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
-from cc_proxy.api import Client, Hyper, ProxyError, Refused
-from cc_proxy.ctl.errors import explain, is_from_agent, say
+from cc_proxy.api import Client, Deadline, Hyper, ProxyError, Refused
+from cc_proxy.ctl.errors import Interrupted, explain, is_from_agent, say
 from cc_proxy.ctl.options import Proxy, Vm
 from cc_proxy.ctl.requests import KillContainer, StartPod
 from cc_proxy.ctl.signals import Signals
 
-#: Seconds that each step of taking back may last: a VM that hangs must not keep the user.
+#: Seconds that destroying and unregistering may last each: a VM that hangs must not keep the user.
 _GRACE = 5.0
 
 
@@ -22,7 +22,8 @@ class Pod:
     interrupted leaves its connection in an unknown state.
     """
 
-    def __init__(self, proxy: Proxy, container_id: str) -> None:
+    def __init__(self, proxy: Proxy, container_id: str, signals: Signals) -> None:
+        self._signals = signals
         self._socket_path = proxy.socket_path
         self._container_id = container_id
         # What may be true counts as true: a request that was interrupted may have been carried out.
@@ -43,10 +44,10 @@ class Pod:
         if self._registered:
             self._unregister()
 
-    def register(self, client: Client, signals: Signals, vm: Vm) -> None:
+    def register(self, client: Client, vm: Vm) -> None:
         """Say hello. A first signal waits for the answer, which is needed to take back the right thing."""
         try:
-            with signals.may_interrupt(tolerate=1):
+            with self._signals.may_interrupt(tolerate=1):
                 self._registered = True
                 client.hello(self._container_id, vm.ctl, vm.io, vm.console)
                 self._answered = True
@@ -54,10 +55,10 @@ class Pod:
             self._registered = False
             raise
 
-    def start(self, client: Client, signals: Signals) -> None:
+    def start(self, client: Client) -> None:
         """Start the pod. One that the VM has already is somebody else's, and stays."""
         try:
-            with signals.may_interrupt():
+            with self._signals.may_interrupt():
                 self._started = True
                 client.hyper("startpod", StartPod(hostname=self._container_id))
         except Refused as refusal:
@@ -66,7 +67,11 @@ class Pod:
 
     def _destroy(self) -> None:
         """Destroy the pod, if the VM is still there and answers in time."""
-        with suppress(ProxyError, OSError), Client(self._socket_path, timeout=_GRACE) as client:
+        with (
+            suppress(ProxyError, OSError, Interrupted),
+            self._signals.may_be_cut_short(),
+            self._connect() as client,
+        ):
             client.attach(self._container_id)
             if self.busy:
                 self._kill(client)
@@ -81,15 +86,20 @@ class Pod:
 
     def _unregister(self) -> None:
         try:
-            client = Client(self._socket_path, timeout=_GRACE)
+            client = self._connect()
         except OSError:
             return  # a proxy that is gone has forgotten its VMs
         with client:
             try:
-                client.bye(self._container_id)
+                with self._signals.may_be_cut_short():
+                    client.bye(self._container_id)
             except Refused:
                 # Else the VM has powered off, and with that it is unregistered.
                 if not self._answered:
                     say(f"{self._container_id} may be registered yet: hello was not waited for")
-            except (ProxyError, OSError) as error:
+            except (ProxyError, OSError, Interrupted) as error:
                 say(f"{self._container_id} may still be registered: {explain(error)}")
+
+    def _connect(self) -> Client:
+        """Return a client with one deadline for everything that is done with it."""
+        return Client(self._socket_path, timeout=Deadline(self._signals.grace(_GRACE)))

@@ -76,8 +76,6 @@ class IoFd:
         self._output = output
         #: Whether the proxy has closed it.
         self.at_eof = False
-        #: Whether any stdin has been sent.
-        self.has_sent = False
 
     def wants(self) -> Wanted:
         """Send while there is something to be sent, read while output is not piling up."""
@@ -88,7 +86,7 @@ class IoFd:
     def handle(self, events: int) -> None:
         """Send and read. Raises `ProtocolError` if what arrives is not frames."""
         if self._stdin.frames:
-            self._send()
+            self.send()
         # A hang-up comes as an event of its own, asked for or not.
         if events & ~select.POLLOUT and self._may_read():
             self._receive()
@@ -97,7 +95,8 @@ class IoFd:
         ended = self.at_eof or self._streams.status is not None
         return not ended and self._output.size < _ENOUGH_OUTPUT
 
-    def _send(self) -> None:
+    def send(self) -> None:
+        """Send what of stdin the proxy takes now."""
         try:
             sent = self._sock.send(self._stdin.frames, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except BlockingIOError:
@@ -106,7 +105,6 @@ class IoFd:
             # The process may have ended: what it has said to the last is still there to be read.
             self._stdin.close()
             return
-        self.has_sent = True
         self._stdin.frames = self._stdin.frames[sent:]
 
     def _receive(self) -> None:

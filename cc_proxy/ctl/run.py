@@ -24,13 +24,13 @@ def run(asked: options.Run) -> int:
     terminal = terminal_for(asked.process)
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
-        client = stack.enter_context(connect(asked.proxy))
+        client = stack.enter_context(connect(asked.proxy, signals))
         vm = asked.vm or stack.enter_context(local_agent(signals, asked.console))
-        pod = stack.enter_context(Pod(asked.proxy, container_id))
-        pod.register(client, signals, vm)
-        pod.start(client, signals)
-        attendance = Attendance(client, signals, container_id, asked.process, terminal, terminal is None)
-        status = attendance.run(new_container)
+        pod = stack.enter_context(Pod(asked.proxy, container_id, signals))
+        pod.register(client, vm)
+        pod.start(client)
+        attendance = Attendance(client, signals, asked.proxy, container_id, asked.process, terminal)
+        status = attendance.run(new_container, passes_signals=terminal is None)
         pod.busy = False
         return status
 
@@ -46,8 +46,8 @@ def execute(asked: options.Exec) -> int:
         return "execcmd", ExecCmd(container=asked.container_id, process=process)
 
     terminal = terminal_for(asked.process)
-    with Signals() as signals, connect(asked.proxy) as client:
+    with Signals() as signals, connect(asked.proxy, signals) as client:
         with signals.may_interrupt():
             client.attach(asked.container_id)
-        attendance = Attendance(client, signals, asked.container_id, asked.process, terminal, False)
-        return attendance.run(exec_cmd)
+        attendance = Attendance(client, signals, asked.proxy, asked.container_id, asked.process, terminal)
+        return attendance.run(exec_cmd, passes_signals=False)

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -12,8 +14,16 @@ from cc_proxy.ctl.errors import Interrupted
 #: What would end this command, and is the container's to decide about instead.
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
+#: What people and service managers ask for an end with.
+STOPPING = frozenset({signal.SIGINT, signal.SIGTERM})
+
 _CAUGHT = (*ENDING, signal.SIGWINCH)
 _MANY = 512
+#: This many of `STOPPING` within as many seconds end the command, whatever the process does.
+_INSISTENT = 3
+_SOON = 5.0
+#: Seconds that each step of clearing up may last then: there are two.
+_LAST_GRACE = 0.5
 
 
 class Signals:
@@ -22,7 +32,7 @@ class Signals:
     They wait in a pipe until `take` fetches them; `fileno` is readable while there are any. What was
     ignored when the command began (nohup, a background job of a script) stays ignored.
 
-    Nothing is ever interrupted, except inside `may_interrupt`.
+    Nothing is ever interrupted, except inside `may_interrupt` and `may_be_cut_short`.
     """
 
     def __init__(self) -> None:
@@ -31,8 +41,11 @@ class Signals:
         self._reader = self._writer = -1
         self._ending = 0
         self._last = 0
-        #: So many ending signals may come before one interrupts; None: none does.
-        self._tolerated: int | None = None
+        #: Tells of each ending signal whether it interrupts; None: none does.
+        self._interrupts: Callable[[], bool] | None = None
+        self._stopping: deque[float] = deque(maxlen=_INSISTENT)
+        #: Whether the user insists on an end: three SIGINT or SIGTERM have come within a few seconds.
+        self.insistent = False
 
     def __enter__(self) -> Self:
         self._reader, self._writer = os.pipe()
@@ -73,21 +86,41 @@ class Signals:
 
         It may be raised anywhere inside, so there must be nothing there that has to be undone.
         """
-        self._tolerated = tolerate
-        if self._ending > tolerate:
-            self._tolerated = None
-            raise Interrupted(self._last)
+
+        def too_many() -> bool:
+            return self._ending > tolerate
+
+        with self._interrupted_if(too_many):
+            if too_many():
+                raise Interrupted(self._last)
+            yield
+
+    def may_be_cut_short(self) -> AbstractContextManager[None]:
+        """Have the signal that makes the user `insistent` raise `Interrupted` inside: for clearing up."""
+        return self._interrupted_if(lambda: self.insistent)
+
+    def grace(self, seconds: float) -> float:
+        """Return how long a step of clearing up may last that is given `seconds` otherwise."""
+        return _LAST_GRACE if self.insistent else seconds
+
+    @contextmanager
+    def _interrupted_if(self, interrupts: Callable[[], bool]) -> Iterator[None]:
+        self._interrupts = interrupts
         try:
             yield
         finally:
-            self._tolerated = None
+            self._interrupts = None
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         if signum == signal.SIGWINCH:
             return
         self._ending += 1
         self._last = signum
-        if self._tolerated is not None and self._ending > self._tolerated:
+        if signum in STOPPING:
+            self._stopping.append(time.monotonic())
+            in_a_row = self._stopping[-1] - self._stopping[0] <= _SOON
+            self.insistent = self.insistent or (len(self._stopping) == _INSISTENT and in_a_row)
+        if self._interrupts and self._interrupts():
             # Once: the clearing up that follows must not be interrupted again.
-            self._tolerated = None
+            self._interrupts = None
             raise Interrupted(signum)

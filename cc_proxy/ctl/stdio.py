@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 from collections import deque
+from contextlib import suppress
 
 from cc_proxy.ctl.errors import Failure, Interrupted, reason
 from cc_proxy.ctl.relay import NOTHING, Wanted
@@ -19,6 +20,8 @@ STDIN_FD = 0
 
 #: Read from stdin at once: whole frames.
 _READ_SIZE = 8 * MAX_STDIN_PAYLOAD
+#: Ctrl-D.
+_VEOF = b"\x04"
 #: A pipe that can be written to takes as much without blocking.
 _PIECE = select.PIPE_BUF
 
@@ -71,6 +74,15 @@ class Stdin:
         self._open = False
         self.frames = b""
 
+    def end(self) -> None:
+        """Nothing else can come: put the end behind what is there. To a terminal that is a key like others.
+
+        One that is as its maker left it takes VEOF for an end of file, unless a line is half typed.
+        """
+        if self._terminal or self._open:
+            self.frames += stdin_frames(self._io_base, _VEOF if self._terminal else b"")
+        self._open = False
+
     def _read(self) -> bytes | None:
         try:
             return os.read(STDIN_FD, _READ_SIZE)
@@ -87,13 +99,21 @@ class Output:
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[int, memoryview]] = deque()
+        #: What each is written through.
+        self._fds = {fd: _own_handle(fd) for fd in _NAMES}
         #: Bytes that wait.
         self.size = 0
 
     @property
     def stalled(self) -> bool:
         """Whether something waits that nobody takes now."""
-        return bool(self._waiting) and not _takes_a_piece(self._waiting[0][0])
+        return bool(self._waiting) and not _takes_a_piece(self._first())
+
+    def close(self) -> None:
+        """Close the handles of its own. What waits is not written any more."""
+        for standard, fd in self._fds.items():
+            if fd != standard:
+                os.close(fd)
 
     def push(self, fd: int, data: bytes) -> None:
         """Have `data` written to `fd` after all that waits already."""
@@ -102,16 +122,41 @@ class Output:
 
     def wants(self) -> Wanted:
         """Write what is first in line."""
-        return (self._waiting[0][0], select.POLLOUT) if self._waiting else NOTHING
+        return (self._first(), select.POLLOUT) if self._waiting else NOTHING
 
     def handle(self, _events: int) -> None:
         """Write what the fds take. Raises `Failure`, or `Interrupted` with SIGPIPE if nobody reads them."""
-        while self._waiting and _takes_a_piece(self._waiting[0][0]):
-            fd, data = self._waiting.popleft()
-            written = _write(fd, data[:_PIECE])
+        while self._waiting and _takes_a_piece(self._first()):
+            standard, data = self._waiting[0]
+            written = self._write(standard, data[:_PIECE])
             self.size -= written
-            if written < len(data):
-                self._waiting.appendleft((fd, data[written:]))
+            self._waiting[0] = standard, data[written:]
+            if written == len(data):
+                self._waiting.popleft()
+            elif not written:
+                return
+
+    def _first(self) -> int:
+        return self._fds[self._waiting[0][0]]
+
+    def _write(self, standard: int, piece: memoryview) -> int:
+        try:
+            return os.write(self._fds[standard], piece)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise _unwritten(standard, error) from None
+
+
+def _own_handle(fd: int) -> int:
+    """Return a non-blocking handle of the terminal behind `fd`; of what is none, or not ours, `fd` itself.
+
+    A terminal says that it can be written to when there is room for a single byte.
+    """
+    if os.isatty(fd):
+        with suppress(OSError):
+            return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    return fd
 
 
 def _takes_a_piece(fd: int) -> bool:
@@ -119,15 +164,6 @@ def _takes_a_piece(fd: int) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     return bool(poll.poll(0))
-
-
-def _write(fd: int, piece: memoryview) -> int:
-    try:
-        return os.write(fd, piece)
-    except BlockingIOError:
-        return 0
-    except OSError as error:
-        raise _unwritten(fd, error) from None
 
 
 def _unwritten(fd: int, error: OSError) -> Failure | Interrupted:

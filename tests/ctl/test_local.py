@@ -113,6 +113,32 @@ def test_a_signal_reaches_the_process(socket_path: str) -> None:
         assert child.returncode == 3
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_kills_the_process(socket_path: str, signum: signal.Signals) -> None:
+    with popen_piped(socket_path, *LOCAL, "sh", "-c", "echo ready; exec sleep 1000") as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        child.send_signal(signum)
+        assert child.wait() == 128 + signum
+
+
+def test_a_shell_in_a_terminal_ends_with_its_client(socket_path: str, window: Window) -> None:
+    with popen_piped(socket_path, *READS_ON, "sh", "-c", "echo $$; cat") as pod:
+        assert pod.stdin is not None
+        assert pod.stdout is not None
+        pod.stdout.readline()
+        with window.start(socket_path, "exec", "-ti", "pod", "sh", "-c", "echo $$; exec sh") as child:
+            shell = os.pidfd_open(int(read_until(window.user, b"\r\n")))
+            read_until(window.user, b"# " if os.geteuid() == 0 else b"$ ")
+            child.terminate()
+            assert child.wait() == 128 + signal.SIGTERM
+            poll = select.poll()
+            poll.register(shell, select.POLLIN)
+            assert poll.poll(20_000)
+            os.close(shell)
+        pod.stdin.close()
+
+
 def test_exec(socket_path: str, capfd: pytest.CaptureFixture[str]) -> None:
     with popen_piped(socket_path, *READS_ON, "cat") as pod:
         assert pod.stdin is not None
@@ -131,7 +157,7 @@ def test_exec(socket_path: str, capfd: pytest.CaptureFixture[str]) -> None:
         assert main(["--socket-path", socket_path, "hyper", "pod", "killcontainer", kill]) == 0
         assert pod.wait() == 0  # hyperstart's status of what a signal has ended
     assert main(["--socket-path", socket_path, "ping", "pod"]) == 125
-    assert error_line(capfd) == "unknown containerID: pod"
+    assert error_line(capfd).startswith("unknown containerID: pod (")
 
 
 def test_a_terminal(socket_path: str, window: Window) -> None:
@@ -161,10 +187,12 @@ def test_the_agent_goes_away(socket_path: str) -> None:
         os.kill(agent_of(child.pid), signal.SIGKILL)
         assert child.wait() == 125
         assert child.stderr is not None
-        assert child.stderr.read() == b"cc-proxyctl: the VM or cc-proxy went away before 'sh' had ended\n"
+        said = child.stderr.read()
+        assert said.startswith(b"cc-proxyctl: the VM was lost before 'sh' had ended: the VM hung up")
 
 
-def test_the_agent_does_not_outlive_a_command_that_is_killed(socket_path: str, tmp_sock_dir: Path) -> None:
+def test_the_agent_does_not_outlive_a_command_that_is_killed(socket_path: str) -> None:
+    """And clears up after both: nothing stays."""
     with popen_piped(socket_path, *READS_ON, "sh", "-c", "echo ready; cat") as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"ready\n"
@@ -174,10 +202,21 @@ def test_the_agent_does_not_outlive_a_command_that_is_killed(socket_path: str, t
         poll.register(agent, select.POLLIN)
         assert poll.poll(20_000)
         os.close(agent)
-    # A directory cannot remove itself.
-    for path in (tmp_sock_dir / "tmp").glob("cc-proxyctl-*"):
-        (path / "agent.log").unlink()
-        path.rmdir()
+
+
+def test_an_agent_whose_command_is_killed_before_it_listens(tmp_sock_dir: Path) -> None:
+    ours, theirs = socket.socketpair()
+    directory = tmp_sock_dir / "tmp" / "private"
+    directory.mkdir()
+    (directory / "agent.log").touch()
+    command = ["agent", "--ctl", f"{directory}/ctl", "--io", f"{directory}/io", "--remove", str(directory)]
+    argv = [sys.executable, "-m", "cc_proxy.cli.ctl", *command, "--ready-fd", str(theirs.fileno())]
+    ours.close()
+    with (
+        theirs,
+        subprocess.Popen(argv, pass_fds=[theirs.fileno()], cwd=CHECKOUT, stderr=subprocess.DEVNULL) as agent,
+    ):
+        assert agent.wait() == 125
 
 
 def agent_of(pid: int) -> int:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import signal
 import socket
+from typing import Any
 
+import msgspec
 import pytest
 
+from cc_proxy.api import EndedVm, LastError, VmStatus
 from cc_proxy.ctl.signals import ENDING
 from tests.ctl.fake_proxy import ERROR, FakeProcess, FakeProxy, exits
 from tests.ctl.running import RUN, VM, ctl, interrupt
 from tests.ctl.test_single import error_line
+from tests.ctl.test_status import STATUS
+from tests.ctl.test_status import VM as SOME_VM
 
 SETUP = ["hello", "startpod", "allocateIO", "newcontainer"]
 DESTROYED = ["attach", "destroypod", "bye"]
@@ -138,8 +143,17 @@ def test_what_the_agent_cannot_start(
 ) -> None:
     proxy.refused[refused] = ERROR
     assert ctl(proxy, *argv) == 127
-    assert error_line(capfd) == f"cannot start 'no/such': {ERROR}"
+    assert error_line(capfd) == (
+        f"cannot start 'no/such': {ERROR} (the agent does not say why: look whether the program, "
+        "-w's directory and -u's user are there)"
+    )
     assert proxy.names == names
+
+
+def test_an_agent_that_says_why(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
+    proxy.refused["execcmd"] = f"{ERROR}: out of memory"
+    assert ctl(proxy, "exec", "pod", "x") == 127
+    assert error_line(capfd) == f"cannot start 'x': {ERROR}: out of memory"
 
 
 @pytest.mark.parametrize("argv", [RUN, ("exec", "pod")], ids=["run", "exec"])
@@ -155,7 +169,46 @@ def test_a_vm_that_goes_away(
     assert ctl(proxy, *argv, "--", "cmd", "x") == 125
     captured = capfd.readouterr()
     assert captured.out == "so far\n"
-    assert captured.err == "cc-proxyctl: the VM or cc-proxy went away before 'cmd' had ended\n"
+    assert captured.err == (
+        "cc-proxyctl: the VM or cc-proxy went away before 'cmd' had ended (cc-proxy's log says which)\n"
+    )
+
+
+def vm(name: str, **changes: Any) -> VmStatus:
+    return msgspec.structs.replace(SOME_VM, id=name, **changes)
+
+
+NOW = LastError(text="the VM hung up", age=0.0)
+LONG_AGO = LastError(text="an earlier one", age=1000.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ended": [EndedVm(id="pod", error=NOW)]}, "the VM was lost before 'x' had ended: the VM hung up"),
+        (
+            {"vms": [vm("pod", state="gone", last_error=NOW)]},
+            "the VM has gone before 'x' had ended; its last error: the VM hung up",
+        ),
+        (
+            {
+                "ended": [EndedVm(id="other", error=NOW), EndedVm(id="pod", error=LONG_AGO)],
+                "vms": [vm("other", state="lost", last_error=NOW), vm("pod", last_error=NOW)],
+            },
+            "the VM powered off, or its streams were closed, before 'x' had ended "
+            "(cc-proxy's log says which)",
+        ),
+        ({"uptime": 0.0}, "cc-proxy was restarted before 'x' had ended"),
+    ],
+    ids=["lost", "gone", "neither", "restarted"],
+)
+def test_why_the_streams_ended(
+    proxy: FakeProxy, capfd: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
+) -> None:
+    proxy.script = lambda process: process.io.shutdown(socket.SHUT_RDWR)
+    proxy.results["status"] = msgspec.structs.replace(STATUS, **changes)
+    assert ctl(proxy, "exec", "pod", "x") == 125
+    assert error_line(capfd) == said
 
 
 def test_what_is_no_frame(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
@@ -200,7 +253,7 @@ def test_a_proxy_that_ends(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) 
 
     proxy.script = script
     assert ctl(proxy, *RUN, "cmd") == 125
-    assert error_line(capfd) == "the VM or cc-proxy went away before 'cmd' had ended"
+    assert error_line(capfd) == "cc-proxy went away before 'cmd' had ended: Connection refused"
 
 
 def test_a_pod_that_cannot_be_destroyed_is_unregistered_all_the_same(

@@ -8,14 +8,18 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
 from cc_proxy.ctl.errors import Interrupted
+from cc_proxy.ctl.pod import _GRACE
 from cc_proxy.ctl.signals import ENDING, Signals
 from tests.ctl.fake_proxy import FakeProcess, FakeProxy
-from tests.ctl.running import RUN, popen_piped
+from tests.ctl.running import RUN, ctl, interrupt, popen_piped
+from tests.ctl.window import Window
 from tests.wire.support import wait_until
 
 
@@ -60,7 +64,7 @@ def test_each_signal_is_passed_on(proxy: FakeProxy) -> None:
     proxy.script = ends_by_signals(3)
     with popen_piped(proxy.path, *RUN, "x") as child:
         assert line(child) == b"ready\n"
-        for signum in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
             child.send_signal(signum)
             assert line(child) == b"got %d\n" % signum
         assert child.wait() == signal.SIGTERM
@@ -162,6 +166,139 @@ def test_a_second_signal_ends_run_if_nobody_reads_stdout(proxy: FakeProxy) -> No
         child.terminate()
         assert child.wait() == 128 + signal.SIGTERM
     assert proxy.names[-2:] == ["destroypod", "bye"]
+
+
+def ignores_signals(process: FakeProcess) -> None:
+    process.out(b"ready\n")
+
+
+@pytest.mark.parametrize("last", [signal.SIGINT, signal.SIGTERM])
+def test_the_third_signal_ends_run_whatever_the_process_does(proxy: FakeProxy, last: signal.Signals) -> None:
+    """And a VM that hangs does not keep it for long."""
+    proxy.script = ignores_signals
+    with popen_piped(proxy.path, *RUN, "x") as child:
+        assert line(child) == b"ready\n"
+        for count, signum in enumerate((signal.SIGINT, signal.SIGTERM), start=1):
+            child.send_signal(signum)
+            assert proxy.wait_for("killcontainer", count).arguments["signal"] == signum
+        proxy.hold("destroypod")
+        began = time.monotonic()
+        child.send_signal(last)
+        assert child.wait() == 128 + last
+        assert time.monotonic() - began < _GRACE
+    assert proxy.wait_for("killcontainer", 3).arguments["allProcesses"]
+    assert proxy.names[-4:] == ["attach", "killcontainer", "destroypod", "bye"]
+
+
+def test_signals_that_come_far_apart_are_all_the_processs(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("cc_proxy.ctl.signals.time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Signals() as signals:
+        for _ in range(4):
+            signal.raise_signal(signal.SIGINT)
+            now[0] += 3.0
+            assert not signals.insistent
+        now[0] -= 2.0
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.insistent
+
+
+def test_signals_that_ask_for_no_end_do_not_insist() -> None:
+    with Signals() as signals:
+        for signum in (signal.SIGUSR1, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT):
+            signal.raise_signal(signum)
+        assert not signals.insistent
+
+
+def test_the_third_signal_cuts_clearing_up_short(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
+    def script(process: FakeProcess) -> None:
+        process.proxy.wait_for("killcontainer")
+        interrupt(signal.SIGTERM)()
+        process.proxy.wait_for("killcontainer", 2)
+        process.exit(7)
+
+    proxy.script = script
+    proxy.when_asked["newcontainer"] = interrupt(signal.SIGINT)
+    proxy.when_asked["destroypod"] = interrupt(signal.SIGINT)
+    proxy.hold("destroypod")
+    proxy.hold("bye")
+    began = time.monotonic()
+    assert ctl(proxy, *RUN, "x") == 7
+    assert time.monotonic() - began < _GRACE
+    assert proxy.names[-3:] == ["attach", "destroypod", "bye"]
+    assert capfd.readouterr().err.startswith("cc-proxyctl: pod may still be registered: timed out")
+
+
+def killed(process: FakeProcess) -> None:
+    process.out(b"ready\n")
+    process.proxy.wait_for("killcontainer")
+    process.exit(0)
+
+
+def test_a_signal_that_ends_the_process(proxy: FakeProxy) -> None:
+    """The agent reports 0 then."""
+    proxy.script = killed
+    with popen_piped(proxy.path, *RUN, "x") as child:
+        assert line(child) == b"ready\n"
+        child.terminate()
+        assert child.wait() == 128 + signal.SIGTERM
+
+
+def test_the_last_signal_has_ended_the_process(proxy: FakeProxy) -> None:
+    def script(process: FakeProcess) -> None:
+        process.out(b"ready\n")
+        process.proxy.wait_for("killcontainer")
+        process.out(b"ignored\n")
+        process.proxy.wait_for("killcontainer", 2)
+        process.exit(0)
+
+    proxy.script = script
+    with popen_piped(proxy.path, *RUN, "x") as child:
+        assert line(child) == b"ready\n"
+        child.send_signal(signal.SIGINT)
+        assert line(child) == b"ignored\n"
+        child.send_signal(signal.SIGQUIT)
+        assert child.wait() == 128 + signal.SIGQUIT
+
+
+def test_a_signal_that_was_long_ago_has_not_ended_the_process(
+    proxy: FakeProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cc_proxy.ctl.attendance._KILLED_WITHIN", -1.0)
+    proxy.script = killed
+    proxy.when_asked["newcontainer"] = interrupt(signal.SIGUSR1)
+    assert ctl(proxy, *RUN, "x") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "end"), [(("-i",), (1, b"")), (("-ti",), (1, b"\x04")), (("-t",), (1, b"\x04"))]
+)
+def test_input_ends_with_its_client(
+    proxy: FakeProxy, window: Window, options: tuple[str, ...], end: tuple[int, bytes]
+) -> None:
+    """To a terminal the end is a Ctrl-D."""
+    seen = []
+
+    def script(process: FakeProcess) -> None:
+        process.out(b"ready\n")
+        if "-t" not in options:
+            assert process.receive().payload == b"typed\n"
+            process.out(b"go\n")
+        seen.append(process.receive())
+        with pytest.raises(EOFError):
+            process.receive()
+        process.proxy.record("ended")
+
+    proxy.script = script
+    with popen_piped(proxy.path, "exec", *options, "pod", "x", stdin=window.terminal) as child:
+        assert line(child) == b"ready\n"
+        if "-t" not in options:
+            os.write(window.user, b"typed\n")
+            assert line(child) == b"go\n"
+        child.terminate()
+        assert child.wait() == 128 + signal.SIGTERM
+    proxy.wait_for("ended")
+    assert seen == [end]
 
 
 def test_a_signal_ends_the_input_that_had_not_begun(proxy: FakeProxy) -> None:

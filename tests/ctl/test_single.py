@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
 import signal
+import socket
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -120,7 +123,59 @@ def test_what_the_daemon_refuses(
 def test_no_proxy(tmp_path: Path, capfd: pytest.CaptureFixture[str], argv: list[str]) -> None:
     path = str(tmp_path / "nothing")
     assert main(["--socket-path", path, *argv]) == 125
-    assert error_line(capfd) == f"cannot reach cc-proxy at {path}: No such file or directory"
+    assert error_line(capfd) == (
+        f"cannot reach cc-proxy at {path}: No such file or directory "
+        "(start cc-proxy, or name its socket with --socket-path or CC_PROXY_SOCKET)"
+    )
+
+
+def test_a_socket_that_is_for_others(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/p")
+
+    monkeypatch.setattr("cc_proxy.ctl.connection.Client", refuse)
+    assert main(["--socket-path", "/p", "bye", "ID"]) == 125
+    assert error_line(capfd).endswith("become root, or a member of the group)")
+
+
+def test_a_server_that_is_not_the_proxy(tmp_sock_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = str(tmp_sock_dir / "http.sock")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+
+        def serve() -> None:
+            sock, _ = server.accept()
+            with sock:
+                sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                sock.recv(1000)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert main(["--socket-path", path, "bye", "ID"]) == 125
+        thread.join()
+    assert error_line(capfd).startswith(
+        f"{path} is not cc-proxy, or it failed: a message announces 1213486160"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("unknown containerID: ID", "`cc-proxyctl status` lists"),
+        ("message too long 11329", "10240 bytes at most: shorten"),
+    ],
+)
+def test_texts_that_do_not_help_by_themselves(
+    proxy: FakeProxy, capfd: pytest.CaptureFixture[str], text: str, hint: str
+) -> None:
+    proxy.refused["testcmd"] = text
+    assert ctl(proxy, "hyper", "ID", "testcmd") == 125
+    line = error_line(capfd)
+    assert line.startswith(f"{text} (")
+    assert hint in line
 
 
 def test_a_socket_path_that_is_too_long(capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import termios
+from collections.abc import Iterator
 
 import pytest
 
@@ -144,6 +147,65 @@ def test_without_t_the_size_is_nobodys_business(proxy: FakeProxy, window: Window
     assert "winsize" not in proxy.names
 
 
+# A terminal that is not read ---
+
+
+@contextlib.contextmanager
+def stalled(proxy: FakeProxy, window: Window) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command whose terminal takes nothing more."""
+
+    def script(process: FakeProcess) -> None:
+        process.io.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        for _ in range(6):
+            process.out(bytes(10_000))  # a terminal takes 20,000 at most, the rest waits in the command
+        process.proxy.record("all out")
+        if process.receive().payload == b"x":
+            process.proxy.record("key")
+
+    proxy.script = script
+    with window.start(proxy.path, "exec", "-ti", "pod", "sh") as child:
+        try:
+            proxy.wait_for("all out")
+            yield child
+        finally:
+            child.kill()
+
+
+def test_a_terminal_that_is_not_read_keeps_nothing_else(proxy: FakeProxy, window: Window) -> None:
+    with stalled(proxy, window):
+        termios.tcsetwinsize(window.user, (50, 132))
+        assert proxy.wait_for("winsize", 2).arguments["row"] == 50
+        os.write(window.user, b"x")
+        proxy.wait_for("key")
+
+
+def test_a_signal_ends_it_though_its_terminal_is_not_read(proxy: FakeProxy, window: Window) -> None:
+    with stalled(proxy, window) as child:
+        child.terminate()
+        assert child.wait() == 128 + signal.SIGTERM
+
+
+def test_the_users_terminal_stays_in_its_mode(proxy: FakeProxy, window: Window) -> None:
+    """A shell shares it, and expects to be made to wait."""
+    with stalled(proxy, window):
+        assert os.get_blocking(window.terminal)
+
+
+def test_a_terminal_is_written_to_the_last_byte(proxy: FakeProxy, window: Window) -> None:
+    data = bytes(range(256)) * 1000
+
+    def script(process: FakeProcess) -> None:
+        for start in range(0, len(data), 8000):
+            process.out(data[start : start + 8000])
+        process.out(b"the end")
+        process.exit(3)
+
+    proxy.script = script
+    with window.start(proxy.path, "exec", "-ti", "pod", "sh") as child:
+        assert read_until(window.user, b"the end") == data + b"the end"
+        assert child.wait() == 3
+
+
 # Ends of all kinds ---
 
 
@@ -172,7 +234,7 @@ def test_a_vm_that_goes_away(proxy: FakeProxy, window: Window) -> None:
         read_until(window.user, b"ready\n")
         os.write(window.user, b"x")
         # In the terminal's own mode again: a whole new line.
-        assert read_until(window.user, b"\n").endswith(b"went away before 'sh' had ended\r\n")
+        assert read_until(window.user, b"\n").endswith(b"had ended (cc-proxy's log says which)\r\n")
         assert child.wait() == 125
     assert window.mode() == before
 
@@ -181,7 +243,8 @@ def test_a_command_that_cannot_be_started(proxy: FakeProxy, window: Window) -> N
     before = window.mode()
     proxy.refused["newcontainer"] = ERROR
     with window.start(proxy.path, *RUN_TI) as child:
-        assert read_until(window.user, b"\r\n") == f"cc-proxyctl: cannot start 'sh': {ERROR}\r\n".encode()
+        said = read_until(window.user, b"\r\n")
+        assert said.startswith(f"cc-proxyctl: cannot start 'sh': {ERROR} (".encode())
         assert child.wait() == 127
     assert window.mode() == before
 
