@@ -24,8 +24,7 @@ from cc_proxy.log.levels import LogLevel
 _PROCESS_OPTIONS = "[-t] [-i] [-e K=V]... [-w DIR] [-u USER[:GROUP]] [--timeout S]"
 _PROCESS_NOTES = """
 With -t the process has this terminal, which has to be stdin; without it, stdout and stderr stay
-apart. Without -i its stdin is empty. The exit status is the process's own. The agent reports 0 for a
-process that a signal has killed."""
+apart. Without -i its stdin is empty. The exit status is the process's own."""
 
 
 def _add_local(parser: ArgumentParser) -> None:
@@ -76,8 +75,9 @@ COMMANDS: tuple[Command[Any], ...] = (
         description="""\
 Register a VM, start a pod of one process in it, and carry that process's stdio until it ends;
 then destroy the pod and unregister the VM. Signals are passed on to the process, unless it has
-the terminal; if it then ends within seconds with status 0, the exit status is 128+N all the same.
-The third SIGINT or SIGTERM within 5 seconds ends cc-proxyctl and the pod, whatever the process does."""
+the terminal. The agent reports status 0 for a process that a signal has killed: if it does so
+within 5 seconds of signal N, the exit status is 128+N. The third SIGINT or SIGTERM within 5
+seconds ends cc-proxyctl and the pod, whatever the process does."""
         + _PROCESS_NOTES,
         examples=(
             "run --local -- echo hello",
@@ -98,9 +98,9 @@ The third SIGINT or SIGTERM within 5 seconds ends cc-proxyctl and the pod, whate
         description="""\
 Start another process in the container of a registered VM, and carry its stdio until it ends.
 A signal ends cc-proxyctl; the process then reads end of file from its stdin. With -t it is sent a
-Ctrl-D, which is an end of file to a shell that waits for a new line. A process stays in the VM if it
-does not read its stdin, reads keys, or has a half-typed line; so does one whose cc-proxyctl was
-killed with SIGKILL before it could say so. `exec ID -- kill PID` ends it."""
+Ctrl-D, which ends a shell that waits for a command. A process goes on in the VM if it does not
+read its stdin, takes Ctrl-D for a key, or has a half-typed line. After SIGKILL cc-proxyctl cannot
+send anything, so a process with a terminal goes on too. `exec ID -- kill PID` ends such a process."""
         + _PROCESS_NOTES,
         examples=("exec web -- ps aux", "exec -ti web -- sh", "exec -i web -- tee /etc/motd < motd"),
         arguments=(add_timeout, add_id, add_process),

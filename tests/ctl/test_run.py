@@ -285,6 +285,18 @@ def test_no_terminal(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> Non
 # Signals before the process runs ---
 
 
+@pytest.mark.parametrize("argv", [RUN, ("exec", "pod")], ids=["run", "exec"])
+def test_a_signal_while_cc_proxy_takes_no_connections(
+    proxy: FakeProxy, monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...]
+) -> None:
+    def connects(*_arguments: object, **_options: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("it goes on waiting")
+
+    monkeypatch.setattr("cc_proxy.ctl.connection.Client", connects)
+    assert ctl(proxy, *argv, "x") == 143
+
+
 @pytest.mark.parametrize("signum", ENDING, ids=lambda signum: signum.name)
 def test_a_signal_during_setup(
     proxy: FakeProxy, capfd: pytest.CaptureFixture[str], signum: signal.Signals

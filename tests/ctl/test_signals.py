@@ -47,6 +47,11 @@ def unread(child: subprocess.Popen[bytes]) -> int:
     return int.from_bytes(fcntl.ioctl(child.stdout, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
+def untaken(process: FakeProcess) -> int:
+    """What it has sent and the command has not read, in bytes of the system's own count."""
+    return int.from_bytes(fcntl.ioctl(process.io, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
 @pytest.mark.parametrize("signum", ENDING, ids=lambda signum: signum.name)
 def test_a_signal_is_passed_on(proxy: FakeProxy, signum: signal.Signals) -> None:
     proxy.script = ends_by_signals(1)
@@ -138,6 +143,7 @@ def test_a_signal_when_the_process_has_ended_ends_the_writing_of_its_output(prox
         process.out(bytes(60_000))
         process.out(bytes(60_000))
         process.exit(0)
+        wait_until(lambda: untaken(process) == 0, "the exit status is taken")
         process.proxy.record("ended")
 
     proxy.script = script
