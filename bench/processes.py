@@ -134,6 +134,7 @@ class Daemon(Service):
                 left = self.connections() - staying
                 raise BenchError(f"{self.name} keeps {left} connections or VMs that have ended")
             time.sleep(0.005)
+        time.sleep(_LINGERING)  # the thread that has just answered this, too
 
     def count_threads(self) -> int:
         return len(os.listdir(self._proc("task")))
