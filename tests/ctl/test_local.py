@@ -122,7 +122,10 @@ def test_a_signal_that_kills_the_process(socket_path: str, signum: signal.Signal
         assert child.wait() == 128 + signum
 
 
-def test_a_shell_in_a_terminal_ends_with_its_client(socket_path: str, window: Window) -> None:
+@pytest.mark.parametrize(("hangs_up", "status"), [(False, 128 + signal.SIGTERM), (True, 128 + signal.SIGHUP)])
+def test_a_shell_in_a_terminal_ends_with_its_client(
+    socket_path: str, window: Window, hangs_up: bool, status: int
+) -> None:
     with popen_piped(socket_path, *READS_ON, "sh", "-c", "echo $$; cat") as pod:
         assert pod.stdin is not None
         assert pod.stdout is not None
@@ -130,8 +133,11 @@ def test_a_shell_in_a_terminal_ends_with_its_client(socket_path: str, window: Wi
         with window.start(socket_path, "exec", "-ti", "pod", "sh", "-c", "echo $$; exec sh") as child:
             shell = os.pidfd_open(int(read_until(window.user, b"\r\n")))
             read_until(window.user, b"# " if os.geteuid() == 0 else b"$ ")
-            child.terminate()
-            assert child.wait() == 128 + signal.SIGTERM
+            if hangs_up:
+                window.hang_up()
+            else:
+                child.terminate()
+            assert child.wait() == status
             poll = select.poll()
             poll.register(shell, select.POLLIN)
             assert poll.poll(20_000)
