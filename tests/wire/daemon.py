@@ -280,8 +280,8 @@ class Wire:
             vms = json.loads(client.ask("status"))["data"]["vms"]
         finally:
             client.close()
-        [state] = [vm["state"] for vm in vms if vm["id"] == shorten(container)] or ["forgotten"]
-        return state not in {"lost", "gone", "forgotten"}
+        states = {vm["state"] for vm in vms if vm["id"] == shorten(container)}
+        return "up" in states  # one that lingers after bye, or is lost, may have the same id
 
     def is_taken(self, container: str) -> bool:
         """Also by a hello that has not ended yet. Asked with one that fails at once."""
