@@ -90,6 +90,15 @@ class User:
         """Count requests; returns the seconds that the last of them has to wait for its turn."""
         return self._users.delay(self, requests) if self.is_limited else 0.0
 
+    def note_connection(self) -> None:
+        """Count a connection as a request, for which the first real one waits.
+
+        Nobody waits for a connection itself, so one that comes and goes all day could owe days: it counts no
+        more once the user owes as much as it may ask for in one go.
+        """
+        if self.delay(0) < _BURST:
+            self.delay()
+
     def charge(self, thing: Thing, number: int = 1) -> Charge:
         """Count some more of something. Raises `LimitReached`, and then nothing is counted."""
         self.count(thing, number)

@@ -125,6 +125,19 @@ def test_a_user_is_held_back_while_others_are_present(clock: Clock) -> None:
     assert alice.delay(1_000) == 0.0, "she is alone again"
 
 
+def test_connections_that_come_and_go_owe_no_more_than_a_burst(clock: Clock) -> None:
+    users = users_of(total=2_000, each=1_000, rate=10)
+    alice, bob = users.of(ALICE), users.of(BOB)
+    alice.charge("connections")
+    bob.charge("connections")
+    for _ in range(75):
+        alice.note_connection()
+    assert alice.delay(0) == pytest.approx(2.5), "beyond the five seconds' worth in one go"
+    for _ in range(100_000):
+        alice.note_connection()
+    assert alice.delay(0) == pytest.approx(5.0)
+
+
 def test_root_is_never_held_back() -> None:
     users = users_of(total=10, each=10, rate=1)
     root, bob = users.of(ROOT), users.of(BOB)

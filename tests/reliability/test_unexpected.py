@@ -155,7 +155,7 @@ def test_connection_that_fails_before_it_is_served_costs_none_of_those_that_came
     house: House, monkeypatch: pytest.MonkeyPatch, logged: Logged, counted: Counted
 ) -> None:
     with monkeypatch.context() as patch:
-        failed = fail_once(patch, User, "delay")
+        failed = fail_once(patch, User, "note_connection")
         first = house.connect()
         assert failed.wait(WAIT)
         others = [house.connect() for _ in range(3)]
@@ -201,7 +201,7 @@ def test_error_that_cannot_even_be_logged_leaves_nothing_open(
     house: House, monkeypatch: pytest.MonkeyPatch, counted: Counted
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(User, "delay", fail)
+        patch.setattr(User, "note_connection", fail)
         failed = fail_once(patch, Server, "handle_error")
         assert at_end(house.connect().sock)
         assert failed.is_set()

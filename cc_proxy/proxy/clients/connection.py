@@ -168,7 +168,8 @@ class Connection:
         parser = self._parser
         while (text := parser.next_text()) is None:
             if parser.unfinished:
-                return self._finish_text() or After.END
+                rest = self._finish_text()
+                return After.END if rest is None else rest
             data = self._spin.wait(self._look, self._sleep)
             if not data:
                 return After.END if data is not None else After.PARK
@@ -264,7 +265,7 @@ class Connection:
         self.end(reason)
 
     def end(self, reason: str) -> None:
-        """Give back everything but the socket, which the server closes. Whoever has the connection."""
+        """Give back everything but the socket, which the server closes. For the thread that serves it."""
         self.after = After.END
         self._uncount()
         self._close_passed()

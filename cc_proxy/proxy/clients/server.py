@@ -181,7 +181,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             with self._lock:
                 self._connections[request] = charge
                 self._empty.clear()
-            user.delay()  # so that connecting counts; the first request waits for it
+            user.note_connection()
             client = Client(next(self._numbers), who, user)
             self._park(Connection(request, client, self._handlers, self._limits))
         except (LimitReached, OSError) as error:

@@ -23,7 +23,7 @@ from tests.clock import Clock
 from tests.proxy.conftest import Logged
 from tests.proxy.house import UNKNOWN, Answering, House, limited
 from tests.proxy.support import read_to_end
-from tests.wire.support import WAIT, at_end, is_silent, message, refused, request, wait_until
+from tests.wire.support import WAIT, at_end, is_silent, message, refused, request, unread_by_peer, wait_until
 
 # Messages -------------------------------------------------------------------------------------------------
 
@@ -432,3 +432,16 @@ def test_broken_protocol_is_logged_with_its_reason(
     assert str(fields["error"]).startswith(reason)
     (connected,) = logged.fields("client connected")
     assert connected == {"client": 1, "pid": os.getpid(), "uid": os.getuid()}
+
+
+def test_empty_message_in_pieces_breaks_the_protocol_as_a_whole_one_does(
+    house: House, logged: Logged
+) -> None:
+    """It is no end of file."""
+    client = house.connect()
+    client.send(message("")[:3])
+    wait_until(lambda: unread_by_peer(client.sock) == 0, "the first piece is read")
+    client.send(message("")[3:])
+    assert at_end(client.sock)
+    (fields,) = logged.fields("client broke the protocol")
+    assert str(fields["error"]).startswith("not a JSON object")
