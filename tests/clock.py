@@ -6,14 +6,10 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 1_000.0
-        self.worked = 50.0
         self.slept: list[float] = []
 
     def monotonic(self) -> float:
         return self.now
-
-    def thread_time(self) -> float:
-        return self.worked
 
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)

@@ -11,7 +11,7 @@ def have_one_arena() -> None:
     """Have malloc take everything of this process from one arena, if it is glibc's. Before there are threads.
 
     It makes up to eight for each CPU, so that threads need not wait for each other. Here they have waited for
-    the interpreter already; and with connections coming and going, each arena gets holes of its own.
+    the GIL already; and with connections coming and going, each arena gets holes of its own.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,7 +1,7 @@
 """Events for the journal with fields of its own: `journalctl CC_VM=…` finds them then.
 
 MESSAGE is still the JSON line, for whoever reads with `-o cat`. The journal's native protocol is spoken here,
-a datagram for each event: python3-systemd speaks it too, but holds the interpreter's lock while it waits for
+a datagram for each event: python3-systemd speaks it too, but holds the GIL while it waits for
 a journal that is busy, and with it every thread.
 """
 

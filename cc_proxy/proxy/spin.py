@@ -1,4 +1,4 @@
-"""Waiting for what may come at once: to look again for a moment costs less than to be woken."""
+"""Waiting for what may come at once: looking again for a moment costs less than being woken."""
 
 import time
 from collections.abc import Callable
@@ -6,13 +6,13 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 
-#: Seconds that it is looked for something before the thread goes to sleep.
+#: Seconds that a thread looks before it goes to sleep.
 _SPIN = 0.000_06
-#: Seconds in which it has come so many times in a row, if it is looked for at all.
-_QUICK = 0.000_2
+#: A thread looks only after this many waits in a row that were shorter than this, in seconds.
 _IN_A_ROW = 4
-#: One look takes much less, in seconds, unless somebody else wants the interpreter, or the CPU; then that is
-#: left to them for a while.
+_QUICK = 0.000_2
+#: One look takes much less than this, in seconds, unless another thread wants the GIL, or another process the
+#: CPU. Then nobody looks for a while.
 _LONG_LOOK = 0.000_03
 _SHY = 0.005
 
@@ -20,14 +20,15 @@ _SHY = 0.005
 class Spin:
     """Waits for one thing, one thread at a time.
 
-    To be woken takes a thread 10 to 30 µs, as long as a quick peer needs to answer. So after a few short
-    waits in a row the next one begins with looking. Nobody else is to pay for that: it ends as soon as a look
-    takes longer than it should.
+    Waking a thread takes 10 to 30 µs, as long as a quick peer needs to answer. So after a few short waits in
+    a row the next one begins with looking. Nobody else pays for that: looking ends as soon as a look takes
+    longer than it should.
     """
 
     __slots__ = ("_short_waits",)
 
-    #: For all, as there is one interpreter. Any thread's, without a lock: the last one is as right as any.
+    #: For all threads, as there is one GIL. Any thread sets it without a lock: the last value is as right as
+    #: any.
     _shy_until = 0.0
 
     def __init__(self) -> None:

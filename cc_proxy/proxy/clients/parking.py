@@ -103,8 +103,8 @@ class Parking(Generic[P]):
         if connection.on_readable():
             return
         fd = connection.fileno()
-        # Before it leaves: whoever gets it may park it again at once, or close it and have the number used
-        # anew.
+        # Before it leaves: its next owner may park it again at once, or close it, and then another connection
+        # gets the same fd.
         with contextlib.suppress(OSError):
             self._epoll.unregister(fd)
         del self._parked[fd]

@@ -31,7 +31,7 @@ from cc_proxy.log.levels import current_level
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.proxy.vms.vm import Trouble, Vm
 
-#: Seconds that all pumps together get to answer. The public API promises so much.
+#: Seconds that all pumps together get to answer; the public API promises half a second.
 _PATIENCE = 0.5
 
 

@@ -25,7 +25,7 @@ class Workers:
     """
 
     def __init__(self) -> None:
-        # Threads without a job, the last one last. Whoever takes one out puts one job into its queue.
+        # Threads without a job, the last one last. A thread that takes one out puts one job into its queue.
         # Appending, popping and removing are atomic under the GIL, so there is no lock; the same holds for
         # `_threads`.
         self._spare: deque[queue.SimpleQueue[Job]] = deque()

@@ -1,6 +1,6 @@
 """One VM's I/O pump: the thread that copies frames between the I/O channel and the clients' fds.
 
-What it does is the `Channel`'s; here is the thread, and what other threads may ask of it.
+`Channel` has what the thread does; here is the thread itself, and what other threads may ask of it.
 """
 
 import contextlib

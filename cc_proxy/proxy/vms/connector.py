@@ -48,7 +48,7 @@ class Report(NamedTuple):
 
 
 class TooManyHang(Exception):
-    """So much of a user's hangs already that no more is begun; the text says so."""
+    """Too many earlier attempts of a user still hang; the text says how many."""
 
 
 class Attempt:

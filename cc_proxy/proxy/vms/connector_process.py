@@ -36,7 +36,7 @@ LENGTH = struct.Struct("@I")
 
 
 class Request(msgspec.Struct, array_like=True):
-    """What a child is told: who to be, and for each socket its path and whether to be patient."""
+    """What a child is told: whose rights to take on, each socket's path, and whether to look again for it."""
 
     uid: int
     gid: int

@@ -51,8 +51,8 @@ class Connected:
 class Dialer:
     """Connects on behalf of one client. Any thread.
 
-    The kernel judges each step of a path, and the socket at its end, as it would for the client itself, while
-    it connects: there is no look before that which could be out of date by then. Who listens there sees the
+    The kernel judges each step of a path, and the socket at its end, as it would for the client itself, and
+    it does so while it connects: an earlier check could be out of date by then. The listener sees the
     client's uid and gid.
     """
 
