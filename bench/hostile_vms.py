@@ -106,7 +106,7 @@ _DONE: dict[str, Callable[[Vm], None]] = {
 }
 
 #: How many VMs each habit takes.
-HABITS = {**dict.fromkeys([*_SAID, *_DONE], 8), "status": 200}
+HABITS = {**dict.fromkeys([*_SAID, *_DONE], 8), "status": 60}
 
 
 class Sender:

@@ -200,11 +200,19 @@ class Connection:
             if not data:
                 return None
             parser.receive_data(data)
-            # A client that sends a byte at a time costs as much as one that sends a request at a time.
-            if parser.missing and (delay := self.client.user.delay()):
-                time.sleep(delay)
+            if parser.missing:
+                self._pace()
         limit_receive(self._sock, _LINGER)
         return text
+
+    def _pace(self) -> None:
+        """Count a piece that is not the last: a client that sends bytes costs as much as one that sends
+        requests.
+
+        A thousand clients that dribble would wake a thousand threads, and nobody else would get the GIL.
+        """
+        if delay := self.client.user.delay():
+            time.sleep(delay)
 
     def _receive_by(self, deadline: float, size: int) -> bytes:
         left = deadline - time.monotonic()
@@ -230,6 +238,7 @@ class Connection:
             self._sock.shutdown(socket.SHUT_WR)
             while rest and (data := self._receive_by(deadline, min(rest, _LARGEST_READ))):
                 rest -= len(data)
+                self._pace()
         except (OSError, ProtocolError):
             pass  # the client has gone, or takes too long
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import select
 import socket
 import threading
@@ -445,3 +446,23 @@ def test_empty_message_in_pieces_breaks_the_protocol_as_a_whole_one_does(
     assert at_end(client.sock)
     (fields,) = logged.fields("client broke the protocol")
     assert str(fields["error"]).startswith("not a JSON object")
+
+
+def test_rest_of_a_refused_message_that_dribbles_in_is_read_no_faster_than_requests(
+    tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def count(_user: User, requests: int = 1) -> float:
+        pieces.put(requests)
+        return 0.0
+
+    with limited(tmp_sock_dir, Limits(request_bytes=5_000)) as house:
+        client = house.connect()
+        monkeypatch.setattr(User, "delay", count)
+        client.send(message("x" * 6_000)[:9])
+        assert b"the limit of 5000 bytes" in client.receive()
+        before = pieces.qsize()
+        for sent in range(1, 4):
+            client.send(b"x")
+            wait_until(lambda sent=sent: pieces.qsize() >= before + sent, "the piece counts")  # type: ignore[misc]
