@@ -13,6 +13,9 @@ from collections.abc import Sequence
 #: Bytes on their way that are not to be copied.
 Piece = bytes | memoryview
 
+#: What a socket says of this moment only: it is as it was, and may be tried again.
+PASSING = frozenset({errno.EAGAIN, errno.EINTR, errno.ENOBUFS, errno.ENOMEM})
+
 #: What nobody wants to read goes here, whichever thread reads it; made once, since memory may be short then.
 _SCRATCH = bytearray(64 * 1024)
 #: The most pieces that one call takes (<limits.h>).

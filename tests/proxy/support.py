@@ -15,6 +15,7 @@ from cc_proxy.api.status import Streams
 from cc_proxy.hyperstart.control import ControlMessage
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.linux.credentials import Credentials
+from cc_proxy.proxy.streams.interfaces import Pacing
 from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.session import Session, Whose
 from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
@@ -220,13 +221,15 @@ class Rig(Ends):
         super().__init__(space, vm=vm, window=window, io_buffer=io_buffer)
         self._started = started
         turns = one_at_a_time or new_user().one_batch
-        self.pump = Pump(self.owner, self.near_io, self.control, console, turns, echo_timeout)
+        pacing = Pacing(echo_timeout, lambda done: done(True))
+        self.pump = Pump(self.owner, self.near_io, self.control, console, turns, pacing)
         if started:
             self.pump.start()
 
     def open(self, streams: int = 2, *, buffer: int | None = None) -> Stream:
         session, stream = self.session(streams, buffer=buffer)
         assert self.pump.add(session)
+        self.pump.open_stdin([stream.base])
         return stream
 
     def call(self, question: Callable[[], T]) -> T:

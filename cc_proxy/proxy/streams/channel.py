@@ -11,6 +11,7 @@ nothing and the VM is not read. A client whose stdin waits for its agent's ackno
 import contextlib
 import socket
 import time
+from collections.abc import Callable, Iterable
 
 from cc_proxy.api.status import Streams
 from cc_proxy.hyperstart.pacing import FIRST_MARKER
@@ -18,9 +19,11 @@ from cc_proxy.linux.fds import close_stream
 from cc_proxy.linux.selector import NOTHING_ELSE, READ, WRITE
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
-from cc_proxy.proxy.streams.interfaces import Beside, Lost, Owner
+from cc_proxy.proxy.streams.interfaces import Beside, Lost, Owner, Pacing
 from cc_proxy.proxy.streams.mailbox import Mailbox
 from cc_proxy.proxy.streams.output import FramingLost, Output
+from cc_proxy.proxy.streams.pacer import Pacer
+from cc_proxy.proxy.streams.routes import Routes
 from cc_proxy.proxy.streams.session import Session
 from cc_proxy.proxy.streams.stats import describe_streams
 from cc_proxy.proxy.streams.stdin import Stdin
@@ -43,12 +46,12 @@ class Channel:
         control: Beside,
         console: Beside | None,
         mailbox: Mailbox,
-        echo_timeout: float,
+        pacing: Pacing,
     ) -> None:
         """Take over `io`, `control` and `console`. Calls left in `mailbox`, which is not, are made in
         between.
 
-        `echo_timeout` is in seconds (`Stdin`). Raises `OSError`; the caller keeps everything then.
+        Raises `OSError`; the caller keeps everything then.
         """
         io.setblocking(False)
         self._owner = owner
@@ -58,16 +61,22 @@ class Channel:
         self._control = control
         self._console = console
         self._sessions: set[Session] = set()
-        self._owners: dict[int, Session] = {}  # by seq
+        self._mailbox = mailbox
+        self._pacing = pacing
+        self._routes = Routes(self._on_start)
         self._watch = Watch(self._on_writable)
         with contextlib.ExitStack() as undo:
             undo.callback(self._watch.close)
             # A client that knew its seqs before the VM sent this has its session in the mailbox by now, which
             # it may not have had before the read: so calls are made between reading and delivering, too.
             self._output = Output(
-                self._vm, io, self._watch.others, self._owners, mailbox.make_calls, self._on_stray
+                self._vm, io, self._watch.others, self._routes, mailbox.make_calls, self._on_stray
             )
-            self._stdin = Stdin(self._vm, io, self._watch.clients, self._owners, echo_timeout, self._drop)
+            self._pacer = Pacer(
+                self._vm, io, self._routes.owners, pacing.echo_timeout, self._acknowledge, self._output
+            )
+            self._pacer.on_room = self._on_room
+            self._stdin = Stdin(self._vm, io, self._watch.clients, self._pacer, self._drop)
             self._watch.add_io(self._io_fd, self._on_io)
             self._watch.add(mailbox.fileno(), lambda _events: mailbox.receive())
             self._watch.add(control.fileno(), self._on_control)
@@ -116,7 +125,7 @@ class Channel:
 
     @property
     def _timed(self) -> bool:
-        if self._output.paused or self._stdin.asked or self._stdin.blocked:
+        if self._output.paused or self._pacer.asked or self._stdin.blocked:
             return True
         return self._finish_at is not None
 
@@ -135,7 +144,7 @@ class Channel:
             self._lose(self._finish_cause)
         self._output.run_timers(now)
         if self._output.paused:
-            self._stdin.put_off(now)
+            self._pacer.put_off(now)
         else:
             self._stdin.run_timers(now)
 
@@ -213,7 +222,7 @@ class Channel:
         """A frame that nobody owns; returns whether it was a marker of ours that came back."""
         if seq < FIRST_MARKER:
             return False
-        self._stdin.echo(seq)
+        self._pacer.echo(seq)
         return True
 
     # Sessions ---------------------------------------------------------------------------------------------
@@ -224,8 +233,36 @@ class Channel:
             session.close()
             return
         self._sessions.add(session)
-        self._owners.update(dict.fromkeys(session.seqs, session))
+        self._routes.add(session)
         self._stdin.add(session)
+
+    def expect_processes(self, seqs: Iterable[int]) -> None:
+        """A command is about to be sent that starts processes with these seqs as stdio.
+
+        Only from here on an empty frame of the agent's on one of them is its end of file.
+        """
+        for seq in seqs:
+            self._routes.expect(seq)
+
+    def open_stdin(self, seqs: Iterable[int]) -> None:
+        """The agent has started them: stdin that was sent for them is read from now on."""
+        for seq in seqs:
+            self._routes.start(seq)
+
+    def _on_start(self, session: Session) -> None:
+        if self._io_open:
+            self._stdin.open(session)
+
+    def _on_room(self, session: Session) -> None:
+        self._stdin.resume(session)
+
+    def _acknowledge(self, done: Callable[[bool], None]) -> None:
+        """Have commands carried out (`Pacing.acknowledge`), and `done` called in this thread."""
+
+        def call_back(answered: bool) -> None:
+            self._mailbox.post(lambda: done(answered))
+
+        self._pacing.acknowledge(call_back)
 
     def _drop(self, session: Session, reason: str) -> None:
         """Close a session if it is not closed yet. Output on its streams is nobody's from now on."""
@@ -234,8 +271,7 @@ class Channel:
         logger.debug("session closed", extra={"vm": self._vm, "stream": session.seqs.start, "reason": reason})
         self._sessions.remove(session)
         with contextlib.closing(session):
-            for seq in session.seqs:
-                self._owners.pop(seq, None)
+            self._routes.remove(session)
             self._stdin.forget(session)
             self._output.forget(session)
 
@@ -292,4 +328,4 @@ class Channel:
 
     def _let_go(self) -> None:
         """Undo what refers to this in a circle: or the buffers would stay until a collector comes by."""
-        del self._output, self._stdin, self._watch
+        del self._output, self._stdin, self._watch, self._pacer, self._routes

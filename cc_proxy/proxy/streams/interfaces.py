@@ -1,6 +1,20 @@
 """What the streams of a VM need from outside: whose they are, and what is watched beside them."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+#: Has the agent carry out two commands that do nothing, one after the other, and calls back with whether both
+#: were answered. It does not wait itself. It may call back from any thread, at once, later or never.
+Acknowledge = Callable[[Callable[[bool], None]], None]
+
+
+class Pacing(NamedTuple):
+    """How it is found out that the agent has handled the stdin it was sent."""
+
+    #: Seconds that a marker is waited for.
+    echo_timeout: float
+    #: What is done if it has not come by then.
+    acknowledge: Acknowledge
 
 
 class Lost(Exception):

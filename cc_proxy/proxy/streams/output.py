@@ -1,14 +1,16 @@
 """Output: frames from one VM to its clients. The thread that drives the channel does everything here."""
 
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
-from cc_proxy.hyperstart.frames import Batch, Buffer, gather
+from cc_proxy.api.frames import FRAME_HEADER
+from cc_proxy.hyperstart.frames import HEADER_SIZE, Batch, Buffer, gather
 from cc_proxy.linux.fds import unread
 from cc_proxy.linux.memory import new_buffer
 from cc_proxy.linux.selector import WRITE, Selector
 from cc_proxy.log.levels import IO, logger
 from cc_proxy.proxy.streams.dump import dump_frames
+from cc_proxy.proxy.streams.routes import Routes
 from cc_proxy.proxy.streams.session import Session
 
 _BUFFER_SIZE = 256 * 1024
@@ -30,14 +32,14 @@ class Output:
         vm: str,
         io: socket.socket,
         selector: Selector,
-        owners: Mapping[int, Session],
+        routes: Routes,
         before_delivery: Callable[[], None],
         on_stray: Callable[[int], bool],
     ) -> None:
         self._vm = vm
         self._io = io
         self._selector = selector
-        self._owners = owners
+        self._routes = routes
         self._before_delivery = before_delivery
         self._on_stray = on_stray
         self._buffer = new_buffer(_BUFFER_SIZE)
@@ -51,6 +53,8 @@ class Output:
         self._stuck: set[Session] = set()
         #: Whether slices of the buffer are still waited for, so that the VM cannot be read.
         self.paused = False
+        #: Bytes that the VM has sent.
+        self.received = 0
         #: Bytes and whole frames that clients were passed, or have waiting for them.
         self.bytes = self.frames = 0
         #: Frames that nobody owned.
@@ -67,11 +71,13 @@ class Output:
         size = self._io.recv_into(self._room())
         if size:
             self._stop += size
-            batch = self._take_apart(self._buffer, self._view, self._start, self._stop)
-            self._start = batch.stop
-            self._deliver(batch)
-            if batch.error:
-                raise FramingLost(batch.error)
+            self.received += size
+            self._before_delivery()
+            for batch in self._batches(self._buffer, self._view, self._start, self._stop):
+                self._start = batch.stop  # first: what an error stops is not to be delivered twice
+                self._deliver(batch)
+                if batch.error:
+                    raise FramingLost(batch.error)
         return size
 
     def read_rest(self) -> None:
@@ -85,17 +91,44 @@ class Output:
             rest += piece
             size -= len(piece)
         self._start = self._stop
-        self._deliver(self._take_apart(rest, memoryview(rest), 0, len(rest)))
-
-    def _take_apart(self, buffer: Buffer, view: memoryview, start: int, stop: int) -> Batch[Session]:
-        """Find the whole frames there, and whose they are."""
         self._before_delivery()
-        batch = gather(buffer, view, start, stop, self._owners)
-        self.bytes += batch.stop - start - sum(length for _, length in batch.strays)
+        for batch in self._batches(rest, memoryview(rest), 0, len(rest)):
+            self._deliver(batch)
+
+    def _batches(self, buffer: Buffer, view: memoryview, start: int, stop: int) -> Iterator[Batch[Session]]:
+        """Find the whole frames there. Nearly always that is one batch; each is to be delivered at once."""
+        owners = self._routes.owners
+        batch = gather(buffer, view, start, stop, owners)
+        while self._routes.silent and (first := self._first_word(batch, buffer, start)):
+            seq, pos = first
+            yield self._count(gather(buffer, view, start, pos, owners), view[start:pos])
+            self._routes.start(seq)
+            start = pos
+            batch = gather(buffer, view, start, stop, owners)
+        yield self._count(batch, view[start : batch.stop])
+
+    def _count(self, batch: Batch[Session], frames: memoryview) -> Batch[Session]:
+        """Count a batch, which is of these frames."""
+        self.bytes += len(frames) - sum(length for _, length in batch.strays)
         self.frames += batch.frames - len(batch.strays)
         if logger.isEnabledFor(IO):
-            dump_frames(self._vm, "output", (view[start : batch.stop],))
+            dump_frames(self._vm, "output", (frames,))
         return batch
+
+    def _first_word(self, batch: Batch[Session], buffer: Buffer, start: int) -> tuple[int, int] | None:
+        """Find output of a process that nobody is known to have started; returns its seq, and where it is.
+
+        An empty frame is none.
+        """
+        silent = self._routes.silent
+        said = {seq for seq, length in batch.strays if length > HEADER_SIZE and seq in silent}
+        if not said:
+            return None
+        seq, length = FRAME_HEADER.unpack_from(buffer, start)
+        while seq not in said or length == HEADER_SIZE:
+            start += length
+            seq, length = FRAME_HEADER.unpack_from(buffer, start)
+        return seq, start
 
     def _deliver(self, batch: Batch[Session]) -> None:
         """Pass on frames."""

@@ -7,7 +7,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 
@@ -15,7 +15,7 @@ from cc_proxy.api.status import Streams
 from cc_proxy.linux.threads import start_thread
 from cc_proxy.log import faults
 from cc_proxy.proxy.streams.channel import Channel
-from cc_proxy.proxy.streams.interfaces import Beside, Owner
+from cc_proxy.proxy.streams.interfaces import Beside, Owner, Pacing
 from cc_proxy.proxy.streams.mailbox import Mailbox
 from cc_proxy.proxy.streams.session import Session
 
@@ -33,7 +33,7 @@ class Pump:
         control: Beside,
         console: Beside | None,
         one_at_a_time: Callable[[], AbstractContextManager[None]],
-        echo_timeout: float,
+        pacing: Pacing,
     ) -> None:
         """Take over the VM's sockets; see `Channel`.
 
@@ -44,7 +44,7 @@ class Pump:
         self._one_at_a_time = one_at_a_time
         self._mailbox = Mailbox()
         try:
-            self._channel = Channel(owner, io, control, console, self._mailbox, echo_timeout)
+            self._channel = Channel(owner, io, control, console, self._mailbox, pacing)
         except BaseException:
             self._mailbox.close()
             raise
@@ -65,6 +65,21 @@ class Pump:
     def add(self, session: Session) -> bool:
         """Take over a session: frames for its seqs reach it from now on. False if the pump has ended."""
         return self._mailbox.post(lambda: self._channel.add(session))
+
+    def expect_processes(self, seqs: Iterable[int]) -> None:
+        """A command is about to be sent that starts processes with these seqs as stdio.
+
+        To be called before it is sent: only from here on an empty frame of the agent's on one of them is its
+        end of file. No matter whose they are, or whether they are anybody's.
+        """
+        self._mailbox.post(lambda: self._channel.expect_processes(seqs))
+
+    def open_stdin(self, seqs: Iterable[int]) -> None:
+        """That command was acknowledged: stdin that clients have sent for them is read from now on.
+
+        Output on a stdio says the same.
+        """
+        self._mailbox.post(lambda: self._channel.open_stdin(seqs))
 
     def describe(self) -> Future[Streams]:
         """Ask how the streams stand, all of it at one moment.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from cc_proxy.hyperstart.frames import StdinSplitter
 from cc_proxy.hyperstart.pacing import StdinWindow
-from cc_proxy.linux.fds import Piece, close_stream, cut, send_pieces, unread
+from cc_proxy.linux.fds import PASSING, Piece, close_stream, cut, send_pieces, unread
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.streams.spool import Spool
 
@@ -69,6 +69,8 @@ class Session:
         self.patient_until: float | None = None
         #: Why the spool has not taken what is pending.
         self.stuck = ""
+        #: Whether its process has been started, so that stdin has somewhere to go.
+        self.is_started = False
         #: Whether the client may still send stdin.
         self.stdin_open = True
         #: Whether the client cannot take output any more.
@@ -199,9 +201,9 @@ class Session:
         """Read what the client sent; returns 0 at its end. Raises `BlockingIOError` if there is nothing."""
         try:
             return self._sock.recv_into(view)
-        except BlockingIOError:
-            raise
-        except OSError:
+        except OSError as error:
+            if error.errno in PASSING:
+                raise BlockingIOError from None
             return 0
 
     @property

@@ -3,15 +3,15 @@
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from cc_proxy.api.frames import encode_frame
-from cc_proxy.hyperstart.pacing import marked_stream
 from cc_proxy.linux.fds import Piece, send_pieces
 from cc_proxy.linux.memory import new_buffer
 from cc_proxy.linux.selector import HANG_UP, NOTHING_ELSE, READ, Selector
 from cc_proxy.log.levels import IO, logger
 from cc_proxy.proxy.streams.dump import dump_frames
+from cc_proxy.proxy.streams.pacer import Pacer
 from cc_proxy.proxy.streams.session import Session
 
 _BUFFER_SIZE = 256 * 1024
@@ -21,8 +21,6 @@ _MOST_SHARES = 2
 _LEAST_READ = 16 * 1024
 #: Seconds between two looks, while the VM takes nothing, for clients that are gone meanwhile.
 _LOOK_INTERVAL = 1.0
-#: An agent that has let so many markers pass, and never sent one back, is taken not to do that.
-_MARKERS_TO_TRY = 10
 
 
 class Stdin:
@@ -36,15 +34,13 @@ class Stdin:
         vm: str,
         io: socket.socket,
         clients: Selector,
-        owners: Mapping[int, Session],
-        echo_timeout: float,
+        pacer: Pacer,
         drop: Callable[[Session, str], None],
     ) -> None:
         self._vm = vm
         self._io = io
         self._clients = clients  # where their fds are watched
-        self._owners = owners
-        self._echo_timeout = echo_timeout
+        self._pacer = pacer
         self._drop = drop
         self._buffer = new_buffer(_BUFFER_SIZE)
         self._view = memoryview(self._buffer)
@@ -53,10 +49,6 @@ class Stdin:
         self._to_vm: Sequence[Piece] = ()
         self._stalled_at = 0.0
         self._look_at = 0.0  # for clients that are gone, while the VM takes nothing
-        self._echoed = False
-        self._paced = True
-        #: Whose marker is on its way, and when to ask again; oldest first.
-        self.asked: dict[Session, float] = {}
         #: Whether slices of the buffer still wait for the VM, so that no client can be read.
         self.blocked = False
         #: Bytes and frames of stdin, as the agent gets them: a long frame of a client's is several.
@@ -77,17 +69,21 @@ class Stdin:
     @property
     def unacknowledged(self) -> int:
         """Streams whose stdin waits until the agent has acknowledged what it was sent."""
-        return len(self.asked)
+        return len(self._pacer.asked)
 
     def add(self, session: Session) -> None:
-        """Begin to read a client."""
+        """Take over a client. It is read once its stdin is open."""
+        self._clients.add(session.fd, READ if session.is_started else NOTHING_ELSE)
         self._sessions[session.fd] = session
-        self._clients.add(session.fd, READ)
+
+    def open(self, session: Session) -> None:
+        """Begin to read a client: its process has been started."""
+        self.resume(session)
 
     def forget(self, session: Session) -> None:
         """The session is to be closed."""
         self._sessions.pop(session.fd, None)
-        self.asked.pop(session, None)
+        self._pacer.forget(session)
         self._clients.remove(session.fd)
 
     def read_clients(self, ready: list[tuple[int, int]]) -> None:
@@ -125,41 +121,21 @@ class Stdin:
         pieces, self._to_vm, self.blocked = self._to_vm, (), False
         self._send(pieces)
 
-    def echo(self, seq: int) -> None:
-        """A marker came back."""
-        if not self._paced:
-            self._start_pacing()
-            return
-        session = self._owners.get(marked_stream(seq))
-        if session is None or session.window is None or not session.window.echoed(seq):
-            return
-        self._echoed = True
-        del self.asked[session]
-        self._resume(session)
-
     def moments(self) -> Iterator[float]:
         """Yield when `run_timers` has something to do."""
-        return iter([self._look_at] if self._to_vm else list(self.asked.values())[:1])
-
-    def put_off(self, now: float) -> None:
-        """The VM is not read: no marker can have come back, so their time begins anew."""
-        self.asked = dict.fromkeys(self.asked, now + self._echo_timeout)
+        return iter([self._look_at]) if self._to_vm else self._pacer.moments()
 
     def run_timers(self, now: float) -> None:
         """Ask again where a marker did not come back; give up clients that are gone while nobody is read."""
-        if self._to_vm and now >= self._look_at:
+        if not self._to_vm:
+            self._send(self._pacer.run_timers(now))
+        elif now >= self._look_at:
             self._look_at = now + _LOOK_INTERVAL
             self._give_up_gone()
-        while self.asked and not self._to_vm:
-            session, ask_at = next(iter(self.asked.items()))
-            if now < ask_at:
-                break
-            self._ask_again(session)
 
     def _read(self, session: Session, start: int, room: int, events: int, pieces: list[Piece]) -> int:
-        window = session.window if self._paced else None
-        if window:
-            room = min(room, window.room)
+        if session.window and self._pacer.is_on:
+            room = min(room, session.window.room)
         try:
             size = session.read_into(self._view[start : start + room])
         except BlockingIOError:
@@ -177,10 +153,9 @@ class Stdin:
         pieces += good
         if splitter.error:
             self._drop(session, splitter.error)
-        elif window and (marker := window.sent(splitter.payload_bytes - before)):
+        elif marker := self._pacer.sent(session, splitter.payload_bytes - before):
             pieces.append(marker)
             self._clients.change(session.fd, NOTHING_ELSE)
-            self.asked[session] = time.monotonic() + self._echo_timeout
         return size
 
     def _end(self, session: Session, events: int, pieces: list[Piece]) -> None:
@@ -189,9 +164,10 @@ class Stdin:
         Closing the direction is end of file. So is closing the fd in the middle of sending stdin, as it is
         with a pipe; one that was never written to ends without a word.
         """
-        session.stdin_open = False
         gone = bool(events & HANG_UP) or session.output_gone
-        if not session.splitter.at_eof and (session.splitter.payload_bytes or not gone):
+        said = session.splitter.at_eof or not session.stdin_open
+        session.stdin_open = False
+        if not said and (session.splitter.payload_bytes or not gone):
             pieces.append(end := encode_frame(session.seqs.start))
             self.frames += 1
             self.bytes += len(end)
@@ -213,47 +189,27 @@ class Stdin:
         """The client has closed its fd, while it was not being read."""
         if not session.stdin_open:
             self._drop(session, "closed by its client")
-        elif session in self.asked:
-            # What it sent last is still to be read, when there is room for it.
+        elif session in self._pacer.asked or (not session.is_started and session.unread):
+            # What it sent last is still to be read, when there is room for it, or a process.
             self._clients.remove(session.fd)
+        elif not session.is_started:
+            self._drop(session, "closed by its client")
         # Else its marker has come back since it was looked at, in the same turn: it is being read again.
 
-    def _resume(self, session: Session) -> None:
-        """Read a client again that was not read until its marker came back."""
+    def resume(self, session: Session) -> None:
+        """Read a client again, or for the first time."""
+        if not session.stdin_open:
+            return  # it has sent its last
         if self._clients.watches(session.fd):
             self._clients.change(session.fd, READ)
         else:
             self._clients.add(session.fd, READ)
 
-    def _ask_again(self, session: Session) -> None:
-        window = session.window
-        if window is None:
-            return
-        del self.asked[session]
-        if not self._echoed and window.asked >= _MARKERS_TO_TRY:
-            self._stop_pacing()
-            self._resume(session)
-            return
-        self.asked[session] = time.monotonic() + self._echo_timeout
-        self._send([window.ask_again()])
-
-    def _stop_pacing(self) -> None:
-        logger.warning("the agent does not acknowledge stdin: it is sent unpaced", extra={"vm": self._vm})
-        self._paced = False
-        for session in self.asked:
-            self._resume(session)
-        self.asked.clear()
-
-    def _start_pacing(self) -> None:
-        logger.info("the agent acknowledges stdin after all: it is sent paced", extra={"vm": self._vm})
-        self._paced = self._echoed = True
-        for session in self._sessions.values():
-            if session.window:
-                session.window.reset()
-
     def _send(self, pieces: Sequence[Piece]) -> None:
         if self._to_vm:
             self._to_vm = [*self._to_vm, *pieces]
+            return
+        if not pieces:
             return
         try:
             self._to_vm = send_pieces(self._io, pieces)

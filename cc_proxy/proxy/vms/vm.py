@@ -16,9 +16,12 @@ from cc_proxy.api.status import Streams
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage
 from cc_proxy.hyperstart.pacing import StdinWindow
+from cc_proxy.hyperstart.stdio import STARTS, stdio_seqs
 from cc_proxy.linux.fds import check_passable, refuse_rights
+from cc_proxy.linux.threads import start_thread
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
+from cc_proxy.proxy.streams.interfaces import Pacing
 from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.session import Session, Whose
 from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
@@ -122,6 +125,15 @@ class Vm:
 
     def command(self, name: Code, payload: bytes) -> ControlMessage:
         """Have the agent carry out a command; returns its ACK. Raises `VmError`."""
+        pump, stdio = self._pump, stdio_seqs(payload) if name in STARTS else []
+        if pump and stdio:
+            pump.expect_processes(stdio)
+        answer = self._command(name, payload)
+        if pump and stdio:
+            pump.open_stdin(stdio)
+        return answer
+
+    def _command(self, name: Code, payload: bytes) -> ControlMessage:
         length = HEADER.size + len(payload)
         if length > MAX_COMMAND:
             raise VmError(f"message too long {length}")
@@ -206,8 +218,8 @@ class Vm:
             )
             if not booted:
                 self._next_seq = _unused_seq()
-            echo_timeout = self._live.current.stdin.echo_timeout
-            self._pump = Pump(self, io, control, console, user.one_batch, echo_timeout)
+            pacing = Pacing(self._live.current.stdin.echo_timeout, self._acknowledge)
+            self._pump = Pump(self, io, control, console, user.one_batch, pacing)
             undo.pop_all()
         return self._pump
 
@@ -217,6 +229,27 @@ class Vm:
             return dialer.connect(hello, deadline, console=wanted, still_wanted=lambda: not self._stopping)
         except CannotConnect as error:
             raise (ControlLost(_STOPS) if self._stopping else error) from None
+
+    def _acknowledge(self, done: Callable[[bool], None]) -> None:
+        """Have the agent answer two pings, and call back (`Acknowledge`)."""
+
+        def ping_twice() -> None:
+            control, answered = self._control, False
+            try:
+                for _ in range(2):
+                    assert control
+                    control.transact(Code.PING, b"", self._live.current.vm.command_timeout)
+                answered = True
+            except (NoAnswer, ControlLost):
+                pass  # whoever else needs the channel finds out why
+            finally:
+                done(answered)
+
+        thread = threading.Thread(target=ping_twice, name=f"pings {self.container_id[:32]}", daemon=True)
+        try:
+            start_thread(thread)
+        except RuntimeError:
+            done(False)
 
     def _note_event(self, event: ControlMessage) -> None:
         if logger.isEnabledFor(logging.DEBUG):  # an agent sends two of them for each command

@@ -21,6 +21,7 @@ from cc_proxy.log.levels import CONSOLE, logger
 from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.streams import session as session_module
 from cc_proxy.proxy.streams.channel import Channel
+from cc_proxy.proxy.streams.interfaces import Pacing
 from cc_proxy.proxy.streams.mailbox import Mailbox
 from cc_proxy.proxy.streams.output import Output
 from cc_proxy.proxy.streams.spool import SpoolSpace
@@ -85,9 +86,10 @@ class Bench(Ends):
         super().__init__(space, window=window, io_buffer=io_buffer)
         self._clock = clock
         self.mailbox = Mailbox()
-        self.channel = Channel(
-            self.owner, self.near_io, self.control, console, self.mailbox, ECHO_TIMEOUT if window else NEVER
-        )
+        #: What asks the agent on the control channel, by what it calls back.
+        self.rounds: list[Callable[[bool], None]] = []
+        pacing = Pacing(ECHO_TIMEOUT if window else NEVER, self.rounds.append)
+        self.channel = Channel(self.owner, self.near_io, self.control, console, self.mailbox, pacing)
         self._closing = ExitStack()
         self._closing.callback(self.channel.close)
         self._closing.callback(self.mailbox.close)
@@ -95,6 +97,7 @@ class Bench(Ends):
     def open(self, streams: int = 2, *, buffer: int | None = None) -> Stream:
         session, stream = self.session(streams, buffer=buffer)
         self.channel.add(session)
+        self.channel.open_stdin([stream.base])
         return stream
 
     def step(self) -> None:
@@ -1081,7 +1084,9 @@ def test_agent_that_never_echoes(make_bench: BenchMaker, logged: Logged) -> None
         taken += b"".join(payload for _, payload in bench.frames())
         if len(taken) == len(data):
             break
-        bench.pass_time(ECHO_TIMEOUT)
+        bench.pass_time(ECHO_TIMEOUT / 2)
+        while bench.rounds:
+            bench.rounds.pop()(True)
     assert taken == data
     assert logged.at(logging.WARNING) == ["the agent does not acknowledge stdin: it is sent unpaced"]
     late = bench.open()

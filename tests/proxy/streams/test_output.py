@@ -17,6 +17,7 @@ from cc_proxy.linux.selector import WRITE, Selector
 from cc_proxy.log.levels import IO, logger
 from cc_proxy.proxy.streams import output as output_module
 from cc_proxy.proxy.streams.output import FramingLost, Output
+from cc_proxy.proxy.streams.routes import Routes
 from cc_proxy.proxy.streams.session import Session
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from tests.proxy.conftest import Logged
@@ -45,13 +46,14 @@ class Bench:
         self._space = space
         self._stack = ExitStack()
         self.strays: list[int] = []
-        self.owners: dict[int, Session] = {}
+        self.routes = Routes(lambda _session: None)
+        self.owners = self.routes.owners
         self.selector = Selector()
         near, self.vm = pair()
         near.setblocking(False)
         self.vm.setblocking(False)
         self.vm.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        self.output = Output("vm", near, self.selector, self.owners, lambda: None, self._on_stray)
+        self.output = Output("vm", near, self.selector, self.routes, lambda: None, self._on_stray)
         for sock in (near, self.vm, self.selector):
             self._stack.callback(sock.close)
 

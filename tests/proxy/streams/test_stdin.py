@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
 import pytest
@@ -15,6 +15,7 @@ from cc_proxy.linux.fds import Piece, send_pieces
 from cc_proxy.linux.selector import NOTHING_ELSE, Selector
 from cc_proxy.log.levels import IO, logger
 from cc_proxy.proxy.streams import stdin as stdin_module
+from cc_proxy.proxy.streams.pacer import Pacer
 from cc_proxy.proxy.streams.session import Session
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.streams.stdin import Stdin
@@ -42,7 +43,12 @@ class Bench:
         self.io.setblocking(False)
         self.io.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         self.clients = Selector()
-        self.stdin = Stdin("vm", self.io, self.clients, self._owners, ECHO_TIMEOUT, self.drop)
+        self.received = 0  # bytes of output
+        #: What asks the agent on the control channel, by what it calls back.
+        self.rounds: list[Callable[[bool], None]] = []
+        self.pacer = Pacer("vm", self.io, self._owners, ECHO_TIMEOUT, self.rounds.append, self)
+        self.stdin = Stdin("vm", self.io, self.clients, self.pacer, self.drop)
+        self.pacer.on_room = self.stdin.resume
         for end in (self.io, self.agent, self.clients):
             self._stack.callback(end.close)
 
@@ -63,11 +69,12 @@ class Bench:
         self._owners |= dict.fromkeys(session.seqs, session)
         self._stack.callback(far.close)
         self._stack.callback(session.close)
+        session.is_started = True
         self.stdin.add(session)
         return session, far
 
     def asked(self) -> bool:
-        return bool(self.stdin.asked)
+        return self.stdin.unacknowledged > 0
 
     def blocked(self) -> bool:
         return self.stdin.blocked
@@ -111,7 +118,7 @@ class Bench:
         session, client = self.open()
         client.sendall(frame(session.seqs.start, bytes(WINDOW)))
         (marker,) = markers_of(self.turn())
-        self.stdin.echo(marker)
+        self.pacer.echo(marker)
         self.turn()
         self.drop(session, "all is sent")
 
@@ -122,6 +129,23 @@ class Bench:
         self.clock.now += seconds
         self.stdin.run_timers(self.clock.now)
         return self.arrived()
+
+    def answer(self, answered: bool = True) -> None:
+        """What asks the agent on the control channel is answered, or given up."""
+        rounds, self.rounds[:] = self.rounds[:], []
+        for call_back in rounds:
+            call_back(answered)
+
+    def echo_nothing(self) -> list[Frame]:
+        """The agent answers commands and sends no marker back, until that is believed; what it gets."""
+        frames: list[Frame] = []
+        for _ in range(20):
+            if not self.pacer.is_on:
+                return frames
+            frames += self.pass_time(ECHO_TIMEOUT) + self.pass_time(0)
+            self.answer()
+            frames += self.turns()
+        raise AssertionError("it is not believed")
 
     def close(self) -> None:
         self._stack.close()
@@ -196,7 +220,7 @@ def test_no_more_than_a_window_is_on_its_way(bench: Bench) -> None:
         if unechoed and (rng.random() < 0.5 or not bench.clients.poll(0)):
             echo = unechoed.pop(rng.randrange(len(unechoed)))
             kept[echo & 0xFFFF] = 0
-            bench.stdin.echo(echo)
+            bench.pacer.echo(echo)
     assert taken == sent
     assert bench.dropped == []
 
@@ -214,7 +238,7 @@ def test_windows_of_any_size_let_everything_through(bench: Bench, window: int) -
         assert len(data_of(frames, base)) <= window
         taken += [frame for frame in frames if frame.seq == base]
         for seq in markers_of(frames):
-            bench.stdin.echo(seq)
+            bench.pacer.echo(seq)
     assert data_of(taken, base) == data
 
 
@@ -228,7 +252,7 @@ def test_while_a_marker_is_on_its_way_that_client_waits_and_others_do_not(bench:
     other_client.sendall(frame(other.seqs.start, b"2"))
     assert bench.turns() == [(other.seqs.start, b"2")]
     assert bench.asked()
-    bench.stdin.echo(MARKER + session.seqs.start)
+    bench.pacer.echo(MARKER + session.seqs.start)
     assert not bench.asked()
     assert data_of(bench.turns(), session.seqs.start) == bytes(500)
 
@@ -238,7 +262,7 @@ def test_marker_that_does_not_come_back_is_asked_for_again(bench: Bench) -> None
     base = session.seqs.start
     client.sendall(frame(base, bytes(2_000)))
     (first,) = markers_of(bench.turns())
-    bench.stdin.echo(first)
+    bench.pacer.echo(first)
     (second,) = markers_of(bench.turns())
     assert list(bench.stdin.moments()) == [1_000.0 + ECHO_TIMEOUT]
     assert bench.pass_time(ECHO_TIMEOUT - 0.1) == []
@@ -250,15 +274,15 @@ def test_marker_that_does_not_come_back_is_asked_for_again(bench: Bench) -> None
         seqs.append(seq)
         assert bench.turns() == [], "the window is shut as long as that"
     assert len(set(seqs)) == 1, "whichever comes back says that there is room"
-    bench.stdin.echo(second)
+    bench.pacer.echo(second)
     frames = bench.turns()
     assert data_of(frames, base)
     (third,) = markers_of(frames)
     for late in seqs:
-        bench.stdin.echo(late)
+        bench.pacer.echo(late)
         assert bench.asked()
         assert bench.turns() == []
-    bench.stdin.echo(third)
+    bench.pacer.echo(third)
     assert data_of(bench.turns(), base)
 
 
@@ -275,7 +299,7 @@ def test_agent_that_always_takes_longer_than_it_is_waited_for(bench: Bench, logg
         echoes += markers_of(frames)
         frames = bench.pass_time(ECHO_TIMEOUT)
         if len(echoes) > 2:
-            bench.stdin.echo(echoes.pop(0))
+            bench.pacer.echo(echoes.pop(0))
         frames += bench.turns()
         taken += data_of(frames, base)
     assert taken == data
@@ -292,7 +316,7 @@ def test_markers_of_many_sessions_are_asked_for_again_each_in_its_time(bench: Be
     assert list(bench.stdin.moments()) == [1_000 + ECHO_TIMEOUT]
     asked = [[seq & 0xFFFF for seq, _ in bench.pass_time(1)] for _ in range(16)]
     assert [bases for bases in asked if bases] == [[bases[0]], [bases[1]], [bases[2]]]
-    bench.stdin.echo(MARKER + bases[0])
+    bench.pacer.echo(MARKER + bases[0])
     again = [[seq & 0xFFFF for seq, _ in bench.pass_time(1)] for _ in range(6)]
     assert [bases for bases in again if bases] == [[bases[1]], [bases[2]]]
 
@@ -302,9 +326,8 @@ def test_agent_that_never_echoes_gets_plain_sending_after_a_warning(bench: Bench
     for session, client in clients:
         client.sendall(frame(session.seqs.start, bytes(5_000)))
     frames = bench.turns()
-    for _ in range(stdin_module._MARKERS_TO_TRY):
-        assert logged.at(logging.WARNING) == []
-        frames += bench.pass_time(ECHO_TIMEOUT)
+    assert logged.at(logging.WARNING) == []
+    frames += bench.echo_nothing()
     assert logged.at(logging.WARNING) == [UNPACED]
     assert not bench.asked()
     assert list(bench.stdin.moments()) == []
@@ -315,17 +338,15 @@ def test_agent_that_never_echoes_gets_plain_sending_after_a_warning(bench: Bench
             frames += bench.turns()
         assert data_of(frames, session.seqs.start) == bytes(5_000)
     assert logged.at(logging.WARNING) == [UNPACED]
-    assert len(markers_of(frames)) <= 3 * stdin_module._MARKERS_TO_TRY
+    assert len(markers_of(frames)) <= 3 * 10
 
 
 def test_agent_that_echoes_after_all_is_paced_again(bench: Bench, logged: Logged) -> None:
     session, client = bench.open()
     client.sendall(frame(session.seqs.start, bytes(5_000)))
     bench.turns()
-    for _ in range(stdin_module._MARKERS_TO_TRY):
-        bench.pass_time(ECHO_TIMEOUT)
-    bench.turns()
-    bench.stdin.echo(MARKER + session.seqs.start)
+    bench.echo_nothing()
+    bench.pacer.echo(MARKER + session.seqs.start)
     client.sendall(frame(session.seqs.start, bytes(5_000)))
     frames = bench.turns()
     assert len(markers_of(frames)) == 1
@@ -341,19 +362,17 @@ def test_late_echoes_of_an_agent_that_is_paced_again_make_no_room(bench: Bench) 
     base = session.seqs.start
     client.sendall(frame(base, bytes(5_000)))
     markers = markers_of(bench.turns())
-    for _ in range(stdin_module._MARKERS_TO_TRY):
-        markers += markers_of(bench.pass_time(ECHO_TIMEOUT))
-    bench.turns()
-    assert len(markers) == stdin_module._MARKERS_TO_TRY
-    bench.stdin.echo(markers[0])
+    markers += markers_of(bench.echo_nothing())
+    assert len(markers) > 3
+    bench.pacer.echo(markers[0])
     client.sendall(frame(base, bytes(5_000)))
     frames = bench.turns()
     for late in markers[1:]:
-        bench.stdin.echo(late)
+        bench.pacer.echo(late)
         frames += bench.turns()
     assert len(data_of(frames, base)) <= WINDOW
     (marker,) = markers_of(frames)
-    bench.stdin.echo(marker)
+    bench.pacer.echo(marker)
     assert data_of(bench.turns(), base)
 
 
@@ -361,7 +380,7 @@ def test_agent_that_has_ever_echoed_is_asked_for_ever(bench: Bench, logged: Logg
     (session, client), (other, other_client) = bench.open(), bench.open()
     client.sendall(frame(session.seqs.start, bytes(600)))
     (marker,) = markers_of(bench.turns())
-    bench.stdin.echo(marker)
+    bench.pacer.echo(marker)
     other_client.sendall(frame(other.seqs.start, bytes(600)))
     bench.turns()
     for _ in range(20):
@@ -379,12 +398,12 @@ def test_echo_that_nobody_waits_for_is_no_matter(bench: Bench, gone: bool) -> No
     if gone:
         bench.drop(session, "for a reason")
     else:
-        bench.stdin.echo(marker)
+        bench.pacer.echo(marker)
         unpaced, _ = bench.open(0)
-        bench.stdin.echo(MARKER + unpaced.seqs.start)
-        bench.stdin.echo(MARKER + unpaced.seqs.start + 1)
+        bench.pacer.echo(MARKER + unpaced.seqs.start)
+        bench.pacer.echo(MARKER + unpaced.seqs.start + 1)
     for seq in (marker, MARKER, MARKER + base + 1, MARKER + 999, 2**64 - 1):
-        bench.stdin.echo(seq)
+        bench.pacer.echo(seq)
     assert not bench.asked()
     assert bench.pass_time(100 * ECHO_TIMEOUT) == []
 
@@ -446,7 +465,7 @@ def test_the_end_of_stdin_in_the_middle_of_a_frame(bench: Bench, how: str, rest:
     while markers := markers_of(frames):
         frames = [taken for taken in frames if taken.seq not in markers]
         for marker in markers:
-            bench.stdin.echo(marker)
+            bench.pacer.echo(marker)
         frames += bench.turns()
     assert data_of(frames, base) == bytes(100 + rest)
     assert frames[-1] == (base, b"")
@@ -489,7 +508,7 @@ def test_stdin_that_waits_for_its_marker_comes_before_its_end(bench: Bench, how:
     echoes = 0
     while markers := markers_of(frames)[echoes:]:
         for marker in markers:
-            bench.stdin.echo(marker)
+            bench.pacer.echo(marker)
         echoes += len(markers)
         frames += bench.turns()
     frames = [taken for taken in frames if taken.seq == base]
@@ -505,13 +524,13 @@ def test_hang_up_seen_just_before_the_marker_came_back_costs_no_stdin(bench: Ben
     *before, marker = bench.turn()
     far.close()
     seen = bench.clients.poll(0)
-    bench.stdin.echo(marker.seq)
+    bench.pacer.echo(marker.seq)
     bench.stdin.read_clients(seen)
     after = bench.arrived()
     while not bench.dropped:
         after += bench.turn()
         if bench.asked():
-            bench.stdin.echo(after.pop().seq)
+            bench.pacer.echo(after.pop().seq)
     assert sum(len(taken.payload) for taken in before + after) == 1_000
     assert after[-1] == (session.seqs.start, b"")
 
@@ -524,9 +543,7 @@ def test_client_that_went_while_its_stdin_waited_is_let_go_when_pacing_stops(ben
     client.close()
     other_client.close()
     bench.turns()
-    for _ in range(stdin_module._MARKERS_TO_TRY):
-        frames += bench.pass_time(ECHO_TIMEOUT)
-    frames += bench.turns()
+    frames += bench.echo_nothing()
     for sender in (session, other):
         assert data_of(frames, sender.seqs.start) == bytes(3_000)
         assert Frame(sender.seqs.start, b"") in frames
@@ -769,7 +786,7 @@ class Whims:
         if not is_silent(self._bench.agent):
             self.agent_reads()
         if self._echoes and self._rng.random() < 0.5:
-            self._bench.stdin.echo(self._echoes.pop(0))
+            self._bench.pacer.echo(self._echoes.pop(0))
 
 
 @pytest.mark.parametrize("seed", range(5))

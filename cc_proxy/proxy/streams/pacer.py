@@ -1,0 +1,197 @@
+"""Which clients may be read: those whose process's stdin buffer has room, as far as the agent tells.
+
+Two things tell that the agent has handled what it was sent (docs/protocol.md, lossless stdin). A marker
+behind it comes back. That is cheap, but an agent whose output buffer is full drops it. So if a marker does
+not come back in time the agent is asked on the control channel: once the VM has taken everything from the
+I/O socket, the agent is to carry out two commands that do nothing. One is not enough: it may be read in the
+same round of the agent's loop, before the I/O channel.
+"""
+
+import functools
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
+
+from cc_proxy.hyperstart.pacing import marked_stream
+from cc_proxy.linux.fds import untaken
+from cc_proxy.log.levels import logger
+from cc_proxy.proxy.streams.interfaces import Acknowledge
+from cc_proxy.proxy.streams.session import Session
+
+#: Seconds between two looks whether the VM has taken everything, which nothing announces; doubled each time.
+_LOOK_AGAIN = 0.001
+#: Once commands were faster than a marker they go out together with the next ones, until so many markers in a
+#: row were faster. While output floods, one in ten comes back.
+_MARKERS_TO_TRUST = 8
+#: An agent that has never sent a marker back is believed not to do that once it has answered the commands
+#: this often, with no output in between that markers could have been stuck behind.
+_ROUNDS_TO_BELIEVE = 3
+
+
+class Source(Protocol):
+    """What reads the VM's output."""
+
+    #: Bytes that it has read.
+    received: int
+
+
+class Pacer:
+    """The sessions whose stdin waits for the agent. For the thread that drives the channel."""
+
+    def __init__(
+        self,
+        vm: str,
+        io: socket.socket,
+        owners: Mapping[int, Session],
+        echo_timeout: float,
+        acknowledge: Acknowledge,
+        source: Source,
+    ) -> None:
+        """`echo_timeout` is how long a marker is waited for, in seconds.
+
+        `source` tells how much the VM has sent meanwhile.
+        """
+        self._vm = vm
+        self._io = io
+        self._owners = owners
+        self._echo_timeout = echo_timeout
+        self._acknowledge = acknowledge
+        self._source = source
+        #: Whose marker is on its way, and when to ask again; who is due first is first.
+        self.asked: dict[Session, float] = {}
+        self._heard_before = 0  # when the first of them was asked
+        # Whom the commands that are on their way stand for. What they are sent after that needs others.
+        self._round: set[Session] | None = None
+        self._look_at: float | None = None  # whether the VM has taken everything, for the next round
+        self._look_again = _LOOK_AGAIN
+        self._echoed = False
+        self._echoes_in_a_row = _MARKERS_TO_TRUST
+        self._silent_rounds = 0
+        #: Whether stdin is paced at all: not for an agent that does not send markers back.
+        self.is_on = True
+        #: Called with each session that may be read again.
+        self.on_room: Callable[[Session], None] = lambda _session: None
+
+    def sent(self, session: Session, payload_bytes: int) -> bytes | None:
+        """Count what was sent. Returns a marker if one has to be sent behind it.
+
+        The session is not to be read then, until `on_room` is called.
+        """
+        if not self.is_on or session.window is None:
+            return None
+        marker = session.window.sent(payload_bytes)
+        if marker:
+            now = time.monotonic()
+            if not self.asked:
+                self._heard_before = self._source.received
+            self.asked[session] = now + self._echo_timeout
+            if self._echoes_in_a_row < _MARKERS_TO_TRUST:
+                self._prepare_round(now)
+        return marker
+
+    def forget(self, session: Session) -> None:
+        """The session is to be closed."""
+        self.asked.pop(session, None)
+        if self._round:
+            self._round.discard(session)
+
+    def echo(self, seq: int) -> None:
+        """A marker came back."""
+        session = self._owners.get(marked_stream(seq))
+        if not self.is_on:
+            self._start()
+        elif session and session.window:
+            self._echoed = True  # also if it is too late to count
+            if session.window.echoed(seq):
+                self._echoes_in_a_row += 1
+                self._let_go_on(session)
+
+    def moments(self) -> Iterator[float]:
+        """Yield when `run_timers` has something to do."""
+        yield from list(self.asked.values())[:1]
+        if self._look_at is not None:
+            yield self._look_at
+
+    def put_off(self, now: float) -> None:
+        """The VM is not read: no marker can have come back, so their time begins anew."""
+        self.asked = dict.fromkeys(self.asked, now + self._echo_timeout)
+
+    def run_timers(self, now: float) -> list[bytes]:
+        """Return markers to send again, as they did not come back in time."""
+        markers = []
+        while self.asked:
+            session, ask_at = next(iter(self.asked.items()))
+            if now < ask_at:
+                break
+            del self.asked[session]
+            self.asked[session] = now + self._echo_timeout
+            if session.window:
+                markers.append(session.window.ask_again())
+            self._prepare_round(now)
+        # Not before the markers are sent: they are data that the VM has to take.
+        if not markers and self._look_at is not None and now >= self._look_at:
+            self._look(now)
+        return markers
+
+    # The control channel ----------------------------------------------------------------------------------
+
+    def _prepare_round(self, now: float) -> None:
+        if self._round is None and self._look_at is None:
+            self._look_at, self._look_again = now, _LOOK_AGAIN
+
+    def _look(self, now: float) -> None:
+        """Have the commands carried out if the VM has taken all that they are to stand for."""
+        if untaken(self._io):
+            self._look_at = now + self._look_again
+            self._look_again = min(2 * self._look_again, max(self._echo_timeout, _LOOK_AGAIN))
+            return
+        self._look_at = None
+        if self.asked:
+            self._round = set(self.asked)
+            self._acknowledge(functools.partial(self._end_round, self._round))
+
+    def _end_round(self, whom: set[Session], answered: bool) -> None:
+        """The commands were answered, or that is not to be expected any more."""
+        if self._round is not whom:
+            return
+        self._round = None
+        if not answered:
+            return  # silence says nothing: the VM may be paused, or another command be in the way
+        if whom:
+            self._echoes_in_a_row = 0
+            self._believe_silence()
+        for session in whom:
+            if session.window:
+                session.window.reset()
+            self._let_go_on(session)
+        if self.asked:
+            self._prepare_round(time.monotonic())
+
+    def _let_go_on(self, session: Session) -> None:
+        if self.asked.pop(session, None) is not None:
+            if self._round:
+                self._round.discard(session)
+            if not self.asked:
+                self._look_at = None
+            self.on_room(session)
+
+    # Agents that echo nothing -----------------------------------------------------------------------------
+
+    def _believe_silence(self) -> None:
+        if self._echoed or self._source.received != self._heard_before:
+            return
+        self._silent_rounds += 1
+        if self._silent_rounds >= _ROUNDS_TO_BELIEVE:
+            logger.warning("the agent does not acknowledge stdin: it is sent unpaced", extra={"vm": self._vm})
+            self.is_on = False
+            self._look_at = None
+            for session in list(self.asked):
+                self._let_go_on(session)
+
+    def _start(self) -> None:
+        logger.info("the agent acknowledges stdin after all: it is sent paced", extra={"vm": self._vm})
+        self.is_on = self._echoed = True
+        for session in set(self._owners.values()):
+            if session.window:
+                session.window.reset()

@@ -1,0 +1,48 @@
+"""Whose frames are whose. The thread that drives the channel does everything here."""
+
+from collections.abc import Callable
+
+from cc_proxy.proxy.streams.session import Session
+
+
+class Routes:
+    """The sessions by seq, and how far the processes on them have come.
+
+    An agent answers a frame that no process owns with an empty one, which is no client's end of file. So
+    stdin waits until its process has been started (docs/protocol.md, 3), and nobody owns the stream until a
+    command has been sent that starts one: a quick process has ended by the time that is acknowledged.
+    """
+
+    def __init__(self, on_start: Callable[[Session], None]) -> None:
+        """`on_start` is called once with each session whose process has been started."""
+        self._on_start = on_start
+        #: Who gets the frames of a stream.
+        self.owners: dict[int, Session] = {}
+        #: Whose stdio it is that no process is known to be on.
+        self.silent: dict[int, Session] = {}
+
+    def add(self, session: Session) -> None:
+        """Take over a session."""
+        stdio, *others = session.seqs
+        self.silent[stdio] = session
+        self.owners.update(dict.fromkeys(others, session))
+
+    def expect(self, seq: int) -> None:
+        """A process may be on this stdio from now on. No matter whose it is, or whether it is anybody's."""
+        session = self.silent.pop(seq, None)
+        if session:
+            self.owners[seq] = session
+
+    def start(self, seq: int) -> None:
+        """A process is on this stdio. No matter if that is known."""
+        self.expect(seq)
+        session = self.owners.get(seq)
+        if session and seq == session.seqs.start and not session.is_started:
+            session.is_started = True
+            self._on_start(session)
+
+    def remove(self, session: Session) -> None:
+        """The session is to be closed."""
+        for seq in session.seqs:
+            self.owners.pop(seq, None)
+            self.silent.pop(seq, None)
