@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Self
 
 from cc_proxy.api.status import shorten
-from tests.wire.support import OK, READY, VERSIONED, WAIT, FakeVm, RawClient, refused, wait_until
+from tests.wire.support import (
+    EXECCMD,
+    OK,
+    READY,
+    VERSIONED,
+    WAIT,
+    FakeVm,
+    RawClient,
+    Stream,
+    refused,
+    wait_until,
+)
 
 CHECKOUT = Path(__file__).parent.parent.parent
 COMMAND_LINE = [sys.executable, "-m", "cc_proxy"]
@@ -222,6 +233,21 @@ class Pod:
     container: str
     client: RawClient
     vm: FakeVm
+
+    def open(self, streams: int = 2, *, client: RawClient | None = None) -> Stream:
+        """A client's streams, and a process on them. `client` has to be attached."""
+        client = client or self.client
+        stream = client.allocate(streams)
+        self.start(stream, client)
+        return stream
+
+    def start(self, stream: Stream, client: RawClient | None = None) -> None:
+        """Start a process on a client's streams."""
+        client = client or self.client
+        process = {"terminal": False, "stdio": stream.base, "stderr": stream.base + 1, "args": ["x"]}
+        client.hyper("execcmd", json.dumps({"container": self.container, "process": process}))
+        assert self.vm.acknowledge().code == EXECCMD
+        assert client.receive() == OK
 
     def pings(self, client: RawClient | None = None) -> bool:
         """The VM takes a command, after what clients that are gone left behind, and its answer arrives."""

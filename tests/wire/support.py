@@ -33,7 +33,8 @@ NOT_ATTACHED = b'{"success":false,"error":"client not attached to a vm"}'
 HYPERSTART_ERROR = b'{"success":false,"error":"ERROR received from Hyperstart"}'
 
 # Codes that the scripts of the tests need; test_hyper.py has the table.
-GETVERSION, FINISHCMD, READY, ACK, ERROR, PING, FINISHPOD, NEXT, ASYNC_EVENT = 0, 7, 8, 9, 10, 12, 13, 14, 23
+GETVERSION, EXECCMD, FINISHCMD, READY, ACK, ERROR, PING = 0, 6, 7, 8, 9, 10, 12
+FINISHPOD, NEXT, ASYNC_EVENT = 13, 14, 23
 
 # An agent that says no READY is asked this many questions at once; it answers `version` with this number.
 QUESTIONS = 16

@@ -118,7 +118,7 @@ def with_output_in_the_middle_of_a_frame(wire: Wire, pod: Pod) -> None:
 
 def with_stdin_on_the_way(wire: Wire, pod: Pod) -> None:
     client = wire.attached(pod)
-    stream = client.allocate()
+    stream = pod.open(client=client)
     stream.send(b"gone")
     client.close_all()
     assert pod.vm.next_frame() == (stream.base, b"gone")
@@ -126,7 +126,7 @@ def with_stdin_on_the_way(wire: Wire, pod: Pod) -> None:
 
 def in_a_frame_header(wire: Wire, pod: Pod) -> None:
     client = wire.attached(pod)
-    stream = client.allocate()
+    stream = pod.open(client=client)
     stream.sock.sendall(frame(stream.base)[:9])
     client.close_all()
 
@@ -174,7 +174,7 @@ def after_bye(wire: Wire, pod: Pod) -> None:
 
 def while_its_vm_lingers(wire: Wire, pod: Pod) -> None:
     other = wire.pod()
-    stream = other.client.allocate()
+    stream = other.open()
     other.client.bye(other.container)
     other.vm.send_frame(stream.base, b"x")
     other.client.close_all()
@@ -211,7 +211,7 @@ DEATHS: list[Death] = [
 def test_client_that_dies_leaves_the_others_as_they_were(wire: Wire, death: Death) -> None:
     """What it leaves behind in the daemon is checked after every test."""
     pod = wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     death(wire, pod)
     assert pod.pings()
     pod.vm.send_frame(stream.base, b"out")

@@ -84,7 +84,7 @@ def test_console_that_cannot_be_reached_does_not_stop_the_vm(hasty: Wire, path: 
 def test_everything_is_logged_and_nothing_changes(hasty: Wire) -> None:
     """At the level that dumps what goes through."""
     pod = hasty.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     for payload in (b"", b"\xff\0\1", b"x" * 10_228):
         pod.vm.send_frame(1, payload)
         assert stream.read_frame() == (1, payload)

@@ -143,7 +143,7 @@ def test_end_of_the_vm_races_with_everything(wire: Wire) -> None:
 
 def test_frames_flow_while_clients_come_and_go(wire: Wire) -> None:
     pod = wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     for number in range(50):
         client = wire.attached(pod)
         passing = client.allocate()

@@ -23,8 +23,8 @@ from tests.wire.support import (
 
 def test_frame_goes_to_the_vm(wire: Wire) -> None:
     pod = wire.pod()
-    pod.client.allocate()
-    stream = pod.client.allocate()
+    pod.open()
+    stream = pod.open()
     stream.sock.sendall(b"\0\0\0\0\0\0\0\3\0\0\0\x12line1\n")
     assert pod.vm.io.recv(100) == b"\0\0\0\0\0\0\0\3\0\0\0\x12line1\n"
 
@@ -32,7 +32,7 @@ def test_frame_goes_to_the_vm(wire: Wire) -> None:
 @pytest.mark.parametrize("size", [1, 5, 11, 12, 13])
 def test_frames_may_come_in_pieces(wire: Wire, size: int) -> None:
     pod = wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     for piece in in_pieces(frame(1, b"hello ") + frame(1, b"world") + frame(1), size):
         stream.sock.sendall(piece)
     assert pod.vm.take_stdin(1, 11) == b"hello world"
@@ -41,14 +41,14 @@ def test_frames_may_come_in_pieces(wire: Wire, size: int) -> None:
 
 def test_several_frames_may_come_at_once(wire: Wire) -> None:
     pod = wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     stream.sock.sendall(b"".join(frame(1, b"%04d" % number) for number in range(100)))
     assert pod.vm.take_stdin(1, 400) == b"".join(b"%04d" % number for number in range(100))
 
 
 def test_empty_frame_is_end_of_file_and_passes_behind_the_data(wire: Wire) -> None:
     pod = wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     stream.send(b"a" * 2_000)
     stream.send()
     assert pod.vm.take_stdin(1, 2_000) == b"a" * 2_000
@@ -57,14 +57,14 @@ def test_empty_frame_is_end_of_file_and_passes_behind_the_data(wire: Wire) -> No
 
 def test_empty_frame_alone_passes_at_once(wire: Wire) -> None:
     pod = wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     stream.send()
     assert pod.vm.read_frame() == (1, b"")
 
 
 def test_output_goes_on_after_the_end_of_stdin(wire: Wire) -> None:
     pod = wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     stream.send()
     assert pod.vm.next_frame() == (1, b"")
     pod.vm.send_frame(1, b"out")
@@ -92,8 +92,8 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
 def test_wrong_frame_ends_that_session_and_nothing_of_it_reaches_the_vm(wire: Wire, wrong: bytes) -> None:
     pod = wire.pod()
-    others, client = wire.attached(pod).allocate(), wire.attached(pod)
-    stream = client.allocate()
+    others, client = pod.open(client=wire.attached(pod)), wire.attached(pod)
+    stream = pod.open(client=client)
     assert (others.base, stream.base) == (1, 3)
     stream.send(b"right")
     with suppress(BrokenPipeError, ConnectionResetError):  # what came behind the wrong header was not read
@@ -110,7 +110,7 @@ def test_wrong_frame_ends_that_session_and_nothing_of_it_reaches_the_vm(wire: Wi
 
 def test_wrong_frame_behind_a_right_one_in_the_same_write(wire: Wire) -> None:
     pod = wire.pod()
-    stream, other = pod.client.allocate(), pod.client.allocate()
+    stream, other = pod.open(), pod.open()
     stream.sock.sendall(frame(1, b"right") + frame(2, b"wrong") + frame(1, b"too late"))
     assert pod.vm.read_frame() == (1, b"right")
     with suppress(ConnectionResetError):  # what came behind it was not read
@@ -121,7 +121,7 @@ def test_wrong_frame_behind_a_right_one_in_the_same_write(wire: Wire) -> None:
 
 def test_wrong_frame_in_pieces(wire: Wire) -> None:
     pod = wire.pod()
-    stream, other = pod.client.allocate(), pod.client.allocate()
+    stream, other = pod.open(), pod.open()
     for piece in in_pieces(frame(2, b"")[:11], 1):
         stream.sock.sendall(piece)
     other.send(b"meanwhile")
@@ -132,7 +132,7 @@ def test_wrong_frame_in_pieces(wire: Wire) -> None:
 
 def test_half_a_header_keeps_nobody_waiting(wire: Wire) -> None:
     pod = wire.pod()
-    silent, other = pod.client.allocate(), pod.client.allocate()
+    silent, other = pod.open(), pod.open()
     silent.sock.sendall(frame(1, b"x")[:7])
     other.send(b"served")
     assert pod.vm.read_frame() == (3, b"served")
@@ -143,7 +143,7 @@ def test_half_a_header_keeps_nobody_waiting(wire: Wire) -> None:
 def test_frames_of_different_clients_are_never_interleaved(wire: Wire) -> None:
     """Each sends half a frame, then all send the rest."""
     pod = wire.pod()
-    streams = [wire.attached(pod).allocate() for _ in range(5)]
+    streams = [pod.open(client=wire.attached(pod)) for _ in range(5)]
     whole = {stream.base: b"%d" % stream.base * 100 for stream in streams}
     for stream in streams:
         stream.sock.sendall(frame(stream.base, whole[stream.base])[:50])
@@ -158,7 +158,7 @@ def test_frames_of_different_clients_are_never_interleaved(wire: Wire) -> None:
 
 def test_client_that_goes_in_the_middle_of_a_frame_spoils_nothing(wire: Wire) -> None:
     pod = wire.pod()
-    gone, stays = pod.client.allocate(), pod.client.allocate()
+    gone, stays = pod.open(), pod.open()
     gone.sock.sendall(frame(1, b"x" * 100)[:60])
     gone.close()
     stays.send(b"whole")
@@ -169,7 +169,7 @@ def test_client_that_goes_in_the_middle_of_a_frame_spoils_nothing(wire: Wire) ->
 
 def test_frame_of_4_gib_neither_grows_nor_stops_the_daemon(wire: Wire) -> None:
     pod = wire.pod()
-    big, other = pod.client.allocate(), pod.client.allocate()
+    big, other = pod.open(), pod.open()
     before = wire.daemon.resident_bytes()
     big.sock.setblocking(False)
     big.sock.send(FRAME.pack(1, 2**32 - 1))
@@ -189,7 +189,7 @@ def test_frame_of_4_gib_neither_grows_nor_stops_the_daemon(wire: Wire) -> None:
 def test_frames_are_split_into_at_most_4096_bytes(unpaced: Wire, size: int) -> None:
     """`read_frame` takes no longer ones."""
     pod = unpaced.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     payload = random.Random(size).randbytes(size)
     stream.send(payload)
     stream.send(b"end")
@@ -203,7 +203,7 @@ def test_frames_are_split_into_at_most_4096_bytes(unpaced: Wire, size: int) -> N
 
 def test_parts_of_a_split_frame_make_no_end_of_file(unpaced: Wire) -> None:
     pod = unpaced.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     for size in (4_084, 8_168, 8_180):
         stream.send(b"x" * size)
         taken = 0
@@ -216,7 +216,7 @@ def test_parts_of_a_split_frame_make_no_end_of_file(unpaced: Wire) -> None:
 
 def test_many_clients_sending_at_once_lose_nothing(unpaced: Wire) -> None:
     pod = unpaced.pod()
-    streams = [unpaced.attached(pod).allocate() for _ in range(6)]
+    streams = [pod.open(client=unpaced.attached(pod)) for _ in range(6)]
     rng = random.Random(5)
     data = {stream.base: rng.randbytes(150_000) for stream in streams}
 
@@ -232,7 +232,7 @@ def test_many_clients_sending_at_once_lose_nothing(unpaced: Wire) -> None:
 
 def test_vm_that_does_not_read_stops_neither_output_nor_commands_and_loses_nothing(unpaced: Wire) -> None:
     pod = unpaced.pod()
-    stream, other = pod.client.allocate(), pod.client.allocate()
+    stream, other = pod.open(), pod.open()
     sent = 0
     stream.sock.setblocking(False)
     pending = frame(1, b"x" * 8_000)
@@ -270,7 +270,7 @@ def _take(pod: Pod, streams: list[Stream], size: int) -> dict[int, bytes]:
 
 def test_stdin_of_two_vms_does_not_mix(wire: Wire) -> None:
     first, second = wire.pod(), wire.pod()
-    a, b = first.client.allocate(), second.client.allocate()
+    a, b = first.open(), second.open()
     a.send(b"first")
     b.send(b"second")
     assert second.vm.read_frame() == (1, b"second")

@@ -94,7 +94,7 @@ def test_nothing_is_sent_to_a_vm_that_says_ready(wire: Wire) -> None:
     pod.client.hyper("getpod")
     assert pod.vm.acknowledge() == (2, b"")  # the first thing the VM ever reads
     assert pod.client.receive() == OK
-    stream = pod.client.allocate()
+    stream = pod.open()
     stream.send(b"hi")
     assert pod.vm.read_frame() == (stream.base, b"hi")
 

@@ -201,7 +201,7 @@ def test_vm_lost_in_the_middle_of_a_command_fails_it_and_frees_the_id(
     wire: Wire, step: Callable[[FakeVm], None]
 ) -> None:
     pod, other = wire.pod(), wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     waiting = wire.attached(pod)
     pod.client.hyper("ping")
     pod.vm.read_command()
@@ -220,7 +220,7 @@ def test_vm_lost_without_a_command_frees_the_id_and_hangs_up(
     wire: Wire, step: Callable[[FakeVm], None]
 ) -> None:
     pod = wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     step(pod.vm)
     assert stream.at_end()
     wire.wait_unregistered(pod.container)

@@ -16,22 +16,22 @@ State = Callable[[Wire, Pod], None]
 
 
 def nothing_but_idle_ones(wire: Wire, pod: Pod) -> None:
-    pod.client.allocate()
+    pod.open()
 
 
 def client_that_does_not_read(wire: Wire, pod: Pod) -> None:
-    stream = pod.client.allocate()
+    stream = pod.open()
     pod.vm.io.sendall(frame(stream.base, b"x" * 10_000) * 200)
 
 
 def client_that_does_not_read_and_sends_no_more(wire: Wire, pod: Pod) -> None:
-    stream = pod.client.allocate()
+    stream = pod.open()
     pod.vm.io.sendall(frame(stream.base, b"x" * 10_000) * 200)
     stream.sock.shutdown(socket.SHUT_WR)
 
 
 def stdin_that_waits_for_its_marker(wire: Wire, pod: Pod) -> None:
-    stream = pod.client.allocate()
+    stream = pod.open()
     stream.sock.setblocking(False)
     with suppress(BlockingIOError):
         stream.sock.sendall(frame(stream.base, b"x" * 8_000) * 100)
@@ -45,7 +45,7 @@ def client_that_went_while_its_stdin_waited(wire: Wire, pod: Pod) -> None:
 
 
 def client_that_sends_no_more_while_its_stdin_waits(wire: Wire, pod: Pod) -> None:
-    stream = pod.client.allocate()
+    stream = pod.open()
     stream.send(b"x" * 5_000)
     while pod.vm.read_frame().seq < MARKER:
         pass
@@ -53,30 +53,30 @@ def client_that_sends_no_more_while_its_stdin_waits(wire: Wire, pod: Pod) -> Non
 
 
 def client_that_sends_no_more(wire: Wire, pod: Pod) -> None:
-    stream = pod.client.allocate()
+    stream = pod.open()
     stream.sock.shutdown(socket.SHUT_WR)
 
 
 def client_that_takes_no_more(wire: Wire, pod: Pod) -> None:
-    stream = pod.client.allocate()
+    stream = pod.open()
     stream.sock.shutdown(socket.SHUT_RD)
     with suppress(BrokenPipeError):
         pod.vm.io.sendall(frame(stream.base, b"x" * 1_000) * 10)
 
 
 def client_in_the_middle_of_a_frame(wire: Wire, pod: Pod) -> None:
-    stream = pod.client.allocate()
+    stream = pod.open()
     stream.sock.sendall(frame(stream.base, b"x" * 100)[:50])
 
 
 def vm_in_the_middle_of_a_frame(wire: Wire, pod: Pod) -> None:
-    stream = pod.client.allocate()
+    stream = pod.open()
     pod.vm.io.sendall(frame(stream.base, b"x" * 100)[:50])
     pod.vm.ctl.sendall(b"\0\0\0")
 
 
 def urgent_data(wire: Wire, pod: Pod) -> None:
-    stream = pod.client.allocate()
+    stream = pod.open()
     for sock in (stream.sock, pod.client.sock, pod.vm.io, pod.vm.ctl):
         with suppress(OSError):  # not every kernel has it here
             sock.send(b"!", socket.MSG_OOB)
@@ -84,13 +84,13 @@ def urgent_data(wire: Wire, pod: Pod) -> None:
 
 def vm_that_lingers(wire: Wire, pod: Pod) -> None:
     other = wire.pod()
-    other.client.allocate()
+    other.open()
     other.client.bye(other.container)
 
 
 def vm_that_lingers_and_sends_no_more_on_one_channel(wire: Wire, pod: Pod) -> None:
     other = wire.pod()
-    other.client.allocate()
+    other.open()
     other.client.bye(other.container)
     other.vm.ctl.shutdown(socket.SHUT_WR)
 

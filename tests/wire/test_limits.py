@@ -86,7 +86,7 @@ def with_fds(data: bytes, sock: socket.socket, count: int) -> None:
 def test_fds_that_clients_and_vms_send_along_are_not_kept(wire: Wire) -> None:
     pod = wire.pod()
     client = wire.attached(pod)
-    stream = client.allocate()
+    stream = pod.open(client=client)
     before = wire.daemon.count_fds()
     for _ in range(20):
         with_fds(request("x"), client.sock, 50)

@@ -67,7 +67,7 @@ def test_noise_of_clients(wire: Wire, seed: int) -> None:
 def test_noise_on_io_fds(wire: Wire, seed: int) -> None:
     rng = random.Random(seed)
     pod = wire.pod()
-    quiet = wire.attached(pod).allocate()
+    quiet = pod.open(client=wire.attached(pod))
     client = wire.attached(pod)
     for _ in range(ROUNDS):
         client.send(request("allocateIO", {"nStreams": rng.randint(1, 2)}))
@@ -87,7 +87,7 @@ def test_noise_of_vms(wire: Wire, seed: int) -> None:
     other = wire.pod()
     for _ in range(ROUNDS // 4):
         pod = wire.pod()
-        stream = pod.client.allocate()
+        stream = pod.open()
         pod.client.hyper("ping")
         pod.vm.read_command()
         answers = command(NEXT, b"\0\0\0\10") + command(rng.choice([ACK, ERROR]), rng.randbytes(5))

@@ -70,7 +70,7 @@ def test_number_of_5000_digits_has_a_clear_outcome(wire: Wire) -> None:
     client.send(message('{"id":"allocateIO","data":{"nStreams":%s}}' % ("9" * 5_000)))
     if client.sock.recv(1, socket.MSG_PEEK):
         error_of(client.receive())
-    assert pod.client.allocate().base == 1
+    assert pod.open().base == 1
 
 
 @pytest.mark.parametrize("value", ["1", "null", "true", "[]", "{}", '["hello"]', "1e999"])
@@ -166,7 +166,7 @@ def test_wrong_type_is_an_error_that_names_the_member(
     # And it changed nothing.
     assert other.was_not_dialled()
     assert pod.pings()
-    assert pod.client.allocate().base == 1
+    assert pod.open().base == 1
     assert wire.is_registered(pod.container)
 
 
@@ -188,7 +188,7 @@ def test_member_that_is_null_or_absent_is_an_error_and_changes_nothing(
     pod = wire.pod()
     error_of(pod.client.ask(payload, data))
     assert pod.pings()
-    assert pod.client.allocate().base == 1
+    assert pod.open().base == 1
 
 
 @pytest.mark.parametrize(

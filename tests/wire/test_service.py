@@ -111,8 +111,8 @@ def test_what_the_manager_hears(tmp_sock_dir: Path, manager: Manager) -> None:
     with managed(tmp_sock_dir, manager) as wire:
         assert manager.next() == ["READY=1", "STATUS=0 VMs, 0 sessions"]
         pod = wire.pod()
-        pod.client.allocate()
-        pod.client.allocate()
+        pod.open()
+        pod.open()
         wait_until(lambda: manager.next() == ["STATUS=1 VM, 2 sessions"], "the status")
         wire.daemon.process.send_signal(signal.SIGHUP)
         first, second, _ = manager.next()
@@ -130,7 +130,7 @@ def test_watchdog_is_served_while_all_goes_well(tmp_sock_dir: Path, manager: Man
     """A VM whose client reads nothing included."""
     with managed(tmp_sock_dir, manager, watchdog=1.0) as wire:
         pod = wire.pod()
-        stream = pod.client.allocate(1)
+        stream = pod.open(1)
         for _ in range(100):
             pod.vm.send_frame(stream.base, bytes(10_000))
         wait_until(lambda: manager.next() == ["STATUS=1 VM, 1 session"], "the status")

@@ -22,7 +22,7 @@ def read_chunks(stream: Stream, count: int) -> None:
 
 def test_client_that_stops_reading_stops_no_other_stream_or_command_and_loses_no_byte(wire: Wire) -> None:
     pod = wire.pod()
-    slow, other = pod.client.allocate(), wire.attached(pod).allocate()
+    slow, other = pod.open(), pod.open(client=wire.attached(pod))
     pod.vm.io.sendall(chunks(slow.base, 800))  # 8 MB: far more than sockets hold
     pod.vm.send_frame(other.base, b"out")
     assert other.read_frame() == (other.base, b"out")
@@ -36,7 +36,7 @@ def test_client_that_stops_reading_stops_no_other_stream_or_command_and_loses_no
 
 def test_what_waits_in_memory_is_bounded(wire: Wire) -> None:
     pod = wire.pod()
-    slow = pod.client.allocate()
+    slow = pod.open()
     pod.vm.io.sendall(chunks(slow.base, 100))
     before = wire.daemon.resident_bytes()
     pod.vm.io.sendall(chunks(slow.base, 3_000))
@@ -48,7 +48,7 @@ def test_what_waits_in_memory_is_bounded(wire: Wire) -> None:
 
 def test_client_that_reads_now_and_then_gets_all_in_order(wire: Wire) -> None:
     pod = wire.pod()
-    slow = pod.client.allocate()
+    slow = pod.open()
     received = 0
     for start in range(0, 200, 20):
         for number in range(start, start + 20):
@@ -62,7 +62,7 @@ def test_client_that_reads_now_and_then_gets_all_in_order(wire: Wire) -> None:
 
 def test_exit_sequence_comes_behind_all_that_waited(wire: Wire) -> None:
     pod = wire.pod()
-    slow = pod.client.allocate()
+    slow = pod.open()
     pod.vm.io.sendall(chunks(1, 300) + frame(1) + frame(1, b"\7"))
     assert pod.pings()
     read_chunks(slow, 300)
@@ -71,7 +71,7 @@ def test_exit_sequence_comes_behind_all_that_waited(wire: Wire) -> None:
 
 def test_slow_client_gets_all_after_bye_and_the_end_of_the_vm(wire: Wire) -> None:
     pod = wire.pod()
-    slow = wire.attached(pod).allocate()
+    slow = pod.open(client=wire.attached(pod))
     pod.vm.io.sendall(chunks(1, 300))
     pod.client.bye(pod.container)
     pod.vm.io.sendall(frame(1) + frame(1, b"\7"))
@@ -84,7 +84,7 @@ def test_slow_client_gets_all_after_bye_and_the_end_of_the_vm(wire: Wire) -> Non
 
 def test_slow_client_that_goes_leaves_nothing_behind(wire: Wire) -> None:
     pod = wire.pod()
-    slow, other = wire.attached(pod).allocate(), wire.attached(pod).allocate()
+    slow, other = pod.open(client=wire.attached(pod)), pod.open(client=wire.attached(pod))
     pod.vm.io.sendall(chunks(1, 300))
     slow.close()
     pod.vm.io.sendall(chunks(1, 100) + frame(other.base, b"out"))
@@ -93,7 +93,7 @@ def test_slow_client_that_goes_leaves_nothing_behind(wire: Wire) -> None:
 
 def test_several_slow_clients_do_not_wait_for_each_other(wire: Wire) -> None:
     pod = wire.pod()
-    slow = [wire.attached(pod).allocate(1) for _ in range(4)]
+    slow = [pod.open(1, client=wire.attached(pod)) for _ in range(4)]
     for stream in slow:
         pod.vm.io.sendall(chunks(stream.base, 150))
     for stream in reversed(slow):
@@ -102,7 +102,7 @@ def test_several_slow_clients_do_not_wait_for_each_other(wire: Wire) -> None:
 
 def test_slow_client_may_still_send(wire: Wire) -> None:
     pod = wire.pod()
-    slow = pod.client.allocate()
+    slow = pod.open()
     pod.vm.io.sendall(chunks(1, 300))
     slow.send(b"x" * 1_000)
     assert pod.vm.take_stdin(1, 1_000) == b"x" * 1_000
@@ -111,7 +111,7 @@ def test_slow_client_may_still_send(wire: Wire) -> None:
 
 def test_slow_vm_of_one_client_does_not_stop_another_vm(wire: Wire) -> None:
     pod, other = wire.pod(), wire.pod()
-    slow, quick = pod.client.allocate(), other.client.allocate()
+    slow, quick = pod.open(), other.open()
     pod.vm.io.sendall(chunks(1, 300))
     other.vm.send_frame(1, b"out")
     assert quick.read_frame().payload == b"out"

@@ -40,7 +40,7 @@ def tight(request: pytest.FixtureRequest, tmp_sock_dir: Path) -> Iterator[Wire]:
 
 def test_over_the_limit_nothing_is_lost_and_commands_and_other_vms_go_on(tight: Wire) -> None:
     pod, other = tight.pod(), tight.pod()
-    slow, quick = pod.client.allocate(), other.client.allocate()
+    slow, quick = pod.open(), other.open()
     sent = everything(1)
     before = tight.daemon.resident_bytes()
     with in_background(lambda: pod.vm.io.sendall(sent)):
@@ -57,7 +57,7 @@ def test_over_the_limit_nothing_is_lost_and_commands_and_other_vms_go_on(tight: 
 
 def test_over_the_limit_a_client_that_goes_lets_its_vm_go_on(tight: Wire) -> None:
     pod = tight.pod()
-    slow, other = tight.attached(pod).allocate(), tight.attached(pod).allocate()
+    slow, other = pod.open(client=tight.attached(pod)), pod.open(client=tight.attached(pod))
     with in_background(lambda: pod.vm.io.sendall(everything(1) + frame(other.base, b"out"))):
         slow.sock.recv(1, socket.MSG_PEEK)
         slow.close()
@@ -66,7 +66,7 @@ def test_over_the_limit_a_client_that_goes_lets_its_vm_go_on(tight: Wire) -> Non
 
 def test_over_the_limit_a_vm_that_dies_loses_only_itself_and_its_client_gets_all(tight: Wire) -> None:
     pod, other = tight.pod(), tight.pod()
-    slow = pod.client.allocate()
+    slow = pod.open()
     pod.vm.io.setblocking(False)
     sent = everything(1)
     size = 0
@@ -88,7 +88,7 @@ def test_directory_that_is_gone_costs_no_byte(tmp_sock_dir: Path) -> None:
     with running(tmp_sock_dir, f'[spool]\ndirectory = "{directory}"\n') as wire:
         directory.rmdir()
         pod, other = wire.pod(), wire.pod()
-        slow = pod.client.allocate()
+        slow = pod.open()
         sent = everything(1)
         with in_background(lambda: pod.vm.io.sendall(sent)):
             slow.sock.recv(1, socket.MSG_PEEK)
@@ -102,6 +102,6 @@ def test_nothing_is_ever_seen_in_the_directory(tmp_sock_dir: Path) -> None:
     directory.mkdir()
     with running(tmp_sock_dir, f'[spool]\ndirectory = "{directory}"\n') as wire:
         pod = wire.pod()
-        pod.client.allocate()
+        pod.open()
         pod.vm.io.sendall(everything(1))
         assert list(directory.iterdir()) == []

@@ -211,7 +211,7 @@ def test_signal_as_soon_as_the_socket_is_there_removes_it_too(tmp_sock_dir: Path
 def test_clients_streams_and_vms_do_not_delay_the_end_and_see_it(tmp_sock_dir: Path) -> None:
     with running(tmp_sock_dir) as wire:
         pods = [wire.pod() for _ in range(3)]
-        streams: list[Stream] = [pod.client.allocate() for pod in pods]
+        streams: list[Stream] = [pod.open() for pod in pods]
         idle = [wire.client() for _ in range(20)]
         for client in idle:
             assert client.ask("x")
@@ -316,7 +316,7 @@ def test_commands_without_an_answer_and_clients_that_do_not_read_delay_the_end_b
 ) -> None:
     with running(tmp_sock_dir) as wire:
         pod = wire.pod()
-        stream = pod.client.allocate()
+        stream = pod.open()
         pod.vm.io.sendall(frame(1, b"x" * 10_000) * 100)
         assert pod.pings()
         pod.client.hyper("destroypod")

@@ -49,7 +49,7 @@ def test_the_daemon_itself(wire: Wire) -> None:
 def test_a_vm_with_clients_and_what_passed(wire: Wire) -> None:
     pod = wire.pod()
     other = wire.attached(pod)
-    first, second = pod.client.allocate(), other.allocate()
+    first, second = pod.open(), other.allocate()
     pod.vm.io.sendall(frame(first.base, b"out") + frame(second.base, b"more") * 50 + frame(99, b"nobody's"))
     assert first.read_frame().payload == b"out"
     first.send(b"in")
@@ -84,7 +84,7 @@ def test_vms_stand_by_their_ids_and_those_that_had_the_same_one_in_turn_by_age(w
 
 def test_who_does_not_read_and_holds_up_the_vm(tight: Wire) -> None:
     pod = tight.pod()
-    slow = pod.client.allocate()
+    slow = pod.open()
     sent = frame(slow.base, bytes(10_000)) * 500
     with in_background(lambda: pod.vm.io.sendall(sent)):
         wait_until(lambda: vm_status(tight, pod)["streams"]["traffic"]["pauses"] == 1, "the VM is paused")

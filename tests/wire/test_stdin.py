@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import pytest
 
 from tests.wire.daemon import Pod, Wire
-from tests.wire.support import MARKER, Frame, Stream, frame, in_background
+from tests.wire.support import MARKER, OK, Frame, Stream, frame, in_background, is_silent
 
 WINDOW = 512
 
@@ -61,7 +63,7 @@ def probe(agent: Agent, other: Stream) -> None:
 
 def test_no_more_than_512_bytes_go_out_before_the_marker_came_back(wire: Wire) -> None:
     pod = wire.pod()
-    stream, other = pod.client.allocate(), wire.attached(pod).allocate()
+    stream, other = pod.open(), pod.open(client=wire.attached(pod))
     agent = Agent(pod)
     data = random.Random(3).randbytes(4_000)
     stream.send(data)
@@ -78,7 +80,7 @@ def test_no_more_than_512_bytes_go_out_before_the_marker_came_back(wire: Wire) -
 
 def test_marker_is_on_a_seq_that_is_never_allocated_and_its_echo_reaches_no_client(wire: Wire) -> None:
     pod = wire.pod()
-    streams = [pod.client.allocate(), wire.attached(pod).allocate()]
+    streams = [pod.open(), pod.open(client=wire.attached(pod))]
     agent = Agent(pod)
     streams[0].send(b"x" * 600)
     agent.read_marker()
@@ -94,7 +96,7 @@ def test_marker_is_on_a_seq_that_is_never_allocated_and_its_echo_reaches_no_clie
 @pytest.mark.parametrize("payload", [b"", b"x"])
 def test_marker_seqs_that_the_vm_makes_up_harm_nobody(wire: Wire, payload: bytes) -> None:
     pod = wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     for offset in (0, 1, 2, 3, 100, 2**63 - 1):
         pod.vm.send_frame(MARKER + offset, payload)
     pod.vm.send_frame(1, b"out")
@@ -106,7 +108,7 @@ def test_marker_seqs_that_the_vm_makes_up_harm_nobody(wire: Wire, payload: bytes
 
 def test_echoes_that_nobody_asked_for_do_not_widen_the_window(wire: Wire) -> None:
     pod = wire.pod()
-    stream, other = pod.client.allocate(), wire.attached(pod).allocate()
+    stream, other = pod.open(), pod.open(client=wire.attached(pod))
     for _ in range(20):
         pod.vm.send_frame(MARKER + 1)
     pod.vm.send_frame(1, b"those have been read")
@@ -119,7 +121,7 @@ def test_echoes_that_nobody_asked_for_do_not_widen_the_window(wire: Wire) -> Non
 
 def test_typing_costs_nothing(wire: Wire) -> None:
     pod = wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     for number in range(100):
         stream.send(b"k")
         assert pod.vm.read_frame() == (1, b"k"), number
@@ -127,20 +129,20 @@ def test_typing_costs_nothing(wire: Wire) -> None:
 
 def test_sessions_do_not_wait_for_each_other(wire: Wire) -> None:
     pod = wire.pod()
-    streams = [wire.attached(pod).allocate() for _ in range(4)]
+    streams = [pod.open(client=wire.attached(pod)) for _ in range(4)]
     agent = Agent(pod)
     for stream in streams:
         stream.send(b"x" * 2_000)
     while len({base for _, base, _ in agent.markers}) < 4:
         agent.read()  # all of them get that far without a single echo
-    other = wire.attached(pod).allocate()
+    other = pod.open(client=wire.attached(pod))
     probe(agent, other)
 
 
 @pytest.mark.parametrize("size", [1, 100, 400, 512, 513, 8_180])
 def test_everything_arrives_in_order_whatever_the_frames(wire: Wire, size: int) -> None:
     pod = wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     data = random.Random(size).randbytes(20_000 if size > 1 else 2_000)
     agent = Agent(pod)
 
@@ -159,7 +161,7 @@ def test_everything_arrives_in_order_whatever_the_frames(wire: Wire, size: int) 
 
 def test_end_of_file_waits_for_the_data_before_it(wire: Wire) -> None:
     pod = wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     agent = Agent(pod)
     stream.send(b"x" * 1_000)
     stream.send()
@@ -175,7 +177,7 @@ def test_end_of_file_waits_for_the_data_before_it(wire: Wire) -> None:
 
 def test_agent_that_is_slow_to_echo_holds_the_data_back_not_the_commands(wire: Wire) -> None:
     pod = wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     agent = Agent(pod)
     stream.send(b"x" * 5_000)
     agent.read_marker()
@@ -187,7 +189,7 @@ def test_agent_that_is_slow_to_echo_holds_the_data_back_not_the_commands(wire: W
 def test_client_that_goes_while_its_stdin_waits_leaves_the_others_alone(wire: Wire) -> None:
     """Whether the rest of it is still sent is open."""
     pod = wire.pod()
-    gone, stays = wire.attached(pod).allocate(), wire.attached(pod).allocate()
+    gone, stays = pod.open(client=wire.attached(pod)), pod.open(client=wire.attached(pod))
     agent = Agent(pod)
     gone.send(b"x" * 5_000)
     agent.read_marker()
@@ -203,7 +205,7 @@ def test_client_that_goes_while_its_stdin_waits_leaves_the_others_alone(wire: Wi
 
 def test_client_that_sends_without_end_is_held_back(wire: Wire) -> None:
     pod = wire.pod()
-    stream, other = pod.client.allocate(), wire.attached(pod).allocate()
+    stream, other = pod.open(), pod.open(client=wire.attached(pod))
     agent = Agent(pod)
     before = wire.daemon.resident_bytes()
     stream.sock.setblocking(False)
@@ -223,7 +225,7 @@ def test_client_that_sends_without_end_is_held_back(wire: Wire) -> None:
 
 def test_agent_that_lost_the_echo_is_asked_again(hasty: Wire) -> None:
     pod = hasty.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     agent = Agent(pod)
     stream.send(b"x" * 1_000)
     agent.read_marker()
@@ -237,23 +239,59 @@ def test_agent_that_lost_the_echo_is_asked_again(hasty: Wire) -> None:
             agent.echo()
 
 
+@contextmanager
+def acknowledging(pod: Pod) -> Iterator[None]:
+    """The agent acknowledges what it is asked meanwhile."""
+    over = threading.Event()
+
+    def acknowledge() -> None:
+        while not over.wait(0.001):
+            if not is_silent(pod.vm.ctl):
+                pod.vm.acknowledge()
+
+    with in_background(acknowledge):
+        try:
+            yield
+        finally:
+            over.set()
+
+
+def test_stdin_arrives_though_its_agent_loses_each_echo(hasty: Wire) -> None:
+    """It floods, and its output buffer is full; and a client's command is answered meanwhile."""
+    pod = hasty.pod()
+    flooding, stream = pod.open(), pod.open()
+    data = random.Random(5).randbytes(50_000)
+    taken = bytearray()
+    with acknowledging(pod), in_background(lambda: stream.send(data)):
+        while len(taken) < len(data):
+            pod.vm.send_frame(flooding.base, b"x")
+            assert flooding.read_frame().payload == b"x"
+            seq, payload = pod.vm.read_frame()
+            assert seq == stream.base or seq >= MARKER
+            taken += payload
+        assert pod.client.ask("hyper", {"hyperName": "getpod"}) == OK
+    assert taken == data
+    assert "does not acknowledge" not in hasty.daemon.log()
+
+
 def test_agent_that_never_echoes_gets_plain_sending_after_a_warning(hasty: Wire) -> None:
     pod = hasty.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     data = random.Random(4).randbytes(6_000)
     stream.send(data)
     taken = bytearray()
-    while len(taken) < len(data):
-        seq, payload = pod.vm.read_frame()
-        assert seq in {1} or seq >= MARKER
-        taken += payload
+    with acknowledging(pod):
+        while len(taken) < len(data):
+            seq, payload = pod.vm.read_frame()
+            assert seq in {1} or seq >= MARKER
+            taken += payload
     assert taken == data
     assert "warning" in hasty.daemon.log().lower()
 
 
 def test_window_of_0_turns_it_off(unpaced: Wire) -> None:
     pod = unpaced.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     for _ in range(10):
         stream.send(b"x" * 4_084)
     taken = 0

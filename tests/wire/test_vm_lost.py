@@ -85,7 +85,7 @@ LOST = [both_closed, io_closed, ctl_closed, *FRAMING_LOST]
 @pytest.mark.parametrize("step", LOST)
 def test_clients_get_what_had_arrived_then_end_of_file(wire: Wire, step: Callable[[FakeVm], None]) -> None:
     pod = wire.pod()
-    streams = [wire.attached(pod).allocate() for _ in range(3)]
+    streams = [pod.open(client=wire.attached(pod)) for _ in range(3)]
     for stream in streams:
         pod.vm.io.sendall(frame(stream.base, b"o" * 5_000) * 10)
         pod.vm.send_frame(stream.base + 1, b"err")
@@ -116,7 +116,7 @@ def test_a_command_in_flight_fails_and_the_id_is_kept_until_it_is_taken_over(
     assert late.ask("hyper", {"hyperName": "ping"}) == refused(cause)
     again = wire.pod(container=pod.container)
     assert again.pings()
-    assert again.client.allocate().base == 1
+    assert again.open().base == 1
 
 
 @pytest.mark.parametrize("attached", [True, False])
@@ -157,7 +157,7 @@ def test_lost_framing_closes_both_sockets_of_that_vm_and_no_other(
     wire: Wire, step: Callable[[FakeVm], None]
 ) -> None:
     pod, other = wire.pod(), wire.pod()
-    stream = other.client.allocate()
+    stream = other.open()
     step(pod.vm)
     assert pod.vm.is_hung_up()
     assert other.pings()
@@ -170,7 +170,7 @@ def test_lost_framing_closes_both_sockets_of_that_vm_and_no_other(
 @pytest.mark.parametrize("length", [0, 11, 2**32 - 1])
 def test_frames_before_the_nonsense_in_the_same_write_arrive(wire: Wire, length: int) -> None:
     pod = wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     pod.vm.io.sendall(frame(1, b"a") + frame(2, b"b") + frame(1, b"c", length=length))
     assert [stream.read_frame(), stream.read_frame()] == [(1, b"a"), (2, b"b")]
     assert stream.at_end()
@@ -179,7 +179,7 @@ def test_frames_before_the_nonsense_in_the_same_write_arrive(wire: Wire, length:
 def test_end_of_file_is_clean_where_the_client_sent_stdin_that_was_never_taken(wire: Wire) -> None:
     """A socket that is closed with something unread gives its peer a reset instead."""
     pod = wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     stream.sock.setblocking(False)
     with pytest.raises(BlockingIOError):
         stream.sock.sendall(frame(1, b"x" * 8_000) * 2_000)
@@ -195,7 +195,7 @@ def test_end_of_file_is_clean_where_the_client_sent_stdin_that_was_never_taken(w
 
 def test_end_of_file_is_clean_in_the_middle_of_a_client_frame(wire: Wire) -> None:
     pod = wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     stream.sock.sendall(frame(1, b"x" * 100)[:50])
     pod.vm.send_frame(1, b"out")
     assert stream.read_frame() == (1, b"out")
@@ -206,7 +206,7 @@ def test_end_of_file_is_clean_in_the_middle_of_a_client_frame(wire: Wire) -> Non
 def test_vm_that_dies_with_unread_stdin_is_lost_cleanly(unpaced: Wire) -> None:
     """Its end is closed with something unread: the daemon sees a reset where it expects an end."""
     pod = unpaced.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     for _ in range(5):
         stream.send(b"x" * 4_000)
     assert len(read_exact(pod.vm.io, 100)) == 100
@@ -220,7 +220,7 @@ def test_vm_that_dies_with_unread_stdin_is_lost_cleanly(unpaced: Wire) -> None:
 
 def test_vm_that_dies_with_an_unread_command_is_lost_cleanly(wire: Wire) -> None:
     pod = wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     pod.client.hyper("ping")
     assert pod.vm.ctl.recv(1) == b"\0"
     pod.vm.send_frame(1, b"last words")
@@ -233,7 +233,7 @@ def test_vm_that_dies_with_an_unread_command_is_lost_cleanly(wire: Wire) -> None
 def test_client_that_did_not_read_gets_all_that_had_arrived(wire: Wire) -> None:
     """More than the sockets hold."""
     pod = wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     sent = b"".join(frame(1, b"%08d" % number * 1_000) for number in range(400))
     pod.vm.io.sendall(sent)
     pod.vm.hang_up()
@@ -246,7 +246,7 @@ def test_client_that_did_not_read_gets_all_that_had_arrived(wire: Wire) -> None:
 
 def test_a_partial_frame_at_the_end_spoils_nothing(wire: Wire) -> None:
     pod = wire.pod()
-    stream, other = pod.client.allocate(), pod.client.allocate()
+    stream, other = pod.open(), pod.open()
     pod.vm.io.sendall(frame(3, b"whole") + frame(1, b"whole") + frame(1, b"x" * 1_000)[:500])
     pod.vm.hang_up()
     assert other.read_frame() == (3, b"whole")
@@ -271,7 +271,7 @@ def test_client_of_a_lost_vm_can_go_on_with_another(wire: Wire, step: Callable[[
 
 def test_vm_that_floods_its_client_and_dies_loses_only_itself(wire: Wire) -> None:
     pod, other = wire.pod(), wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     pod.vm.io.sendall(frame(1, b"flood" * 2_000) * 500)
     assert other.pings()
     pod.vm.hang_up()
@@ -282,7 +282,7 @@ def test_vm_that_floods_its_client_and_dies_loses_only_itself(wire: Wire) -> Non
 
 def test_lingering_vm_that_talks_nonsense_is_closed(wire: Wire) -> None:
     pod = wire.pod()
-    stream = pod.client.allocate()
+    stream = pod.open()
     pod.client.bye(pod.container)
     pod.vm.io.sendall(frame(1, b"x") + frame(1, length=3))
     assert stream.read_frame() == (1, b"x")
