@@ -221,7 +221,7 @@ class Rig(Ends):
         super().__init__(space, vm=vm, window=window, io_buffer=io_buffer)
         self._started = started
         turns = one_at_a_time or new_user().one_batch
-        pacing = Pacing(echo_timeout, lambda done: done(True))
+        pacing = Pacing(echo_timeout, lambda _commands, done: done(True))
         self.pump = Pump(self.owner, self.near_io, self.control, console, turns, pacing)
         if started:
             self.pump.start()

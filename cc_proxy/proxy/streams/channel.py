@@ -256,13 +256,13 @@ class Channel:
     def _on_room(self, session: Session) -> None:
         self._stdin.resume(session)
 
-    def _acknowledge(self, done: Callable[[bool], None]) -> None:
+    def _acknowledge(self, commands: int, done: Callable[[bool], None]) -> None:
         """Have commands carried out (`Pacing.acknowledge`), and `done` called in this thread."""
 
         def call_back(answered: bool) -> None:
             self._mailbox.post(lambda: done(answered))
 
-        self._pacing.acknowledge(call_back)
+        self._pacing.acknowledge(commands, call_back)
 
     def _drop(self, session: Session, reason: str) -> None:
         """Close a session if it is not closed yet. Output on its streams is nobody's from now on."""

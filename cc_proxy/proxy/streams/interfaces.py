@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-#: Has the agent carry out two commands that do nothing, one after the other, and calls back with whether both
-#: were answered. It does not wait itself. It may call back from any thread, at once, later or never.
-Acknowledge = Callable[[Callable[[bool], None]], None]
+#: Has the agent carry out so many commands that do nothing, one after the other, and calls back with whether
+#: all were answered. It does not wait itself. It may call back from any thread, at once, later or never.
+Acknowledge = Callable[[int, Callable[[bool], None]], None]
 
 
 class Pacing(NamedTuple):

@@ -3,8 +3,8 @@
 Two things tell that the agent has handled what it was sent (docs/protocol.md, lossless stdin). A marker
 behind it comes back. That is cheap, but an agent whose output buffer is full drops it. So if a marker does
 not come back in time the agent is asked on the control channel: once the VM has taken everything from the
-I/O socket, the agent is to carry out two commands that do nothing. One is not enough: it may be read in the
-same round of the agent's loop, before the I/O channel.
+I/O socket, the agent is to carry out commands that do nothing. In a round of its loop it takes one command
+and then one frame, so that takes one command more than frames may wait for it.
 """
 
 import functools
@@ -24,6 +24,9 @@ _LOOK_AGAIN = 0.001
 #: Once commands were faster than a marker they go out together with the next ones, until so many markers in a
 #: row were faster. While output floods, one in ten comes back.
 _MARKERS_TO_TRUST = 8
+#: Frames that may wait in the guest, at most: a virtio-serial port has 128 buffers. Without this bound many
+#: short stdins, which need no marker, would add up.
+_MOST_QUEUED = 128
 #: An agent that has never sent a marker back is believed not to do that once it has answered the commands
 #: this often, with no output in between that markers could have been stuck behind.
 _ROUNDS_TO_BELIEVE = 3
@@ -65,9 +68,13 @@ class Pacer:
         self._round: set[Session] | None = None
         self._look_at: float | None = None  # whether the VM has taken everything, for the next round
         self._look_again = _LOOK_AGAIN
+        self._markers: dict[Session, int] = {}  # for those in `asked`: which of `frames` the marker was
+        self._handled = 0  # how many of `frames` the agent is known to have handled
         self._echoed = False
         self._echoes_in_a_row = _MARKERS_TO_TRUST
         self._silent_rounds = 0
+        #: Frames that were sent to the agent, markers included.
+        self.frames = 0
         #: Whether stdin is paced at all: not for an agent that does not send markers back.
         self.is_on = True
         #: Called with each session that may be read again.
@@ -86,6 +93,8 @@ class Pacer:
             if not self.asked:
                 self._heard_before = self._source.received
             self.asked[session] = now + self._echo_timeout
+            self.frames += 1
+            self._markers[session] = self.frames
             if self._echoes_in_a_row < _MARKERS_TO_TRUST:
                 self._prepare_round(now)
         return marker
@@ -93,6 +102,7 @@ class Pacer:
     def forget(self, session: Session) -> None:
         """The session is to be closed."""
         self.asked.pop(session, None)
+        self._markers.pop(session, None)
         if self._round:
             self._round.discard(session)
 
@@ -105,6 +115,8 @@ class Pacer:
             self._echoed = True  # also if it is too late to count
             if session.window.echoed(seq):
                 self._echoes_in_a_row += 1
+                # Frames are handled in their order. A copy of the marker may have been later than this one.
+                self._handled = max(self._handled, self._markers.get(session, 0))
                 self._let_go_on(session)
 
     def moments(self) -> Iterator[float]:
@@ -128,6 +140,7 @@ class Pacer:
             self.asked[session] = now + self._echo_timeout
             if session.window:
                 markers.append(session.window.ask_again())
+                self.frames += 1
             self._prepare_round(now)
         # Not before the markers are sent: they are data that the VM has to take.
         if not markers and self._look_at is not None and now >= self._look_at:
@@ -149,15 +162,20 @@ class Pacer:
         self._look_at = None
         if self.asked:
             self._round = set(self.asked)
-            self._acknowledge(functools.partial(self._end_round, self._round))
+            sent = self.frames
+            self._acknowledge(
+                min(sent - self._handled, _MOST_QUEUED) + 1,
+                functools.partial(self._end_round, self._round, sent),
+            )
 
-    def _end_round(self, whom: set[Session], answered: bool) -> None:
-        """The commands were answered, or that is not to be expected any more."""
+    def _end_round(self, whom: set[Session], sent: int, answered: bool) -> None:
+        """The commands behind `sent` frames were answered, or that is not to be expected any more."""
         if self._round is not whom:
             return
         self._round = None
         if not answered:
             return  # silence says nothing: the VM may be paused, or another command be in the way
+        self._handled = max(self._handled, sent)
         if whom:
             self._echoes_in_a_row = 0
             self._believe_silence()
@@ -169,6 +187,7 @@ class Pacer:
             self._prepare_round(time.monotonic())
 
     def _let_go_on(self, session: Session) -> None:
+        self._markers.pop(session, None)
         if self.asked.pop(session, None) is not None:
             if self._round:
                 self._round.discard(session)
@@ -192,6 +211,7 @@ class Pacer:
     def _start(self) -> None:
         logger.info("the agent acknowledges stdin after all: it is sent paced", extra={"vm": self._vm})
         self.is_on = self._echoed = True
+        self._handled = self.frames
         for session in set(self._owners.values()):
             if session.window:
                 session.window.reset()

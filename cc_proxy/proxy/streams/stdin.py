@@ -147,6 +147,7 @@ class Stdin:
         before, frames = splitter.payload_bytes, splitter.frames
         good = splitter.split(self._buffer, self._view, start, start + size)
         self.frames += splitter.frames - frames
+        self._pacer.frames += splitter.frames - frames
         self.bytes += sum(map(len, good))
         if logger.isEnabledFor(IO):
             dump_frames(self._vm, "stdin", good)
@@ -170,6 +171,7 @@ class Stdin:
         if not said and (session.splitter.payload_bytes or not gone):
             pieces.append(end := encode_frame(session.seqs.start))
             self.frames += 1
+            self._pacer.frames += 1
             self.bytes += len(end)
         if gone:
             self._drop(session, "closed by its client")

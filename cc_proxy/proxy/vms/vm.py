@@ -230,13 +230,13 @@ class Vm:
         except CannotConnect as error:
             raise (ControlLost(_STOPS) if self._stopping else error) from None
 
-    def _acknowledge(self, done: Callable[[bool], None]) -> None:
-        """Have the agent answer two pings, and call back (`Acknowledge`)."""
+    def _acknowledge(self, pings: int, done: Callable[[bool], None]) -> None:
+        """Have the agent answer so many pings, and call back (`Acknowledge`)."""
 
-        def ping_twice() -> None:
+        def ping() -> None:
             control, answered = self._control, False
             try:
-                for _ in range(2):
+                for _ in range(pings):
                     assert control
                     control.transact(Code.PING, b"", self._live.current.vm.command_timeout)
                 answered = True
@@ -245,7 +245,7 @@ class Vm:
             finally:
                 done(answered)
 
-        thread = threading.Thread(target=ping_twice, name=f"pings {self.container_id[:32]}", daemon=True)
+        thread = threading.Thread(target=ping, name=f"pings {self.container_id[:32]}", daemon=True)
         try:
             start_thread(thread)
         except RuntimeError:

@@ -88,11 +88,16 @@ class Bench(Ends):
         self.mailbox = Mailbox()
         #: What asks the agent on the control channel, by what it calls back.
         self.rounds: list[Callable[[bool], None]] = []
-        pacing = Pacing(ECHO_TIMEOUT if window else NEVER, self.rounds.append)
+        self.commands = 0  # how many the last of them has
+        pacing = Pacing(ECHO_TIMEOUT if window else NEVER, self._note_round)
         self.channel = Channel(self.owner, self.near_io, self.control, console, self.mailbox, pacing)
         self._closing = ExitStack()
         self._closing.callback(self.channel.close)
         self._closing.callback(self.mailbox.close)
+
+    def _note_round(self, commands: int, call_back: Callable[[bool], None]) -> None:
+        self.commands = commands
+        self.rounds.append(call_back)
 
     def open(self, streams: int = 2, *, buffer: int | None = None) -> Stream:
         session, stream = self.session(streams, buffer=buffer)

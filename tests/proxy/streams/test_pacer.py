@@ -55,6 +55,22 @@ def test_commands_are_carried_out_once_a_marker_is_late(bench: Bench) -> None:
     assert 0 < payload(answer(bench), stream) <= WINDOW
 
 
+def test_one_command_more_is_carried_out_than_frames_may_wait_in_the_guest(bench: Bench) -> None:
+    """The agent takes one command and one frame in each round of its loop."""
+    one, other = send(bench), send(bench)
+    bench.pass_time(ECHO_TIMEOUT)
+    assert len(bench.frames()) == 2  # both markers again, behind twice data and a marker
+    bench.pass_time(0.1)
+    assert bench.commands == 2 * 2 + 2 + 1
+    marker = marker_of(answer(bench))
+    bench.say(frame(marker))
+    bench.frames()
+    bench.pass_time(0.1)
+    assert bench.commands <= 2 * 2 + 1, "what was in front of a marker that came back is handled"
+    one.close()
+    other.close()
+
+
 def test_commands_wait_until_the_vm_has_taken_everything(bench: Bench) -> None:
     send(bench)
     bench.pass_time(ECHO_TIMEOUT)

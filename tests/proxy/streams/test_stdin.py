@@ -46,7 +46,9 @@ class Bench:
         self.received = 0  # bytes of output
         #: What asks the agent on the control channel, by what it calls back.
         self.rounds: list[Callable[[bool], None]] = []
-        self.pacer = Pacer("vm", self.io, self._owners, ECHO_TIMEOUT, self.rounds.append, self)
+        self.pacer = Pacer(
+            "vm", self.io, self._owners, ECHO_TIMEOUT, lambda _commands, done: self.rounds.append(done), self
+        )
         self.stdin = Stdin("vm", self.io, self.clients, self.pacer, self.drop)
         self.pacer.on_room = self.stdin.resume
         for end in (self.io, self.agent, self.clients):

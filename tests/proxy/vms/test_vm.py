@@ -596,6 +596,8 @@ def test_stdin_is_paced_as_the_settings_say(tmp_sock_dir: Path, space: SpoolSpac
         life = Life(directory, space, msgspec.structs.replace(SETTINGS, stdin=StdinSettings(window=window)))
         life.start()
         base, client = life.open()
+        with in_background(life.take_command):
+            life.vm.command(Code.EXEC_CMD, b'{"process":{"stdio":%d}}' % base)
         client.sendall(frame(base, bytes(100)))
         size = 0
         while size < (window - 12 if window else 100):
