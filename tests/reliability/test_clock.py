@@ -35,7 +35,7 @@ def test_no_deadline_is_the_clocks(tmp_sock_dir: Path) -> None:
         closing(Wire(daemon, tmp_sock_dir)) as wire,
     ):
         pod = wire.pod()
-        stream = pod.client.allocate(1)
+        stream = pod.open(1)
         assert pod.pings()
         stream.send(bytes(300))
         assert pod.vm.read_frame() == (stream.base, bytes(300))

@@ -104,7 +104,7 @@ def test_no_more_memory(tmp_sock_dir: Path) -> None:
     limited = ["sh", "-c", f'ulimit -v {size + 40 * 1024}; exec "$@"', "sh"]
     with running(tmp_sock_dir, prefix=limited) as wire:
         pod = wire.pod()
-        stream = pod.client.allocate(1)
+        stream = pod.open(1)
         with ExitStack() as stack:
             assert take_all_threads(wire, stack) == "the daemon cannot start another thread"
         pod.vm.send_frame(stream.base, b"out")
@@ -133,7 +133,7 @@ def test_full_disk(tmp_sock_dir: Path) -> None:
     tables = f'{PATIENT}[spool]\ndirectory = "{spool}"\n'
     with running(tmp_sock_dir, tables, prefix=mounted(spool, "2m")) as wire:
         pod, other = wire.pod(), wire.pod()
-        stream, theirs = pod.client.allocate(1), other.client.allocate(1)
+        stream, theirs = pod.open(1), other.open(1)
         pod.vm.io.setblocking(False)
         sent = 0
         while "the VM is not read until its client reads" not in wire.daemon.log():
@@ -202,7 +202,7 @@ def test_killed_and_started_again(tmp_sock_dir: Path) -> None:
     with Daemon.configured(tmp_sock_dir) as daemon:
         with closing(Wire(daemon, tmp_sock_dir)) as wire:
             pod = wire.pod()
-            stream = pod.client.allocate(1)
+            stream = pod.open(1)
             for _ in range(3 * MIB // len(FRAME)):
                 pod.vm.io.sendall(FRAME)
             wait_until(lambda: spooled(daemon) > 2 * MIB, "output is spooled")
@@ -234,7 +234,7 @@ def test_thousands_of_clients_die_at_once(tmp_sock_dir: Path) -> None:
     """Some in the middle of a message, some with an answer on its way, some with streams."""
     with running(tmp_sock_dir) as wire:
         pod = wire.pod()
-        stream = pod.client.allocate(1)
+        stream = pod.open(1)
         crowd: list[RawClient] = []
         for number in range(2_000):
             client = wire.daemon.connect()

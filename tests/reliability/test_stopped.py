@@ -57,7 +57,7 @@ def test_what_came_in_time_counts_though_the_daemon_was_stopped(tmp_sock_dir: Pa
     """No VM is lost, no client let go and no command given up because of what only the daemon missed."""
     with Daemon.configured(tmp_sock_dir, IMPATIENT) as daemon, closing(Wire(daemon, tmp_sock_dir)) as wire:
         pod = wire.pod()
-        stream = pod.client.allocate(1)
+        stream = pod.open(1)
         pinger, talker, starter = wire.attached(pod), wire.client(), wire.client()
         booting = wire.vm()
         starter.hello("booting", booting)
@@ -92,7 +92,7 @@ def test_stopped_for_a_minute(tmp_sock_dir: Path) -> None:
     """With the settings that it has by default: longer than all of them."""
     with Daemon.configured(tmp_sock_dir, "[vm]\n") as daemon, closing(Wire(daemon, tmp_sock_dir)) as wire:
         pods = [wire.pod() for _ in range(5)]
-        streams = [pod.client.allocate(1) for pod in pods]
+        streams = [pod.open(1) for pod in pods]
         for pod in pods:
             pod.client.hyper("ping")
             pod.vm.read_command()
