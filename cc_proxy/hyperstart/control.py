@@ -7,6 +7,7 @@ out; bytes received go in, and out come the agent's events, while answers comple
 import secrets
 import struct
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -33,16 +34,30 @@ class ControlMessage(NamedTuple):
         return describe(self.code)
 
 
+#: Told of a command's ACK or ERROR, however late that comes.
+OnAnswer = Callable[[ControlMessage], None]
+
+
+def ignore(_answer: ControlMessage) -> None:
+    """Do nothing about an answer."""
+
+
 @dataclass(eq=False, slots=True)
 class Command:
     """A command on its way; `answer` is its ACK or ERROR once that has come."""
 
     code: Code
+    on_answer: OnAnswer = ignore
     answer: ControlMessage | None = field(default=None, init=False)
 
     def is_answered(self) -> bool:
         """Whether its ACK or ERROR has come."""
         return self.answer is not None
+
+    def take(self, answer: ControlMessage) -> None:
+        """Its ACK or ERROR has come."""
+        self.answer = answer
+        self.on_answer(answer)
 
 
 def encode(code: int, payload: bytes = b"") -> bytes:
@@ -162,9 +177,9 @@ class ControlChannel:
         """How many commands were sent and have no answer, given-up ones included."""
         return len(self._unanswered)
 
-    def send(self, code: Code, payload: bytes = b"") -> Command:
+    def send(self, code: Code, payload: bytes = b"", on_answer: OnAnswer = ignore) -> Command:
         """Queue a command in `outgoing`; its `answer` will be filled in by `receive_data`."""
-        command = Command(code)
+        command = Command(code, on_answer)
         self.outgoing += encode(code, payload)
         self._unanswered.append(command)
         return command
@@ -198,7 +213,7 @@ class ControlChannel:
         events = []
         for message in self._parser.receive_data(data):
             if message.code in _ANSWERS and self._unanswered:
-                self._unanswered.popleft().answer = message
+                self._unanswered.popleft().take(message)
                 continue
             if message.code == Code.READY:
                 self._boot()

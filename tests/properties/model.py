@@ -14,7 +14,20 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from tests.wire.support import FRAME, MARKER, WAIT, FakeVm, RawClient, Stream, at_end, error_of, frame
+from tests.wire.support import (
+    ACK,
+    FRAME,
+    MARKER,
+    OK,
+    WAIT,
+    FakeVm,
+    RawClient,
+    Stream,
+    at_end,
+    command,
+    error_of,
+    frame,
+)
 
 #: What hyperstart keeps of a process's stdin.
 WINDOW = 512
@@ -60,6 +73,7 @@ class Session:
         self.said = Said()
         self.got = Said()  # by the agent
         self.held = 0  # by the agent, since it last sent a marker back
+        self.started = False  # its process: nothing reaches the agent before
         self.may_end = False  # whether the agent is told of an end depends on who is quicker
         self.half_closed = self.closed = self.broken = False
         self.done = (
@@ -75,9 +89,9 @@ class Session:
 
     @property
     def settled(self) -> bool:
-        if self.queue and not self.over:
+        if self.started and self.queue and not self.over:
             return False
-        if self.vm.alive and not self._all_got():
+        if self.started and self.vm.alive and not self._all_got():
             return False
         return self.closed or self.broken or self.received == len(self.expected)
 
@@ -211,8 +225,18 @@ class Vm:
         self._sent += sent
         while self._frames and self._frames[0][0] <= self._sent:
             _, owner, whole = self._frames.pop(0)
-            if owner and not owner.closed:
-                owner.expected += whole
+            if owner:
+                self._deliver(owner, whole)
+
+    def _deliver(self, owner: Session, whole: bytes) -> None:
+        """Output on its stdio says that a process has been started; an empty frame is no such thing."""
+        seq, length = FRAME.unpack_from(whole)
+        if seq == owner.seqs.start and not owner.started:
+            if length == FRAME.size:
+                return  # nobody's
+            owner.started = True
+        if not owner.closed:
+            owner.expected += whole
 
     def flood(self) -> None:
         """Send what is queued until all is sent, or the daemon says that the spool takes no more of it."""
@@ -229,6 +253,16 @@ class Vm:
         return any(stream["reason"] for each in streams for stream in each["waiting"])
 
     # Stdin ----------------------------------------------------------------------------------------------
+
+    def start(self, session: Session) -> None:
+        """A process is started on its streams."""
+        process = {"stdio": session.seqs.start, "stderr": session.seqs.stop - 1}
+        self.witness.hyper("execcmd", json.dumps({"container": self.container, "process": process}))
+        self.fake.read_command()
+        self.fake.ctl.sendall(b"".join(map(command, [*self.late, ACK])))
+        self.late = []
+        assert self.witness.receive() == OK
+        session.started = True
 
     def handle(self) -> bool:
         """Take what has arrived; False if that is the end."""
@@ -256,6 +290,7 @@ class Vm:
             self.markers.append(seq)
             return
         (session,) = (session for session in self.sessions if session.seqs.start == seq)
+        assert session.started, "no process owns it: the agent would throw it away"
         if payload:
             session.got.data += payload
             session.held += len(payload)
@@ -331,7 +366,8 @@ def settle(vms: list[Vm], sessions: list[Session]) -> None:
 def _wait_for_something(vms: list[Vm], sessions: list[Session], seconds: float) -> None:
     reading = [vm.fake.io for vm in vms if vm.alive]
     reading += [session.stream.sock for session in sessions if not session.closed]
-    writing = [session.stream.sock for session in sessions if session.queue and not session.over]
+    sending = [session for session in sessions if session.queue and session.started and not session.over]
+    writing = [session.stream.sock for session in sending]
     writing += [vm.fake.io for vm in vms if vm.alive and vm.blocked]
     if not any(vm.markers for vm in vms if vm.alive):
         select.select(reading, writing, [], seconds)

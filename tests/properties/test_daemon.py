@@ -334,6 +334,18 @@ class World(RuleBasedStateMachine):
 
     # Sessions -------------------------------------------------------------------------------------------
 
+    @property
+    def unstarted(self) -> list[Session]:
+        """Closed by their clients or not: what those sent before is still delivered."""
+        return [session for vm in self.alive for session in vm.sessions if not session.started]
+
+    @precondition(lambda self: self.unstarted)
+    @rule(number=indices)
+    def process_starts(self, number: int) -> None:
+        self.done["process starts"] += 1
+        session = self.unstarted[number % len(self.unstarted)]
+        session.vm.start(session)
+
     @precondition(lambda self: self.sessions)
     @rule(
         number=indices,
@@ -387,6 +399,8 @@ class World(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Every byte has arrived, every VM is let go, and the daemon is as it was at the beginning."""
         try:
+            for session in self.unstarted:
+                session.vm.start(session)
             self.settle()
             for vm in self.alive:
                 vm.die("ctl")

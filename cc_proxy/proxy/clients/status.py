@@ -29,7 +29,8 @@ from cc_proxy.api.status import (
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.log.levels import current_level
 from cc_proxy.proxy.vms.registry import Registry
-from cc_proxy.proxy.vms.vm import Trouble, Vm
+from cc_proxy.proxy.vms.states import Trouble
+from cc_proxy.proxy.vms.vm import Vm
 
 #: Seconds that all pumps together get to answer; the public API promises half a second.
 _PATIENCE = 0.5

@@ -8,15 +8,14 @@ import select
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from cc_proxy.api.transport import limit_receive
 from cc_proxy.hyperstart.codes import Code
-from cc_proxy.hyperstart.control import Command, ControlChannel, ControlMessage, Quiz
+from cc_proxy.hyperstart.control import Command, ControlChannel, ControlMessage, OnAnswer, Quiz, ignore
 from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.streams.interfaces import Lost
+from cc_proxy.proxy.vms.turns import Request, Turns
 
 #: Commands that may be without an answer, their senders having given up, before no more are sent.
 _MOST_UNANSWERED = 64
@@ -40,19 +39,6 @@ class NotSent(NoAnswer):
     """There is no answer because the command was not sent."""
 
 
-@dataclass(eq=False, slots=True)
-class _Request:
-    """A command that waits for its turn, for its answer, or for both."""
-
-    code: Code
-    payload: bytes
-    begun: float
-    #: Locked until the turn is this request's.
-    turn: threading.Lock = field(default_factory=threading.Lock)
-    #: What was sent; None if that is still to be done.
-    command: Command | None = None
-
-
 class ControlLink:
     """Owner of the control channel's socket.
 
@@ -68,20 +54,17 @@ class ControlLink:
         """`on_event` is told of what the agent says that answers no command."""
         self._sock = sock
         self._on_event = on_event
-        # Guards _taken and _queue; nothing else is locked, and nobody waits, while it is held.
-        self._lock = threading.Lock()
-        # Whether some thread has the turn. It alone uses what follows up to _spin, and reads and writes
-        # _sock.
-        self._taken = False
+        self._turns = Turns(self._on_idle)
+        # The thread that has the turn alone uses what follows up to _spin, and reads and writes _sock.
         self._channel = ControlChannel()
         self._lost: ControlLost | None = None
         self._receive_ticks = 0
+        self._posted = 0  # commands that nobody waits for and that have no answer yet
         self._spin = Spin()
-        self._queue: deque[_Request] = deque()  # those that wait for the turn
         self._end = _HUNG_UP  # what it is called that the channel has ended; set once at most
         # Commands by the thread that waits for them. Each thread adds and removes its own: atomic under the
         # GIL.
-        self._waiting: dict[int, _Request] = {}
+        self._waiting: dict[int, Request] = {}
         self._unsolicited = select.epoll()
         self._unsolicited.register(sock, 0)
 
@@ -121,19 +104,35 @@ class ControlLink:
     def _is_up(self) -> bool:
         return self._channel.is_up
 
-    def transact(self, code: Code, payload: bytes, timeout: float) -> ControlMessage:
-        """Send a command and return its ACK or ERROR.
+    def transact(
+        self, code: Code, payload: bytes, timeout: float, on_answer: OnAnswer = ignore
+    ) -> ControlMessage:
+        """Send a command and return its ACK or ERROR, of which `on_answer` is told too, however late it is.
 
         `timeout` is in seconds and includes waiting for the commands of others. Raises `NoAnswer` (the
         command may yet be carried out; its answer will be taken for its own) or `ControlLost`.
         """
         thread = threading.get_ident()
-        request = _Request(code, payload, time.monotonic())
+        request = Request(code, payload, time.monotonic(), on_answer)
         self._waiting[thread] = request
         try:
             return self._transact(request, timeout)
         finally:
             del self._waiting[thread]
+
+    def post(self, code: Code, on_answer: OnAnswer, on_refusal: Callable[[], None]) -> None:
+        """Send a command that nobody waits for, when it is its turn.
+
+        `on_answer` is called by the thread that happens to read the answer, and never if the channel is lost.
+        `on_refusal` is called if too many commands are without an answer.
+        """
+
+        def answered(answer: ControlMessage) -> None:
+            self._posted -= 1
+            on_answer(answer)
+
+        if self._turns.join(Request(code, b"", 0.0, answered, on_refusal)):
+            self._pass_turn()
 
     def waiting(self) -> list[tuple[Code, float]]:
         """Return the commands that are waited for, and since when (`time.monotonic`), the oldest first."""
@@ -141,12 +140,12 @@ class ControlLink:
 
     @property
     def unanswered(self) -> int:
-        """How many commands the agent has not answered, given-up ones included, at some moment."""
-        return self._channel.unanswered
+        """How many clients' commands the agent has not answered, given-up ones included, at some moment."""
+        return max(0, self._channel.unanswered - self._posted)
 
-    def _transact(self, request: _Request, timeout: float) -> ControlMessage:
+    def _transact(self, request: Request, timeout: float) -> ControlMessage:
         deadline = request.begun + timeout
-        if not self._get_turn(request, deadline):
+        if not self._turns.get(request, deadline):
             raise NotSent(f"no answer in {timeout:g} s: another command was in the way all the time")
         try:
             if request.command is None:
@@ -171,40 +170,28 @@ class ControlLink:
             if error.errno not in (errno.ENOTCONN, errno.EBADF):
                 raise
 
-    # Any thread: the turn ---------------------------------------------------------------------------------
-
-    def _get_turn(self, request: _Request, deadline: float) -> bool:
-        """Wait for the turn; returns whether it came in time."""
-        with self._lock:
-            if not self._taken:
-                self._taken = True
-                return True
-            request.turn.acquire()
-            self._queue.append(request)
-        if request.turn.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            return True
-        with self._lock:
-            if request in self._queue:
-                self._queue.remove(request)
-                return False
-        return True  # it came at the last moment
-
     def _pass_turn(self) -> None:
         """Send the next command, and let the thread that waits for it go on. Requires the turn."""
-        with self._lock:
-            request = self._queue.popleft() if self._queue else None
-            if request is None:
-                self._unsolicited_is_watched(True)
-                self._taken = False
-        if request:
+        while request := self._turns.next():
             # If that fails, the request's own thread finds out why.
             with contextlib.suppress(ControlLost, NotSent):
                 self._send(request)
-            request.turn.release()
+            if request.on_refusal is None:
+                request.turn.release()
+                return
+            if request.command:
+                self._posted += 1
+            else:
+                request.on_refusal()
+
+    def _on_idle(self) -> None:
+        self._unsolicited_is_watched(True)
 
     def _unsolicited_is_watched(self, watched: bool) -> None:
         if not self._unsolicited.closed:
-            self._unsolicited.modify(self._sock, select.EPOLLIN if watched else 0)
+            # What the agent did not take at once is sent when it does, if nobody has the turn then.
+            writing = select.EPOLLOUT if self._channel.outgoing else 0
+            self._unsolicited.modify(self._sock, select.EPOLLIN | writing if watched else 0)
 
     # Pump thread ------------------------------------------------------------------------------------------
 
@@ -214,13 +201,13 @@ class ControlLink:
 
     def read(self) -> bool:
         """Note the events that came between commands; returns True. Raises `ControlLost`; never waits."""
-        with self._lock:
-            if self._taken:
-                if self._hung_up():
-                    raise ControlLost(self._end)
-                return True
-            self._taken = True
+        if not self._turns.take():
+            if self._hung_up():
+                raise ControlLost(self._end)
+            return True
         try:
+            if self._channel.outgoing:
+                self._write()
             with contextlib.suppress(BlockingIOError):
                 self._read(socket.MSG_DONTWAIT)
         finally:
@@ -230,8 +217,7 @@ class ControlLink:
     def close(self) -> None:
         """Close the socket, once those who were using it have found it lost."""
         self.hang_up()
-        request = _Request(Code.PING, b"", 0.0)
-        self._get_turn(request, threading.TIMEOUT_MAX)
+        self._turns.get(Request(Code.PING, b"", 0.0), threading.TIMEOUT_MAX)
         if not self._unsolicited.closed:
             self._unsolicited.close()
             self._sock.close()
@@ -239,13 +225,13 @@ class ControlLink:
 
     # Requires the turn ------------------------------------------------------------------------------------
 
-    def _send(self, request: _Request) -> None:
+    def _send(self, request: Request) -> None:
         """Send a request's command, or begin to. Raises `ControlLost` or `NotSent`."""
         if self._unsolicited.closed:
             raise ControlLost("its control channel is closed")
         if self._channel.unanswered >= _MOST_UNANSWERED:
             raise NotSent(f"not sent: the VM has left {self._channel.unanswered} commands unanswered")
-        request.command = self._channel.send(request.code, request.payload)
+        request.command = self._channel.send(request.code, request.payload, request.on_answer)
         self._write()
 
     def _exchange(self, timeout: float) -> bool:

@@ -14,7 +14,8 @@ from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.users import Charge, User, Users
 from cc_proxy.proxy.vms.connector import Connector
 from cc_proxy.proxy.vms.dialer import Dialer
-from cc_proxy.proxy.vms.vm import State, Trouble, Vm, VmError
+from cc_proxy.proxy.vms.states import State, Trouble
+from cc_proxy.proxy.vms.vm import Vm, VmError
 from cc_proxy.settings import LiveSettings
 
 #: VMs that failed, of which `status` tells the last error.

@@ -1,24 +1,22 @@
 """One VM: its life from hello to the end, with its control channel and its pump."""
 
 import contextlib
+import functools
 import logging
 import socket
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from enum import Enum, auto
-from typing import NamedTuple
 
 from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.payloads import Hello
 from cc_proxy.api.status import Streams
 from cc_proxy.hyperstart.codes import Code
-from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage
+from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage, OnAnswer, ignore
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.hyperstart.stdio import STARTS, stdio_seqs
 from cc_proxy.linux.fds import check_passable, refuse_rights
-from cc_proxy.linux.threads import start_thread
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.streams.interfaces import Pacing
@@ -29,6 +27,7 @@ from cc_proxy.proxy.users import User
 from cc_proxy.proxy.vms.console import Console
 from cc_proxy.proxy.vms.control import ControlLink, ControlLost, NoAnswer, NotSent
 from cc_proxy.proxy.vms.dialer import CannotConnect, Connected, Dialer
+from cc_proxy.proxy.vms.states import MOVES, State, Trouble
 from cc_proxy.settings import LiveSettings
 
 #: A socket is writable again when three quarters of this are free: the rest must last until more is there.
@@ -40,32 +39,6 @@ _STOPS = "the daemon stops"
 
 class VmError(Exception):
     """What was asked of the VM did not work; the text is the cause, as clients are told it."""
-
-
-class Trouble(NamedTuple):
-    """What went wrong, and when (`time.monotonic`)."""
-
-    text: str
-    at: float
-
-
-class State(Enum):
-    """Where a VM is in its life."""
-
-    STARTING = auto()  # hello has begun
-    UP = auto()
-    LEAVING = auto()  # bye was said: its clients may stay until the linger is over
-    LOST = auto()  # what it has sent is still delivered
-    GONE = auto()
-
-
-_MOVES = {
-    State.STARTING: {State.UP, State.LOST, State.GONE},
-    State.UP: {State.LEAVING, State.LOST, State.GONE},
-    State.LEAVING: {State.LOST, State.GONE},
-    State.LOST: {State.GONE},
-    State.GONE: set[State](),
-}
 
 
 class Vm:
@@ -126,14 +99,17 @@ class Vm:
     def command(self, name: Code, payload: bytes) -> ControlMessage:
         """Have the agent carry out a command; returns its ACK. Raises `VmError`."""
         pump, stdio = self._pump, stdio_seqs(payload) if name in STARTS else []
-        if pump and stdio:
-            pump.expect_processes(stdio)
-        answer = self._command(name, payload)
-        if pump and stdio:
-            pump.open_stdin(stdio)
-        return answer
+        if not pump or not stdio:
+            return self._command(name, payload)
 
-    def _command(self, name: Code, payload: bytes) -> ControlMessage:
+        def open_stdin(answer: ControlMessage) -> None:
+            if answer.code == Code.ACK:
+                pump.open_stdin(stdio)
+
+        pump.expect_processes(stdio)
+        return self._command(name, payload, open_stdin)
+
+    def _command(self, name: Code, payload: bytes, on_answer: OnAnswer = ignore) -> ControlMessage:
         length = HEADER.size + len(payload)
         if length > MAX_COMMAND:
             raise VmError(f"message too long {length}")
@@ -143,7 +119,7 @@ class Vm:
         if name is Code.DESTROY_POD:
             self._expect_end(1)
         try:
-            answer = control.transact(name, payload, self._live.current.vm.command_timeout)
+            answer = control.transact(name, payload, self._live.current.vm.command_timeout, on_answer)
         except NoAnswer as error:
             if isinstance(error, NotSent):
                 self._keep_on(name)
@@ -231,25 +207,16 @@ class Vm:
             raise (ControlLost(_STOPS) if self._stopping else error) from None
 
     def _acknowledge(self, pings: int, done: Callable[[bool], None]) -> None:
-        """Have the agent answer so many pings, and call back (`Acknowledge`)."""
+        """Have the agent answer so many pings, one at a time, so that no command waits for more than one."""
 
-        def ping() -> None:
-            control, answered = self._control, False
-            try:
-                for _ in range(pings):
-                    assert control
-                    control.transact(Code.PING, b"", self._live.current.vm.command_timeout)
-                answered = True
-            except (NoAnswer, ControlLost):
-                pass  # whoever else needs the channel finds out why
-            finally:
-                done(answered)
+        def answered(_answer: ControlMessage) -> None:
+            if pings > 1:
+                self._acknowledge(pings - 1, done)
+            else:
+                done(True)
 
-        thread = threading.Thread(target=ping, name=f"pings {self.container_id[:32]}", daemon=True)
-        try:
-            start_thread(thread)
-        except RuntimeError:
-            done(False)
+        if self._control:
+            self._control.post(Code.PING, answered, functools.partial(done, False))
 
     def _note_event(self, event: ControlMessage) -> None:
         if logger.isEnabledFor(logging.DEBUG):  # an agent sends two of them for each command
@@ -285,7 +252,7 @@ class Vm:
         with self._lock:
             self._cause = self._cause or cause
             expected = self._ends > 0 or self._stopping or self._state is State.LEAVING
-            if not expected and State.LOST in _MOVES[self._state]:
+            if not expected and State.LOST in MOVES[self._state]:
                 self._fail(cause)
         if not self._move(State.LOST):
             return
@@ -346,7 +313,7 @@ class Vm:
     def _move(self, to: State) -> bool:
         """Move to another state if that is a legal move from here."""
         with self._lock:
-            if to not in _MOVES[self._state]:
+            if to not in MOVES[self._state]:
                 return False
             self._state = to
             self.came_up = self.came_up or to is State.UP

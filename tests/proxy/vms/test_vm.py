@@ -25,7 +25,8 @@ from cc_proxy.log.levels import CONSOLE, logger
 from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.vms import vm as vm_module
-from cc_proxy.proxy.vms.vm import State, Vm, VmError
+from cc_proxy.proxy.vms.states import State
+from cc_proxy.proxy.vms.vm import Vm, VmError
 from cc_proxy.settings import Limits, LiveSettings, Settings
 from cc_proxy.settings import Stdin as StdinSettings
 from cc_proxy.settings import Vm as VmSettings
