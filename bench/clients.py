@@ -48,10 +48,14 @@ class Clients(Generator):
             self._connect().attach(containers[number % len(containers)])
 
     def allocate(self, vms: int) -> list[list[int]]:
-        """Allocate a stream for each connection that `attach` made; returns the streams of each VM."""
+        """Allocate a stream for each connection that `attach` made, and start a process on it.
+
+        Returns the streams of each VM. Meanwhile `Vms.start` has to acknowledge.
+        """
         streams: list[list[int]] = [[] for _ in range(vms)]
         for number, client in enumerate(self._clients[len(self._registered) :]):
             seq, fd = client.allocate_io(1)
+            client.hyper("execcmd", {"process": {"stdio": seq}})
             vm = number % vms
             self.ends.append(End(socket.socket(fileno=fd), vm, (seq,)))
             streams[vm].append(seq)

@@ -12,6 +12,7 @@ from statistics import median
 
 from bench import attack, hostile_vms, starving
 from bench.processes import BenchError, Child, Daemon, Worker, gather
+from bench.stage import start_sessions
 
 #: Nobody's number.
 _UID = 54_323
@@ -55,7 +56,7 @@ class Scene:
     def measure(self) -> Figures:
         """Time echoes over a new session, and attaches."""
         self._clients.call("attach", proxy=self._daemon.path, containers=[_CONTAINER], connections=1)
-        self._vms.call("assign", streams=self._clients.call("allocate", vms=1))
+        self._vms.call("assign", streams=start_sessions(self._clients, self._vms, 1))
         self._vms.begin("echo")
         self._clients.begin("echo", seconds=self._seconds)
         echo, _ = gather(self._clients, self._vms)

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import msgspec
 
-from bench.vms import MESSAGE, READY, listen
+from bench.vms import ACK, MESSAGE, READY, listen
 from cc_proxy.api import Bye, Client, Hello, Hyper, Request
 from cc_proxy.api.frames import encode_frame
 from cc_proxy.api.messages import encode
@@ -83,6 +83,12 @@ class Vm:
         """Have somebody wait for the agent, which does not answer."""
         self._ask(Hyper("ping"))
 
+    def start_process(self, seq: int) -> None:
+        self._ask(Hyper("execcmd", msgspec.Raw(b'{"process":{"stdio":%d}}' % seq)))
+        self.control.recv(_READ_SIZE)
+        self.control.sendall(ACK)
+        self.asking.recv(_READ_SIZE)
+
     def open_stream(self) -> None:
         _, fd = self.client.allocate_io(2)
         os.close(fd)
@@ -115,6 +121,7 @@ class Sender:
     def __init__(self, vm: Vm, habit: str) -> None:
         seq, fd = vm.client.allocate_io(1)
         stream = socket.socket(fileno=fd)
+        vm.start_process(seq)
         who, says = _SAID[habit]
         self._said = says(seq)
         self._left = memoryview(self._said)

@@ -25,6 +25,15 @@ _LEAST_ROUND_TRIPS = 0.15
 _LONGEST_DIRECTORY = 60
 
 
+def start_sessions(clients: Worker, vms: Worker, sessions: int, vm_count: int = 1) -> Streams:
+    """Have a session for each attached connection, with a process on it; returns the streams of each VM."""
+    vms.begin("start", processes=sessions)
+    clients.begin("allocate", vms=vm_count)
+    streams: Streams
+    streams, _ = gather(clients, vms)
+    return streams
+
+
 class Stage(AbstractContextManager["Stage"]):
     """All processes there are. `seconds` is how long one measurement is to take."""
 
@@ -146,7 +155,7 @@ class Stage(AbstractContextManager["Stage"]):
         """Time echoes while another client on the same VM gets so much and does not read it."""
         with self._sessions(self._daemon, 1, 1) as containers:
             self._neighbour.call("attach", proxy=self._daemon.path, containers=containers, connections=1)
-            [[seq]] = self._neighbour.call("allocate", vms=1)
+            [[seq]] = start_sessions(self._neighbour, self._vms, 1)
             self._vms.begin("echo_beside", seq=seq, cycles=cycles)
             found: Figures = self._clients.call("echo", seconds=self._round_trip_seconds)
             # It reads at last, and all of it has to be there.
@@ -195,7 +204,7 @@ class Stage(AbstractContextManager["Stage"]):
             many = {"containers": containers, "connections": _IDLE_CONNECTIONS}
             self._clients.call("attach", proxy=daemon.path, **many)
             if row.sessions:
-                self._clients.call("allocate", vms=1)
+                start_sessions(self._clients, self._vms, _IDLE_CONNECTIONS)
             return {"kb_each": (daemon.resident_bytes() - before) / _IDLE_CONNECTIONS / 1000}
 
     # The scenery ------------------------------------------------------------------------------------------
@@ -205,7 +214,8 @@ class Stage(AbstractContextManager["Stage"]):
     def _sessions(self, daemon: Daemon, vms: int, sessions: int) -> Iterator[list[str]]:
         """Have sessions, each over a connection of its own, on VMs in turn; yields the VMs' containers."""
         with self._attached(daemon, vms, sessions) as containers:
-            self._vms.call("assign", streams=self._clients.call("allocate", vms=vms))
+            streams = start_sessions(self._clients, self._vms, sessions, vms)
+            self._vms.call("assign", streams=streams)
             yield containers
 
     @contextmanager

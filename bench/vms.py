@@ -54,6 +54,13 @@ class Vms(Generator):
         for io in self._listeners[1::2]:
             self._accept(io)
 
+    def start(self, processes: int) -> None:
+        """Acknowledge so many commands, of each VM in turn."""
+        for number in range(processes):
+            control = self._controls[number % len(self._controls)]
+            receive_some(control)
+            control.sendall(ACK)
+
     def assign(self, streams: list[list[int]]) -> None:
         """Take note of the streams of each VM."""
         for end, seqs in zip(self.ends, streams, strict=True):

@@ -261,6 +261,10 @@ class Pod:
         answer = connection.expect(True, "allocateIO")
         base = msgspec.json.decode(bytes(answer.data or b""))["ioBase"]
         sock = socket.socket(fileno=read_fd(connection.sock, timeout=PATIENCE))
+        connection.send(Hyper("execcmd", msgspec.Raw(b'{"process":{"stdio":%d}}' % base)))
+        self._take_command(Code.EXEC_CMD)
+        self._control.sendall(_NEXT + ACK)
+        connection.expect(True, "execcmd")
         habit = self._dice.choice(HABITS)
         ends_at = time.monotonic() + lifetime(self._dice, habit.stays)
         seqs = tuple(range(base, base + streams))
@@ -286,14 +290,17 @@ class Pod:
 
     def _answer_command(self) -> bool:
         """Carry a command out, or refuse to; returns which."""
-        header = self._control.recv(MESSAGE.size, socket.MSG_WAITALL)
-        code, length = MESSAGE.unpack(header)
-        self._control.recv(length - MESSAGE.size, socket.MSG_WAITALL)
-        if code != Code.PING:
-            raise WrongBytesError(f"{self._container}: command {code}")
+        self._take_command(Code.PING)
         success = self._dice.random() < 0.9
         self._control.sendall(_NEXT + (ACK if success else _ERROR))
         return success
+
+    def _take_command(self, expected: Code) -> None:
+        header = self._control.recv(MESSAGE.size, socket.MSG_WAITALL)
+        code, length = MESSAGE.unpack(header)
+        self._control.recv(length - MESSAGE.size, socket.MSG_WAITALL)
+        if code != expected:
+            raise WrongBytesError(f"{self._container}: command {code}")
 
     def _come_and_go(self) -> None:
         """A client that dies as soon as it is there, in one way or another."""

@@ -38,12 +38,21 @@ class Probe:
         self._seq = msgspec.json.decode(bytes(answer.data or b""))["ioBase"]
         fd = read_fd(self._connection.sock, timeout=PATIENCE)
         self._client = make_blocking(self._stack.enter_context(socket.socket(fileno=fd)))
+        self._start_process()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
+
+    def _start_process(self) -> None:
+        command = Hyper("execcmd", msgspec.Raw(b'{"process":{"stdio":%d}}' % self._seq))
+        self._connection.send(command)
+        _, length = MESSAGE.unpack(_exactly(self._control, MESSAGE.size))
+        _exactly(self._control, length - MESSAGE.size)
+        self._control.sendall(ACK)
+        self._connection.expect(True, "execcmd of the probe")
 
     def echo(self) -> float:
         """A frame to the VM, and back. Markers are sent back outside of what is timed."""
