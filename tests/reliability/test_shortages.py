@@ -159,7 +159,7 @@ def test_full_disk(tmp_sock_dir: Path) -> None:
 
 @pytest.mark.parametrize("is_journal", [False, True], ids=["pipe", "journal"])
 def test_log_that_nobody_reads(tmp_sock_dir: Path, is_journal: bool) -> None:
-    """64 KiB fit into a pipe, and then 4,096 lines wait; those that come on top are counted."""
+    """64 KiB fit into a pipe, and then 4 MiB of lines wait; lines beyond that are counted."""
     log = tmp_sock_dir / "log"
     os.mkfifo(log)
     tables = PATIENT + '[log]\nlevel = "debug"\n'
