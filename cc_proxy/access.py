@@ -1,4 +1,4 @@
-"""Who may do what: the one place where that is decided. No I/O but for the names of users and groups."""
+"""Who may do what; nothing else decides that. No I/O except looking up names of users and groups."""
 
 import grp
 import os
@@ -9,7 +9,7 @@ import msgspec
 
 from cc_proxy.linux.credentials import ROOT, Credentials
 
-#: What settings call the group that the daemon runs as.
+#: The name that settings have for the group the daemon runs as.
 OWN_GROUP = "@daemon"
 
 _HIGHEST_ID = 2**32 - 2
@@ -17,16 +17,16 @@ _NOBODY = -1
 
 
 class _Id(int):
-    """A number that settings give by name or number."""
+    """The number of a user or a group. Settings give it as a name or a number."""
 
-    #: The name, if nobody is known by it so far. Then the number is one that nobody has.
+    #: The name, if it could not be looked up so far. The number is then one that nobody has.
     unknown = ""
 
     @classmethod
     def resolve(cls, given: object) -> Self:
         """Return the number; may wait for a name service.
 
-        Raises `ValueError` for what can be no name and no number.
+        Raises `ValueError` for what can be neither a name nor a number.
         """
         kind = cls._kind()
         if isinstance(given, int) and not isinstance(given, bool):
@@ -60,7 +60,7 @@ class _Id(int):
 
 
 class UserId(_Id):
-    """A user, which settings give by name or number."""
+    """The number of a user."""
 
     @classmethod
     def _kind(cls) -> str:
@@ -72,11 +72,11 @@ class UserId(_Id):
 
 
 class GroupId(_Id):
-    """A group, which settings give by name or number."""
+    """The number of a group."""
 
     @classmethod
     def own(cls) -> "GroupId":
-        """Return the group that the daemon runs as."""
+        """Return the daemon's own group."""
         return cls(os.getegid())
 
     @classmethod
@@ -89,7 +89,7 @@ class GroupId(_Id):
 
 
 class Access(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Who may connect, and use what. Names are numbers here, as they were looked up last."""
+    """Who may connect, and who may use what. Names are numbers here, from the latest lookup."""
 
     users: tuple[UserId, ...] = ()
     groups: tuple[GroupId, ...] = msgspec.field(default_factory=lambda: (GroupId.own(),))
@@ -97,12 +97,12 @@ class Access(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 def unknown_names(access: Access) -> list[str]:
-    """Return the users and groups that nobody is known by so far: they let nobody in."""
+    """Return the names that could not be looked up so far: they let nobody in."""
     return [given.unknown for given in (*access.users, *access.groups, *access.admins) if given.unknown]
 
 
 def look_up_again(access: Access) -> Access:
-    """Return the same with the names looked up that were unknown. May wait for a name service."""
+    """Return the same, with unknown names looked up again. May wait for a name service."""
     return Access(
         users=tuple(UserId.resolve(user.unknown or int(user)) for user in access.users),
         groups=tuple(GroupId.resolve(group.unknown or int(group)) for group in access.groups),
@@ -111,18 +111,18 @@ def look_up_again(access: Access) -> Access:
 
 
 def may_connect(access: Access, who: Credentials) -> bool:
-    """Whether a client is served at all."""
+    """Whether a client may connect."""
     return may_operate(access, who) or who.uid in access.users or not who.all_groups.isdisjoint(access.groups)
 
 
 def names_others(access: Access) -> bool:
-    """Whether any may connect but root, the daemon's own user and its own group."""
+    """Whether anybody may connect besides root, the daemon's own user and its own group."""
     users = {ROOT, os.geteuid()}.issuperset(access.users)
     return not (users and {GroupId.own()}.issuperset((*access.groups, *access.admins)))
 
 
 def may_use(access: Access, who: Credentials, owner: int) -> bool:
-    """Whether a client may use, or hear of, a VM that the user `owner` has registered."""
+    """Whether a client may use a VM that the user `owner` has registered, or learn of it."""
     return who.uid == owner or is_admin(access, who)
 
 
@@ -132,5 +132,5 @@ def is_admin(access: Access, who: Credentials) -> bool:
 
 
 def may_operate(access: Access, who: Credentials) -> bool:
-    """Whether a client may change how the daemon does its work."""
+    """Whether a client may change how the daemon works."""
     return who.uid == os.geteuid() or is_admin(access, who)

@@ -1,7 +1,7 @@
 """The daemon's settings: one immutable value, read from a TOML file.
 
-Every setting has a default, and conf/cc-proxy.toml says why it is there; what a file says is checked whole
-before any of it counts.
+Every setting has a default; conf/cc-proxy.toml says what each is for. A file is checked whole before any of
+it takes effect.
 """
 
 import errno
@@ -21,15 +21,15 @@ from cc_proxy.linux.socketfile import MAX_SOCKET_PATH
 from cc_proxy.log.levels import LogFormat, LogLevel
 from cc_proxy.log.printable import printable
 
-#: Read if it exists and no other file was named.
+#: Read if it exists and no other file is named.
 DEFAULT_FILE = "/etc/cc-proxy/cc-proxy.toml"
 
-#: Characters of a file that are read: many times more than anybody writes into one.
+#: Longest file that is read, in characters: many times longer than any real one.
 _MOST_READ = 1024 * 1024
 
 _CHOICES: dict[str, tuple[str, ...]] = {"log.level": get_args(LogLevel), "log.format": get_args(LogFormat)}
 
-#: What TOML calls the types that msgspec names.
+#: msgspec's names of types, in TOML's words.
 _TYPES = {
     "int": "an integer",
     "float": "a number",
@@ -47,7 +47,7 @@ _Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 
 
 class SettingsError(Exception):
-    """A settings file that cannot be used; the text names the file, the key and what was expected."""
+    """A settings file cannot be used; the text names the file, the key and what was expected."""
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -55,14 +55,14 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Log(_Table, frozen=True):
-    """What is logged, and how it looks."""
+    """What is logged, and in which format."""
 
     level: LogLevel = "info"
     format: LogFormat = "auto"
 
 
 class Vm(_Table, frozen=True):
-    """How long a VM may take. In seconds."""
+    """How long a VM may take for what it does. In seconds."""
 
     ready_timeout: _Seconds = 30.0
     ready_ping_after: _Seconds = 5.0
@@ -73,9 +73,9 @@ class Vm(_Table, frozen=True):
 class Stdin(_Table, frozen=True):
     """How stdin is paced (docs/protocol.md, the agent's stdin)."""
 
-    #: Payload bytes a process may be sent before its agent has to say that it took them; 0: no pacing.
+    #: Bytes of payload that a process may be sent before its agent acknowledges them; 0: no pacing.
     window: Annotated[int, Meta(ge=0, le=1_048_576)] = 512
-    #: Seconds until an agent that has not said so is asked again.
+    #: Seconds until an agent that has not acknowledged them is asked again.
     echo_timeout: _Seconds = 0.1
 
 
@@ -89,30 +89,30 @@ class Spool(_Table, frozen=True):
 
 
 class UserLimits(_Table, frozen=True):
-    """How much there may be at once of one user's. root is bounded by the totals alone."""
+    """How much one user may have at once. For root only the totals apply."""
 
     connections: _Count = 1_024
     vms: _Count = 64
     sessions: _Count = 2_048
     commands: _Count = 512
     request_bytes: _Bytes = 16 * 1024 * 1024
-    #: Requests a second, while others are connected, after five seconds' worth in one go.
+    #: Requests per second while other users are connected, after five seconds' worth at once.
     request_rate: _Count = 100
 
 
 class Limits(_Table, frozen=True):
-    """How much there may be at once."""
+    """How much there may be at once, for all users together."""
 
     connections: _Count = 16_384
     vms: _Count = 1_024
     sessions: _Count = 32_768
-    #: That wait for their VMs.
+    #: Those that wait for their VMs' answers.
     commands: _Count = 8_192
-    #: Announced by requests over 4 KiB that have not arrived whole, of responses over 4 KiB that have not
-    #: been taken, and of the ids of VMs.
+    #: Of requests over 4 KiB that have no answer yet (as announced, until they have arrived whole), of
+    #: responses over 4 KiB that clients have not read, and of the ids of VMs.
     request_bytes: _Bytes = 256 * 1024 * 1024
     user: UserLimits = UserLimits()
-    #: Seconds for a message to arrive once it has begun to, and for a response to be taken.
+    #: Seconds for a message to arrive once it has begun, and for a client to read a response.
     message_timeout: _Seconds = 30.0
 
 
@@ -134,23 +134,23 @@ Changes = dict[str, tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Reload:
-    """What came of replacing settings: those that count from now on, and those that wait for a restart."""
+    """The outcome of replacing settings: which have changed, and which new values wait for a restart."""
 
     changed: Changes
     waiting: Changes
 
 
 class LiveSettings:
-    """The settings that count now: whoever uses one asks for `current` each time it matters.
+    """The settings in force. Code that uses one reads `current` each time it needs it.
 
-    `current` is a value that is replaced as a whole, by one thread; any may read it.
+    One thread replaces `current`, always as a whole. Any thread may read it.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.current = settings
 
     def replace(self, new: Settings) -> Reload:
-        """Have `new` count, but for what is only looked at when the daemon starts."""
+        """Put `new` in force, except what the daemon reads only when it starts. One thread."""
         old = self.current
         replace = msgspec.structs.replace
         self.current = replace(
@@ -163,7 +163,7 @@ class LiveSettings:
 
 
 def differences(old: Settings, new: Settings) -> Changes:
-    """Return the settings that are not the same in both."""
+    """Return the settings that differ."""
     before, after = _flatten(old), _flatten(new)
     return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
 
@@ -194,14 +194,14 @@ def parse(text: str, source: str) -> Settings:
 
 
 def _resolve(kind: type[Any], given: Any) -> Any:
-    """Make of a user or a group what the settings have of it."""
+    """Turn the name or number of a user or group into a `UserId` or `GroupId`."""
     return kind.resolve(given)
 
 
 def load(path: str | None = None) -> Settings:
     """Read `path`, or the default file if that exists, or take the defaults.
 
-    Raises `SettingsError` if the file cannot be read or is not right.
+    Raises `SettingsError` if the file cannot be read or has a mistake.
     """
     try:
         with open(path or DEFAULT_FILE, encoding="utf-8", opener=_open_regular) as file:
@@ -212,12 +212,12 @@ def load(path: str | None = None) -> Settings:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise SettingsError(f"{path or DEFAULT_FILE}: cannot be read: {reason}") from None
     if len(text) > _MOST_READ:
-        raise SettingsError(f"{path or DEFAULT_FILE}: over {_MOST_READ} characters, which no settings take")
+        raise SettingsError(f"{path or DEFAULT_FILE}: longer than {_MOST_READ} characters")
     return parse(text, path or DEFAULT_FILE)
 
 
 def _open_regular(path: str, flags: int) -> int:
-    """Open a regular file: opening anything else may wait for somebody, or do something. Raises `OSError`."""
+    """Open a regular file only: opening anything else may block or have an effect. Raises `OSError`."""
     fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
@@ -227,14 +227,14 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def file_read(path: str | None = None) -> str:
-    """Return the absolute path of what `load` reads; empty if there is no file."""
+    """Return the absolute path of the file that `load` reads; empty if there is none."""
     if path is None and not os.path.exists(DEFAULT_FILE):
         return ""
     return os.path.abspath(path or DEFAULT_FILE)
 
 
 def _explain(error: str) -> str:
-    """Turn msgspec's ``what - at `$.table.key` `` into `table.key: what`, in the words of a settings file."""
+    """Turn msgspec's ``what - at `$.table.key` `` into `table.key: what`, in the words of TOML."""
     if " - at `$" not in error:
         return _in_words(error)
     what, _, where = error.rpartition(" - at `$")
@@ -250,6 +250,6 @@ def _explain(error: str) -> str:
 
 
 def _in_words(what: str) -> str:
-    """Turn ``Expected `int` >= 1, got `str` `` into words that a settings file has."""
+    """Turn ``Expected `int` >= 1, got `str` `` into the words of TOML."""
     what = what.replace("Object contains unknown field", "unknown setting").replace("Expected", "expected")
     return re.sub(r"`(\w+)`(?=[ ,]|$)", lambda name: _TYPES.get(name[1], name[0]), what)

@@ -1,7 +1,7 @@
-"""Makes the man pages and the completion of bash, zsh and fish, from what they are about: docs.py DIRECTORY.
+"""Makes the man pages, and the completion of bash, zsh and fish: docs.py DIRECTORY.
 
-The options come from the parsers of the two programs, the settings from conf/cc-proxy.toml; packaging/man has
-the sections that only people can write. Needs argparse-manpage and shtab, and the package itself.
+The options come from the parsers of the two programs, the settings from conf/cc-proxy.toml, and the other
+sections, written by hand, from packaging/man. Needs argparse-manpage, shtab, and the package itself.
 """
 
 import argparse
@@ -29,7 +29,7 @@ SUMMARIES = {
     "cc-proxy.toml": "settings of cc-proxy",
 }
 COMPLETED = {"FILE": shtab.FILE, "PATH": shtab.FILE, "DIR": shtab.DIRECTORY}
-#: What each shell expects its file for a program to be called.
+#: The name that each shell expects of the file for a program.
 COMPLETION_FILES = {"bash": "{}.bash", "zsh": "_{}", "fish": "{}.fish"}
 
 _SETTING = re.compile(r"#?([a-z_]+) = (.+)")
@@ -37,14 +37,14 @@ _TABLE = re.compile(r"#?\[([a-z_.]+)\]")
 
 
 def main(directory: Path) -> None:
-    """Write all files into a directory, which is made if it is missing."""
+    """Write all files into a directory; makes it if it is missing."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in files():
         (directory / name).write_text(text)
 
 
 def files() -> Iterator[tuple[str, str]]:
-    """Give each file's name and its text."""
+    """Yield each file's name and text."""
     for build, section in ((daemon.build_parser, 8), (ctl.build_parser, 1)):
         program = build().prog
         yield f"{program}.{section}", program_page(build(), section)
@@ -55,7 +55,7 @@ def files() -> Iterator[tuple[str, str]]:
 
 def program_page(parser: argparse.ArgumentParser, section: int) -> str:
     """Return the man page of a program."""
-    parser.epilog = None  # said, with more room, in the sections of the file
+    parser.epilog = None  # the sections in packaging/man say it, in more detail
     name = f"{parser.prog}.{section}"
     data = {
         "project_name": "cc-proxy",
@@ -74,13 +74,13 @@ def program_page(parser: argparse.ArgumentParser, section: int) -> str:
 
 
 def _examples() -> str:
-    """Return a section with those that the help of each command has."""
+    """Return a section with the examples from the help of each command."""
     lines = (f"cc-proxyctl {example}" for command in COMMANDS for example in command.examples)
     return "\n".join((".SH EXAMPLES", ".EX", *map(_escaped, lines), ".EE", ""))
 
 
 def completion(parser: argparse.ArgumentParser, shell: str) -> str:
-    """Return what has a shell complete a program's options, commands and file names."""
+    """Return the script with which a shell completes a program's options, commands and file names."""
     for action in _actions(parser):
         if action.metavar in COMPLETED:
             action.complete = COMPLETED[action.metavar]  # type: ignore[attr-defined]
@@ -88,7 +88,7 @@ def completion(parser: argparse.ArgumentParser, shell: str) -> str:
 
 
 def settings_page(toml: str) -> str:
-    """Return the man page of the settings, made of the comments in the file that is shipped."""
+    """Return the man page of the settings, made from the comments in the file that is shipped."""
     about, *blocks = re.split(r"\n{2,}", toml.strip())
     name = "cc-proxy.toml"
     page = [f'.TH CC\\-PROXY.TOML "5" "{_date()}" "cc\\-proxy {cc_proxy.__version__}" "cc\\-proxy"']
@@ -101,7 +101,7 @@ def settings_page(toml: str) -> str:
 
 
 def _setting_or_table(block: list[str]) -> Iterator[str]:
-    """Give the lines of the page for comments and the table, the setting, or the two, that they are about."""
+    """Yield the page's lines for a table or settings, or both, and the comments above them."""
     comments: list[str] = []
     for line in block:
         if table := _TABLE.fullmatch(line):
@@ -118,7 +118,7 @@ def _setting_or_table(block: list[str]) -> Iterator[str]:
 
 def _prose(comment: str) -> str:
     text = comment.removeprefix("#").strip()
-    # A line that begins with a dot or a quote would be a request to troff.
+    # troff would take a line that begins with a dot or a quote for a request.
     return re.sub(r"^(?=[.'])", r"\\&", _escaped(text)) if text else ".PP"
 
 
@@ -127,13 +127,13 @@ def _escaped(text: str) -> str:
 
 
 def _date() -> str:
-    """Return the date of the build, or of what is built if it must come out the same every time."""
+    """Return the date of the build, or SOURCE_DATE_EPOCH's if the build must be reproducible."""
     now = time.time()  # noqa: TID251 - it is a date
     return datetime.fromtimestamp(float(os.environ.get("SOURCE_DATE_EPOCH", now)), UTC).strftime("%F")
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Give the arguments of a parser and of its commands."""
+    """Yield the arguments of a parser and of its commands."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):

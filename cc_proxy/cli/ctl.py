@@ -2,7 +2,7 @@
 
 from cc_proxy.linux.standard_fds import guard_standard_fds
 
-# Before the other imports: some libraries open a file and keep it, and that must not become stdin.
+# Before the other imports: some libraries keep a file open, which must not become stdin.
 guard_standard_fds()
 
 import signal
@@ -25,12 +25,12 @@ from cc_proxy.ctl.stdio import show
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the whole command line: documentation and completion are made from it too."""
+    """Return the parser of the whole command line. Man page and completion are made from it too."""
     return parser.build(COMMANDS)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line (default: this process's) asks for; returns the exit status."""
+    """Carry out a command line (default: this process's); returns the exit status."""
     try:
         return _do(argv)
     except Interrupted as interrupted:
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 def _do(argv: list[str] | None) -> int:
     try:
         args = build_parser().parse_args(argv)
-    except SystemExit as end:  # argparse has helped, or complained
+    except SystemExit as end:  # argparse has printed help, or an error
         show()
         return int(end.code or 0)
     status: int = args.main(args)

@@ -35,21 +35,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cc-proxy",
         description="Share the channels of virtual machine containers among their clients.",
-        epilog=f"The environment variable {LOG_LEVEL_VARIABLE} sets the log level if no option does.",
+        epilog=f"If no option sets the log level, the environment variable {LOG_LEVEL_VARIABLE} does.",
     )
     parser.add_argument(
         "--config",
         metavar="FILE",
         help=f"read the settings from FILE (default: {settings.DEFAULT_FILE} if it exists)",
     )
-    parser.add_argument("--socket-path", metavar="PATH", help="listen on a socket at PATH")
+    parser.add_argument("--socket-path", metavar="PATH", help="listen at PATH")
     level = parser.add_mutually_exclusive_group()
-    level.add_argument("--log-level", choices=LEVELS, help="log what is at this level or above")
+    level.add_argument("--log-level", choices=LEVELS, help="log events of this level and above")
     level.add_argument(
         "-v", type=int, choices=VERBOSE, dest="verbose", metavar="{0,1,2,3}",
-        help="log more: 0 nothing more, 1 requests and events, 2 the frames too, 3 the VMs' consoles too",
+        help="log more: 0 nothing more, 1 requests and events, 2 frames too, 3 the VMs' consoles too",
     )  # fmt: skip
-    parser.add_argument("--check-config", action="store_true", help="check the settings, say so, and exit")
+    parser.add_argument("--check-config", action="store_true", help="check the settings and exit")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return parser
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon; returns its exit status."""
     guard_standard_fds()
     options = build_parser().parse_args(argv)
-    # Before there is a second thread: where a signal is not blocked it ends the process at once.
+    # Before there is a second thread, in which an unblocked signal would end the process at once.
     if not options.check_config:
         daemon.block_signals()
     try:
@@ -68,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SettingsError as error:
         return _refuse(error)
     _leave_directory(options)
-    have_one_arena()  # the log has a thread, which would get one of its own
+    have_one_arena()  # before the log's thread, which would get an arena of its own
     connector = Connector()
-    with contextlib.suppress(OSError):  # no process can be had: a hello will try again, and say so
-        connector.start()  # also before there is a second thread
+    with contextlib.suppress(OSError):  # no process can be forked: a hello will try again, and report it
+        connector.start()  # this too before there is a second thread
     log = Logging(chosen.log.level, chosen.log.format)
     log.start()
     status = EXIT_FAILED
@@ -88,9 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(chosen: Settings, path: str | None) -> int:
-    """Say which file's settings are right.
+    """Print which file's settings are right; returns the exit status.
 
-    Raises `SettingsError` if the spool's directory takes no files, or a user or group is unknown.
+    Raises `SettingsError` if no file can be made in the spool's directory, or a user or group is unknown.
     """
     _check_spool(chosen.spool.directory)
     file = settings.file_read(path)
@@ -101,7 +101,7 @@ def _check(chosen: Settings, path: str | None) -> int:
 
 
 def _leave_directory(options: argparse.Namespace) -> None:
-    """Have /proc/self/cwd lead nowhere that `/` does not: a client may name a path through it."""
+    """Change to `/`, so that a client that names a path through /proc/self/cwd gains nothing."""
     _stay_with_file(options)
     if options.socket_path is not None:
         options.socket_path = os.path.abspath(options.socket_path)
@@ -109,7 +109,7 @@ def _leave_directory(options: argparse.Namespace) -> None:
 
 
 def _stay_with_file(options: argparse.Namespace) -> None:
-    """Have what was read be what is read again: the default file too, which may have vanished by then."""
+    """Remember which file was read, to read it again even if the default file has vanished by then."""
     options.config = settings.file_read(options.config) or None
 
 
@@ -121,7 +121,7 @@ def _read_again(options: argparse.Namespace) -> Settings:
 
 
 def _refuse(error: SettingsError) -> int:
-    """Say in one line why the daemon does not start: for people, or as what the journal takes."""
+    """Say in one line, plainly or to the journal, why the daemon does not start; returns the exit status."""
     if sys.stderr and stderr_is_journal(sys.stderr):
         log = Logging("info", "auto")
         log.start()
@@ -133,7 +133,7 @@ def _refuse(error: SettingsError) -> int:
 
 
 def choose_settings(options: argparse.Namespace) -> Settings:
-    """Return the settings of the file with what the command line and the environment say in their place.
+    """Return the settings of the file, overridden by the command line and the environment.
 
     Raises `SettingsError`.
     """
@@ -148,7 +148,7 @@ def choose_settings(options: argparse.Namespace) -> Settings:
 
 
 def _level_of_environment() -> LogLevel | None:
-    """Return the level that the environment gives: a name, or a number of `-v`. Raises `SettingsError`."""
+    """Return the level that the environment gives, as a name or a number of `-v`. Raises `SettingsError`."""
     given = os.environ.get(LOG_LEVEL_VARIABLE)
     if not given:
         return None
@@ -160,7 +160,7 @@ def _level_of_environment() -> LogLevel | None:
 
 
 def _run(chosen: Settings, host: Host) -> int:
-    """Serve on the socket systemd has passed, or on one of our own."""
+    """Serve on the socket that systemd has passed, or on one of our own; returns the exit status."""
     with contextlib.closing(host.notifier):
         try:
             raise_fd_limit()

@@ -1,4 +1,4 @@
-"""The table of commands. Another command is another row."""
+"""The table of commands. To add a command, add a row."""
 
 from argparse import ArgumentParser
 from typing import Any, get_args
@@ -23,12 +23,12 @@ from cc_proxy.log.levels import LogLevel
 
 _PROCESS_OPTIONS = "[-t] [-i] [-e K=V]... [-w DIR] [-u USER[:GROUP]] [--timeout S]"
 _PROCESS_NOTES = """
-With -t the process has this terminal, which has to be stdin; without it, stdout and stderr stay
-apart. Without -i its stdin is empty. The exit status is the process's own."""
+With -t the process gets this terminal, which must be stdin. Without -t, stdout and stderr stay
+separate. Without -i the process's stdin is empty. The exit status is the process's own."""
 
 
 def _add_local(parser: ArgumentParser) -> None:
-    parser.add_argument("--local", action="store_true", help="start an embedded agent and use it as the VM")
+    parser.add_argument("--local", action="store_true", help="start an embedded agent, and use it as the VM")
     add_sockets(parser, required=False)
 
 
@@ -41,12 +41,12 @@ def _add_hyper_command(parser: ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", type=text, help=f"the agent's command: {known}")
     parser.add_argument(
         "data", metavar="JSON", type=text, nargs="?",
-        help="its data, sent byte for byte; - reads it from stdin",
+        help="the command's data, sent byte for byte; - reads it from stdin",
     )  # fmt: skip
 
 
 def _add_json(parser: ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print everything, for programs to read")
+    parser.add_argument("--json", action="store_true", help="print everything, as JSON")
 
 
 def _add_level(parser: ArgumentParser) -> None:
@@ -57,14 +57,14 @@ def _add_level(parser: ArgumentParser) -> None:
 def _add_ready_fd(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--ready-fd", metavar="N", type=fd_number,
-        help="write a byte to this fd when both sockets listen; if it is a socket, end when its peer does",
+        help="write a byte to this fd once both sockets listen; if it is a socket, end when its peer does",
     )  # fmt: skip
 
 
 def _add_remove(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--remove", metavar="DIR", type=text, default="",
-        help="at the end remove this directory, with everything in it, if the peer of --ready-fd has gone",
+        help="at the end, remove this directory and everything in it if the peer of --ready-fd has gone",
     )  # fmt: skip
 
 
@@ -73,11 +73,11 @@ COMMANDS: tuple[Command[Any], ...] = (
         name="run",
         summary="run a process in a pod of its own, and clean up after it",
         description="""\
-Register a VM, start a pod of one process in it, and carry that process's stdio until it ends;
-then destroy the pod and unregister the VM. Signals are passed on to the process, unless it has
-the terminal. The agent reports status 0 for a process that a signal has killed: if it does so
-within 5 seconds of signal N, the exit status is 128+N. The third SIGINT or SIGTERM within 5
-seconds ends cc-proxyctl and the pod, whatever the process does."""
+Register a VM, start a pod of one process in it, and carry that process's stdio until it ends.
+Then destroy the pod and unregister the VM. Signals are passed on to the process, unless it has
+the terminal. The agent reports status 0 for a process that a signal killed. So if the process
+ends with 0 within 5 seconds of signal N, the exit status is 128+N. The third SIGINT or SIGTERM
+within 5 seconds ends cc-proxyctl and the pod, whatever the process does."""
         + _PROCESS_NOTES,
         examples=(
             "run --local -- echo hello",
@@ -97,10 +97,11 @@ seconds ends cc-proxyctl and the pod, whatever the process does."""
         summary="run another process in a running pod",
         description="""\
 Start another process in the container of a registered VM, and carry its stdio until it ends.
-A signal ends cc-proxyctl; the process then reads end of file from its stdin. With -t it is sent a
-Ctrl-D, which ends a shell that waits for a command. A process goes on in the VM if it does not
-read its stdin, takes Ctrl-D for a key, or has a half-typed line. After SIGKILL cc-proxyctl cannot
-send anything, so a process with a terminal goes on too. `exec ID -- kill PID` ends such a process."""
+A signal ends cc-proxyctl, and the process then reads end of file from its stdin. With -t it
+reads a Ctrl-D instead, which ends a shell that waits for a command. The process keeps running in
+the VM if it does not read its stdin, takes Ctrl-D for an ordinary key, or has a half-typed line
+before it. After SIGKILL cc-proxyctl cannot send anything, so a process with a terminal keeps
+running too. `exec ID -- kill PID` ends such a process."""
         + _PROCESS_NOTES,
         examples=("exec web -- ps aux", "exec -ti web -- sh", "exec -i web -- tee /etc/motd < motd"),
         arguments=(add_timeout, add_id, add_process),
@@ -120,8 +121,8 @@ send anything, so a process with a terminal goes on too. `exec ID -- kill PID` e
     Command(
         name="attach",
         aliases=("ping",),
-        summary="check whether a VM is registered and answers",
-        description="Attach to a registered VM and have its agent answer a ping.",
+        summary="check that a VM is registered and answers",
+        description="Attach to a registered VM, and ping its agent.",
         examples=("attach web", "ping web --timeout 1"),
         arguments=(add_id, add_timeout),
         read=options.Registered.of,
@@ -154,7 +155,7 @@ send anything, so a process with a terminal goes on too. `exec ID -- kill PID` e
         summary="show the state of the proxy and its VMs",
         description="""\
 Show the daemon, its VMs, what waits in each of them and for whom, and what went wrong last.
-Asking changes nothing.""",
+This changes nothing.""",
         examples=("status", "status --json | jq '.vms[] | select(.streams.paused) | .id'"),
         arguments=(_add_json, add_timeout),
         read=options.Status.of,
@@ -163,7 +164,7 @@ Asking changes nothing.""",
     Command(
         name="log-level",
         summary="change what the proxy logs",
-        description="Have the proxy log events of LEVEL and above, until its next reload or restart.",
+        description="Make the proxy log events of LEVEL and above, until its next reload or restart.",
         examples=("log-level debug", "log-level info"),
         arguments=(_add_level, add_timeout),
         read=options.LogLevel.of,
@@ -173,7 +174,7 @@ Asking changes nothing.""",
         name="agent",
         summary="stand in for a VM: run processes on this machine",
         description="Listen on two sockets, as a VM with its agent does, and run processes on this machine. "
-        "It ends, and removes its sockets, when its pod has been destroyed; after `bye` alone it goes on.",
+        "It ends, and removes its sockets, when its pod is destroyed; after `bye` alone it keeps running.",
         examples=("agent --ctl /tmp/ctl.sock --io /tmp/io.sock",),
         arguments=(add_sockets, _add_ready_fd, _add_remove),
         read=options.Agent.of,

@@ -1,4 +1,4 @@
-"""The command line: a table of commands, and the argparse parser that is made of it. No I/O."""
+"""The command line: what a command is, and the argparse parser made from a table of them. No I/O."""
 
 import argparse
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -26,7 +26,7 @@ exit status:
   2      wrong usage
   125    the proxy or the VM failed
   127    the agent refused to start the command
-  128+N  signal N ended cc-proxyctl, or was passed on by `run` and ended the process
+  128+N  signal N ended cc-proxyctl, or `run` passed it on and the process then ended
 """
 
 Options = TypeVar("Options")
@@ -34,33 +34,33 @@ Options = TypeVar("Options")
 
 @dataclass(frozen=True)
 class Command(Generic[Options]):
-    """One command: how it is asked for, and what it does."""
+    """One command: its place on the command line, and what it does."""
 
     name: str
     summary: str
     description: str
     #: Each begins after `cc-proxyctl`.
     examples: tuple[str, ...]
-    #: What adds its arguments, in this order.
+    #: Each adds an argument or more to the parser, in this order.
     arguments: tuple[Callable[[ArgumentParser], None], ...]
     #: Reads the arguments. Raises `Misuse`.
     read: Callable[[Namespace], Options]
     #: Returns the exit status.
     do: Callable[[Options], int]
     aliases: tuple[str, ...] = ()
-    #: Only where argparse cannot find the words.
+    #: Only where argparse's own would be wrong.
     usage: str | None = None
 
     def main(self, args: Namespace) -> int:
-        """Do what a parsed command line asks for."""
+        """Carry out a parsed command line; returns the exit status."""
         return self.do(self.read(args))
 
 
 def build(commands: Sequence[Command[Any]]) -> ArgumentParser:
-    """Return the parser for a table of commands; what it parses has the command's `main` as `main`."""
+    """Return the parser for a table of commands. In what it parses, `main` is the command's `main`."""
     parser = ArgumentParser(
         prog="cc-proxyctl",
-        description="Talk to cc-proxy by hand: run processes in VMs, and ask VMs and the proxy for things.",
+        description="Talk to cc-proxy by hand: run processes in VMs, send requests to VMs and to the proxy.",
         epilog=_STATUSES,
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -79,7 +79,7 @@ def build(commands: Sequence[Command[Any]]) -> ArgumentParser:
 def _add_command(
     subparsers: "argparse._SubParsersAction[ArgumentParser]", name: str, command: Command[Any]
 ) -> None:
-    """Add a command under one of its names: a parser of its own, so that its help has that name."""
+    """Add a command under one of its names, each with its own parser, so that its help shows that name."""
     parser = subparsers.add_parser(
         name,
         help=command.summary,
@@ -95,9 +95,9 @@ def _add_command(
 
 
 def add_id(parser: ArgumentParser) -> None:
-    """Add the id of a VM that is registered, or to be."""
+    """Add the id of a VM, registered or about to be."""
     parser.add_argument(
-        "id", metavar="ID", type=container_id, help="the container id under which the proxy knows the VM"
+        "id", metavar="ID", type=container_id, help="the container id under which the VM is registered"
     )
 
 
@@ -108,7 +108,7 @@ def add_timeout(parser: ArgumentParser) -> None:
         metavar="S",
         type=seconds,
         default=DEFAULT_TIMEOUT,
-        help="seconds to wait for each answer of the proxy (default: %(default)g)",
+        help="seconds to wait for each answer from the proxy (default: %(default)g)",
     )
 
 
@@ -128,12 +128,12 @@ def add_console(parser: ArgumentParser) -> None:
         "--console",
         metavar="PATH",
         type=text,
-        help="the VM's console, a socket; the proxy logs what comes out",
+        help="the VM's console, a socket; the proxy logs its output",
     )
 
 
 def add_process(parser: ArgumentParser) -> None:
-    """Add what describes a process, and its command line, after which nothing else can come."""
+    """Add what describes a process, and its command line, which must come last."""
     add = parser.add_argument
     add("-t", "--tty", dest="terminal", action="store_true", help="give the process this terminal")
     add("-i", "--interactive", action="store_true", help="pass stdin on to the process")
@@ -144,7 +144,7 @@ def add_process(parser: ArgumentParser) -> None:
         type=text,
         action="append",
         default=[],
-        help="set an environment variable; K alone takes its value from here (repeatable)",
+        help="set an environment variable; K alone passes on this command's own value (repeatable)",
     )
     add(
         "-w",
@@ -154,7 +154,7 @@ def add_process(parser: ArgumentParser) -> None:
         default="/",
         help="working directory (default: %(default)s)",
     )
-    add("-u", "--user", metavar="USER[:GROUP]", type=text, default="", help="run it as this user and group")
+    add("-u", "--user", metavar="USER[:GROUP]", type=text, default="", help="run as this user and group")
     add(
         "cmd",
         metavar="CMD",
@@ -165,7 +165,7 @@ def add_process(parser: ArgumentParser) -> None:
 
 
 def text(value: str) -> str:
-    """Take an argument that is to travel as JSON."""
+    """Check an argument that will be sent as JSON."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -174,14 +174,14 @@ def text(value: str) -> str:
 
 
 def container_id(value: str) -> str:
-    """Take the id of a container: the proxy refuses an empty one without naming it."""
+    """Check the id of a container. The proxy refuses an empty one too, but does not say what is wrong."""
     if not value:
         raise argparse.ArgumentTypeError("a container id has at least one character")
     return text(value)
 
 
 def new_id(value: str) -> str:
-    """Take the id of a container to be, which commands for the agent have to carry several times."""
+    """Check the id of a new container. Several commands for the agent must carry it, so it has a limit."""
     if len(value) > LONGEST_TEXT:
         raise argparse.ArgumentTypeError(
             f"a container id of {len(value)} characters; `status` shows {LONGEST_TEXT} at most"
@@ -190,7 +190,7 @@ def new_id(value: str) -> str:
 
 
 def seconds(value: str) -> float:
-    """Take a number of seconds."""
+    """Parse a number of seconds."""
     try:
         number = float(value)
     except ValueError:
@@ -201,7 +201,7 @@ def seconds(value: str) -> float:
 
 
 def fd_number(value: str) -> int:
-    """Take the number of an fd."""
+    """Parse the number of an fd."""
     if not (value.isascii() and value.isdecimal() and int(value) <= _LARGEST_FD):
         raise argparse.ArgumentTypeError(f"'{value}' is not the number of an fd")
     return int(value)
