@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but this checkout: the rest is set up in .venv and .tox.
+# `make demo` and `make test` need nothing but this checkout; they set up the rest in .venv and .tox.
 
 # The interpreter; 3.11 or newer.
 PYTHON ?= python3
@@ -8,7 +8,7 @@ VENV := .venv
 READY := $(VENV)/.ready-$(subst /,-,$(PYTHON))
 TOX := $(VENV)/bin/tox
 TOOLS := $(VENV)/.tools
-# pyenv's interpreters are not in the PATH: what is there of them refuses to run unless it is told a version.
+# pyenv's interpreters are not in the PATH; its shims there refuse to run unless they are told a version.
 PYENV_ROOT ?= $(HOME)/.pyenv
 pyenv_pythons = $(wildcard $(PYENV_ROOT)/versions/3.1[1-9].*/bin/python3)
 pyenv_names = $(shell echo '$(pyenv_pythons)' | grep -o '/3[.]1[1-9][.]' | sed 's,/3.\(..\).,py3\1,')
@@ -27,7 +27,7 @@ help: ## list the targets
 	@echo "  PYTHON=python3.12 after any of them selects the interpreter"
 
 .PHONY: demo
-demo: $(READY) ## see the proxy at work, from the first connection to the last byte
+demo: $(READY) ## watch the proxy at work, from the first connection to the last byte
 	@$(VENV)/bin/python demo/demo.py
 
 # As many at once as there are cores, the longest first.
@@ -55,7 +55,7 @@ bench: $(READY) ## measure latency and throughput against a plain relay; a few m
 	@$(VENV)/bin/python -m bench $(BENCH)
 
 .PHONY: soak
-soak: $(READY) ## let it live with misbehaving VMs and clients, 10 minutes; SOAK="--minutes 60"
+soak: $(READY) ## run the daemon with misbehaving VMs and clients, 10 minutes; SOAK="--minutes 60"
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/bench.txt
 	@$(VENV)/bin/python -m soak $(SOAK)
 
@@ -69,20 +69,20 @@ docs: $(TOOLS) ## make the man pages and the completion of bash, zsh and fish, i
 	@$(VENV)/bin/python packaging/docs.py build/docs
 
 .PHONY: release deb rpm
-release: $(TOOLS) ## make what packages are built from: sources, docs, what is vendored
+release: $(TOOLS) ## make the archives that packages are built from: sources, docs, vendored sources
 	@packaging/release $(VENV)/bin/python
-deb: release ## build the Debian package, in build/deb; needs what packaging/debian/control says
+deb: release ## build the Debian package, in build/deb; needs its build dependencies
 	@packaging/deb
 rpm: release ## build the RPM, in build/rpm; needs rpmbuild
 	@packaging/rpm/build
 
 .PHONY: pins
-pins: $(READY) ## look for newer versions of what requirements/ pins, and pin them with their hashes
+pins: $(READY) ## look for newer versions of what requirements/ pins, and pin those with their hashes
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check 'pip-tools>=7.5'
 	@packaging/pin $(VENV)/bin/python
 
 .PHONY: audit
-audit: $(READY) ## ask whether what is pinned is known to have holes; needs pypi.org or osv.dev, so it is no gate
+audit: $(READY) ## check the pins for known vulnerabilities; needs pypi.org or osv.dev, so it is no gate
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check 'pip-audit>=2.7'
 	@packaging/audit $(VENV)/bin/python
 

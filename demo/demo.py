@@ -1,7 +1,7 @@
-"""The main job, end to end: a daemon, VMs, processes in them, and what comes back.
+"""Shows the proxy at work: a daemon, VMs, processes in them, and what goes in and comes out.
 
-Everything is real but the virtual machines: the embedded agent stands in for them and runs their processes.
-Needs no privileges; leaves nothing behind.
+All is real except the virtual machines: the embedded agent stands in for them and runs their processes.
+Needs no privileges, and leaves nothing behind.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ CTL = [sys.executable, "-m", "cc_proxy.cli.ctl"]
 
 
 class DemoError(Exception):
-    """Something did not come out as it should."""
+    """A result is not what it should be."""
 
 
 def main() -> int:
