@@ -1,4 +1,4 @@
-"""The public API: what a program imports to be a client of cc-proxy.
+"""The public API: a program imports this to be a client of cc-proxy.
 
     from cc_proxy.api import Client
 
@@ -6,9 +6,9 @@
         client.attach("my-container")
         io_base, fd = client.allocate_io(2)
 
-`Client` is what most programs need. Below it, `read_message`, `write_message`, `read_fd` and `write_fd`
-move single messages and fds over a socket of yours, and the payload classes are the messages' contents.
-`encode_frame` and `FrameParser` are for what travels over the fd of `allocate_io`.
+Most programs need only `Client`. Below it, `read_message`, `write_message`, `read_fd` and `write_fd` move
+single messages and fds over a socket of yours, and the payload classes are the contents of messages.
+`encode_frame` and `FrameParser` are for the fd of `allocate_io`, which carries frames.
 """
 
 from cc_proxy.api.client import AllocatedIo, Client

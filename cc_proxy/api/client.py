@@ -1,4 +1,4 @@
-"""A client of the proxy over one connection."""
+"""A client of the proxy, on one connection."""
 
 import os
 import socket
@@ -36,26 +36,26 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 
 class AllocatedIo(NamedTuple):
-    """The streams `allocate_io` got: their first number, and the fd that carries them (yours to close)."""
+    """What `allocate_io` returns: the first stream's seq, and the fd that carries the streams, yours to close."""
 
     io_base: int
     fd: int
 
 
 class Client:
-    """One connection to the proxy, and the requests one can make over it (docs/protocol.md, 1).
+    """One connection to the proxy, and the requests to make on it (docs/protocol.md, 1).
 
-    `connection` is the path of the proxy's socket, or a stream socket that is connected already (which
-    then belongs to the client and is closed with it). `timeout` is the deadline of each request in
-    seconds, None waits for ever; each method takes one of its own in its place. A `Deadline` is one for
-    everything together.
+    `connection` is the path of the proxy's socket, or a connected stream socket, which then belongs to the
+    client and is closed with it. `timeout` is how long each request may take, in seconds; None waits for
+    ever. Each method takes a `timeout` that overrides it. A `Deadline` is one limit for all requests
+    together.
 
-    Every method raises `Refused` with the daemon's text if the daemon said no: nothing has changed then, and
-    the connection stays usable unless the daemon closed it with that (a user who may not connect, a limit).
-    `ProtocolError`, `TimedOut` and `OSError` leave it in an unknown state: from then on every request raises
-    `ProtocolError`, and `close` is all that is left.
+    Every method raises `Refused`, with the daemon's text, if the daemon refused the request. Nothing has
+    changed then, and the connection stays usable, unless the daemon closed it (a user who may not connect, a
+    limit). `ProtocolError`, `TimedOut` and `OSError` leave the connection in an unknown state: after one of
+    those every request raises `ProtocolError`, and the client can only be closed.
 
-    One thread at a time may use a client; it is a context manager that closes on the way out.
+    One thread at a time may use a client. It is a context manager that closes on the way out.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Client:
     ) -> int:
         """Register the VM behind two sockets and attach to it; returns the protocol version.
 
-        Comes back once the VM is ready, which may take the daemon's whole ready timeout.
+        Returns once the VM is ready, which may take up to the daemon's `vm.ready_timeout`.
         """
         return self._result(Hello(container_id, ctl_serial, io_serial, console), Version, timeout).version
 
@@ -96,7 +96,7 @@ class Client:
         self.request(Bye(container_id), timeout=timeout)
 
     def allocate_io(self, n_streams: int = 1, *, timeout: float | Deadline | None = None) -> AllocatedIo:
-        """Get 1 stream number (stdin and stdout) or 2 (and stderr), and the fd that carries their frames."""
+        """Get 1 stream (stdin and stdout) or 2 (and stderr), and the fd that carries their frames."""
         deadline = self._deadline(timeout)
         result = self._result(AllocateIo(n_streams), AllocateIoResult, deadline)
         with self._exchange():
@@ -105,8 +105,8 @@ class Client:
     def hyper(self, name: str, data: Any = UNSET, *, timeout: float | Deadline | None = None) -> None:
         """Have the agent carry out a command and wait for its acknowledgement.
 
-        `data` is any value with a JSON form; `bytes` and `msgspec.Raw` are taken as JSON text already and
-        reach the agent byte for byte. Left out, or empty, the command carries no data.
+        `data` is any value that msgspec can encode as JSON. `bytes` and `msgspec.Raw` are JSON text already,
+        and reach the agent byte for byte. If `data` is left out, or empty, the command carries none.
         """
         if not isinstance(data, bytes | msgspec.Raw | msgspec.UnsetType):
             data = msgspec.json.encode(data)
@@ -114,21 +114,22 @@ class Client:
         self.request(Hyper(name, msgspec.Raw(encoded) if encoded else UNSET), timeout=timeout)
 
     def status(self, *, timeout: float | Deadline | None = None) -> Status:
-        """Ask how the daemon and its VMs are: what they do, what waits and for whom.
+        """Return the state of the daemon and its VMs, what waits in them, and for whom.
 
-        Never waits for a VM for more than half a second. A daemon that knows no such request refuses it.
+        The daemon waits half a second at most for its VMs. A daemon without this request refuses it.
         """
         return self._result(GetStatus(), Status, timeout)
 
     def set_log_level(self, level: str, *, timeout: float | Deadline | None = None) -> LogLevelChange:
-        """Have the daemon log what is at `level` or above, until it reads its settings again.
+        """Make the daemon log events of `level` and above, until it reads its settings again.
 
-        `level` is `error`, `warning`, `info`, `debug`, `io` or `console`. Returns the old and the new one.
+        `level` is `error`, `warning`, `info`, `debug`, `io` or `console`. Returns the old level and the new
+        one.
         """
         return self._result(SetLogLevel(level), LogLevelChange, timeout)
 
     def request(self, payload: Payload, *, timeout: float | Deadline | None = None) -> msgspec.Raw:
-        """Send any payload and return the `data` of the response, encoded (empty if there was none)."""
+        """Send any payload; returns the `data` of the response, encoded, or empty if there is none."""
         request = Request(payload.NAME, msgspec.Raw(msgspec.json.encode(payload)))
         deadline = self._deadline(timeout)
         limit = messages.MAX_STATUS if isinstance(payload, GetStatus) else messages.MAX_TEXT
@@ -142,7 +143,7 @@ class Client:
         return msgspec.Raw() if isinstance(response.data, msgspec.UnsetType) else response.data
 
     def fileno(self) -> int:
-        """The connection's fd, to wait on: it becomes readable when the daemon goes away."""
+        """The connection's fd. Between requests it becomes readable only when the daemon goes away."""
         return self._sock.fileno()
 
     def close(self) -> None:
@@ -166,7 +167,7 @@ class Client:
             return messages.decode(bytes(data), kind)
 
     def _write(self, request: Request, deadline: Deadline) -> None:
-        """Send a request. If that fails, the reason is what the daemon has said before it stopped reading."""
+        """Send a request. If that fails, raise what the daemon said before it stopped reading."""
         try:
             write_message(self._sock, request, timeout=deadline)
         except OSError:
@@ -176,14 +177,14 @@ class Client:
             raise Refused(response.error) from None
 
     def _said(self) -> Response | None:
-        """Return the response that has come already, if any. Raises `ProtocolError` if it is none."""
+        """Return the response that has arrived already, if any. Raises `ProtocolError` if it is none."""
         try:
             return self._read(Deadline(0))
         except OSError:
             return None
 
     def _read(self, deadline: Deadline, limit: int = messages.MAX_TEXT) -> Response | None:
-        """Read a response; None if the connection was closed instead. A `ProtocolError` names the socket."""
+        """Read a response; None if the daemon closed the connection. A `ProtocolError` names the socket."""
         try:
             return read_message(self._sock, Response, timeout=deadline, limit=limit)
         except ProtocolError as error:
@@ -192,7 +193,7 @@ class Client:
 
     @contextmanager
     def _exchange(self) -> Iterator[None]:
-        """Refuse to begin after a failure, and count what fails inside as one."""
+        """Refuse to begin after a failure. An error inside is a failure."""
         if self._broken:
             raise ProtocolError("an earlier request failed half-way; close this client and make another")
         self._broken = True

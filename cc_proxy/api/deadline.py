@@ -1,4 +1,4 @@
-"""A moment by which something has to be through, and waiting for a socket until then."""
+"""A moment by which something must be done, and waiting for a socket until then."""
 
 import errno
 import math
@@ -9,14 +9,14 @@ import time
 
 from cc_proxy.api.errors import TimedOut
 
-#: poll(2) takes an int of milliseconds; waiting longer is done in turns.
+#: poll(2) takes milliseconds as an int, so a longer wait is several calls.
 _LONGEST_WAIT = 86_400.0
 
 
 class Deadline:
-    """`timeout` seconds from now; None, or infinity, is never. 0 is a timeout, not an absence of one.
+    """`timeout` seconds from now; None and infinity mean never. 0 is a timeout too: it has passed already.
 
-    Functions that take a timeout take a deadline in its place, so that several can share one.
+    Functions that take a timeout also take a deadline, so that several can share one.
     """
 
     def __init__(self, timeout: "float | Deadline | None") -> None:
@@ -26,7 +26,7 @@ class Deadline:
             self._end = math.inf if timeout is None else time.monotonic() + timeout
 
     def remaining(self) -> float:
-        """Seconds left, 0.0 at the least; infinity if there is no end."""
+        """Seconds left, never negative; infinity if there is no end."""
         return max(0.0, self._end - time.monotonic())
 
     def wait_readable(self, sock: socket.socket, what: str) -> None:
@@ -44,7 +44,7 @@ class Deadline:
         poll.register(sock, events)
         while True:
             left = min(self.remaining(), _LONGEST_WAIT)
-            # Rounded up, so that the last millisecond is not spent spinning.
+            # Rounded up, or the last millisecond would be spent spinning.
             if poll.poll(math.ceil(left * 1000)):
                 return
             if not self.remaining():

@@ -1,12 +1,12 @@
-"""What can go wrong between a client and the proxy, as one small family of exceptions.
+"""The exceptions of the public API.
 
-Errors of the operating system (no such socket, connection refused, out of file descriptors) are not
-wrapped: they reach the caller as the `OSError` they are.
+Errors of the operating system (no such socket, connection refused, out of file descriptors) are not wrapped:
+they reach the caller as `OSError`.
 """
 
 
 class ProxyError(Exception):
-    """Anything this API raises by itself."""
+    """The base of all exceptions that this API raises itself."""
 
 
 class Refused(ProxyError):
@@ -21,14 +21,14 @@ class Refused(ProxyError):
 
 
 class ProtocolError(ProxyError):
-    """The peer sent what the protocol does not allow, or closed the connection in the middle of it.
+    """The peer sent something that the protocol does not allow, or closed the connection within a message.
 
-    Nothing more can be read from the connection: close it.
+    The connection cannot be used any more: close it.
     """
 
 
 class TimedOut(ProxyError, TimeoutError):
-    """The deadline passed before the message was through.
+    """The deadline passed before the message was sent or received whole.
 
     Part of it may have been: close the connection.
     """

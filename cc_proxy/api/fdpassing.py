@@ -1,4 +1,4 @@
-"""An fd that travels over an AF_UNIX socket: one byte `F` with SCM_RIGHTS (docs/protocol.md, allocateIO)."""
+"""Passing an fd over an AF_UNIX socket: one byte `F` with SCM_RIGHTS (docs/protocol.md, allocateIO)."""
 
 import array
 import errno
@@ -15,10 +15,10 @@ _INT = array.array("i").itemsize
 
 
 def write_fd(sock: socket.socket, fd: int, *, timeout: float | Deadline | None = None) -> None:
-    """Send a duplicate of `fd` in a send of its own. `fd` itself stays open and the caller's.
+    """Send a duplicate of `fd`, in a send of its own. `fd` itself stays open and remains the caller's.
 
-    `timeout` is in seconds, None waits for ever. Raises `TimedOut`, or `OSError` if the peer is gone.
-    Any thread may call, one at a time for a socket.
+    `timeout` is in seconds; None waits for ever. Raises `TimedOut`, or `OSError` if the peer has gone.
+    Any thread may call, one at a time for each socket.
     """
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
     deadline = Deadline(timeout)
@@ -34,11 +34,11 @@ def write_fd(sock: socket.socket, fd: int, *, timeout: float | Deadline | None =
 def read_fd(sock: socket.socket, *, timeout: float | Deadline | None = None) -> int:
     """Receive the fd that was sent with `write_fd`. It is the caller's to close, and close-on-exec.
 
-    `timeout` is in seconds, None waits for ever. Raises `ProtocolError` if something else came than one
-    byte `F` with exactly one fd (whatever fds came are closed), `TimedOut`, or `OSError`.
-    Any thread may call, one at a time for a socket.
+    `timeout` is in seconds; None waits for ever. Raises `ProtocolError` if anything but one byte `F` with
+    exactly one fd arrives (all fds that arrived are closed), `TimedOut`, or `OSError`.
+    Any thread may call, one at a time for each socket.
     """
-    # Room for one fd more than is allowed, so that too many are told apart from one that was cut off.
+    # Room for one fd more than is allowed, to distinguish too many fds from one that the kernel cut off.
     room = socket.CMSG_SPACE(2 * _INT)
     deadline = Deadline(timeout)
     while True:

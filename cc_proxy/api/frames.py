@@ -1,13 +1,13 @@
-"""I/O frames, `[u64 seq][u32 total length][payload]`, as clients meet them (docs/protocol.md, 3)."""
+"""I/O frames, `[u64 seq][u32 total length][payload]`, for clients (docs/protocol.md, 3)."""
 
 import struct
 from typing import NamedTuple
 
 from cc_proxy.api.errors import ProtocolError
 
-#: seq, and total length with this header.
+#: Seq, and total length, this header included.
 FRAME_HEADER = struct.Struct(">QI")
-#: Longest frame the parser takes: what the proxy believes of a VM.
+#: Longest frame that is accepted, header included.
 MAX_FRAME = 64 * 1024
 
 
@@ -24,16 +24,16 @@ def encode_frame(seq: int, payload: bytes | memoryview = b"") -> bytes:
 
 
 class FrameParser:
-    """Splits a byte stream into frames, in whatever pieces it comes. Holds one unfinished frame at most."""
+    """Splits a byte stream into frames. It may arrive in any pieces. Holds one unfinished frame at most."""
 
     def __init__(self) -> None:
         self._buffer = b""
 
     def receive_data(self, data: bytes) -> list[Frame]:
-        """Take bytes as they arrived and return the frames they complete.
+        """Take bytes as they arrived, and return the frames they complete.
 
-        Raises `ProtocolError` for a total length under 12 or over `MAX_FRAME`; the stream is of no use
-        after that.
+        Raises `ProtocolError` for a total length under 12 or over `MAX_FRAME`; the stream is unusable after
+        that.
         """
         buffer = self._buffer + data if self._buffer else data
         frames = []

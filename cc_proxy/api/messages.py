@@ -1,7 +1,7 @@
 """Client messages as bytes (docs/protocol.md, 1): framing and JSON, no I/O.
 
-`encode` makes the bytes of one message; `MessageParser` finds the messages in what arrived, in whatever
-pieces it arrived; `decode` gives a message its type.
+`encode` makes the bytes of one message. `MessageParser` finds the messages in what arrives, in any pieces.
+`decode` turns the text of a message into a typed value.
 """
 
 import functools
@@ -20,7 +20,7 @@ MAX_STATUS = 16 * 1024 * 1024
 #: The header: length of the text, and 4 reserved bytes that are 0.
 HEADER = struct.Struct(">II")
 
-#: Arrays and objects inside each other that a text may have.
+#: How deep arrays and objects may be nested in a text.
 MAX_NESTING = 200
 
 _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
@@ -62,14 +62,14 @@ def _decoder(kind: type[Any]) -> msgspec.json.Decoder[Any]:
 
 
 class MemberError(ProtocolError):
-    """A JSON object, as a message has to be, but not the one that was wanted; the text names the member."""
+    """The text is a JSON object, but not of the type that was wanted; the error names the member."""
 
 
 def decode(text: bytes, kind: type[T]) -> T:
     """Decode the JSON text of a message.
 
-    Raises `ProtocolError` if it is not UTF-8 or not a JSON object, and its `MemberError` if it is one but
-    not what `kind` describes, or is nested deeper than `MAX_NESTING`.
+    Raises `ProtocolError` if it is not UTF-8 or not a JSON object; its subclass `MemberError` if it is one,
+    but not what `kind` describes, or nested deeper than `MAX_NESTING`.
     """
     try:
         str(text, "utf-8")
@@ -87,7 +87,7 @@ def decode(text: bytes, kind: type[T]) -> T:
 
 
 def _is_object(text: bytes) -> bool:
-    """Whether a text that was not found to be nested too deeply is a JSON object at all."""
+    """Whether a text is a JSON object at all. It must have passed `_check_nesting`."""
     try:
         msgspec.json.decode(text, type=dict[str, msgspec.Raw])
     except ValueError:
@@ -96,10 +96,10 @@ def _is_object(text: bytes) -> bool:
 
 
 def _check_nesting(text: bytes) -> None:
-    """Refuse what a decoder that calls itself for each level must not be given.
+    """Refuse text that is nested too deeply for the decoder, which recurses for each level.
 
-    Behind the first such place brackets are only counted: to look at each would take long. Raises
-    `MemberError`, or `ProtocolError` if the brackets do not even match.
+    Once that is known, the rest is only checked for matching numbers of brackets: a walk over it would take
+    long. Raises `MemberError`, or `ProtocolError` if the brackets do not match.
     """
     depth = 0
     for token in _STRINGS_AND_BRACKETS.finditer(text):
@@ -119,8 +119,8 @@ def _check_nesting(text: bytes) -> None:
 class MessageParser:
     """Splits a byte stream into the JSON texts of its messages.
 
-    Feed it whatever arrived with `receive_data`, then take texts with `next_text` until that gives None.
-    What it holds is what has arrived and was not taken; an announced length allocates nothing.
+    Pass what arrives to `receive_data`, then call `next_text` until it returns None. The parser holds only
+    what has arrived and was not taken: no memory is allocated because a length is announced.
     """
 
     def __init__(self) -> None:
@@ -129,7 +129,7 @@ class MessageParser:
 
     @property
     def missing(self) -> int:
-        """After `next_text` gave None: how many bytes the next message lacks, as far as is known by now."""
+        """After `next_text` returned None: how many bytes the next message lacks, as far as is known."""
         held = len(self._data) - self._pos
         if held < HEADER.size:
             return HEADER.size - held
@@ -137,7 +137,7 @@ class MessageParser:
 
     @property
     def unfinished(self) -> bool:
-        """After `next_text` gave None: whether a message has begun to arrive."""
+        """After `next_text` returned None: whether a message has begun to arrive."""
         return self._pos < len(self._data)
 
     def receive_data(self, data: bytes) -> None:
@@ -153,7 +153,7 @@ class MessageParser:
     def next_text(self) -> bytes | None:
         """Return the next whole JSON text, or None if more has to arrive first.
 
-        Raises `ProtocolError` for a header that is not allowed; the stream is of no use after that.
+        Raises `ProtocolError` for a header that is not allowed; the stream is unusable after that.
         """
         begin = self._pos + HEADER.size
         if len(self._data) < begin:

@@ -1,9 +1,8 @@
-"""The requests a client may send, and what comes back: plain typed data, no I/O.
+"""The requests that a client may send, and their results: plain typed data, no I/O.
 
-Each class is one row of the payload table (docs/protocol.md, 1). Names are Python's here and the wire's in
-JSON (`container_id` travels as `containerId`); types are strict when a message is decoded. An argument
-that is absent takes its default, which is the empty value: what the daemon makes of that is the daemon's to
-say. `data` that is absent is `UNSET`.
+Each class is one row of the payload table (docs/protocol.md, 1). Members have Python names, and the wire's
+names in JSON (`container_id` is `containerId` there). Decoding is strict about types. An absent argument
+takes its default, the empty value; the daemon decides what that means. Absent `data` is `UNSET`.
 """
 
 from typing import ClassVar
@@ -13,7 +12,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 
 class _Payload(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """Common shape: immutable, camel case on the wire, empty optional members left out."""
+    """The base: immutable, camel case on the wire, empty optional members left out."""
 
 
 class Hello(_Payload, frozen=True):
@@ -57,7 +56,7 @@ class AllocateIo(_Payload, frozen=True):
 class Hyper(_Payload, frozen=True):
     """A command for the agent. No result.
 
-    `data` goes to the agent byte for byte as it stands here; `UNSET` is no data at all.
+    `data` goes to the agent byte for byte; `UNSET` means no data.
     """
 
     NAME: ClassVar[str] = "hyper"
@@ -67,13 +66,13 @@ class Hyper(_Payload, frozen=True):
 
 
 class GetStatus(_Payload, frozen=True):
-    """Ask how the daemon and its VMs are. Result: `Status`, which may be up to `MAX_STATUS` bytes long."""
+    """Ask for the state of the daemon and its VMs. Result: `Status`, of up to `MAX_STATUS` bytes."""
 
     NAME: ClassVar[str] = "status"
 
 
 class SetLogLevel(_Payload, frozen=True):
-    """Have the daemon log more, or less, until its settings are read again. Result: `LogLevelChange`."""
+    """Make the daemon log more, or less, until its settings are read again. Result: `LogLevelChange`."""
 
     NAME: ClassVar[str] = "logLevel"
 
@@ -82,20 +81,20 @@ class SetLogLevel(_Payload, frozen=True):
 
 
 class LogLevelChange(_Payload, frozen=True, omit_defaults=False):
-    """What `logLevel` answers with."""
+    """The result of `logLevel`."""
 
     old: str
     new: str
 
 
 class Version(_Payload, frozen=True):
-    """What `hello` and `attach` answer with."""
+    """The result of `hello` and `attach`."""
 
     version: int
 
 
 class AllocateIoResult(_Payload, frozen=True):
-    """What `allocateIO` answers with; the fd follows in a message of its own (`read_fd`).
+    """The result of `allocateIO`. The fd follows it (`read_fd`).
 
     stdin and stdout are stream `io_base`, stderr is `io_base + 1` if two were asked for.
     """
@@ -104,7 +103,7 @@ class AllocateIoResult(_Payload, frozen=True):
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a client sends: the name of a payload and its arguments, still encoded."""
+    """What a client sends: the name of a payload, and its arguments, still encoded."""
 
     id: str = ""
     data: Raw | UnsetType = UNSET

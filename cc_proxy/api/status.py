@@ -1,34 +1,34 @@
-"""What the daemon says of itself: the result of `GetStatus` (docs/protocol.md, extensions).
+"""The state of the daemon: the result of `GetStatus` (docs/protocol.md, extensions).
 
-Sizes are bytes, times are seconds. Lists are bounded; the numbers beside them count what was left out too.
-Ids and texts that somebody else chose are cut to `LONGEST_TEXT` characters.
+Sizes are in bytes, times in seconds. Lists are bounded; the numbers beside them count what the lists leave
+out too. Ids and texts that somebody else chose are cut to `LONGEST_TEXT` characters.
 """
 
 import msgspec
 
-#: Characters of an id or a text, a `…` at its end included.
+#: Longest id or text, in characters, with the `…` at its end.
 LONGEST_TEXT = 256
-#: Entries of a list that belongs to one VM.
+#: The most entries in a list of one VM's.
 MOST_LISTED = 8
-#: VMs that are listed.
+#: The most VMs that are listed.
 MOST_VMS = 2_048
-#: Users that are listed.
+#: The most users that are listed.
 MOST_USERS = 1_024
 
 
 class _Part(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
-    """Common shape: immutable, camel case on the wire, every member always there."""
+    """The base: immutable, camel case on the wire, every member always present."""
 
 
 class LastError(_Part, frozen=True):
-    """What went wrong last, and how long ago."""
+    """The latest error, and how long ago it was."""
 
     text: str
     age: float
 
 
 class WaitingCommand(_Part, frozen=True):
-    """A command for the agent that a client waits for: it is being carried out, or others are in its way."""
+    """A command that a client waits for: the agent is at it, or at others before it."""
 
     name: str
     age: float
@@ -39,22 +39,22 @@ class WaitingStream(_Part, frozen=True):
 
     #: The first stream of its fd.
     stream: int
-    #: The process and the user that asked for it; the process may have passed it on.
+    #: The process that asked for its fd, and its user. That process may have passed it on.
     pid: int
     uid: int
-    #: Bytes that wait on disk, and in memory.
+    #: Bytes that wait on disk, and bytes that wait in memory.
     spooled: int
     pending: int
-    #: Since when the client has taken nothing.
+    #: How long the client has taken nothing.
     idle: float
     #: Whether the VM is not read because of it.
     holds_vm: bool
-    #: Why the spool has not taken what is pending; empty if it has, or has not been asked.
+    #: Why the spool does not take what is pending; empty if it does, or was not asked to.
     reason: str
 
 
 class Traffic(_Part, frozen=True):
-    """What has passed between a VM and its clients so far."""
+    """Everything that has passed between a VM and its clients so far."""
 
     bytes_to_clients: int
     bytes_to_vm: int
@@ -63,7 +63,7 @@ class Traffic(_Part, frozen=True):
     frames_to_vm: int
     #: Frames from the VM that nobody owned.
     stray_frames: int
-    #: How often the VM had to wait because the spool did not take what a client did not read.
+    #: How often the VM had to wait because the spool took no more of what a client did not read.
     pauses: int
 
 
@@ -73,17 +73,17 @@ class Streams(_Part, frozen=True):
     #: Fds of `allocateIO` that are open.
     sessions: int
     traffic: Traffic
-    #: Whether the VM is not read now; `waiting` tells because of whom.
+    #: Whether the VM is not read at present; `waiting` tells who is the reason.
     paused: bool
-    #: Sessions whose output waits, the longest first; how many there are; and what waits altogether.
+    #: Sessions whose output waits, the longest first; how many they are; and the bytes of all of them.
     waiting: list[WaitingStream]
     waiting_sessions: int
     spooled: int
     pending: int
-    #: Bytes of stdin the VM does not take, and since when it has taken none; 0 if it does.
+    #: Bytes of stdin that the VM does not take, and how long it has taken none; 0 if it takes them.
     stdin_held: int
     stdin_stalled: float
-    #: Sessions whose stdin waits until the agent has acknowledged what it was sent.
+    #: Sessions whose stdin waits for the agent to acknowledge what it was sent.
     stdin_unacknowledged: int
 
 
@@ -93,26 +93,27 @@ class VmStatus(_Part, frozen=True):
     id: str
     #: The user who said hello.
     uid: int
-    #: `starting`, `up`, `leaving` (bye was said) or `lost` (what it sent is still delivered).
+    #: `starting`, `up`, `leaving` (after bye), `lost` (what it sent is still being delivered) or `gone` (it
+    #: keeps its id).
     state: str
-    #: Since hello.
+    #: Time since hello.
     age: float
     #: Connections that are attached to it.
     clients: int
-    #: None while it has no I/O pump yet, or if that did not answer in time: `answers` tells which.
+    #: None before there is an I/O pump, and if the pump did not answer in time: `answers` tells which.
     streams: Streams | None
-    #: False if its I/O pump was asked and did not answer in time.
+    #: False if its I/O pump did not answer in time.
     answers: bool
-    #: Commands that clients wait for, the oldest first, and how many there are.
+    #: Commands that clients wait for, the oldest first; and how many they are.
     commands: list[WaitingCommand]
     waiting_commands: int
-    #: Commands that the agent has not answered, those included that nobody waits for any more.
+    #: Commands that the agent has not answered, including those that nobody waits for any more.
     unanswered: int
     last_error: LastError | None
 
 
 class UserStatus(_Part, frozen=True):
-    """What one user has of what is limited (`[limits.user]` in the settings)."""
+    """How much one user has of everything that is limited (`[limits.user]` in the settings)."""
 
     uid: int
     connections: int
@@ -142,14 +143,14 @@ class Status(_Part, frozen=True):
     log_level: str
     #: Clients that are connected.
     connections: int
-    #: Those who have anything, by uid, `MOST_USERS` at most.
+    #: Users who have anything, by uid, `MOST_USERS` at most.
     users: list[UserStatus]
     #: Bytes that wait on disk for all clients together.
     spooled: int
-    #: Ordered by id, `MOST_VMS` at most; and how many there are.
+    #: Ordered by id, `MOST_VMS` at most; and how many VMs there are.
     vms: list[VmStatus]
     vm_count: int
-    #: Those of late, the latest first.
+    #: VMs that failed, the latest first.
     ended: list[EndedVm]
 
 

@@ -1,7 +1,7 @@
 """Whole messages over a connected stream socket, within a deadline.
 
-A read never takes a byte beyond its message, so that an fd that follows stays with its own byte.
-The socket may be blocking or not; its mode is not changed.
+A read never takes a byte beyond its message, so that an fd after it stays with its own byte. The socket may
+be blocking or not; its mode does not change.
 """
 
 import errno
@@ -21,7 +21,7 @@ DEFAULT_SOCKET = "/run/cc-oci-runtime/proxy.sock"
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-#: Most that is asked of the kernel at once: an announced length is not trusted for an allocation.
+#: The most that is read at once: a length that a peer announces must not decide how much is allocated.
 _PIECE = 64 * 1024
 _LONGEST_WAIT = 86_400.0
 _TIMEVAL = struct.Struct("@ll")
@@ -30,8 +30,8 @@ _TIMEVAL = struct.Struct("@ll")
 def connect(path: str, *, timeout: float | Deadline | None = None) -> socket.socket:
     """Connect to the AF_UNIX stream socket at `path`; the socket returned is blocking.
 
-    `timeout` is in seconds, None waits for ever: connect(2) waits while the backlog is full. Raises
-    `TimedOut`, or an `OSError` that has the path as its `filename`. Any thread may call.
+    `timeout` is in seconds; None waits for ever. connect(2) waits while the backlog is full. Raises
+    `TimedOut`, or an `OSError` with the path as its `filename`. Any thread may call.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -43,15 +43,16 @@ def connect(path: str, *, timeout: float | Deadline | None = None) -> socket.soc
 
 
 def connect_socket(sock: socket.socket, path: str, timeout: float | Deadline | None) -> None:
-    """Connect a blocking AF_UNIX socket as `connect` does; the caller closes it if that fails."""
+    """Connect a blocking AF_UNIX socket, as `connect` does. If that fails, the caller closes it."""
     deadline = Deadline(timeout)
     try:
         connected = False
         while not connected:
-            # It waits as long as a send would. 0 would be for ever, so no time left is a little time.
+            # connect(2) takes the timeout of send(2). 0 would mean for ever, so it is never quite 0.
             limit_send(sock, max(deadline.remaining(), 1e-6))
             sock.connect(path)
-            # After a signal Python takes any socket for connected that goes on by itself; this kind does not.
+            # After a signal Python takes the connect for finished in the background, but AF_UNIX does not do
+            # that.
             connected = _has_peer(sock)
         limit_send(sock, 0.0)
     except BlockingIOError:
@@ -73,21 +74,20 @@ def _has_peer(sock: socket.socket) -> bool:
 
 
 def limit_receive(sock: socket.socket, seconds: float) -> None:
-    """Have each recv(2) of a blocking socket wait `seconds` at most, then raise `BlockingIOError`; 0: for
-    ever.
+    """Make each recv(2) of a blocking socket wait `seconds` at most, then raise `BlockingIOError`.
 
-    Any thread may call.
+    0 waits for ever. Any thread may call.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
 
 
 def limit_send(sock: socket.socket, seconds: float) -> None:
-    """The same for send(2), and for connect(2)."""
+    """Do the same for send(2) and connect(2)."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(seconds))
 
 
 def _timeval(seconds: float) -> bytes:
-    """Rounded up: 0 microseconds would be for ever."""
+    """Round up to microseconds: 0 would mean for ever."""
     whole, micro = divmod(math.ceil(min(seconds, _LONGEST_WAIT) * 1_000_000), 1_000_000)
     return _TIMEVAL.pack(whole, micro)
 
@@ -99,11 +99,11 @@ def read_message(
     timeout: float | Deadline | None = None,
     limit: int = messages.MAX_TEXT,
 ) -> T | None:
-    """Read one message, whose text is `limit` bytes long at most, and decode it as `kind`.
+    """Read one message with a text of `limit` bytes at most, and decode it as `kind`.
 
     `kind` is `Request` or `Response`. Returns None if the peer closed the connection between two messages.
     `timeout` is for the whole message, in seconds; None waits for ever. Raises `ProtocolError`, `TimedOut` or
-    `OSError`. Any thread may call, one at a time for a socket.
+    `OSError`. Any thread may call, one at a time for each socket.
     """
     deadline = Deadline(timeout)
     header = _read_exactly(sock, messages.HEADER.size, deadline)
@@ -115,11 +115,11 @@ def read_message(
 def write_message(
     sock: socket.socket, message: msgspec.Struct, *, timeout: float | Deadline | None = None
 ) -> None:
-    """Send one message, header and text in one write where the socket takes it.
+    """Send one message, header and text in one write if the socket takes it.
 
     `timeout` is for the whole message, in seconds; None waits for ever. Raises `ProtocolError` if the
-    message is over 1 MiB, `TimedOut`, or `OSError` if the peer is gone.
-    Any thread may call, one at a time for a socket.
+    message is over 1 MiB, `TimedOut`, or `OSError` if the peer has gone.
+    Any thread may call, one at a time for each socket.
     """
     left = memoryview(messages.encode(message))
     deadline = Deadline(timeout)
@@ -141,7 +141,7 @@ def _read_rest(sock: socket.socket, header: bytes, deadline: Deadline, limit: in
 
 
 def _read_exactly(sock: socket.socket, size: int, deadline: Deadline) -> bytes:
-    """Read `size` bytes, or fewer if the peer closed before."""
+    """Read `size` bytes, or fewer if the peer closes first."""
     pieces: list[bytes] = []
     while size:
         deadline.wait_readable(sock, "a message")

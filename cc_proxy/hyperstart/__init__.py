@@ -1,1 +1,1 @@
-"""hyperstart's two channels as bytes: codes and codecs. Nothing here does I/O."""
+"""hyperstart's two channels as bytes: codes and codecs. Nothing here does any I/O."""

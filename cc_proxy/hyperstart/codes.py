@@ -1,10 +1,10 @@
-"""The codes of the control channel and the names clients use for them (docs/protocol.md, 2)."""
+"""The codes of the control channel, and their names in clients' requests (docs/protocol.md, 2)."""
 
 from enum import IntEnum
 
 
 class Code(IntEnum):
-    """What a control message is. The members' names in lower case are their hyperNames, without `_`."""
+    """The kind of a control message. A member's hyperName is its name in lower case, without `_`."""
 
     VERSION = 0
     START_POD = 1
@@ -35,7 +35,7 @@ class Code(IntEnum):
 
     @property
     def hyper_name(self) -> str:
-        """The name by which clients and people know this code."""
+        """The name that clients and people use for this code."""
         return self.name.replace("_", "").lower()
 
 
@@ -47,7 +47,7 @@ COMMANDS = {code.hyper_name: code for code in Code if code not in FROM_AGENT} | 
 
 
 def describe(code: int) -> str:
-    """Return the name of any code off the wire, `code 99` if it has none."""
+    """Return the name of any code off the wire, such as `code 99` if it has none."""
     try:
         return Code(code).hyper_name
     except ValueError:

@@ -1,7 +1,7 @@
 """The control channel (docs/protocol.md, 2): messages, and which answer belongs to which command. No I/O.
 
-One `ControlChannel` is the state of one connection to an agent. Commands go in and bytes to send come
-out; bytes received go in, and out come the agent's events, while answers complete their commands.
+A `ControlChannel` is the state of one connection to an agent. It turns commands into bytes to send. It turns
+bytes received into answers, which complete their commands, and unsolicited events.
 """
 
 import secrets
@@ -15,17 +15,17 @@ from cc_proxy.hyperstart.codes import Code, describe
 
 #: Code and total length.
 HEADER = struct.Struct(">II")
-#: hyperstart's receive buffer: the longest message it can take, header included.
+#: The longest message that hyperstart can take, header included: its receive buffer.
 MAX_COMMAND = 10_240
-#: The longest message believed of an agent; `readfile` answers with a whole file.
+#: The longest message accepted from an agent; `readfile` answers with a whole file.
 MAX_ANSWER = 64 * 1024 * 1024
-#: As much of an answer's payload is kept.
+#: How much of a message's payload is kept, in bytes.
 KEPT_PAYLOAD = 64 * 1024
 _ANSWERS = (Code.ACK, Code.ERROR)
 
 
 class ControlMessage(NamedTuple):
-    """A message of either side. `payload` is cut to `KEPT_PAYLOAD` bytes in what was received."""
+    """A message of either side. In one that was received, `payload` is cut to `KEPT_PAYLOAD` bytes."""
 
     code: int
     payload: bytes = b""
@@ -44,7 +44,7 @@ def ignore(_answer: ControlMessage) -> None:
 
 @dataclass(eq=False, slots=True)
 class Command:
-    """A command on its way; `answer` is its ACK or ERROR once that has come."""
+    """A command that was sent. `answer` is its ACK or ERROR, once that has come."""
 
     code: Code
     on_answer: OnAnswer = ignore
@@ -66,20 +66,20 @@ def encode(code: int, payload: bytes = b"") -> bytes:
 
 
 class ControlParser:
-    """Splits what one side of the channel sends into messages, in whatever pieces it comes."""
+    """Splits what one side of the channel sends into messages. It may arrive in any pieces."""
 
     def __init__(self) -> None:
-        #: What was received that is no message; nothing behind it can be understood.
+        #: What was received that is no message; nothing after it can be understood.
         self.error: str | None = None
         self._buffer = bytearray()
-        # A message of which all that is kept has come, and how much of it is still to be skipped.
+        # A message of which everything that is kept has come, and how much of it is still to be skipped.
         self._begun: ControlMessage | None = None
         self._skip = 0
 
     def receive_data(self, data: bytes) -> list[ControlMessage]:
-        """Take bytes as they arrived and return the messages they complete.
+        """Take bytes as they arrived, and return the messages they complete.
 
-        At a length under 8 or over `MAX_ANSWER`, `error` is set and nothing is returned any more.
+        A length under 8 or over `MAX_ANSWER` sets `error`; no more messages are returned after that.
         """
         messages = []
         if self.error is None:
@@ -90,7 +90,7 @@ class ControlParser:
 
     @property
     def missing(self) -> int:
-        """Bytes that are still to come of the message that has begun; 0 if none has."""
+        """How many bytes the message that has begun still lacks; 0 if none has begun."""
         if self._skip:
             return self._skip
         if len(self._buffer) < HEADER.size:
@@ -103,7 +103,7 @@ class ControlParser:
         return self._skip_rest(message) if message and self._skip else message
 
     def _skip_rest(self, message: ControlMessage) -> ControlMessage | None:
-        """Skip what is not kept of a message; returns it once all of that has come."""
+        """Skip the part of a message that is not kept; returns the message once all of it has come."""
         skipped = min(self._skip, len(self._buffer))
         del self._buffer[:skipped]
         self._skip -= skipped
@@ -111,7 +111,7 @@ class ControlParser:
         return None if self._skip else message
 
     def _begin(self) -> ControlMessage | None:
-        """Return the next message once all that is kept of it has come."""
+        """Return the next message, once everything that is kept of it has come."""
         buffer = self._buffer
         if len(buffer) < HEADER.size:
             return None
@@ -129,15 +129,15 @@ class ControlParser:
 
 
 class Quiz:
-    """Questions in a random order, whose answers tell whether an agent has been up before.
+    """Questions in a random order. Their answers show that an agent is up.
 
-    An agent says READY once a boot, so whoever connects later has to ask. It may still be at commands of
-    somebody else who has gone, and their answers come first: one answer proves nothing, but a row of answers
-    that fits the questions does, and after it no answer is outstanding. `version` is answered with a number,
-    `ping` with nothing.
+    An agent says READY only once after it boots, so a peer that connects later has to ask. The agent may
+    still be at commands of an earlier peer, and answers those first. So one answer proves nothing; but a
+    series of answers that fits the questions does, and after it no earlier answer can come. `version` is
+    answered with a number, `ping` with nothing.
     """
 
-    #: One chance in 65,536 that others' answers look like these.
+    #: The chance that answers to other commands look like these is one in 65,536.
     _LENGTH = 16
     _VERSION = (4242).to_bytes(4, "big")
 
@@ -148,7 +148,7 @@ class Quiz:
         self._got: deque[bytes | None] = deque(maxlen=self._LENGTH)
 
     def receive_answer(self, answer: ControlMessage) -> bool:
-        """Take an ACK or ERROR; returns whether it was the last answer of the row."""
+        """Take an ACK or ERROR; returns whether it completes the series."""
         self._got.append(answer.payload if answer.code == Code.ACK else None)
         return list(self._got) == self._expected
 
@@ -156,29 +156,29 @@ class Quiz:
 class ControlChannel:
     """The state of one control channel, seen from the host.
 
-    Answers come in the order of their commands, so each ACK or ERROR completes the oldest command that
-    has none. A command whose sender has given up stays in line: its late answer is its own and
-    never the next one's. Everything else the agent sends is an event.
+    Answers come in the order of their commands, so each ACK or ERROR completes the oldest command that has
+    none. A command whose sender has given up stays in line, so that its late answer is not taken for the next
+    command's. Everything else the agent sends is an unsolicited event.
     """
 
     def __init__(self) -> None:
         self._parser = ControlParser()
         self._unanswered: deque[Command] = deque()
-        #: Bytes that are to be sent; the I/O shell takes from the front what it has sent.
+        #: Bytes to be sent. The caller removes from the front what it has sent.
         self.outgoing = bytearray()
         self._quiz: Quiz | None = None
         #: Whether READY has come.
         self.ready = False
-        #: Whether the agent takes commands: READY has come, or the answers to `ask`.
+        #: Whether the agent takes commands: it has said READY, or answered the questions of `ask`.
         self.is_up = False
 
     @property
     def unanswered(self) -> int:
-        """How many commands were sent and have no answer, given-up ones included."""
+        """How many commands have no answer yet, including those whose senders gave up."""
         return len(self._unanswered)
 
     def send(self, code: Code, payload: bytes = b"", on_answer: OnAnswer = ignore) -> Command:
-        """Queue a command in `outgoing`; its `answer` will be filled in by `receive_data`."""
+        """Queue a command in `outgoing`; `receive_data` will fill in its `answer`."""
         command = Command(code, on_answer)
         self.outgoing += encode(code, payload)
         self._unanswered.append(command)
@@ -186,29 +186,29 @@ class ControlChannel:
 
     @property
     def is_quizzed(self) -> bool:
-        """Whether the agent has been asked whether it is up."""
+        """Whether `ask` has been called."""
         return self._quiz is not None
 
     def ask(self, quiz: Quiz) -> None:
-        """Queue questions in `outgoing`; `is_up` once they are answered. Once, and before any command."""
+        """Queue questions in `outgoing`; their answers set `is_up`. Call it once, and before any command."""
         self._quiz = quiz
         for code in quiz.codes:
             self.outgoing += encode(code)
 
     @property
     def missing(self) -> int:
-        """Bytes that are still to come of the message that the agent has begun."""
+        """How many bytes the message that the agent has begun still lacks; 0 if it has begun none."""
         return self._parser.missing
 
     @property
     def error(self) -> str | None:
-        """What the agent sent that is no message; the channel is of no use after that."""
+        """What the agent sent that is no message; the channel is unusable after that."""
         return self._parser.error
 
     def receive_data(self, data: bytes) -> list[ControlMessage]:
-        """Take bytes as they arrived; complete commands, and return what was no answer to any.
+        """Take bytes as they arrived; complete commands, and return the unsolicited events.
 
-        That includes an ACK or ERROR nobody waits for.
+        An ACK or ERROR that answers no command is one of those.
         """
         events = []
         for message in self._parser.receive_data(data):
@@ -223,7 +223,7 @@ class ControlChannel:
         return events
 
     def _boot(self) -> None:
-        """The agent has just come up. It answers the questions that reached it before from now on."""
+        """The agent has just booted. It will answer the questions that were sent before that."""
         if self._quiz and not self.is_up:
             self._unanswered.extend(Command(code) for code in self._quiz.codes)
         self.ready = self.is_up = True

@@ -1,8 +1,8 @@
 """The I/O channel in batches (docs/protocol.md, 3 and 4). No I/O.
 
-What arrived in one read is walked once and comes out as few, long slices of the same buffer. `gather` sorts
-what a VM sent by the owners of its streams, and copies no payload; `StdinSplitter` makes frames an agent can
-take of what a client sent, and moves a little of it within the buffer where frames are too long.
+What arrived in one read is walked once, and comes out as few long slices of the same buffer. `gather` sorts
+what a VM sent by the owners of its streams, and copies no payload. `StdinSplitter` turns what a client sent
+into frames that an agent can take, and moves a little of it within the buffer if frames are too long.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,24 +16,24 @@ from typing import Generic, TypeVar
 from cc_proxy.api.frames import FRAME_HEADER, MAX_FRAME
 
 HEADER_SIZE = FRAME_HEADER.size
-#: Longest frame hyperstart reads on the virtio-serial I/O channel. A longer one breaks the channel.
+#: Longest frame that hyperstart reads on a virtio-serial I/O channel. A longer one breaks the channel.
 MAX_TO_AGENT = 4096
 _ROOM = MAX_TO_AGENT - HEADER_SIZE
-#: Longest frame hyperstart writes: its buffer.
+#: Longest frame that hyperstart writes: its buffer.
 MAX_FROM_AGENT = 10_240
 
-#: Where a header has the total length.
+#: Offset of the total length in a header.
 _LENGTH_AT = 8
-#: So many frames of one size have to fit into the rest of a buffer before looking for a row of them pays.
+#: Looking for a row of like frames pays only if this many of their size fit into the rest of the buffer.
 _ROW = 32
-#: Before the whole row, one frame so far ahead is looked at.
+#: Before the whole row, only the frame this far ahead is compared.
 _GLANCE = 7
 
 _pack = FRAME_HEADER.pack
 _unpack_from = FRAME_HEADER.unpack_from
 
 Owner = TypeVar("Owner")
-#: What the daemon reads into, and what tests and the fuzzer do.
+#: The daemon reads into an mmap, tests and the fuzzer into a bytearray.
 Buffer = bytearray | mmap
 
 
@@ -41,20 +41,20 @@ Buffer = bytearray | mmap
 class Batch(Generic[Owner]):
     """What `gather` found in a buffer."""
 
-    #: For each owner, slices of whole frames in their order.
+    #: For each owner, slices of whole frames, in order.
     slices: dict[Owner, list[memoryview]] = field(default_factory=dict)
-    #: seq and total length of each frame that nobody owns.
+    #: Seq and total length of each frame that nobody owns.
     strays: list[tuple[int, int]] = field(default_factory=list)
     #: How many whole frames there are.
     frames: int = 0
-    #: Where the first frame begins that is not whole yet.
+    #: Where the first frame begins that has not arrived whole.
     stop: int = 0
-    #: What is wrong with the frame at `stop`, if framing was lost there.
+    #: What is wrong with the frame at `stop`, if framing is lost there.
     error: str | None = None
 
 
 class _Lists(Generic[Owner]):
-    """Where slices go, by seq, so that each owner is looked up once. Two seqs of one owner share a list."""
+    """Lists of slices by seq, so that each owner is looked up once. Two seqs of one owner share a list."""
 
     def __init__(self, owners: Mapping[int, Owner], slices: dict[Owner, list[memoryview]]) -> None:
         self._owners = owners
@@ -74,8 +74,8 @@ def gather(
 ) -> Batch[Owner]:
     """Sort the whole frames in `buffer[start:stop]` by the owner of their seq.
 
-    `view` is a memoryview of `buffer`, made once by the caller. Neighbouring frames of one owner come out
-    as one slice of it.
+    `view` is a memoryview of `buffer`, which the caller makes once. Neighbouring frames of one owner come
+    out as one slice of it.
     """
     return _only_frame(buffer, view, start, stop, owners) or _sort(buffer, view, start, stop, owners)
 
@@ -83,9 +83,9 @@ def gather(
 def _only_frame(
     buffer: Buffer, view: memoryview, start: int, stop: int, owners: Mapping[int, Owner]
 ) -> Batch[Owner] | None:
-    """Do it where there is one whole frame and nothing else, as in interactive use: in half the time.
+    """`gather` for exactly one whole frame, as in interactive use: in half the time.
 
-    Returns None if it is not so.
+    Returns None for anything else.
     """
     if not HEADER_SIZE <= stop - start <= MAX_FRAME:
         return None
@@ -98,10 +98,10 @@ def _only_frame(
     return Batch({owner: [view[start:stop]]}, [], 1, stop)
 
 
-def _sort(  # noqa: C901, PLR0915 - one loop, which a call a frame would slow down by half
+def _sort(  # noqa: C901, PLR0915 - one loop; one call for each frame would slow it down by half
     buffer: Buffer, view: memoryview, start: int, stop: int, owners: Mapping[int, Owner]
 ) -> Batch[Owner]:
-    """Do it for any number of frames."""
+    """`gather` for any number of frames."""
     batch: Batch[Owner] = Batch()
     lists = _Lists(owners, batch.slices)
     by_seq = lists.by_seq
@@ -109,9 +109,9 @@ def _sort(  # noqa: C901, PLR0915 - one loop, which a call a frame would slow do
     pos = run = start
     seq = last_length = -1
     in_rows = 0
-    look_from = start  # for a row; not at once again where there was none
+    look_from = start  # where to look for a row next: not right after there was none
     last_header = stop - HEADER_SIZE
-    # What is left of it tells how many frames there were, which costs nothing; `frames += 1` would.
+    # Counts the turns at no cost, by what is left of it; `frames += 1` would take time.
     turns = repeat(None, stop + 1)
     for _ in turns:
         if pos > last_header:
@@ -147,7 +147,7 @@ def _sort(  # noqa: C901, PLR0915 - one loop, which a call a frame would slow do
     if run < pos:
         pieces.append(view[run:pos])
     batch.strays = [header for piece in lists.nobodys for header in _headers(piece)]
-    batch.frames = stop - length_hint(turns) + in_rows  # the last turn found none
+    batch.frames = stop - length_hint(turns) + in_rows  # the last turn found no frame
     batch.stop = pos
     return batch
 
@@ -155,10 +155,10 @@ def _sort(  # noqa: C901, PLR0915 - one loop, which a call a frame would slow do
 def _sort_row(
     view: memoryview, pos: int, stop: int, length: int, state: tuple[_Lists[Owner], list[memoryview], int]
 ) -> tuple[int, list[memoryview], int]:
-    """Sort frames of one length, whatever their seqs: these are all that has to be unpacked.
+    """Sort frames of one length and different seqs: only the seqs must be unpacked.
 
-    `state` is `_sort`'s: its lists, the one that the slice being made is for, and where that begins. Returns
-    the last seq, and these two anew.
+    `state` is `_sort`'s: its lists, the list for the slice being made, and where that slice begins. Returns
+    the last seq, and the new values of the last two.
     """
     lists, pieces, run = state
     by_seq = lists.by_seq
@@ -176,7 +176,7 @@ def _sort_row(
 
 
 def _headers(frames: memoryview) -> Iterator[tuple[int, int]]:
-    """Yield seq and total length of each of some whole frames."""
+    """Yield seq and total length of each frame. `frames` are whole."""
     pos = 0
     while pos < len(frames):
         seq, length = _unpack_from(frames, pos)
@@ -185,11 +185,11 @@ def _headers(frames: memoryview) -> Iterator[tuple[int, int]]:
 
 
 def _alike(buffer: Buffer, pos: int, length: int, stop: int, first: int = 0) -> int:
-    """Return how many whole frames in a row, from `pos` on, have the header at `pos`, from byte `first` on.
+    """Return how many whole frames in a row, from `pos` on, have the same header from byte `first` on.
 
-    The headers of frames of one length are columns of a table: comparing a column is one call, where
-    unpacking is one a frame. Streams of small writes are made of such rows. The table grows as long as all of
-    it is alike, so that the work is never out of proportion to what is found.
+    The headers of frames of one length form a table. Comparing one of its columns takes one call, but
+    unpacking takes one call for each frame. Streams of small writes consist of such rows. The table grows
+    only while all of it is alike, so that the work stays in proportion to what is found.
     """
     header = buffer[pos + first : pos + HEADER_SIZE]
     ahead = pos + _GLANCE * length
@@ -207,7 +207,7 @@ def _alike(buffer: Buffer, pos: int, length: int, stop: int, first: int = 0) -> 
 
 
 def _rows_alike(header: bytes | bytearray, buffer: Buffer, pos: int, length: int, rows: int) -> int:
-    """Return how many of `rows` stretches, `length` bytes apart, are `header` before one is not."""
+    """Return how many of `rows` stretches, `length` bytes apart, are `header` before one that is not."""
     for offset in range(len(header)):
         column = buffer[pos + offset : pos + rows * length : length]
         rows -= len(column.lstrip(header[offset : offset + 1]))
@@ -215,11 +215,11 @@ def _rows_alike(header: bytes | bytearray, buffer: Buffer, pos: int, length: int
 
 
 class StdinSplitter:
-    """Turns what one client sends into frames that its agent can take in whole.
+    """Turns what one client sends into frames that its agent can take.
 
-    Frames of up to `MAX_TO_AGENT` bytes that arrive in one piece pass as they are. The payload of a longer
-    one, or of one that is still arriving, goes on in frames of its own, so that nothing is ever kept
-    back but an unfinished header.
+    Frames of up to `MAX_TO_AGENT` bytes that arrive in one piece pass unchanged. The payload of a longer
+    frame, or of one that is still arriving, is passed on in new frames. So nothing is ever kept back but an
+    unfinished header.
     """
 
     def __init__(self, io_base: int) -> None:
@@ -229,19 +229,19 @@ class StdinSplitter:
         self._missing = 0
         #: Payload bytes handed out so far.
         self.payload_bytes = 0
-        #: Frames handed out so far, those counted that longer ones were made into.
+        #: Frames handed out so far. A longer frame of the client's counts as the frames it was split into.
         self.frames = 0
         #: Whether the last frame handed out was end of file.
         self.at_eof = False
-        #: What the client sent that it may not; nothing is handed out any more after that.
+        #: What the client sent that it may not send; nothing is handed out after that.
         self.error: str | None = None
 
     def split(self, buffer: Buffer, view: memoryview, start: int, stop: int) -> list[bytes | memoryview]:
-        """Return what of `buffer[start:stop]` may go to the agent, as pieces to be written in turn.
+        """Turn `buffer[start:stop]` into pieces to be written to the agent one after the other.
 
-        `view` is a memoryview of `buffer`, whose bytes from `start` to `stop` are this method's to change.
-        At a frame on another seq than the client's own or with a total length under 12, `error` is set and
-        nothing of it, or after it, is in the pieces. A piece may be empty.
+        `view` is a memoryview of `buffer`. This method may change the bytes from `start` to `stop`. A frame
+        on another seq than the client's own, or with a total length under 12, sets `error`; neither that
+        frame nor anything after it is in the pieces. A piece may be empty.
         """
         pieces: list[bytes | memoryview] = []
         pos = self._pass_only_frame(buffer, view, start, stop, pieces)
@@ -257,7 +257,7 @@ class StdinSplitter:
     def _pass_only_frame(
         self, buffer: Buffer, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
     ) -> int:
-        """Pass a frame that is whole, short and alone, as in interactive use."""
+        """Pass exactly one whole, short frame, as in interactive use."""
         if not HEADER_SIZE <= stop - start <= MAX_TO_AGENT or self._missing or self._header or self.error:
             return start
         if _unpack_from(buffer, start) != (self._io_base, stop - start):
@@ -271,7 +271,7 @@ class StdinSplitter:
     def _pass_frames(
         self, buffer: Buffer, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
     ) -> int:
-        """Pass the frames that are whole and short enough; at one that is neither, begin its payload."""
+        """Pass frames that are whole and short enough; begin the payload of the first that is not."""
         pos, frames, last_length, begun = start, 0, -1, 0
         while stop - pos >= HEADER_SIZE:
             seq, length = _unpack_from(buffer, pos)
@@ -313,11 +313,11 @@ class StdinSplitter:
     def _frame_anew(
         self, buffer: Buffer, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
     ) -> int:
-        """Put payload into frames of its own: what is missing of a frame, and long ones that follow it.
+        """Put payload into new frames: the rest of a frame that has begun, and long frames that follow it.
 
-        What is left of one long frame moves up to the payload of the next, over its header, so that a
-        header can be written before it in place: a frame of 8 KiB makes two pieces, not six, at the price
-        of copying some hundred bytes.
+        The end of one long frame's payload moves up to the payload of the next, over its header, so that a
+        new header can be written in place before it. A frame of 8 KiB then makes two pieces, not six, at the
+        price of copying some hundred bytes.
         """
         begin = pos = start
         end, joined, full_header = start + self._missing, 0, self._full_header

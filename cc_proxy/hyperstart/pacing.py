@@ -1,30 +1,30 @@
-"""Lossless stdin (docs/protocol.md): how much of a process's stdin may be on its way at once. No I/O.
+"""Lossless stdin (docs/protocol.md, 4): how much stdin a process may be sent at once. No I/O.
 
-An agent keeps 512 bytes of stdin for each process and throws away what does not fit. A frame on a seq that
-no process owns comes back as an empty frame once everything before it was handled: sent behind the
-data, such a marker says that there is room again.
+An agent keeps 512 bytes of stdin for each process and drops what does not fit. It answers a frame on a seq
+that no process has with an empty frame, once it has handled everything before it. Such a frame, sent after
+the data, is a marker: when it comes back, there is room again.
 """
 
 from cc_proxy.api.frames import encode_frame
 
-#: Seqs from here on are markers' and never a stream's.
+#: Seqs from here on are markers, never streams.
 FIRST_MARKER = 1 << 63
-#: Seqs are below 2^53.
+#: Seqs of streams are below 2^53.
 _GENERATION_SHIFT = 53
 _GENERATIONS = 1 << 10
 _STREAM_MASK = (1 << _GENERATION_SHIFT) - 1
 
 
 def marked_stream(seq: int) -> int:
-    """Return the stream that a marker's seq stands for."""
+    """Return the stream that a marker belongs to."""
     return seq & _STREAM_MASK
 
 
 class StdinWindow:
-    """The window of one stream's stdin.
+    """The window of one stream's stdin, as in TCP: how much may be sent before it is acknowledged.
 
-    Payload is counted as it is sent. Once half the window is used up a marker goes out and nothing more is
-    sent until it is back; typing, which never comes near, costs no marker a key.
+    Payload is counted as it is sent. Once half the window is used up, a marker goes out, and nothing more is
+    sent until it comes back. So a user who types needs no marker for each key.
     """
 
     def __init__(self, io_base: int, size: int) -> None:
@@ -32,7 +32,7 @@ class StdinWindow:
         self._size = size
         self._unacknowledged = 0
         self._generation = 0
-        #: Whether a marker is on its way, and how often it has been sent.
+        #: How often the marker on its way has been sent; 0 if none is.
         self.asked = 0
 
     @property
@@ -41,7 +41,7 @@ class StdinWindow:
         return 0 if self.asked else self._size - self._unacknowledged
 
     def sent(self, payload_bytes: int) -> bytes | None:
-        """Count what was sent. Returns a marker if one has to be sent behind it."""
+        """Count payload that was sent. Returns a marker if one must be sent after it."""
         self._unacknowledged += payload_bytes
         if self._unacknowledged * 2 < self._size:
             return None
@@ -49,31 +49,31 @@ class StdinWindow:
         return self._marker()
 
     def ask_again(self) -> bytes:
-        """Return the same marker again, as it did not come back; whichever does first counts.
+        """Return the same marker again, if it did not come back. Whichever copy comes back first counts.
 
-        Nothing was sent in between, so each of them says the same.
+        Nothing was sent in between, so each copy means the same.
         """
         self.asked += 1
         return self._marker()
 
     def echoed(self, seq: int) -> bool:
-        """Take a marker that came back. Returns whether there is room again because of it."""
+        """Take a marker that came back. Returns whether it makes room again."""
         if not self.asked or seq != self._seq:
             return False
         self.reset()
         return True
 
     def reset(self) -> None:
-        """Begin anew; a marker that is still on its way does not count any more."""
+        """Start with an empty window. A marker that is still on its way no longer counts."""
         self._be_another()
         self.asked = 0
         self._unacknowledged = 0
 
     def _be_another(self) -> None:
-        """Have the next marker have another seq.
+        """Give the next marker another seq.
 
-        Those that are still on their way may come back late: were one taken for the next, data in front of
-        that would count as handled.
+        A copy of an earlier marker may come back late. If it were taken for the next marker, the data before
+        that one would count as handled.
         """
         self._generation = (self._generation + 1) % _GENERATIONS
 
