@@ -36,7 +36,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 
 class AllocatedIo(NamedTuple):
-    """What `allocate_io` returns: the first stream's seq, and the fd that carries the streams, yours to close."""
+    """What `allocate_io` returns: the first stream's seq, and the fd of the streams, yours to close."""
 
     io_base: int
     fd: int

@@ -1,4 +1,4 @@
-"""One process in a container, from its start to its end, with this command's standard streams as its own."""
+"""A process in a container, from start to end, attached to this command's standard streams."""
 
 import signal
 import socket
@@ -28,23 +28,23 @@ from cc_proxy.ctl.stdio import STDIN_FD, Output, Stdin
 from cc_proxy.ctl.streams import ProcessStreams
 from cc_proxy.ctl.terminal import Terminal
 
-#: Makes the name and the arguments of the command that starts a process.
+#: Returns the name and the arguments of the command that starts a process.
 StartCommand = Callable[[HyperProcess], tuple[str, msgspec.Struct]]
 
 
-#: Seconds within which a signal that kills a process has done so, and this is known.
+#: A process that ends this soon after a signal, in seconds, is taken to have been killed by it.
 _KILLED_WITHIN = 5.0
 _NOT_STARTED = "the agent does not say why: look whether the program, -w's directory and -u's user are there"
 
 
 def terminal_for(process: Process) -> Terminal | None:
-    """Return the terminal for a process that wants one. Raises `Misuse` if stdin is none."""
+    """Return the terminal for a process that wants one. Raises `Misuse` if stdin is no terminal."""
     return Terminal(STDIN_FD) if process.terminal else None
 
 
 @dataclass(frozen=True)
 class Attendance:
-    """Stands in for a process: what comes to this command goes to it, and the other way round."""
+    """Stands for a process: passes this command's input to it, and its output to this command's."""
 
     client: Client
     signals: Signals
@@ -56,11 +56,11 @@ class Attendance:
     def run(self, command: StartCommand, *, passes_signals: bool) -> int:
         """Start the process and return its exit status.
 
-        With `passes_signals` they are passed on. They reach a container's first process, so only that may
-        have them.
+        With `passes_signals` signals are passed on. They reach a container's first process, so use this only
+        for that one.
 
-        Raises `Failure`, `ProxyError` or `OSError` if that cannot be had, `Interrupted` if a signal or a
-        closed stdout ends this command first. `client` is of no use for other requests afterwards.
+        Raises `Failure`, `ProxyError` or `OSError` if the process or its status cannot be had; `Interrupted`
+        if a signal or a closed stdout ends this command first. `client` must make no other requests then.
         """
         began = time.monotonic()
         with self.signals.may_interrupt():
@@ -74,7 +74,7 @@ class Attendance:
         return status
 
     def _start(self, command: StartCommand, io_base: int) -> None:
-        """Have the process started. The first signal is the process's, as soon as it is there."""
+        """Have the process started. The first signal does not interrupt this: it is for the process."""
         size = self.terminal.size() if self.terminal else None
         name, arguments = command(hyper_process(self.process, io_base, size))
         try:
@@ -93,14 +93,14 @@ class Attendance:
         return self.terminal.raw(keys_are_signals=not self.process.interactive)
 
     def _relay(self, io: socket.socket, io_base: int, passes_signals: bool) -> int | None:
-        """Carry the streams until the process has ended; returns its status, None if they ended before it."""
+        """Carry the streams until the process has ended; returns its status, None if they ended first."""
         streams, passed_on = ProcessStreams(io_base), _PassedOn()
         stdin = Stdin(io_base, forward=self.process.interactive, terminal=self.process.terminal)
         with closing(BackgroundCommands(self.client)) as commands, closing(Output()) as output:
             io_fd = IoFd(io, streams, stdin, output)
 
             def passes(signum: int) -> bool:
-                """Whether a signal is the process's. A second that ends is not if nobody reads its output."""
+                """Whether to pass a signal on: not a second one to stop while nobody reads the output."""
                 again = output.stalled and signum in STOPPING and passed_on.any_stopping
                 insists = again or self.signals.insistent
                 return passes_signals and streams.status is None and not insists
@@ -119,7 +119,7 @@ class Attendance:
                     passed_on.end()
                 return not output.size and (io_fd.at_eof or streams.status is not None)
 
-            # It may have changed since the process was described.
+            # The window may have changed since the process was described.
             self._resize(commands, io_base)
             try:
                 loop((SignalWatch(self.signals, react), commands, io_fd, stdin, output), done)
@@ -136,31 +136,31 @@ class Attendance:
 
 
 class _PassedOn:
-    """The signals that a process was sent, and whether one may have ended it.
+    """The signals that were passed on to a process, and whether one of them may have ended it.
 
-    To the agent the status of a process that a signal has killed is 0.
+    The agent reports 0 for a process that a signal killed.
     """
 
     def __init__(self) -> None:
-        self._signals: dict[int, float] = {}  # and when they were sent, the latest last
+        self._signals: dict[int, float] = {}  # when each was sent, the latest last
         self._ended: float | None = None
 
     @property
     def any_stopping(self) -> bool:
-        """Whether one of them asked for an end."""
+        """Whether one of them was SIGINT or SIGTERM."""
         return not STOPPING.isdisjoint(self._signals)
 
     def add(self, signum: int) -> None:
-        """A signal is passed on."""
+        """Note that a signal is passed on."""
         self._signals.pop(signum, None)
         self._signals[signum] = time.monotonic()
 
     def end(self) -> None:
-        """The process has ended; only the first call counts."""
+        """Note that the process has ended; only the first call counts."""
         self._ended = self._ended or time.monotonic()
 
     def status(self, reported: int) -> int:
-        """Return the exit status of a process of which the agent reports this one."""
+        """Return the exit status of a process for which the agent reports `reported`."""
         if reported or self._ended is None:
             return reported
         recent = [signum for signum, at in self._signals.items() if self._ended - at <= _KILLED_WITHIN]

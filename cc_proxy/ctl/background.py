@@ -1,4 +1,4 @@
-"""Commands for the agent while a process runs: sent, not waited for."""
+"""Commands for the agent while a process runs. Nobody waits for their answers."""
 
 import os
 import select
@@ -19,14 +19,14 @@ _READ_SIZE = 64 * 1024
 class BackgroundCommands:
     """Pipelines `hyper` commands over the connection of a client that is attached.
 
-    The answers are read and forgotten, as the shim in the field does: a window that could not be
-    resized is no reason to stop, and a container that cannot be killed has just ended. That client must
-    make no more requests.
+    The answers are read and dropped, as the shim in the field does. A window that could not be resized is no
+    reason to stop, and a container that cannot be killed has just ended. The client must make no more
+    requests.
     """
 
     def __init__(self, client: Client) -> None:
         self._sock: socket.socket | None = socket.socket(fileno=os.dup(client.fileno()))
-        #: What is left of the command that is being sent, and those that wait, by the signal they are for.
+        #: The rest of the command that is being sent; and those that wait, by the signal they are for.
         self._outgoing = b""
         self._waiting: dict[int, bytes] = {}
 
@@ -37,23 +37,23 @@ class BackgroundCommands:
             self._sock = None
 
     def send(self, signum: int, name: str, arguments: msgspec.Struct) -> None:
-        """Have a command sent because of a signal, as soon as the connection takes it.
+        """Send a command because of a signal, as soon as the connection takes it.
 
-        An earlier one for the same signal is replaced if nothing of it has been sent: as with signals
-        themselves, how often one came while it could not be handled does not count.
+        It replaces an earlier one for the same signal of which nothing has been sent. Signals themselves are
+        the same: several that come before one is handled are one.
         """
         payload = Hyper(name, msgspec.Raw(msgspec.json.encode(arguments)))
         self._waiting[signum] = encode(Request(payload.NAME, msgspec.Raw(msgspec.json.encode(payload))))
 
     def wants(self) -> Wanted:
-        """Read answers always, send while there is something to be sent."""
+        """Always read answers; write while there is something to send."""
         if self._sock is None:
             return NOTHING
         sending = select.POLLOUT if self._outgoing or self._waiting else 0
         return self._sock.fileno(), select.POLLIN | sending
 
     def handle(self, events: int) -> None:
-        """Send, and drop what arrives. A connection that is lost is closed: the I/O fd tells the rest."""
+        """Send, and drop what arrives. Close a connection that is lost; the I/O fd will tell the rest."""
         assert self._sock is not None
         try:
             if events & select.POLLOUT:
@@ -84,10 +84,10 @@ class SignalWatch:
         self._react = react
 
     def wants(self) -> Wanted:
-        """Signals, always."""
+        """Always watch for signals."""
         return self._signals.fileno(), select.POLLIN
 
     def handle(self, _events: int) -> None:
-        """React to what came."""
+        """React to the signals that came."""
         for signum in self._signals.take():
             self._react(signum)

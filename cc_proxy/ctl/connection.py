@@ -1,4 +1,4 @@
-"""The way to the proxy, and what it says of a VM that has gone."""
+"""Connecting to the proxy, and asking it why a VM has gone."""
 
 import errno
 import time
@@ -10,7 +10,7 @@ from cc_proxy.ctl.errors import Failure, reason
 from cc_proxy.ctl.options import SOCKET_VARIABLE, Proxy
 from cc_proxy.ctl.signals import Signals
 
-#: Seconds for asking why something went wrong.
+#: Seconds that asking why something went wrong may take.
 _PATIENCE = 2.0
 
 _SEE_LOG = "cc-proxy's log says which"
@@ -23,9 +23,9 @@ _NEXT_STEPS = {
 
 
 def connect(proxy: Proxy, signals: Signals | None = None) -> Client:
-    """Return a connected client. Raises `Failure` if there is no proxy to connect to.
+    """Return a connected client. Raises `Failure` if no proxy can be reached.
 
-    If signals are caught, one that ends the command raises `Interrupted`.
+    With `signals`, one that ends the command raises `Interrupted`.
     """
     interruptible: AbstractContextManager[None] = signals.may_interrupt() if signals else nullcontext()
     try:
@@ -38,10 +38,10 @@ def connect(proxy: Proxy, signals: Signals | None = None) -> Client:
 
 
 def lost_streams(proxy: Proxy, container_id: str, name: str, began: float) -> Failure:
-    """Return what to say of a process `name` whose streams have ended before it had.
+    """Return the failure of a process `name` whose streams ended before it did.
 
-    Asks the proxy which of the two went away, and why. `began` is when the process was started
-    (`time.monotonic`).
+    Asks the proxy whether the VM or the proxy itself went away, and why. `began` is when the process was
+    started (`time.monotonic`).
     """
     before_the_end = f"before '{name}' had ended"
     try:
@@ -58,7 +58,7 @@ def lost_streams(proxy: Proxy, container_id: str, name: str, began: float) -> Fa
 
 
 def _gone(status: Status, vm_id: str, age: float, before_the_end: str) -> Failure:
-    """Return what a status says of a VM that may have been lost within the last `age` seconds."""
+    """Return the failure that a status gives for a VM which may have been lost in the last `age` seconds."""
     for ended in status.ended:
         if ended.id == vm_id and ended.error.age <= age:
             return Failure(f"the VM was lost {before_the_end}: {ended.error.text}")

@@ -15,7 +15,7 @@ READY = b"\n"
 
 
 def agent(asked: options.Agent) -> int:
-    """Be the agent until a signal comes or the VM powers off; the exit status is `run_agent`'s."""
+    """Run the agent until a signal comes or its VM powers off; returns the exit status of `run_agent`."""
     from cc_proxy.agent import run_agent  # noqa: PLC0415 - no other command needs an agent
 
     fd = asked.ready_fd
@@ -26,7 +26,7 @@ def agent(asked: options.Agent) -> int:
         if fd is None:
             print(f"cc-proxy agent: listens on {asked.vm.ctl} and {asked.vm.io}", file=sys.stderr, flush=True)
             return
-        # SIGTERM is handled by now. If the peer has gone before, writing fails.
+        # SIGTERM is handled by now. If the peer went away before, writing fails.
         _end_with_peer(fd)
         os.write(fd, READY)
 
@@ -46,8 +46,8 @@ def _peer_is_gone(fd: int) -> bool:
 def _end_with_peer(fd: int) -> None:
     """If `fd` is a socket, have the kernel send SIGTERM when its other end is closed.
 
-    So an agent does not outlive who has started it, even if that was killed. A thread that waits for it
-    would be in the way of the agent, which forks. Pipes are left out: some kernels signal for each read.
+    So an agent does not outlive the process that started it, even if that was killed. It needs no thread that
+    waits, which would disturb an agent that forks. Pipes are left out: some kernels signal for each read.
     """
     if stat.S_ISSOCK(os.fstat(fd).st_mode):
         fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())

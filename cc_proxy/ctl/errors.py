@@ -1,4 +1,4 @@
-"""How a command ends when it does not end well: a line on stderr and an exit status."""
+"""How a command fails: a line on stderr and an exit status."""
 
 import sys
 from contextlib import suppress
@@ -15,14 +15,14 @@ STATUS_NOT_STARTED = 127
 #: Added to the number of the signal that ended a command, as shells do.
 STATUS_SIGNALLED = 128
 
-#: How the daemon marks what the agent itself refused (docs/protocol.md, hyper).
+#: The daemon's mark of what the agent itself refused (docs/protocol.md, hyper).
 _FROM_AGENT = "received from Hyperstart"
 
 
-#: What the daemon calls a VM's sockets, and what they are called here.
+#: The daemon's names of a VM's sockets, and the options for them.
 _OPTIONS = {"ctlSerial": "--ctl", "ioSerial": "--io"}
 
-#: How texts of the daemon's begin that do not say what to do, and what to do.
+#: What to do about errors whose text does not say so, by the beginning of the daemon's text.
 _NEXT_STEPS = {
     "unknown containerID": "`cc-proxyctl status` lists the VMs that you may use, and those that failed",
     "message too long": f"a command for the agent has {MAX_COMMAND} bytes at most: shorten its arguments, "
@@ -31,7 +31,7 @@ _NEXT_STEPS = {
 
 
 class Failure(Exception):
-    """Ends the command with its text, one line, and an exit status. `hint` says what to do about it."""
+    """Ends the command with a line of text and an exit status. `hint` says what to do about it."""
 
     def __init__(self, text: str, status: int = STATUS_FAILED, hint: str = "") -> None:
         super().__init__(text)
@@ -40,14 +40,14 @@ class Failure(Exception):
 
 
 class Misuse(Failure):
-    """What the command line asks for cannot be meant."""
+    """The command line makes no sense."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text, STATUS_MISUSE)
 
 
 class Interrupted(Exception):
-    """A signal ends the command, without a word. SIGPIPE stands for an output that nobody reads."""
+    """A signal ends the command, without a message. SIGPIPE stands for an output that nobody reads."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"signal {signum}")
@@ -61,12 +61,12 @@ def says_why(refusal: Refused) -> bool:
 
 
 def is_from_agent(refusal: Refused) -> bool:
-    """Whether it was the agent that refused, not the proxy in its place."""
+    """Whether the agent refused, and not the proxy."""
     return _FROM_AGENT in refusal.text
 
 
 def explain(error: Exception) -> str:
-    """Say in a few words what went wrong."""
+    """Return in a few words what went wrong."""
     if isinstance(error, Failure):
         return with_hint(str(error), error.hint)
     if isinstance(error, Refused):
@@ -83,21 +83,21 @@ def explain(error: Exception) -> str:
 
 
 def with_hint(text: str, hint: str) -> str:
-    """Return a text that goes on with what to do."""
+    """Return a text followed by what to do, if anything."""
     return f"{text} ({hint})" if hint else text
 
 
 def reason(error: Exception) -> str:
-    """Return what the system or the proxy says about an error, without numbers and names of ours."""
+    """Return what the system or the proxy says about an error, without Python's own additions."""
     strerror = error.strerror if isinstance(error, OSError) else None
-    # str() of an OSError that has a file's name but no number is all None.
+    # str() of an OSError with a file name but no number is full of None.
     return strerror or " ".join(map(str, error.args))
 
 
 def say(text: str) -> None:
-    """Print one line on stderr, whatever is in `text`: some of it is what a VM said."""
+    """Print one line on stderr, whatever `text` contains: a VM may have chosen some of it."""
     if sys.stderr is None:
-        return  # closed from the start; print() would take stdout in its place
+        return  # closed from the start; print() would write to stdout instead
     line = "".join(char if char.isprintable() else " " for char in text)
-    with suppress(OSError):  # if nobody listens, the exit status still tells
+    with suppress(OSError):  # if nobody reads it, the exit status still tells
         print(f"cc-proxyctl: {line}", file=sys.stderr, flush=True)

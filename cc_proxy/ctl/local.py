@@ -15,15 +15,15 @@ from cc_proxy.ctl.errors import Failure, Interrupted
 from cc_proxy.ctl.options import Vm
 from cc_proxy.ctl.signals import Signals
 
-#: Seconds until an agent has to listen, or has to have ended.
+#: Seconds that an agent may take to listen, or to end.
 _PATIENCE = 10.0
-#: A path of a socket has at most 107 bytes; this is what is left for the directory's parent.
+#: Longest path of the directory's parent: a path to a socket has at most 107 bytes.
 _LONGEST_PARENT = 70
 
 
 @contextmanager
 def local_agent(signals: Signals, console: str) -> Iterator[Vm]:
-    """Run an agent for as long as the context lasts; gives the VM it stands for.
+    """Run an agent for as long as the context lasts; yields the VM that it stands for.
 
     Raises `Failure` if it does not come up, `Interrupted` if a signal comes first.
     """
@@ -39,7 +39,7 @@ def local_agent(signals: Signals, console: str) -> Iterator[Vm]:
 
 
 def _parent() -> str | None:
-    """Return a directory that the proxy can see too, which may have been given a /tmp of its own."""
+    """Return a directory that the proxy sees too: it may have a /tmp of its own."""
     for path in (os.environ.get("TMPDIR"), "/run", os.environ.get("XDG_RUNTIME_DIR")):
         if path and len(os.fsencode(path)) <= _LONGEST_PARENT and os.access(path, os.W_OK | os.X_OK):
             return path
@@ -48,7 +48,7 @@ def _parent() -> str | None:
 
 @contextmanager
 def _running_agent(vm: Vm, log: Path, signals: Signals) -> Iterator[socket.socket]:
-    """Gives the socket on which the agent announces that it listens. Closing that ends the agent, too."""
+    """Yield the socket on which the agent announces that it listens. Closing it ends the agent."""
     ready, announce = socket.socketpair()
     with ready:
         with announce:
@@ -69,9 +69,9 @@ def _start(vm: Vm, log: Path, announce: int) -> subprocess.Popen[bytes]:
             stdout=subprocess.DEVNULL,
             stderr=errors,
             pass_fds=(announce,),
-            # Where this very package is found, and nothing that lies around in the user's directory.
+            # So that Python imports this very package, and nothing from the user's directory.
             cwd=Path(cc_proxy.__file__).parent.parent,
-            # Ctrl-C is for the process in the container, not for its agent.
+            # Ctrl-C is meant for the process in the container, not for its agent.
             process_group=0,
         )
 

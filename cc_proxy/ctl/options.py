@@ -1,7 +1,7 @@
-"""What the command line asks for, typed. No I/O but a look at the environment.
+"""The command line as typed values. No I/O except reading the environment.
 
-Each class reads itself from argparse's namespace with `of`, which raises `Misuse` for what argparse
-cannot see: options that only make sense together.
+Each class has a constructor `of` that reads argparse's namespace. It raises `Misuse` for what argparse cannot
+check: options that make sense only together.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import Self
 from cc_proxy.api import DEFAULT_SOCKET
 from cc_proxy.ctl.errors import Misuse
 
-#: Names the proxy's socket unless the command line does.
+#: The environment variable with the path of the proxy's socket, unless the command line gives one.
 SOCKET_VARIABLE = "CC_PROXY_SOCKET"
 
 _ID_BYTES = 6
@@ -21,7 +21,7 @@ _ID_BYTES = 6
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """How to reach the proxy, and how long it may take for each answer, in seconds."""
+    """How to reach the proxy, and how many seconds it may take for each answer."""
 
     socket_path: str
     timeout: float
@@ -34,7 +34,7 @@ class Proxy:
 
 @dataclass(frozen=True, slots=True)
 class Vm:
-    """The sockets of a VM. Absolute paths: the proxy has a working directory of its own."""
+    """The sockets of a VM. The paths are absolute, because the proxy has its own working directory."""
 
     ctl: str
     io: str
@@ -47,7 +47,7 @@ class Vm:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process to be started."""
+    """A process to start."""
 
     args: tuple[str, ...]
     terminal: bool = False
@@ -73,7 +73,7 @@ class Run:
 
     proxy: Proxy
     container_id: str
-    #: None for an embedded agent.
+    #: None to use an embedded agent.
     vm: Vm | None
     console: str
     process: Process
@@ -158,7 +158,7 @@ class Hyper:
     proxy: Proxy
     container_id: str
     name: str
-    #: JSON text, `-` for stdin's; None for a command without data.
+    #: JSON text, or `-` to read it from stdin; None for a command without data.
     data: str | None
 
     @classmethod
@@ -172,7 +172,7 @@ class Agent:
 
     vm: Vm
     ready_fd: int | None
-    #: A directory; empty for none.
+    #: The directory to remove at the end; empty for none.
     remove: str
 
     @classmethod
@@ -181,7 +181,7 @@ class Agent:
 
 
 def environment_variables(settings: Iterable[str], environ: Mapping[str, str]) -> dict[str, str]:
-    """Read settings `NAME=VALUE`, and `NAME` for what `environ` has under that name, if anything.
+    """Read `NAME=VALUE`; and `NAME`, which takes its value from `environ` if it has one.
 
     Raises `Misuse` if there is no name.
     """

@@ -1,4 +1,4 @@
-"""A status as text for people. No I/O."""
+"""Formats a status for people. No I/O."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,7 +13,7 @@ _UNKNOWN = "no answer"
 
 
 def overview(status: Status) -> str:
-    """Return the whole of a status as lines: the daemon, a table of the VMs, what waits, what went wrong."""
+    """Return a status as lines: the daemon, a table of the VMs, what waits, what went wrong."""
     lines = list(_daemon(status))
     if status.vms:
         lines += ["", *_table([_HEADINGS, *map(_row, status.vms)])]
@@ -30,7 +30,7 @@ def overview(status: Status) -> str:
 
 
 def waits(vm: VmStatus) -> Iterator[str]:
-    """Yield in words what waits in a VM, and for whom."""
+    """Yield one line for each thing that waits in a VM, and for whom it waits."""
     if not vm.answers:
         yield "its I/O pump does not answer: it is busy or stuck"
     if vm.streams:
@@ -48,13 +48,13 @@ def waits(vm: VmStatus) -> Iterator[str]:
 
 
 def size(number: int) -> str:
-    """Return a number of bytes in the unit that suits it."""
+    """Return a number of bytes in a unit that suits it."""
     unit = min(max(number.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
     return f"{number / 1024**unit:.4g} {_UNITS[unit]}"
 
 
 def age(seconds: float) -> str:
-    """Return a time in its two greatest units."""
+    """Return a time in seconds in its two largest units."""
     left = int(seconds)
     parts: list[str] = []
     for length, unit in _PERIODS:

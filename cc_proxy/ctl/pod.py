@@ -1,4 +1,4 @@
-"""The VM that `run` has registered, and the pod it has started there: taken back in every outcome."""
+"""The VM that `run` has registered and the pod it has started in it: undone in every outcome."""
 
 import signal
 from contextlib import suppress
@@ -11,14 +11,14 @@ from cc_proxy.ctl.options import Proxy, Vm
 from cc_proxy.ctl.requests import KillContainer, StartPod
 from cc_proxy.ctl.signals import Signals
 
-#: Seconds that destroying and unregistering may last each: a VM that hangs must not keep the user.
+#: Seconds that destroying, and then unregistering, may take: a VM that hangs must not keep the user waiting.
 _GRACE = 5.0
 
 
 class Pod:
-    """One pod with one container, both under the same id. At the context's end neither is left.
+    """One pod with one container, under the same id. At the end of the context neither is left.
 
-    Destroying and unregistering are done over connections of their own, since a request that failed or was
+    Destroying and unregistering use connections of their own, because a request that failed or was
     interrupted leaves its connection in an unknown state.
     """
 
@@ -26,7 +26,7 @@ class Pod:
         self._signals = signals
         self._socket_path = proxy.socket_path
         self._container_id = container_id
-        # What may be true counts as true: a request that was interrupted may have been carried out.
+        # Each is True if it may be: a request that was interrupted may have been carried out.
         self._registered = False
         self._started = False
         self._answered = False
@@ -45,7 +45,7 @@ class Pod:
             self._unregister()
 
     def register(self, client: Client, vm: Vm) -> None:
-        """Say hello. A first signal waits for the answer, which is needed to take back the right thing."""
+        """Say hello. A first signal waits for the answer, which tells what has to be undone."""
         try:
             with self._signals.may_interrupt(tolerate=1):
                 self._registered = True
@@ -56,7 +56,7 @@ class Pod:
             raise
 
     def start(self, client: Client) -> None:
-        """Start the pod. One that the VM has already is somebody else's, and stays."""
+        """Start the pod. If the VM has one already, it is somebody else's and is left alone."""
         try:
             with self._signals.may_interrupt():
                 self._started = True
@@ -78,7 +78,7 @@ class Pod:
             client.request(Hyper("destroypod"))
 
     def _kill(self, client: Client) -> None:
-        """Kill what runs: a process that ignores SIGTERM would keep destroypod from ever being answered."""
+        """Kill all processes: one that ignores SIGTERM would keep destroypod from ever being answered."""
         with suppress(Refused):
             client.hyper(
                 "killcontainer", KillContainer(self._container_id, signal.SIGKILL, all_processes=True)
@@ -94,12 +94,12 @@ class Pod:
                 with self._signals.may_be_cut_short():
                     client.bye(self._container_id)
             except Refused:
-                # Else the VM has powered off, and with that it is unregistered.
+                # After an answered hello a refusal only means that somebody else has unregistered the VM.
                 if not self._answered:
                     say(f"{self._container_id} may be registered yet: hello was not waited for")
             except (ProxyError, OSError, Interrupted) as error:
                 say(f"{self._container_id} may still be registered: {explain(error)}")
 
     def _connect(self) -> Client:
-        """Return a client with one deadline for everything that is done with it."""
+        """Return a client with one deadline for all its requests."""
         return Client(self._socket_path, timeout=Deadline(self._signals.grace(_GRACE)))

@@ -1,8 +1,7 @@
-"""One loop for everything that goes on while a process runs.
+"""One loop for everything that happens while a process runs.
 
-Each party says before every wait which fd it would like to use and for what, so pausing one is nothing but
-its not asking: a stdout that is not read stops the reading of frames, and frames that are not taken stop
-the reading of stdin.
+Before each wait every party says which fd it wants to use and for what. A party that asks for nothing is
+paused: while stdout is not read, no frames are read; while the proxy takes no frames, stdin is not read.
 """
 
 import select
@@ -12,28 +11,28 @@ from typing import Protocol
 
 from cc_proxy.ctl.streams import ProcessStreams
 
-#: An fd, and the poll(2) events it is to be watched for; no events, no watching.
+#: An fd, and the poll(2) events to watch it for. With no events it is not watched.
 Wanted = tuple[int, int]
 NOTHING: Wanted = (-1, 0)
 
-#: Read from the I/O fd at once.
+#: Bytes to read from the I/O fd at once.
 _READ_SIZE = 64 * 1024
-#: While as many bytes of output wait, nothing more is read.
+#: While this many bytes of output wait, nothing more is read.
 _ENOUGH_OUTPUT = 64 * 1024
 
 
 class Party(Protocol):
-    """One who takes part in the loop."""
+    """A participant of the loop."""
 
     def wants(self) -> Wanted:
-        """Return what to wait for; asked before each wait."""
+        """Return what to wait for. Called before each wait."""
 
     def handle(self, events: int, /) -> None:
-        """Use the fd, for which these poll(2) events came, without blocking."""
+        """Use the fd without blocking. `events` are those of poll(2)."""
 
 
 def loop(parties: Sequence[Party], done: Callable[[], bool]) -> None:
-    """Let the parties do what they can whenever they can, until `done`. What they raise ends it too."""
+    """Let each party work whenever its fd is ready, until `done`. An exception from a party ends the loop."""
     while not done():
         poll = select.poll()
         waiting: dict[int, Party] = {}
@@ -52,7 +51,7 @@ class FrameSource(Protocol):
     frames: bytes
 
     def close(self) -> None:
-        """Nobody takes them any more."""
+        """Give up: nobody takes the frames any more."""
 
 
 class FrameSink(Protocol):
@@ -65,7 +64,7 @@ class FrameSink(Protocol):
 
 
 class IoFd:
-    """The I/O fd of a process: what arrives is put into `output`, what `stdin` has is sent."""
+    """The I/O fd of a process: sends what `stdin` has, and puts what arrives into `output`."""
 
     def __init__(
         self, sock: socket.socket, streams: ProcessStreams, stdin: FrameSource, output: FrameSink
@@ -74,20 +73,20 @@ class IoFd:
         self._streams = streams
         self._stdin = stdin
         self._output = output
-        #: Whether the proxy has closed it.
+        #: Whether the proxy has closed it, and everything was read.
         self.at_eof = False
 
     def wants(self) -> Wanted:
-        """Send while there is something to be sent, read while output is not piling up."""
+        """Write while there is something to send; read while output does not pile up."""
         sending = select.POLLOUT if self._stdin.frames else 0
         reading = select.POLLIN if self._may_read() else 0
         return self._sock.fileno(), sending | reading
 
     def handle(self, events: int) -> None:
-        """Send and read. Raises `ProtocolError` if what arrives is not frames."""
+        """Write and read. Raises `ProtocolError` if what arrives is not frames."""
         if self._stdin.frames:
             self.send()
-        # A hang-up comes as an event of its own, asked for or not.
+        # poll(2) reports a hang-up as its own event, asked for or not.
         if events & ~select.POLLOUT and self._may_read():
             self._receive()
 
@@ -96,13 +95,13 @@ class IoFd:
         return not ended and self._output.size < _ENOUGH_OUTPUT
 
     def send(self) -> None:
-        """Send what of stdin the proxy takes now."""
+        """Send as much stdin as the proxy takes now."""
         try:
             sent = self._sock.send(self._stdin.frames, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except BlockingIOError:
             return
         except ConnectionError:
-            # The process may have ended: what it has said to the last is still there to be read.
+            # The process may have ended; its last output can still be read.
             self._stdin.close()
             return
         self._stdin.frames = self._stdin.frames[sent:]

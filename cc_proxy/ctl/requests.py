@@ -1,16 +1,16 @@
-"""What the agent is asked for, as the JSON it expects (docs/protocol.md, commands a pod needs). No I/O."""
+"""Commands for the agent, as the JSON it expects (docs/protocol.md, 2). No I/O."""
 
 import msgspec
 
 from cc_proxy.ctl.options import Process
 
-#: What a process gets unless it is told otherwise. Agents may give it nothing.
+#: A process gets these unless the command line says otherwise. Agents may give it none.
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _DEFAULT_TERM = "xterm"
 
 
 class _Arguments(msgspec.Struct, frozen=True, rename="camel"):
-    """Common shape of a command's arguments."""
+    """The base of all commands' arguments."""
 
 
 class StartPod(_Arguments, frozen=True):
@@ -31,18 +31,18 @@ class EnvironmentVariable(_Arguments, frozen=True):
 
 
 class WindowSize(msgspec.Struct, frozen=True):
-    """How many characters a terminal shows."""
+    """The size of a terminal, in characters."""
 
     rows: int
     columns: int
 
 
 class HyperProcess(_Arguments, frozen=True, omit_defaults=True):
-    """A process to be. Its agent knows it by the streams it has."""
+    """A process to start. The agent knows it by its streams."""
 
     terminal: bool
     stdio: int
-    #: 0 for a terminal, which has no stderr of its own.
+    #: 0 with a terminal, which has no separate stderr.
     stderr: int
     args: tuple[str, ...]
     envs: tuple[EnvironmentVariable, ...]
@@ -73,7 +73,7 @@ class ExecCmd(_Arguments, frozen=True):
 
 
 class KillContainer(_Arguments, frozen=True, omit_defaults=True):
-    """`killcontainer`: a signal for a container's first process, or for everything in it."""
+    """`killcontainer`: a signal for a container's first process, or for all its processes."""
 
     container: str
     signal: int
@@ -89,7 +89,7 @@ class WinSize(_Arguments, frozen=True):
 
 
 def hyper_process(process: Process, io_base: int, size: WindowSize | None) -> HyperProcess:
-    """Describe `process` to the agent; `size` is its terminal's, None if it has none."""
+    """Describe `process` for the agent. `size` is its terminal's, None without a terminal."""
     return HyperProcess(
         terminal=process.terminal,
         stdio=io_base,

@@ -1,4 +1,4 @@
-"""`run` and `exec`: a process with this command's standard streams as its own."""
+"""`run` and `exec`: a process attached to this command's standard streams."""
 
 from contextlib import ExitStack
 
@@ -14,7 +14,7 @@ from cc_proxy.ctl.signals import Signals
 
 
 def run(asked: options.Run) -> int:
-    """Start a pod for one process and return that one's exit status. Nothing is left of the pod."""
+    """Start a pod with one process; returns that process's exit status. Leaves nothing of the pod behind."""
     container_id = asked.container_id
 
     def new_container(process: HyperProcess) -> tuple[str, msgspec.Struct]:
@@ -36,10 +36,10 @@ def run(asked: options.Run) -> int:
 
 
 def execute(asked: options.Exec) -> int:
-    """Start a process in a pod that runs and return its exit status.
+    """Start a process in a running pod; returns its exit status.
 
-    Signals end this command, not the process: the agent could pass them to the container's first process
-    only. The process sees its input end.
+    Signals end this command, not the process: the agent could pass them only to the container's first
+    process. The process reads end of file then.
     """
 
     def exec_cmd(process: HyperProcess) -> tuple[str, msgspec.Struct]:

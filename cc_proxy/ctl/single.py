@@ -1,4 +1,4 @@
-"""Commands that are one request or two: `hello`, `attach`, `hyper` and `bye`."""
+"""Commands of one or two requests: `hello`, `attach`, `hyper` and `bye`."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ def hello(asked: options.Hello) -> int:
 
 
 def attach(asked: options.Registered) -> int:
-    """See whether a VM is registered and answers."""
+    """Check that a VM is registered and answers."""
     with connect(asked.proxy) as client:
         client.attach(asked.container_id)
         before = time.perf_counter()
@@ -50,7 +50,7 @@ def bye(asked: options.Registered) -> int:
 
 
 def _json(given: str) -> bytes:
-    """Return a JSON text as it was given. What is none would make the whole request unreadable."""
+    """Return a JSON text as it was given. Raises `Misuse` if it is none."""
     data = _read_stdin() if given == _STDIN else os.fsencode(given)
     try:
         msgspec.json.decode(data)

@@ -1,4 +1,4 @@
-"""`status` and `log-level`: the daemon itself, asked and told."""
+"""`status` and `log-level`: commands about the daemon itself."""
 
 import msgspec
 
@@ -10,7 +10,7 @@ from cc_proxy.log.printable import printable_json
 
 
 def status(asked: options.Status) -> int:
-    """Show how the daemon and its VMs are."""
+    """Show the state of the daemon and its VMs."""
     with connect(asked.proxy) as client:
         answer = client.status()
     if asked.as_json:

@@ -1,11 +1,11 @@
-"""A process's streams as frames (docs/protocol.md, 3), and how its end shows in them. No I/O."""
+"""A process's streams as frames (docs/protocol.md, 3), and recognising its end in them. No I/O."""
 
 from enum import Enum
 
 from cc_proxy.api import Frame, FrameParser, encode_frame
 from cc_proxy.api.frames import FRAME_HEADER
 
-#: Longest frame of stdin, header included: what clients in the field send.
+#: Longest frame of stdin, header included; clients in the field send this much.
 MAX_STDIN_FRAME = 8192
 MAX_STDIN_PAYLOAD = MAX_STDIN_FRAME - FRAME_HEADER.size
 
@@ -22,8 +22,8 @@ class _Phase(Enum):
 class ExitWatch:
     """Follows the frames of one process's stdio stream until they tell its exit status.
 
-    The process ends with an empty frame; the status is the first frame after it that has one byte. One
-    before it is output, and what else comes after it is not the status.
+    A process ends with an empty frame. The first frame of one byte after that is the exit status. A frame of
+    one byte before it is output; so is any other frame between the two.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class ExitWatch:
         self.status: int | None = None
 
     def output(self, payload: bytes) -> bytes:
-        """Take the payload of the next frame and return what of it is the process's output."""
+        """Take the payload of the next frame; returns the part of it that is output."""
         if self._phase is _Phase.RUNNING and not payload:
             self._phase = _Phase.AT_EOF
         elif self._phase is _Phase.AT_EOF and len(payload) == 1:
@@ -43,7 +43,7 @@ class ExitWatch:
 
 
 class ProcessStreams:
-    """Sorts what arrives on a process's I/O fd into what belongs on stdout and on stderr."""
+    """Sorts what arrives on a process's I/O fd by stdout and stderr."""
 
     def __init__(self, io_base: int) -> None:
         self._io_base = io_base
@@ -56,9 +56,9 @@ class ProcessStreams:
         return self._watch.status
 
     def receive_data(self, data: bytes) -> list[tuple[int, bytes]]:
-        """Take bytes as they arrived; return pairs of a standard fd and what belongs there, in order.
+        """Take bytes as they arrived; returns pairs of a standard fd and output for it, in order.
 
-        Neighbours for the same fd are one. Raises `ProtocolError` if what arrived is not frames.
+        Neighbours for the same fd are joined. Raises `ProtocolError` if what arrived is not frames.
         """
         runs: list[tuple[int, list[bytes]]] = []
         for frame in self._parser.receive_data(data):
@@ -77,7 +77,7 @@ class ProcessStreams:
 
 
 def stdin_frames(seq: int, data: bytes) -> bytes:
-    """Return `data` as frames on `seq`; empty data as the frame that is end of file."""
+    """Return `data` as frames on `seq`; empty data as an end-of-file frame."""
     view = memoryview(data)
     starts = range(0, max(1, len(data)), MAX_STDIN_PAYLOAD)
     return b"".join(encode_frame(seq, view[start : start + MAX_STDIN_PAYLOAD]) for start in starts)

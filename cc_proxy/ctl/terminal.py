@@ -1,4 +1,4 @@
-"""The user's terminal, while a process in a VM has it."""
+"""The user's terminal, while a process in a VM uses it."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ _LFLAG = 3
 
 
 class Terminal:
-    """A terminal that stdin is. Raises `Misuse` if it is none."""
+    """The terminal behind an fd. Raises `Misuse` if it is no terminal."""
 
     def __init__(self, fd: int) -> None:
         if not os.isatty(fd):
@@ -24,7 +24,7 @@ class Terminal:
         self._fd = fd
 
     def size(self) -> WindowSize:
-        """Return how large its window is now; 0 by 0 is a terminal that does not know, or has hung up."""
+        """Return the size of its window; 0 by 0 if the terminal does not know it, or has hung up."""
         try:
             return WindowSize(*termios.tcgetwinsize(self._fd))
         except termios.error:
@@ -32,10 +32,10 @@ class Terminal:
 
     @contextmanager
     def raw(self, *, keys_are_signals: bool) -> Iterator[None]:
-        """Pass everything through as it is typed and printed; as it was, afterwards.
+        """Put the terminal into raw mode for as long as the context lasts.
 
-        With `keys_are_signals`, Ctrl-C and its like remain what they are: the only way out for somebody
-        whose keys nobody reads. Raises `Interrupted` if it has hung up.
+        With `keys_are_signals`, Ctrl-C and the like still make signals: otherwise a user whose keys nobody
+        reads could not get out. Raises `Interrupted` if the terminal has hung up.
         """
         try:
             before = termios.tcgetattr(self._fd)
@@ -48,7 +48,8 @@ class Terminal:
 
     def _set_raw(self, keys_are_signals: bool) -> None:
         with contextlib.suppress(termios.error):
-            # At once, not when output has drained: a terminal that nobody reads would block that for ever.
+            # TCSANOW, because waiting for output to drain would block for ever on a terminal that nobody
+            # reads.
             tty.setraw(self._fd, termios.TCSANOW)
             if keys_are_signals:
                 attributes = termios.tcgetattr(self._fd)
@@ -56,6 +57,6 @@ class Terminal:
                 termios.tcsetattr(self._fd, termios.TCSANOW, attributes)
 
     def _set(self, attributes: list[Any]) -> None:
-        """Set the terminal's mode. One that has hung up is what reading from it will tell."""
+        """Set the terminal's mode. If it has hung up, reading from it will tell."""
         with contextlib.suppress(termios.error):
             termios.tcsetattr(self._fd, termios.TCSANOW, attributes)

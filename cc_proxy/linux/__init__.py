@@ -1,1 +1,1 @@
-"""What the daemon needs of Linux beyond the standard library."""
+"""Interfaces of Linux that the standard library lacks, or has only in part."""

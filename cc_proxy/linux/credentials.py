@@ -1,7 +1,7 @@
-"""Who a client is, as the kernel says, and taking on that client's rights.
+"""Finding out from the kernel who a client is, and taking on that client's rights.
 
-Linux keeps rights for each thread. The C library's functions, and so Python's, change all threads of a
-process at once; here the system calls themselves are made, which change the one that calls.
+In Linux each thread has its own rights. The functions of the C library, and so of Python, change those of all
+threads at once. This module makes the system calls directly; they change only the thread that calls.
 """
 
 import array
@@ -19,7 +19,7 @@ ROOT = 0
 
 _PEERCRED = struct.Struct("@iII")
 _SO_PEERGROUPS = 59
-#: Groups that a process may have (limits.h, NGROUPS_MAX), and those that fit into the most Python asks for.
+#: The most groups a process may have (limits.h, NGROUPS_MAX), and the most that fit into Python's getsockopt.
 _MOST_GROUPS = 65_536
 _FEW_GROUPS = 256
 
@@ -27,10 +27,10 @@ _UNCHANGED = -1
 _CAPABILITY_VERSION = 0x2008_0522
 #: <sys/prctl.h>
 _PR_SET_DUMPABLE, _PR_SET_NAME = 4, 15
-#: CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: what makes root pass permissions of files.
+#: CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: they let root ignore file permissions.
 _PAST_PERMISSIONS = 1 << 1 | 1 << 2
 
-#: Numbers of setgroups, setresgid and setresuid; the first are those of all younger machines.
+#: Numbers of setgroups, setresgid and setresuid. All newer architectures share the first set.
 _COMMON = (159, 149, 147)
 _CALLS = {
     "aarch64": _COMMON,
@@ -45,7 +45,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class CannotAct(Exception):
-    """This process may not act as user `uid`; the text says why, and `errno` is the kernel's word for it."""
+    """This process may not act as user `uid`; the text says why, and `errno` is the kernel's reason."""
 
     def __init__(self, uid: int, number: int) -> None:
         machine = f"not known how on this machine ({platform.machine()})"
@@ -56,7 +56,7 @@ class CannotAct(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Who a process is. The groups are the supplementary ones."""
+    """The identity of a process. `groups` are the supplementary ones."""
 
     pid: int
     uid: int
@@ -65,36 +65,36 @@ class Credentials:
 
     @classmethod
     def of_peer(cls, sock: socket.socket) -> "Credentials":
-        """Return who connected a socket, or made it listen, as that process was then."""
+        """Return the process that connected the peer socket, or made it listen, as it was then."""
         peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
         pid, uid, gid = _PEERCRED.unpack(peer)
         return cls(pid, uid, gid, _peer_groups(sock))
 
     @classmethod
     def own(cls) -> "Credentials":
-        """Return who the thread that asks is."""
+        """Return the identity of the calling thread."""
         return cls(os.getpid(), os.geteuid(), os.getegid(), tuple(os.getgroups()))
 
     @property
     def all_groups(self) -> frozenset[int]:
-        """The groups that count where something is for a group."""
+        """The primary group and the supplementary ones."""
         return frozenset((self.gid, *self.groups))
 
 
 def become(who: Credentials) -> None:
-    """Give the thread that calls the rights of `who` and no others, for good.
+    """Give the calling thread the rights of `who` and no others, for good.
 
-    A socket that it connects from then on tells the listener that the peer is `who`. If this process is root
-    and so is `who`, there is nothing to give up. Raises `CannotAct`; the thread must not go on then.
+    The listener of a socket that it connects after that sees `who` as its peer. If this process is root and
+    so is `who`, nothing changes. Raises `CannotAct`; the thread must do nothing else then.
 
-    From then on the kernel lets `who` change the scheduling of this thread. Its real and saved ids stay what
-    they were: by them it is decided who may send a signal to this process, or trace it.
+    After this the kernel lets `who` change the scheduling of the thread. Its real and saved ids stay what
+    they were; they decide who may signal or trace this process.
     """
     if who.uid == os.geteuid() == ROOT:
         return
     try:
         setgroups, setresgid, setresuid = _calls()
-        if set(os.getgroups()) != set(who.groups):  # it takes a capability even if nothing changes
+        if set(os.getgroups()) != set(who.groups):  # needs a capability even if nothing changes
             groups = array.array("I", who.groups)
             _call(_libc.syscall, setgroups, len(groups), ctypes.c_void_p(groups.buffer_info()[0]))
         _call(_libc.syscall, setresgid, _UNCHANGED, ctypes.c_uint(who.gid), _UNCHANGED)
@@ -106,17 +106,17 @@ def become(who: Credentials) -> None:
 
 
 def forbid_dumps() -> None:
-    """Have the kernel write no core dump of this process, and let nobody but root look into it."""
+    """Make the kernel write no core dump of this process, and let only root trace it."""
     _call(_libc.prctl, _PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def name_process(name: str) -> None:
-    """Give this process another name for `ps -o comm` and the like: 15 characters are seen. Main thread."""
+    """Change this process's name in `ps -o comm` and the like; 15 characters count. Main thread."""
     _call(_libc.prctl, _PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
 def _check(who: Credentials) -> None:
-    """The last look: whoever wants the all-ones id, for one, has asked for no change."""
+    """Check the result: the all-ones id, for one, asks the kernel for no change."""
     now = Credentials.own()
     if (now.uid, now.gid, set(now.groups)) != (who.uid, who.gid, set(who.groups)):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
@@ -124,7 +124,7 @@ def _check(who: Credentials) -> None:
 
 def _give_up_capabilities(kept: int) -> None:
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
-    # Effective, permitted and inheritable: the lower halves, then the upper.
+    # Effective, permitted and inheritable: the lower 32 bits of each, then the upper.
     sets = (ctypes.c_uint32 * 6)()
     _call(_libc.capget, header, sets)
     kept &= sets[1]

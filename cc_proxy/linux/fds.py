@@ -1,4 +1,4 @@
-"""What this process does to file descriptors beyond reading and writing them."""
+"""Helpers for file descriptors and sockets, beyond reading and writing."""
 
 import contextlib
 import errno
@@ -10,15 +10,15 @@ import sys
 import termios
 from collections.abc import Sequence
 
-#: Bytes on their way that are not to be copied.
+#: Bytes that are passed on without copying.
 Piece = bytes | memoryview
 
-#: What a socket says of this moment only: it is as it was, and may be tried again.
+#: Errors of a socket that say nothing about the next try.
 PASSING = frozenset({errno.EAGAIN, errno.EINTR, errno.ENOBUFS, errno.ENOMEM})
 
-#: What nobody wants to read goes here, whichever thread reads it; made once, since memory may be short then.
+#: All threads read unwanted bytes into this. Made once, because memory may be short later.
 _SCRATCH = bytearray(64 * 1024)
-#: The most pieces that one call takes (<limits.h>).
+#: The most pieces that one system call takes (<limits.h>).
 IOV_MAX = 1024
 _FD = struct.Struct("i")
 #: Since Linux 6.16; Python's `socket` has no name for it.
@@ -26,17 +26,17 @@ _SO_PASSRIGHTS = 83
 
 
 def raise_fd_limit() -> int:
-    """Raise this process's soft limit of open files to the hard one; returns the limit."""
+    """Raise this process's soft limit of open files to the hard limit; returns that."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
 
 
 def refuse_rights(sock: socket.socket) -> None:
-    """Let nobody pass fds to an AF_UNIX socket, or to those accepted on it: a peer that tries gets EPERM.
+    """Make an AF_UNIX socket, and those accepted on it, refuse fds: a peer that passes one gets EPERM.
 
-    Closing an fd that nobody wants can take as long as whoever passed it chose: a TCP socket with unsent
-    data and SO_LINGER sleeps in close(2). Does nothing where the kernel does not know how.
+    Closing an unwanted fd can take as long as its sender chose: a TCP socket with unsent data and SO_LINGER
+    sleeps in close(2). Does nothing if the kernel cannot do this.
     """
     try:
         sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
@@ -46,7 +46,7 @@ def refuse_rights(sock: socket.socket) -> None:
 
 
 def may_hold_fds(sock: socket.socket) -> bool:
-    """Whether somebody may have passed fds to a socket, so that reading or closing it may take long."""
+    """Whether a socket accepts fds, so that reading or closing it may take long."""
     try:
         return bool(sock.getsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS))
     except OSError:
@@ -54,12 +54,12 @@ def may_hold_fds(sock: socket.socket) -> bool:
 
 
 def holds_fds(sock: socket.socket) -> bool:
-    """Whether fds that were passed to a stream socket wait there, or so much else that it is not looked for.
+    """Whether fds wait unread on a stream socket. Also True if too many bytes wait to tell.
 
-    After `shutdown(SHUT_RD)` none come any more. Reads nothing, and never blocks.
+    No more come after `shutdown(SHUT_RD)`. This reads nothing, and never blocks.
     """
     try:
-        # The kernel tells of fds for which it was given no room.
+        # MSG_CTRUNC tells of fds, because there is no room for them.
         size, _, flags, _ = sock.recvmsg_into([_SCRATCH], 0, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
         return False
@@ -67,20 +67,20 @@ def holds_fds(sock: socket.socket) -> bool:
 
 
 def check_passable(sock: socket.socket, peer: socket.socket) -> None:
-    """Find out whether `peer`, which is connected to `sock`, could be passed to somebody now.
+    """Check that `peer`, which is connected to `sock`, could be passed to a client now.
 
-    Raises `OSError` if not: the kernel passes no more once too many were passed that nobody has received.
+    Raises `OSError` if not: the kernel passes no more fds once too many are in flight.
     """
     sock.sendmsg([b"?"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _FD.pack(peer.fileno()))])
     peer.recv(1)
 
 
 def close_stream(sock: socket.socket) -> None:
-    """Close a stream socket so that the peer reads what was sent and then end of file.
+    """Close a stream socket so that the peer reads what was sent, and then end of file.
 
-    Closing an AF_UNIX socket on which something unread is waiting gives the peer ECONNRESET in place of end
-    of file; so nothing more is let in, and what is there is read away first. Never raises, and blocks only
-    in closing fds that were passed to it (see `refuse_rights`).
+    If an AF_UNIX socket is closed while something waits unread, the peer gets ECONNRESET instead of end of
+    file. So this shuts the socket down, and reads what is there, before it closes. Never raises, and blocks
+    only in closing fds that were passed to it (see `refuse_rights`).
     """
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
@@ -90,15 +90,13 @@ def close_stream(sock: socket.socket) -> None:
 
 
 def unread(sock: socket.socket) -> int:
-    """Return the bytes that have arrived at a stream socket and nobody has read yet."""
+    """Return how many bytes wait unread on a stream socket."""
     return _ask(sock, termios.FIONREAD)
 
 
 def untaken(sock: socket.socket) -> int:
-    """Return the bytes of memory that is held by what was sent and the peer has not read yet; 0 if it has
-    read all of that.
-    """
-    return _ask(sock, termios.TIOCOUTQ)  # which SIOCOUTQ is another name for
+    """Return the bytes of memory held by sent data that the peer has not read; 0 if it has read all."""
+    return _ask(sock, termios.TIOCOUTQ)  # the same number as SIOCOUTQ
 
 
 def _ask(sock: socket.socket, question: int) -> int:
@@ -106,12 +104,12 @@ def _ask(sock: socket.socket, question: int) -> int:
 
 
 def send_pieces(sock: socket.socket, pieces: Sequence[Piece]) -> Sequence[Piece]:
-    """Send pieces one after the other on a non-blocking socket; returns what it did not take.
+    """Send pieces in order on a non-blocking socket; returns what it did not take.
 
-    Raises `OSError` if the peer is gone.
+    Raises `OSError` if the peer has gone.
     """
     if len(pieces) == 1:
-        # What there is most often, in the fewest steps.
+        # The most frequent case, in the fewest steps.
         try:
             sent = sock.send(pieces[0])
         except BlockingIOError:
@@ -131,7 +129,7 @@ def send_pieces(sock: socket.socket, pieces: Sequence[Piece]) -> Sequence[Piece]
 
 
 def cut(pieces: Sequence[Piece], start: int, stop: int = sys.maxsize) -> list[Piece]:
-    """Return the bytes from `start` to `stop` of pieces that are thought of as one, without copying any."""
+    """Return the bytes from `start` to `stop` of the pieces taken together, without copying any."""
     found: list[Piece] = []
     at = 0
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""Memory that does not stay: neither what VMs had, nor holes between what is in use."""
+"""Gives memory back to the system: buffers of VMs that have gone, and no holes between what is in use."""
 
 import ctypes
 import mmap
@@ -8,10 +8,11 @@ _M_ARENA_MAX = -8
 
 
 def have_one_arena() -> None:
-    """Have malloc take everything of this process from one arena, if it is glibc's. Before there are threads.
+    """Make glibc's malloc use one arena for the whole process. Call it before there are threads.
 
-    It makes up to eight for each CPU, so that threads need not wait for each other. Here they have waited for
-    the GIL already; and with connections coming and going, each arena gets holes of its own.
+    By default malloc makes up to eight arenas for each CPU, so that threads need not wait for each other.
+    Here they have waited for the GIL already; and as connections come and go, each arena would get its own
+    holes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -19,9 +20,9 @@ def have_one_arena() -> None:
 
 
 def new_buffer(size: int) -> mmap.mmap:
-    """Return `size` bytes that last as long as there is a reference to them. Raises `OSError`.
+    """Return a buffer of `size` bytes that goes back to the system with its last reference. Raises `OSError`.
 
-    A bytearray would be malloc's, which keeps the next ones in its arena once one has been freed; when VMs
-    have come and gone for a while, megabytes of holes are left there.
+    A bytearray would come from malloc, which takes buffers from its arena once one of them has been freed.
+    After VMs have come and gone for a while, megabytes of holes are left in the arena.
     """
     return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

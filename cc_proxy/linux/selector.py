@@ -1,7 +1,7 @@
 """epoll for the pump, by selectors2.
 
-selectors2 2.0.2 asks `collections` for `Mapping`, which has not been there since Python 3.10. It is given
-that while it is loaded, in its own namespace, and nothing else of the process sees it.
+selectors2 2.0.2 imports `Mapping` from `collections`, where it has not been since Python 3.10. While
+selectors2 is loaded, its own namespace has an import that provides it; nothing else in the process sees that.
 """
 
 import builtins
@@ -12,13 +12,13 @@ import select
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-#: What may be waited for. Hang-ups are always reported.
+#: Events to wait for. Hang-ups are always reported.
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 HANG_UP = select.EPOLLHUP | select.EPOLLERR
 NOTHING_ELSE = 0
 
-#: So many fds are looked at together.
+#: The most events that one poll returns.
 MOST_EVENTS = 256
 
 
@@ -42,14 +42,14 @@ _selectors2 = _load_selectors2()
 
 
 class Selector:
-    """One epoll instance. Its own fd becomes readable when something is ready, so that they nest.
+    """One epoll instance. Its own fd becomes readable when something is ready, so instances can be nested.
 
-    One thread uses it, or several that keep out of each other's way.
+    One thread at a time.
     """
 
     def __init__(self) -> None:
         self._selector = _selectors2.EpollSelector()
-        # selectors know neither an fd that is only watched for hang-ups, nor a cheap change of mind.
+        # Selectors can neither watch an fd for hang-ups alone, nor change events cheaply; epoll can.
         self._epoll: select.epoll = self._selector._epoll
 
     def fileno(self) -> int:
@@ -57,17 +57,17 @@ class Selector:
         return self._epoll.fileno()
 
     def add(self, fd: int, events: int) -> None:
-        """Watch `fd` for `events`, which may be `NOTHING_ELSE` than hang-ups."""
+        """Watch `fd` for `events`, or with `NOTHING_ELSE` only for hang-ups."""
         self._selector.register(fd, _selectors2.EVENT_READ)
         if events != READ:
             self._epoll.modify(fd, events)
 
     def change(self, fd: int, events: int) -> None:
-        """Watch an fd that is watched already for other `events`."""
+        """Change the events that an fd is watched for."""
         self._epoll.modify(fd, events)
 
     def remove(self, fd: int) -> None:
-        """Watch `fd` no more; to be called before it is closed. No matter if it was not watched."""
+        """Stop watching `fd`; call this before it is closed. Does nothing if it is not watched."""
         if self.watches(fd):
             self._selector.unregister(fd)
 
@@ -76,12 +76,12 @@ class Selector:
         return fd in self._selector.get_map()
 
     def poll(self, timeout: float | None, most: int = MOST_EVENTS) -> list[tuple[int, int]]:
-        """Wait `timeout` seconds (None: for ever) and return what is ready as pairs of fd and events.
+        """Wait `timeout` seconds (None: for ever); returns what is ready as pairs of fd and events.
 
-        If more than `most` are ready, the others are first the next time.
+        If more than `most` are ready, the others come first next time.
         """
         return self._epoll.poll(timeout, most)
 
     def close(self) -> None:
-        """Close the epoll instance; what it watched stays open."""
+        """Close the epoll instance. The fds it watched stay open."""
         self._selector.close()

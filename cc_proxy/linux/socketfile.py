@@ -1,4 +1,4 @@
-"""Sockets in the file system: which file is whose, and nobody else in the same directory meanwhile."""
+"""Sockets in the file system: recognising a file, and locking its directory."""
 
 import contextlib
 import fcntl
@@ -6,27 +6,28 @@ import os
 import time
 from collections.abc import Iterator
 
-#: Longest path that fits into a socket's address, in bytes.
+#: Longest path that fits into a socket address, in bytes.
 MAX_SOCKET_PATH = 107
 
-#: Which file it is, whatever is called like it later: device and inode.
+#: Device and inode: they tell a file from another one that later has the same name.
 Identity = tuple[int, int]
 
-#: Seconds that others get to look at a socket and make theirs, more than it takes; and between two looks.
+#: Seconds to wait for another process that holds the lock, longer than starting takes; and between two tries.
 _PATIENCE, _INTERVAL = 2.0, 0.01
 
 
 def identity(path: str) -> Identity:
-    """Return which file stands at `path`, a link itself and not what it leads to. Raises `OSError`."""
+    """Return the identity of the file at `path`, without following a link. Raises `OSError`."""
     status = os.lstat(path)
     return status.st_dev, status.st_ino
 
 
 @contextlib.contextmanager
 def locked(directory: str) -> Iterator[None]:
-    """Keep others that are starting from looking at, and replacing, the same socket meanwhile.
+    """Keep other daemons that are starting from checking and replacing the same socket meanwhile.
 
-    Whoever may read the directory can lock it too, and never let go of it: that is not waited for.
+    Anybody who may read the directory can also lock it, and never unlock it. So after a while this goes on
+    without the lock.
     """
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -37,7 +38,7 @@ def locked(directory: str) -> Iterator[None]:
 
 
 def _lock(fd: int) -> None:
-    """Lock what an fd leads to, unless somebody keeps that locked for longer than it takes to start."""
+    """Lock the file behind an fd, unless somebody keeps it locked for longer than starting takes."""
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
         with contextlib.suppress(BlockingIOError):

@@ -1,23 +1,23 @@
-"""What a service and its manager tell each other: sd_listen_fds(3) and sd_notify(3)."""
+"""Talking to the service manager: sd_listen_fds(3) and sd_notify(3)."""
 
 import os
 import socket
 import time
 
 _FIRST_FD = 3
-#: Seconds that a manager gets to take what it is told, before that is given up.
+#: Seconds to wait for a manager that does not read its messages.
 _SEND_TIMEOUT = 1.0
 
 
 class ActivationError(Exception):
-    """What was passed is not one listening AF_UNIX stream socket; the text says what to do."""
+    """The manager passed no single listening AF_UNIX stream socket; the text says what to do."""
 
 
 def take_listener() -> socket.socket | None:
-    """Return the listening socket this process was started with, or None if it was started without.
+    """Return the listening socket that was passed to this process, or None if none was.
 
-    Takes LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES out of the environment, so that no child believes them.
-    Raises `ActivationError`.
+    Removes LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES from the environment, so that no child takes them for
+    its own. Raises `ActivationError`.
     """
     pid, count = os.environ.pop("LISTEN_PID", None), os.environ.pop("LISTEN_FDS", None)
     names = os.environ.pop("LISTEN_FDNAMES", "")
@@ -45,7 +45,7 @@ def take_listener() -> socket.socket | None:
 
 
 def _what_is_wrong(sock: socket.socket) -> str:
-    """Say what a socket is instead, and what to do; nothing if it is right."""
+    """Return what is wrong with a socket, and what to do; empty if nothing is."""
     if sock.family != socket.AF_UNIX:
         return "it is a network socket; give ListenStream= in cc-proxy.socket a path"
     if sock.type != socket.SOCK_STREAM:
@@ -56,38 +56,38 @@ def _what_is_wrong(sock: socket.socket) -> str:
 
 
 class Notifier:
-    """Tells the service manager how this process is, or nobody if none wants to know.
+    """Reports to the service manager, if there is one that wants reports.
 
-    Takes NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID out of the environment. One thread.
+    Removes NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID from the environment. One thread.
     """
 
     def __init__(self) -> None:
         address = os.environ.pop("NOTIFY_SOCKET", "")
-        #: Seconds in which the manager has to hear from this process; None if it does not mind.
+        #: The manager expects a sign of life within this many seconds; None if it expects none.
         self.watchdog = _watchdog_seconds()
-        #: Why the last message did not get through.
+        #: Why the last message could not be sent; empty if it was.
         self.error = ""
         self._address = "\0" + address[1:] if address.startswith("@") else address
-        # Kept, so that there is one even when there are no fds left.
+        # Kept open, so that there is one even when there are no fds left.
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address[:1] in ("@", "/") else None
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody wants to know."""
+        """Whether there is a manager that wants reports."""
         return self._sock is not None
 
     def tell(self, *assignments: str, wait: bool = True) -> bool:
-        """Send `NAME=value` assignments; returns whether they got through.
+        """Send `NAME=value` assignments; returns whether they were sent.
 
-        Waits for a manager that takes nothing for a second at the most, or not at all.
+        With `wait`, waits up to a second for a manager that does not read them.
         """
         if self._sock is None:
             return False
         try:
-            # One a line: a value cannot hold a line's end.
+            # One on each line, so a value must not contain a newline.
             text = "\n".join(assignment.replace("\n", " ") for assignment in assignments)
-            # Connected each time: one that was started again is another. While a datagram socket is not
-            # connected poll(2) calls it writable, and to wait would be to spin.
+            # Connected each time, because a restarted manager has a new socket. And connected at all, because
+            # poll(2) calls an unconnected datagram socket writable, so waiting would spin.
             self._sock.settimeout(_SEND_TIMEOUT if wait else 0.0)
             self._sock.connect(self._address)
             self._sock.send(text.encode(errors="replace"))
@@ -98,14 +98,14 @@ class Notifier:
         return True
 
     def close(self) -> None:
-        """Tell no more."""
+        """Close the socket."""
         if self._sock:
             self._sock.close()
             self._sock = None
 
 
 def monotonic_usec() -> str:
-    """Return the assignment that has to come with RELOADING=1."""
+    """Return the assignment that must accompany RELOADING=1."""
     return f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}"
 
 

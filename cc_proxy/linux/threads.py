@@ -1,16 +1,16 @@
-"""Starting threads, and going on with those there are, when memory may be short."""
+"""Starting threads when memory may be short."""
 
 import mmap
 import threading
 
-#: Bytes of address space that have to be free: a stack, and Python asks for memory a megabyte at a time.
+#: Bytes of address space that must be free: a stack, and a megabyte, in which steps Python allocates memory.
 _ROOM = 5 * 256 * 1024
 
 
 def check_room() -> None:
     """Raise `RuntimeError` if there may be no memory for another thread. Any thread.
 
-    Nor is there any for those that are there then, and Python does not always survive that: to call a
+    Then there is none for the other threads either, and Python does not always survive that: even calling a
     function takes some.
     """
     try:
@@ -20,9 +20,9 @@ def check_room() -> None:
 
 
 def start_thread(thread: threading.Thread) -> None:
-    """Start a thread. Raises `RuntimeError` if there is none to be had, or no room for it. Any thread.
+    """Start a thread. Raises `RuntimeError` if that is impossible, or memory is short. Any thread.
 
-    One that finds no memory for its first steps ends before it can say that it has begun, and then
+    A thread that finds no memory for its first steps ends before it can announce that it has begun, and then
     `Thread.start` waits for that for ever.
     """
     check_room()

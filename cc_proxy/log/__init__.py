@@ -1,1 +1,1 @@
-"""Logging: levels, how lines are written and limited, and what is logged of errors and threads."""
+"""Logging: levels, writing and limiting lines, unexpected errors, stacks of threads."""

@@ -1,4 +1,4 @@
-"""Errors that nobody expected: each is logged once, with its traceback, and counted."""
+"""Unexpected errors: each is logged once, with its traceback, and counted."""
 
 import logging
 import threading
@@ -12,12 +12,12 @@ _counts: Counter[str] = Counter()
 def note(event: str, **fields: object) -> None:
     """Log the exception that is being handled, and count it under `event`, a constant. Any thread.
 
-    Never raises: threads that have to go on call this, and there may be no memory to say anything.
+    Never raises: threads that must go on call this, and there may be no memory for a log line.
     """
     try:
         count(event)
         _logger.exception(event, extra=fields)  # noqa: LOG004 - the handler is the caller's
-    except Exception:  # noqa: S110 - nothing is left that could be done
+    except Exception:  # noqa: S110 - there is nothing left to do
         pass
 
 
@@ -28,6 +28,6 @@ def count(event: str) -> None:
 
 
 def counts() -> dict[str, int]:
-    """Return how many there were since the process began, by event. Any thread."""
+    """Return how many errors there were since the process began, by event. Any thread."""
     with _lock:
         return dict(_counts)

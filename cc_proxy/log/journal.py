@@ -1,8 +1,8 @@
-"""Events for the journal with fields of its own: `journalctl CC_VM=…` finds them then.
+"""Sends events to the journal with native fields, so that `journalctl CC_VM=…` finds them.
 
-MESSAGE is still the JSON line, for whoever reads with `-o cat`. The journal's native protocol is spoken here,
-a datagram for each event: python3-systemd speaks it too, but holds the GIL while it waits for
-a journal that is busy, and with it every thread.
+MESSAGE is still the JSON line, for `journalctl -o cat`. This module speaks the journal's native protocol, one
+datagram for each event. python3-systemd speaks it too, but holds the GIL, and so stops every thread, while it
+waits for a busy journal.
 """
 
 import json
@@ -14,27 +14,27 @@ from typing import Any
 
 from cc_proxy.log.printable import printable
 
-#: What the journal calls this program.
+#: The journal's name for this program.
 IDENTIFIER = "cc-proxy"
 SOCKET = "/run/systemd/journal/socket"
-#: Longest field, in bytes: journalctl shows longer ones only when asked to (`-a`).
+#: Longest field, in bytes. journalctl shows longer ones only with `-a`.
 _LONGEST_FIELD = 4_000
 
 
 def is_there() -> bool:
-    """Whether there is a journal that takes fields."""
+    """Whether there is a journal that takes native fields."""
     return os.path.exists(SOCKET)
 
 
 class Journal:
-    """The way there. One thread."""
+    """A connection to the journal. One thread."""
 
     def __init__(self) -> None:
-        # Kept, so that there is one even when there are no fds left.
+        # Kept open, so that there is one even when there are no fds left.
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     def send(self, line: str, priority: int, record: logging.LogRecord, fields: dict[str, Any]) -> None:
-        """Send an event. Waits while the journal is busy. Raises `OSError` if it takes none."""
+        """Send an event. Waits while the journal is busy. Raises `OSError` if it cannot be sent."""
         own = {
             "PRIORITY": priority,
             "SYSLOG_IDENTIFIER": IDENTIFIER,
@@ -48,12 +48,12 @@ class Journal:
         self._sock.sendto(b"".join(event), SOCKET)
 
     def close(self) -> None:
-        """Send no more."""
+        """Close the socket."""
         self._sock.close()
 
 
 def _field(name: str, value: bytes) -> bytes:
-    """Return a field in the form that takes any value."""
+    """Return a field in the form that allows any value."""
     return b"%s\n%s%s\n" % (name.encode(), struct.pack("<Q", len(value)), value)
 
 

@@ -1,4 +1,4 @@
-"""The log's levels and its one logger: what everything that logs needs, and nothing that writes."""
+"""The log's levels and its one logger: everything that code needs to log. Writing is elsewhere."""
 
 import logging
 from typing import Any, Literal
@@ -6,9 +6,9 @@ from typing import Any, Literal
 LogLevel = Literal["error", "warning", "info", "debug", "io", "console"]
 LogFormat = Literal["auto", "json", "text"]
 
-#: What passes the I/O channel, shortened (`-v 2`).
+#: Frames on the I/O channel, shortened (`-v 2`).
 IO = 8
-#: What the VM writes to its console (`-v 3`).
+#: A VM's console (`-v 3`).
 CONSOLE = 6
 
 LEVELS: dict[LogLevel, int] = {
@@ -20,10 +20,10 @@ LEVELS: dict[LogLevel, int] = {
     "console": CONSOLE,
 }
 
-#: The levels of `-v`, which the environment may give by number too.
+#: The levels of `-v`. The environment may give these numbers too.
 VERBOSE: dict[int, LogLevel] = {0: "info", 1: "debug", 2: "io", 3: "console"}
 
-#: What a LogRecord has of its own: everything else in one is a field.
+#: The attributes that every LogRecord has; all others are fields.
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))
 
@@ -31,18 +31,18 @@ logger = logging.getLogger("cc_proxy")
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    """Return the fields of an event: what was given as `extra`."""
+    """Return the fields of an event, which were given as `extra`."""
     return {name: value for name, value in vars(record).items() if name not in _OWN}
 
 
 def current_level() -> LogLevel:
-    """Return the least level that is logged."""
+    """Return the lowest level that is logged. Any thread."""
     least = logger.getEffectiveLevel()
     return min(LEVELS, key=lambda level: (LEVELS[level] < least, LEVELS[level]))
 
 
 def set_level(level: LogLevel) -> None:
-    """Log what is at `level` or above. Any thread may call."""
+    """Log events of `level` and above. Any thread."""
     logger.setLevel(LEVELS[level])
 
 

@@ -1,18 +1,18 @@
-"""Text that somebody else chose, for a line or a terminal that is not theirs."""
+"""Escapes text that a client or a VM chose, for our log lines and terminals."""
 
 
 def printable(text: str) -> str:
-    """Return `text` with all that could speak to a terminal, or break or reorder a line, spelled out."""
+    """Return `text` with everything escaped that could control a terminal, or break or reorder a line."""
     return text if text.isprintable() else "".join(map(_spelled, text))
 
 
 def printable_lines(text: str) -> str:
-    """Return the lines of `text`, each printable and none of them at the margin, where events begin."""
+    """Return the lines of `text`, each printable, and indented, because events begin at the margin."""
     return "".join(f"    {printable(line)}\n" for line in text.split("\n")).rstrip("\n")
 
 
 def printable_json(text: str) -> str:
-    """Return JSON that says the same, spelled so that a terminal can be shown it. Its own line ends stay."""
+    """Return equivalent JSON that is safe for a terminal. Its line ends stay."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() or char == "\n" else _as_json(char) for char in text)

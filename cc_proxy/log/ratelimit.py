@@ -1,4 +1,4 @@
-"""How often an event may be logged: a client that repeats what makes one cannot fill the log."""
+"""Limits how often an event is logged, so that no client can fill the log by repeating something."""
 
 import logging
 import threading
@@ -7,15 +7,15 @@ from collections import Counter, defaultdict
 
 from cc_proxy.tokens import TokenBucket
 
-#: Events of one kind that are all logged, and how many more in each second from then on.
+#: How many events of one kind are logged at once, and how many per second after that.
 BURST = 100
 PER_SECOND = 2.0
 
 
 class RateLimit(logging.Filter):
-    """Lets events of each kind, which is a level and a text, through at a bounded rate. Any thread.
+    """Lets through events of each kind at a limited rate. A kind is a level and a text. Any thread.
 
-    Below info there is no bound: each line there is one that an operator, looking for a fault, has asked for.
+    Levels below info have no limit: an operator who looks for a fault has asked for each of those lines.
     Texts are constants, so there are few kinds.
     """
 
@@ -26,7 +26,7 @@ class RateLimit(logging.Filter):
         self._suppressed: Counter[tuple[int, str]] = Counter()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether an event is to be logged."""
+        """Count an event; returns whether it is to be logged."""
         if record.levelno < logging.INFO:
             return True
         kind, now = (record.levelno, str(record.msg)), time.monotonic()
@@ -40,7 +40,7 @@ class RateLimit(logging.Filter):
         return passes
 
     def take_suppressed(self) -> dict[tuple[int, str], int]:
-        """Return how many events of each kind were held back since this was called last."""
+        """Return how many events of each kind were held back since the last call."""
         with self._lock:
             suppressed, self._suppressed = self._suppressed, Counter()
         return suppressed

@@ -1,4 +1,4 @@
-"""What every thread is doing, as log lines (SIGUSR1)."""
+"""Logs what every thread is doing (SIGUSR1)."""
 
 import logging
 import sys
@@ -9,7 +9,7 @@ from types import FrameType
 
 from cc_proxy.log.levels import logger
 
-#: Stacks that are logged, those of most threads first, and how many of their threads are named.
+#: The most stacks that are logged, those of most threads first; and the most threads named for each.
 _MOST_STACKS = 64
 _MOST_NAMES = 8
 
@@ -17,9 +17,10 @@ _Place = tuple[str, int, str]
 
 
 def log_stacks() -> None:
-    """Log the stack of each thread, once for all that have the same: there may be thousands. Any thread.
+    """Log the stacks of all threads. Any thread.
 
-    At info, and whatever the log level: somebody has asked for it.
+    Threads with the same stack share a line, because there may be thousands. The lines have level info, but
+    are logged whatever the log level is, because somebody has asked for them.
     """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     groups: dict[tuple[_Place, ...], list[str]] = defaultdict(list)
@@ -34,7 +35,7 @@ def log_stacks() -> None:
 
 
 def _places(frame: FrameType | None) -> tuple[_Place, ...]:
-    """Where a thread is, outermost first; no text is looked up yet."""
+    """Return where a thread is, outermost frame first, without looking up any source line."""
     places: list[_Place] = []
     while frame:
         places.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))

@@ -1,4 +1,4 @@
-"""Events that wait to be written: their way from whoever logs to the thread that writes, bounded in bytes."""
+"""The queue of events, bounded in bytes, from the threads that log to the thread that writes."""
 
 import json
 import logging
@@ -9,20 +9,20 @@ from typing import cast
 
 from cc_proxy.log.levels import fields_of
 
-#: Bytes that may wait to be written; events that come on top are dropped and counted.
+#: Bytes that may wait to be written. Events beyond that are dropped and counted.
 _MOST_WAITING = 4 * 1024 * 1024
-#: What an event takes besides the text in it, about.
+#: Bytes that an event takes besides its text, about.
 _EVENT_SIZE = 1_024
 #: Longest text in an event, and longest traceback, list or table, in characters. The journal splits lines
 #: over 48 KiB.
 _LONGEST_TEXT = 1_000
 _LONGEST_TRACE = 8_000
-#: Seconds that the last lines get to be written.
+#: Seconds that writing the last lines may take.
 _LAST_LINES = 1.0
 
 
 class Waiting(queue.Queue[tuple[int, logging.LogRecord | None]]):
-    """The events with their sizes; its own size is in bytes, and it is full when that reaches the limit."""
+    """The events with their sizes. Its own size is in bytes, and so is its limit."""
 
     def __init__(self) -> None:
         super().__init__(_MOST_WAITING)
@@ -42,7 +42,7 @@ class Waiting(queue.Queue[tuple[int, logging.LogRecord | None]]):
 
 
 class Writer(logging.handlers.QueueHandler):
-    """Puts events into the queue, none of them long; when that is full, counts them instead."""
+    """Puts events, shortened, into the queue. When the queue is full, counts them instead."""
 
     def __init__(self, waiting: Waiting) -> None:
         super().__init__(waiting)
@@ -52,7 +52,7 @@ class Writer(logging.handlers.QueueHandler):
         return record
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        """Have an event written. The handler's lock is held."""
+        """Queue an event. The handler's lock is held."""
         try:
             size = _shorten(record)
             if self._dropped:
@@ -64,7 +64,7 @@ class Writer(logging.handlers.QueueHandler):
 
 
 class Listener(logging.handlers.QueueListener):
-    """Takes events out of the queue; ends when it has written what waits, if it can be written."""
+    """Takes events out of the queue. Ends once everything that waits is written, if it can be."""
 
     def __init__(self, waiting: Waiting, handler: logging.Handler) -> None:
         super().__init__(waiting, handler)
@@ -83,7 +83,7 @@ class Listener(logging.handlers.QueueListener):
         self._waiting.put_nowait((1, None))
 
     def finish(self) -> bool:
-        """Have it end; returns whether it has, in a second."""
+        """End the thread; returns whether it has ended, after two seconds at most."""
         thread = self._thread
         try:
             self._waiting.put((1, None), timeout=_LAST_LINES)
@@ -95,12 +95,12 @@ class Listener(logging.handlers.QueueListener):
 
 
 def _shorten(record: logging.LogRecord) -> int:
-    """Cut what is long in an event: a client may have chosen it. Returns how many bytes it takes, about."""
+    """Cut long fields of an event, which a client may have chosen; returns about how many bytes it takes."""
     size = _EVENT_SIZE
     for name, value in fields_of(record).items():
         size += _shorten_field(record, name, value)
     if record.exc_info:
-        # Now, since it refers to all that its functions had in hand.
+        # Formatted now, because it refers to all local variables of its functions.
         trace = logging.Formatter().formatException(record.exc_info)
         record.exc_info, record.exc_text = None, trace[-_LONGEST_TRACE:]
         size += sys.getsizeof(record.exc_text)
@@ -121,5 +121,5 @@ def _shorten_field(record: logging.LogRecord, name: str, value: object) -> int:
 def _spelled(value: object) -> str:
     try:
         return json.dumps(value, default=str)
-    except Exception:  # whoever writes it finds out, and says so
+    except Exception:  # the thread that writes it will report that
         return ""

@@ -1,9 +1,9 @@
-"""Logging: what happened as a short text, and everything about it as fields of their own.
+"""Writing the log. An event is a short constant text, and everything about it is in fields.
 
-Code logs with the standard library: `logger.info("VM registered", extra={"vm": …})`. A line is a JSON object;
-where stderr is the journal a `<N>` in front of it gives the priority, or it goes there with native fields
-(cc_proxy/log/journal.py); on a terminal it is plain text.
-Lines are written by a thread of their own: whoever logs never waits for whoever reads the log.
+Code logs with the standard library: `logger.info("VM registered", extra={"vm": …})`. A line is a JSON object,
+or plain text on a terminal. If stderr is the journal, events go there with native fields
+(cc_proxy/log/journal.py); if that is not possible, a `<N>` before the line gives the priority. A separate
+thread writes the lines, so no other thread waits for the log's reader.
 """
 
 import contextlib
@@ -34,15 +34,15 @@ from cc_proxy.log.waiting import Listener, Waiting, Writer
 
 try:
     from pythonjsonlogger.json import JsonFormatter
-except ImportError:  # where it was until 3.1, which is what Debian 12 has
+except ImportError:  # its place before 3.1; Debian 12 has an older one
     from pythonjsonlogger.jsonlogger import JsonFormatter  # type: ignore[attr-defined,no-redef,unused-ignore]
 
-#: Seconds between two reports of what was suppressed.
+#: Seconds between two reports of suppressed events.
 _REPORT_INTERVAL = 30.0
 
 
 class _Json(JsonFormatter):
-    """A JSON object a line; with `priority`, syslog's number of it in front."""
+    """Formats a line as a JSON object; with `priority`, puts the syslog priority before it."""
 
     def __init__(self, *, timestamp: bool, priority: bool = False) -> None:
         super().__init__(
@@ -51,22 +51,22 @@ class _Json(JsonFormatter):
         self._priority = priority
 
     def format(self, record: logging.LogRecord) -> str:
-        line = printable_json(str(super().format(record)))  # json leaves nothing but DEL to spell out
+        line = printable_json(str(super().format(record)))  # json escapes everything except DEL
         return f"<{priority_of(record.levelno)}>{line}" if self._priority else line
 
 
 class _Text(logging.Formatter):
-    """A line for people: time, level, what happened, and its fields as `name=value`."""
+    """Formats a line for people: time, level, text, and the fields as `name=value`."""
 
     def format(self, record: logging.LogRecord) -> str:
         time = self.formatTime(record, "%H:%M:%S")
         parts = [f"{time}.{record.msecs:03.0f} {record.levelname:<7} {record.getMessage()}"]
-        # JSON, so that nothing a client sent can break the line or speak to the terminal.
+        # As JSON, so that nothing a client sent can break the line or control the terminal.
         fields = fields_of(record)
         stack = fields.pop("stack", None)
         parts += [f"{name}={json.dumps(value, default=str)}" for name, value in fields.items()]
         line = printable_json(" ".join(parts))
-        if stack:  # one line of it all would be read by nobody
+        if stack:  # nobody would read it in one line
             line += "\n" + printable_lines(str(stack).rstrip("\n"))
         if record.exc_text:
             line += "\n" + printable_lines(record.exc_text)
@@ -74,7 +74,7 @@ class _Text(logging.Formatter):
 
 
 class _Sink(logging.Handler):
-    """A handler that says with the next record how many before it could not be written. Its own thread."""
+    """A handler that adds to each record how many before it could not be written. The log's thread."""
 
     def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__()
@@ -87,14 +87,14 @@ class _Sink(logging.Handler):
         failed, self.lost = self.lost + 1, 0
         try:
             self._write(record)
-        except OSError:  # a log that cannot be written must not stop anything
+        except OSError:  # a log that cannot be written must stop nothing
             self.lost = failed
         except Exception:
             self.lost = failed
             self._say_why(record)
 
     def _say_why(self, record: logging.LogRecord) -> None:
-        """Write what nobody expected of this record, if at least that can be written."""
+        """Write why this record could not be formatted, if that can be written."""
         event = "log line failed"
         faults.count(event)
         with contextlib.suppress(Exception):
@@ -112,10 +112,10 @@ class _Stream(_Sink):
     def __init__(self, stream: TextIO, formatter: logging.Formatter) -> None:
         super().__init__(formatter)
         self._output = _output_of(stream)
-        self._torn = False  # whether only part of a line was written
+        self._torn = False  # whether only part of the last line was written
 
     def _write(self, record: logging.LogRecord) -> None:
-        # What comes after the half of a line is not to be lost with it.
+        # A new line first, so that a half-written line does not spoil this one.
         line = ("\n" * self._torn + self.format(record) + "\n").encode()
         left = memoryview(line)
         try:
@@ -158,7 +158,7 @@ class Logging:
         self._reported_at = time.monotonic()
 
     def start(self) -> None:
-        """Begin to log. A log that cannot be written must not stop anything: such errors are ignored."""
+        """Start logging. Errors of writing the log are ignored: they must stop nothing."""
         logging.raiseExceptions = False
         logger.propagate = False
         logger.addHandler(self._front)
@@ -166,18 +166,18 @@ class Logging:
         self._listener.start()
 
     def set_level(self, level: LogLevel) -> None:
-        """Log what is at `level` or above. Any thread may call."""
+        """Log events of `level` and above. Any thread."""
         set_level(level)
 
     def report_suppressed(self) -> None:
-        """Log what was suppressed, if it is time to; to be called now and then, by one thread."""
+        """Log what was suppressed, if it is time for that. Call it now and then, in one thread."""
         if time.monotonic() - self._reported_at >= _REPORT_INTERVAL:
             self._report()
 
     def stop(self) -> bool:
-        """Write what waits, and log no more.
+        """Write what waits, and stop logging.
 
-        Returns False if nobody takes it: then there may be a thread that waits to write it.
+        Returns False if it could not be written; then a thread may still be waiting to write it.
         """
         self._report()
         logger.removeHandler(self._front)
@@ -193,20 +193,20 @@ class Logging:
 
 
 class _Nowhere(io.TextIOBase):
-    """Where lines go if stderr is closed."""
+    """Takes the lines if stderr is closed."""
 
     def write(self, text: str) -> int:
         return len(text)
 
 
 def _output_of(stream: TextIO) -> Callable[[memoryview], int]:
-    """Return what writes bytes there, some of them at least, and says how many.
+    """Return a function that writes some bytes to the stream, and returns how many.
 
-    Past the stream's own buffer: that keeps what could not be written, and does not say how much was.
+    It bypasses the stream's own buffer, which keeps what cannot be written and does not tell how much was.
     """
     try:
         return partial(os.write, stream.fileno())
-    except (OSError, ValueError):  # there is no file behind it
+    except (OSError, ValueError):  # the stream has no fd
         return partial(_write_text, stream)
 
 
