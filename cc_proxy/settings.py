@@ -54,14 +54,14 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Common shape of the tables: immutable, and strict about unknown keys."""
 
 
-class Log(_Table, frozen=True):
+class LogSettings(_Table, frozen=True):
     """What is logged, and in which format."""
 
     level: LogLevel = "info"
     format: LogFormat = "auto"
 
 
-class Vm(_Table, frozen=True):
+class VmSettings(_Table, frozen=True):
     """How long a VM may take for what it does. In seconds."""
 
     ready_timeout: _Seconds = 30.0
@@ -70,7 +70,7 @@ class Vm(_Table, frozen=True):
     bye_linger: Annotated[float, Meta(ge=0, le=86_400)] = 10.0
 
 
-class Stdin(_Table, frozen=True):
+class StdinSettings(_Table, frozen=True):
     """How stdin is paced (docs/protocol.md, the agent's stdin)."""
 
     #: Bytes of payload that a process may be sent before its agent acknowledges them; 0: no pacing.
@@ -79,7 +79,7 @@ class Stdin(_Table, frozen=True):
     echo_timeout: _Seconds = 0.1
 
 
-class Spool(_Table, frozen=True):
+class SpoolSettings(_Table, frozen=True):
     """Where output waits for clients that do not read it."""
 
     directory: _Path = "/var/tmp"  # noqa: S108 - files there are made without a name
@@ -121,10 +121,10 @@ class Settings(_Table, frozen=True):
 
     socket_path: _Path = DEFAULT_SOCKET
     access: Access = msgspec.field(default_factory=Access)
-    log: Log = Log()
-    vm: Vm = Vm()
-    stdin: Stdin = Stdin()
-    spool: Spool = Spool()
+    log: LogSettings = LogSettings()
+    vm: VmSettings = VmSettings()
+    stdin: StdinSettings = StdinSettings()
+    spool: SpoolSettings = SpoolSettings()
     limits: Limits = Limits()
 
 

@@ -24,7 +24,7 @@ OUTERMOST = frozenset({"User._batch"})
 make_lock = threading.Lock
 
 
-class Watch:
+class LockWatch:
     """Which locks the threads hold, and what was wrong with that."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Watch:
 class WatchedLock:
     """A lock of the project's."""
 
-    def __init__(self, name: str, watch: Watch) -> None:
+    def __init__(self, name: str, watch: LockWatch) -> None:
         self.name = name
         self._watch = watch
         self._lock = make_lock()
@@ -77,9 +77,9 @@ class WatchedLock:
 
 
 @pytest.fixture(autouse=True)
-def watched_locks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
+def watched_locks(monkeypatch: pytest.MonkeyPatch) -> Iterator[LockWatch]:
     """Fails a test in which a lock was taken while another was held, or is held at the end by its thread."""
-    watch = Watch()
+    watch = LockWatch()
 
     def make() -> object:
         frame = sys._getframe(1)

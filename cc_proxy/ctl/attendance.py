@@ -20,11 +20,11 @@ from cc_proxy.ctl.errors import (
     is_from_agent,
     says_why,
 )
-from cc_proxy.ctl.options import Process, Proxy
+from cc_proxy.ctl.options import ProcessOptions, ProxyOptions
 from cc_proxy.ctl.relay import IoFd, loop
 from cc_proxy.ctl.requests import HyperProcess, KillContainer, WinSize, hyper_process
 from cc_proxy.ctl.signals import STOPPING, Signals
-from cc_proxy.ctl.stdio import STDIN_FD, Output, Stdin
+from cc_proxy.ctl.stdio import STDIN_FD, OutputWriter, StdinReader
 from cc_proxy.ctl.streams import ProcessStreams
 from cc_proxy.ctl.terminal import Terminal
 
@@ -37,7 +37,7 @@ _KILLED_WITHIN = 5.0
 _NOT_STARTED = "the agent does not say why: look whether the program, -w's directory and -u's user are there"
 
 
-def terminal_for(process: Process) -> Terminal | None:
+def terminal_for(process: ProcessOptions) -> Terminal | None:
     """Return the terminal for a process that wants one. Raises `Misuse` if stdin is no terminal."""
     return Terminal(STDIN_FD) if process.terminal else None
 
@@ -48,9 +48,9 @@ class Attendance:
 
     client: Client
     signals: Signals
-    proxy: Proxy
+    proxy: ProxyOptions
     container_id: str
-    process: Process
+    process: ProcessOptions
     terminal: Terminal | None
 
     def run(self, command: StartCommand, *, passes_signals: bool) -> int:
@@ -95,8 +95,8 @@ class Attendance:
     def _relay(self, io: socket.socket, io_base: int, passes_signals: bool) -> int | None:
         """Carry the streams until the process has ended; returns its status, None if they ended first."""
         streams, passed_on = ProcessStreams(io_base), _PassedOn()
-        stdin = Stdin(io_base, forward=self.process.interactive, terminal=self.process.terminal)
-        with closing(BackgroundCommands(self.client)) as commands, closing(Output()) as output:
+        stdin = StdinReader(io_base, forward=self.process.interactive, terminal=self.process.terminal)
+        with closing(BackgroundCommands(self.client)) as commands, closing(OutputWriter()) as output:
             io_fd = IoFd(io, streams, stdin, output)
 
             def passes(signum: int) -> bool:

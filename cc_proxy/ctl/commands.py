@@ -6,7 +6,7 @@ from typing import Any, get_args
 from cc_proxy.ctl import options, single
 from cc_proxy.ctl.embedded import agent
 from cc_proxy.ctl.parser import (
-    Command,
+    Subcommand,
     add_console,
     add_id,
     add_process,
@@ -68,8 +68,8 @@ def _add_remove(parser: ArgumentParser) -> None:
     )  # fmt: skip
 
 
-COMMANDS: tuple[Command[Any], ...] = (
-    Command(
+COMMANDS: tuple[Subcommand[Any], ...] = (
+    Subcommand(
         name="run",
         summary="run a process in a pod of its own, and clean up after it",
         description="""\
@@ -86,13 +86,13 @@ within 5 seconds ends cc-proxyctl and the pod, whatever the process does."""
             "run --local -i -- wc -c < /etc/services",
         ),
         arguments=(_add_local, add_console, _add_new_id, add_timeout, add_process),
-        read=options.Run.of,
+        read=options.RunOptions.of,
         do=run,
         usage="cc-proxyctl run (--local | --ctl PATH --io PATH) [--console PATH] [--id ID]\n"
         f"                       {_PROCESS_OPTIONS}\n"
         "                       -- CMD [ARG]...",
     ),
-    Command(
+    Subcommand(
         name="exec",
         summary="run another process in a running pod",
         description="""\
@@ -105,30 +105,30 @@ running too. `exec ID -- kill PID` ends such a process."""
         + _PROCESS_NOTES,
         examples=("exec web -- ps aux", "exec -ti web -- sh", "exec -i web -- tee /etc/motd < motd"),
         arguments=(add_timeout, add_id, add_process),
-        read=options.Exec.of,
+        read=options.ExecOptions.of,
         do=execute,
         usage=f"cc-proxyctl exec {_PROCESS_OPTIONS}\n                        ID -- CMD [ARG]...",
     ),
-    Command(
+    Subcommand(
         name="hello",
         summary="register a VM",
         description="Have the proxy connect to a VM, wait until it is ready, and register it.",
         examples=("hello web --ctl /run/vm1/ctl.sock --io /run/vm1/io.sock",),
         arguments=(add_id, add_sockets, add_console, add_timeout),
-        read=options.Hello.of,
+        read=options.HelloOptions.of,
         do=single.hello,
     ),
-    Command(
+    Subcommand(
         name="attach",
         aliases=("ping",),
         summary="check that a VM is registered and answers",
         description="Attach to a registered VM, and ping its agent.",
         examples=("attach web", "ping web --timeout 1"),
         arguments=(add_id, add_timeout),
-        read=options.Registered.of,
+        read=options.RegisteredOptions.of,
         do=single.attach,
     ),
-    Command(
+    Subcommand(
         name="hyper",
         summary="send a command to a VM's agent",
         description="Send a command to the agent of a registered VM and wait for its acknowledgement.",
@@ -138,19 +138,19 @@ running too. `exec ID -- kill PID` ends such a process."""
             "hyper web newcontainer - < container.json",
         ),
         arguments=(add_id, _add_hyper_command, add_timeout),
-        read=options.Hyper.of,
+        read=options.HyperOptions.of,
         do=single.hyper,
     ),
-    Command(
+    Subcommand(
         name="bye",
         summary="unregister a VM",
         description="Have the proxy forget a VM. Its id can be used again at once.",
         examples=("bye web",),
         arguments=(add_id, add_timeout),
-        read=options.Registered.of,
+        read=options.RegisteredOptions.of,
         do=single.bye,
     ),
-    Command(
+    Subcommand(
         name="status",
         summary="show the state of the proxy and its VMs",
         description="""\
@@ -158,26 +158,26 @@ Show the daemon, its VMs, what waits in each of them and for whom, and what went
 This changes nothing.""",
         examples=("status", "status --json | jq '.vms[] | select(.streams.paused) | .id'"),
         arguments=(_add_json, add_timeout),
-        read=options.Status.of,
+        read=options.StatusOptions.of,
         do=status,
     ),
-    Command(
+    Subcommand(
         name="log-level",
         summary="change what the proxy logs",
         description="Make the proxy log events of LEVEL and above, until its next reload or restart.",
         examples=("log-level debug", "log-level info"),
         arguments=(_add_level, add_timeout),
-        read=options.LogLevel.of,
+        read=options.LogLevelOptions.of,
         do=log_level,
     ),
-    Command(
+    Subcommand(
         name="agent",
         summary="stand in for a VM: run processes on this machine",
         description="Listen on two sockets, as a VM with its agent does, and run processes on this machine. "
         "It ends, and removes its sockets, when its pod is destroyed; after `bye` alone it keeps running.",
         examples=("agent --ctl /tmp/ctl.sock --io /tmp/io.sock",),
         arguments=(add_sockets, _add_ready_fd, _add_remove),
-        read=options.Agent.of,
+        read=options.AgentOptions.of,
         do=agent,
     ),
 )

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from cc_proxy.api import Client, ProxyError, Status
 from cc_proxy.api.status import shorten
 from cc_proxy.ctl.errors import Failure, reason
-from cc_proxy.ctl.options import SOCKET_VARIABLE, Proxy
+from cc_proxy.ctl.options import SOCKET_VARIABLE, ProxyOptions
 from cc_proxy.ctl.signals import Signals
 
 #: Seconds that asking why something went wrong may take.
@@ -22,7 +22,7 @@ _NEXT_STEPS = {
 }
 
 
-def connect(proxy: Proxy, signals: Signals | None = None) -> Client:
+def connect(proxy: ProxyOptions, signals: Signals | None = None) -> Client:
     """Return a connected client. Raises `Failure` if no proxy can be reached.
 
     With `signals`, one that ends the command raises `Interrupted`.
@@ -37,7 +37,7 @@ def connect(proxy: Proxy, signals: Signals | None = None) -> Client:
         raise Failure(text, hint=hint) from None
 
 
-def lost_streams(proxy: Proxy, container_id: str, name: str, began: float) -> Failure:
+def lost_streams(proxy: ProxyOptions, container_id: str, name: str, began: float) -> Failure:
     """Return the failure of a process `name` whose streams ended before it did.
 
     Asks the proxy whether the VM or the proxy itself went away, and why. `began` is when the process was

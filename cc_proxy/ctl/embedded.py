@@ -14,7 +14,7 @@ from cc_proxy.ctl import options
 READY = b"\n"
 
 
-def agent(asked: options.Agent) -> int:
+def agent(asked: options.AgentOptions) -> int:
     """Run the agent until a signal comes or its VM powers off; returns the exit status of `run_agent`."""
     from cc_proxy.agent import run_agent  # noqa: PLC0415 - no other command needs an agent
 

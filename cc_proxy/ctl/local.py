@@ -12,7 +12,7 @@ from pathlib import Path
 
 import cc_proxy
 from cc_proxy.ctl.errors import Failure, Interrupted
-from cc_proxy.ctl.options import Vm
+from cc_proxy.ctl.options import VmSockets
 from cc_proxy.ctl.signals import Signals
 
 #: Seconds that an agent may take to listen, or to end.
@@ -22,7 +22,7 @@ _LONGEST_PARENT = 70
 
 
 @contextmanager
-def local_agent(signals: Signals, console: str) -> Iterator[Vm]:
+def local_agent(signals: Signals, console: str) -> Iterator[VmSockets]:
     """Run an agent for as long as the context lasts; yields the VM that it stands for.
 
     Raises `Failure` if it does not come up, `Interrupted` if a signal comes first.
@@ -30,7 +30,7 @@ def local_agent(signals: Signals, console: str) -> Iterator[Vm]:
     with tempfile.TemporaryDirectory(
         prefix="cc-proxyctl-", dir=_parent(), ignore_cleanup_errors=True
     ) as path:
-        vm = Vm(os.path.join(path, "ctl.sock"), os.path.join(path, "io.sock"), console)
+        vm = VmSockets(os.path.join(path, "ctl.sock"), os.path.join(path, "io.sock"), console)
         log = Path(path, "agent.log")
         with _running_agent(vm, log, signals) as ready:
             with signals.may_interrupt():
@@ -47,7 +47,7 @@ def _parent() -> str | None:
 
 
 @contextmanager
-def _running_agent(vm: Vm, log: Path, signals: Signals) -> Iterator[socket.socket]:
+def _running_agent(vm: VmSockets, log: Path, signals: Signals) -> Iterator[socket.socket]:
     """Yield the socket on which the agent announces that it listens. Closing it ends the agent."""
     ready, announce = socket.socketpair()
     with ready:
@@ -59,7 +59,7 @@ def _running_agent(vm: Vm, log: Path, signals: Signals) -> Iterator[socket.socke
             _stop(process, signals)
 
 
-def _start(vm: Vm, log: Path, announce: int) -> subprocess.Popen[bytes]:
+def _start(vm: VmSockets, log: Path, announce: int) -> subprocess.Popen[bytes]:
     command = ["agent", "--ctl", vm.ctl, "--io", vm.io, "--ready-fd", str(announce)]
     command += ["--remove", str(log.parent)]
     with log.open("wb") as errors:

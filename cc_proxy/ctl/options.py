@@ -20,7 +20,7 @@ _ID_BYTES = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Proxy:
+class ProxyOptions:
     """How to reach the proxy, and how many seconds it may take for each answer."""
 
     socket_path: str
@@ -33,7 +33,7 @@ class Proxy:
 
 
 @dataclass(frozen=True, slots=True)
-class Vm:
+class VmSockets:
     """The sockets of a VM. The paths are absolute, because the proxy has its own working directory."""
 
     ctl: str
@@ -46,7 +46,7 @@ class Vm:
 
 
 @dataclass(frozen=True, slots=True)
-class Process:
+class ProcessOptions:
     """A process to start."""
 
     args: tuple[str, ...]
@@ -68,15 +68,15 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunOptions:
     """`run`."""
 
-    proxy: Proxy
+    proxy: ProxyOptions
     container_id: str
     #: None to use an embedded agent.
-    vm: Vm | None
+    vm: VmSockets | None
     console: str
-    process: Process
+    process: ProcessOptions
 
     @classmethod
     def of(cls, args: Namespace) -> Self:
@@ -85,77 +85,77 @@ class Run:
         if not args.local and not (args.ctl and args.io):
             raise Misuse("run needs --local, or both --ctl and --io")
         container_id = os.urandom(_ID_BYTES).hex() if args.id is None else args.id
-        vm = None if args.local else Vm.of(args)
-        return cls(Proxy.of(args), container_id, vm, _console(args), Process.of(args))
+        vm = None if args.local else VmSockets.of(args)
+        return cls(ProxyOptions.of(args), container_id, vm, _console(args), ProcessOptions.of(args))
 
 
 @dataclass(frozen=True, slots=True)
-class Exec:
+class ExecOptions:
     """`exec`."""
 
-    proxy: Proxy
+    proxy: ProxyOptions
     container_id: str
-    process: Process
+    process: ProcessOptions
 
     @classmethod
     def of(cls, args: Namespace) -> Self:
-        return cls(Proxy.of(args), args.id, Process.of(args))
+        return cls(ProxyOptions.of(args), args.id, ProcessOptions.of(args))
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
+class HelloOptions:
     """`hello`."""
 
-    proxy: Proxy
+    proxy: ProxyOptions
     container_id: str
-    vm: Vm
+    vm: VmSockets
 
     @classmethod
     def of(cls, args: Namespace) -> Self:
-        return cls(Proxy.of(args), args.id, Vm.of(args))
+        return cls(ProxyOptions.of(args), args.id, VmSockets.of(args))
 
 
 @dataclass(frozen=True, slots=True)
-class Registered:
+class RegisteredOptions:
     """A command about a registered VM that needs nothing but its id: `attach`, `bye`."""
 
-    proxy: Proxy
+    proxy: ProxyOptions
     container_id: str
 
     @classmethod
     def of(cls, args: Namespace) -> Self:
-        return cls(Proxy.of(args), args.id)
+        return cls(ProxyOptions.of(args), args.id)
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class StatusOptions:
     """`status`."""
 
-    proxy: Proxy
+    proxy: ProxyOptions
     as_json: bool
 
     @classmethod
     def of(cls, args: Namespace) -> Self:
-        return cls(Proxy.of(args), args.json)
+        return cls(ProxyOptions.of(args), args.json)
 
 
 @dataclass(frozen=True, slots=True)
-class LogLevel:
+class LogLevelOptions:
     """`log-level`."""
 
-    proxy: Proxy
+    proxy: ProxyOptions
     level: str
 
     @classmethod
     def of(cls, args: Namespace) -> Self:
-        return cls(Proxy.of(args), args.level)
+        return cls(ProxyOptions.of(args), args.level)
 
 
 @dataclass(frozen=True, slots=True)
-class Hyper:
+class HyperOptions:
     """`hyper`."""
 
-    proxy: Proxy
+    proxy: ProxyOptions
     container_id: str
     name: str
     #: JSON text, or `-` to read it from stdin; None for a command without data.
@@ -163,21 +163,21 @@ class Hyper:
 
     @classmethod
     def of(cls, args: Namespace) -> Self:
-        return cls(Proxy.of(args), args.id, args.name, args.data)
+        return cls(ProxyOptions.of(args), args.id, args.name, args.data)
 
 
 @dataclass(frozen=True, slots=True)
-class Agent:
+class AgentOptions:
     """`agent`."""
 
-    vm: Vm
+    vm: VmSockets
     ready_fd: int | None
     #: The directory to remove at the end; empty for none.
     remove: str
 
     @classmethod
     def of(cls, args: Namespace) -> Self:
-        return cls(Vm(os.path.abspath(args.ctl), os.path.abspath(args.io)), args.ready_fd, args.remove)
+        return cls(VmSockets(os.path.abspath(args.ctl), os.path.abspath(args.io)), args.ready_fd, args.remove)
 
 
 def environment_variables(settings: Iterable[str], environ: Mapping[str, str]) -> dict[str, str]:

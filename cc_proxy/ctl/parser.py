@@ -33,7 +33,7 @@ Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
-class Command(Generic[Options]):
+class Subcommand(Generic[Options]):
     """One command: its place on the command line, and what it does."""
 
     name: str
@@ -56,7 +56,7 @@ class Command(Generic[Options]):
         return self.do(self.read(args))
 
 
-def build(commands: Sequence[Command[Any]]) -> ArgumentParser:
+def build(commands: Sequence[Subcommand[Any]]) -> ArgumentParser:
     """Return the parser for a table of commands. In what it parses, `main` is the command's `main`."""
     parser = ArgumentParser(
         prog="cc-proxyctl",
@@ -77,7 +77,7 @@ def build(commands: Sequence[Command[Any]]) -> ArgumentParser:
 
 
 def _add_command(
-    subparsers: "argparse._SubParsersAction[ArgumentParser]", name: str, command: Command[Any]
+    subparsers: "argparse._SubParsersAction[ArgumentParser]", name: str, command: Subcommand[Any]
 ) -> None:
     """Add a command under one of its names, each with its own parser, so that its help shows that name."""
     parser = subparsers.add_parser(

@@ -7,7 +7,7 @@ from typing import Self
 
 from cc_proxy.api import Client, Deadline, Hyper, ProxyError, Refused
 from cc_proxy.ctl.errors import Interrupted, explain, is_from_agent, say
-from cc_proxy.ctl.options import Proxy, Vm
+from cc_proxy.ctl.options import ProxyOptions, VmSockets
 from cc_proxy.ctl.requests import KillContainer, StartPod
 from cc_proxy.ctl.signals import Signals
 
@@ -15,14 +15,14 @@ from cc_proxy.ctl.signals import Signals
 _GRACE = 5.0
 
 
-class Pod:
+class TemporaryPod:
     """One pod with one container, under the same id. At the end of the context neither is left.
 
     Destroying and unregistering use connections of their own, because a request that failed or was
     interrupted leaves its connection in an unknown state.
     """
 
-    def __init__(self, proxy: Proxy, container_id: str, signals: Signals) -> None:
+    def __init__(self, proxy: ProxyOptions, container_id: str, signals: Signals) -> None:
         self._signals = signals
         self._socket_path = proxy.socket_path
         self._container_id = container_id
@@ -44,7 +44,7 @@ class Pod:
         if self._registered:
             self._unregister()
 
-    def register(self, client: Client, vm: Vm) -> None:
+    def register(self, client: Client, vm: VmSockets) -> None:
         """Say hello. A first signal waits for the answer, which tells what has to be undone."""
         try:
             with self._signals.may_interrupt(tolerate=1):

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from cc_proxy.ctl.options import Process
+from cc_proxy.ctl.options import ProcessOptions
 
 #: A process gets these unless the command line says otherwise. Agents may give it none.
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -88,7 +88,7 @@ class WinSize(_Arguments, frozen=True):
     column: int
 
 
-def hyper_process(process: Process, io_base: int, size: WindowSize | None) -> HyperProcess:
+def hyper_process(process: ProcessOptions, io_base: int, size: WindowSize | None) -> HyperProcess:
     """Describe `process` for the agent. `size` is its terminal's, None without a terminal."""
     return HyperProcess(
         terminal=process.terminal,
@@ -104,7 +104,7 @@ def hyper_process(process: Process, io_base: int, size: WindowSize | None) -> Hy
     )
 
 
-def _environment(process: Process) -> tuple[EnvironmentVariable, ...]:
+def _environment(process: ProcessOptions) -> tuple[EnvironmentVariable, ...]:
     variables = {"PATH": _DEFAULT_PATH}
     if process.terminal:
         variables["TERM"] = _DEFAULT_TERM

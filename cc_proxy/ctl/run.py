@@ -8,12 +8,12 @@ from cc_proxy.ctl import options
 from cc_proxy.ctl.attendance import Attendance, terminal_for
 from cc_proxy.ctl.connection import connect
 from cc_proxy.ctl.local import local_agent
-from cc_proxy.ctl.pod import Pod
+from cc_proxy.ctl.pod import TemporaryPod
 from cc_proxy.ctl.requests import ExecCmd, HyperProcess, NewContainer
 from cc_proxy.ctl.signals import Signals
 
 
-def run(asked: options.Run) -> int:
+def run(asked: options.RunOptions) -> int:
     """Start a pod with one process; returns that process's exit status. Leaves nothing of the pod behind."""
     container_id = asked.container_id
 
@@ -26,7 +26,7 @@ def run(asked: options.Run) -> int:
         signals = stack.enter_context(Signals())
         client = stack.enter_context(connect(asked.proxy, signals))
         vm = asked.vm or stack.enter_context(local_agent(signals, asked.console))
-        pod = stack.enter_context(Pod(asked.proxy, container_id, signals))
+        pod = stack.enter_context(TemporaryPod(asked.proxy, container_id, signals))
         pod.register(client, vm)
         pod.start(client)
         attendance = Attendance(client, signals, asked.proxy, container_id, asked.process, terminal)
@@ -35,7 +35,7 @@ def run(asked: options.Run) -> int:
         return status
 
 
-def execute(asked: options.Exec) -> int:
+def execute(asked: options.ExecOptions) -> int:
     """Start a process in a running pod; returns its exit status.
 
     Signals end this command, not the process: the agent could pass them only to the container's first

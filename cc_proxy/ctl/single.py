@@ -15,14 +15,14 @@ from cc_proxy.ctl.stdio import show
 _STDIN = "-"
 
 
-def hello(asked: options.Hello) -> int:
+def hello(asked: options.HelloOptions) -> int:
     """Register a VM."""
     with connect(asked.proxy) as client:
         client.hello(asked.container_id, asked.vm.ctl, asked.vm.io, asked.vm.console)
     return 0
 
 
-def attach(asked: options.Registered) -> int:
+def attach(asked: options.RegisteredOptions) -> int:
     """Check that a VM is registered and answers."""
     with connect(asked.proxy) as client:
         client.attach(asked.container_id)
@@ -33,7 +33,7 @@ def attach(asked: options.Registered) -> int:
     return 0
 
 
-def hyper(asked: options.Hyper) -> int:
+def hyper(asked: options.HyperOptions) -> int:
     """Have an agent carry out a command."""
     data = None if asked.data is None else _json(asked.data)
     with connect(asked.proxy) as client:
@@ -42,7 +42,7 @@ def hyper(asked: options.Hyper) -> int:
     return 0
 
 
-def bye(asked: options.Registered) -> int:
+def bye(asked: options.RegisteredOptions) -> int:
     """Unregister a VM."""
     with connect(asked.proxy) as client:
         client.bye(asked.container_id)

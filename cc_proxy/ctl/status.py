@@ -9,7 +9,7 @@ from cc_proxy.ctl.stdio import show
 from cc_proxy.log.printable import printable_json
 
 
-def status(asked: options.Status) -> int:
+def status(asked: options.StatusOptions) -> int:
     """Show the state of the daemon and its VMs."""
     with connect(asked.proxy) as client:
         answer = client.status()
@@ -21,7 +21,7 @@ def status(asked: options.Status) -> int:
     return 0
 
 
-def log_level(asked: options.LogLevel) -> int:
+def log_level(asked: options.LogLevelOptions) -> int:
     """Set the daemon's log level."""
     with connect(asked.proxy) as client:
         change = client.set_log_level(asked.level)

@@ -45,7 +45,7 @@ def show(text: str = "") -> None:
         raise _unwritten(STDOUT_FD, error) from None
 
 
-class Stdin:
+class StdinReader:
     """Reads stdin as frames, one piece at a time: nothing more is read until `frames` has been sent."""
 
     def __init__(self, io_base: int, *, forward: bool, terminal: bool) -> None:
@@ -94,7 +94,7 @@ class Stdin:
             raise Failure(f"cannot read standard input: {reason(error)}") from None
 
 
-class Output:
+class OutputWriter:
     """Output that waits to be written to stdout and stderr, in the order in which it came."""
 
     def __init__(self) -> None:

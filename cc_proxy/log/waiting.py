@@ -21,7 +21,7 @@ _LONGEST_TRACE = 8_000
 _LAST_LINES = 1.0
 
 
-class Waiting(queue.Queue[tuple[int, logging.LogRecord | None]]):
+class EventQueue(queue.Queue[tuple[int, logging.LogRecord | None]]):
     """The events with their sizes. Its own size is in bytes, and so is its limit."""
 
     def __init__(self) -> None:
@@ -41,10 +41,10 @@ class Waiting(queue.Queue[tuple[int, logging.LogRecord | None]]):
         return item
 
 
-class Writer(logging.handlers.QueueHandler):
+class QueueWriter(logging.handlers.QueueHandler):
     """Puts events, shortened, into the queue. When the queue is full, counts them instead."""
 
-    def __init__(self, waiting: Waiting) -> None:
+    def __init__(self, waiting: EventQueue) -> None:
         super().__init__(waiting)
         self._dropped = 0
 
@@ -63,10 +63,10 @@ class Writer(logging.handlers.QueueHandler):
             self._dropped += 1
 
 
-class Listener(logging.handlers.QueueListener):
+class QueueReader(logging.handlers.QueueListener):
     """Takes events out of the queue. Ends once everything that waits is written, if it can be."""
 
-    def __init__(self, waiting: Waiting, handler: logging.Handler) -> None:
+    def __init__(self, waiting: EventQueue, handler: logging.Handler) -> None:
         super().__init__(waiting, handler)
         self._waiting = waiting
 

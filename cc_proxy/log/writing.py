@@ -30,7 +30,7 @@ from cc_proxy.log.levels import (
 )
 from cc_proxy.log.printable import printable_json, printable_lines
 from cc_proxy.log.ratelimit import RateLimit
-from cc_proxy.log.waiting import Listener, Waiting, Writer
+from cc_proxy.log.waiting import EventQueue, QueueReader, QueueWriter
 
 try:
     from pythonjsonlogger.json import JsonFormatter
@@ -148,12 +148,12 @@ class Logging:
         stream = stream or sys.stderr or cast(TextIO, _Nowhere())
         for name, number in (("IO", IO), ("CONSOLE", CONSOLE)):
             logging.addLevelName(number, name)
-        waiting = Waiting()
-        self._front = Writer(waiting)
+        waiting = EventQueue()
+        self._front = QueueWriter(waiting)
         self._rate = RateLimit()
         self._front.addFilter(self._rate)
         self._sink = _sink(form, stream)
-        self._listener = Listener(waiting, self._sink)
+        self._listener = QueueReader(waiting, self._sink)
         self._level = level
         self._reported_at = time.monotonic()
 

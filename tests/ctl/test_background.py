@@ -16,7 +16,7 @@ from cc_proxy.ctl.relay import loop
 from cc_proxy.ctl.requests import KillContainer, WinSize
 
 
-class Full:
+class FullConnection:
     """Commands whose connection is full, and the other end of it."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Full:
             while True:
                 self.sent += near.send(bytes(1024), socket.MSG_DONTWAIT)
 
-    def __enter__(self) -> Full:
+    def __enter__(self) -> FullConnection:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,12 +50,12 @@ class Full:
 
 
 @pytest.fixture
-def full() -> Iterator[Full]:
-    with Full() as full:
+def full() -> Iterator[FullConnection]:
+    with FullConnection() as full:
         yield full
 
 
-def test_answers_are_taken_while_nothing_can_be_sent(full: Full) -> None:
+def test_answers_are_taken_while_nothing_can_be_sent(full: FullConnection) -> None:
     full.commands.send(signal.SIGWINCH, "winsize", WinSize(1, 24, 80))
     write_message(full.far, Response(True))
     fd, events = full.commands.wants()
@@ -66,7 +66,7 @@ def test_answers_are_taken_while_nothing_can_be_sent(full: Full) -> None:
     assert poll.poll(0) == []  # else whoever waits for it spins
 
 
-def test_of_window_sizes_only_the_last_is_sent(full: Full) -> None:
+def test_of_window_sizes_only_the_last_is_sent(full: FullConnection) -> None:
     full.commands.send(signal.SIGTERM, "killcontainer", KillContainer("pod", signal.SIGTERM))
     for rows in range(2000):
         full.commands.send(signal.SIGWINCH, "winsize", WinSize(1, rows, 80))

@@ -13,7 +13,7 @@ from cc_proxy.cli.ctl import build_parser, main
 from cc_proxy.ctl import options
 from cc_proxy.ctl.commands import COMMANDS
 from cc_proxy.ctl.errors import Misuse
-from cc_proxy.ctl.options import Process, environment_variables
+from cc_proxy.ctl.options import ProcessOptions, environment_variables
 
 LOCAL = ["run", "--local"]
 
@@ -36,12 +36,12 @@ def test_run_with_everything() -> None:
     line = """--socket-path /p run --ctl c --io /i --console con --id ID -ti -e A=1 --env B=x=y -e A=2 -w /d
         -u me:us --timeout 1.5 -- sh -c -t --"""
     asked = read(line.split())
-    assert asked == options.Run(
-        proxy=options.Proxy("/p", 1.5),
+    assert asked == options.RunOptions(
+        proxy=options.ProxyOptions("/p", 1.5),
         container_id="ID",
-        vm=options.Vm(os.path.abspath("c"), "/i", os.path.abspath("con")),
+        vm=options.VmSockets(os.path.abspath("c"), "/i", os.path.abspath("con")),
         console=os.path.abspath("con"),
-        process=Process(
+        process=ProcessOptions(
             ("sh", "-c", "-t", "--"),
             terminal=True,
             interactive=True,
@@ -56,7 +56,7 @@ def test_run_with_everything() -> None:
 def test_run_with_the_least() -> None:
     asked = read([*LOCAL, "true"])
     assert asked.vm is None
-    assert asked.process == Process(("true",))
+    assert asked.process == ProcessOptions(("true",))
 
 
 def test_an_id_is_made_up() -> None:

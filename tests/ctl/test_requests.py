@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from cc_proxy.ctl.options import Process
+from cc_proxy.ctl.options import ProcessOptions
 from cc_proxy.ctl.requests import (
     ExecCmd,
     HyperProcess,
@@ -62,7 +62,7 @@ def test_winsize() -> None:
 
 
 def test_a_process_without_a_terminal() -> None:
-    process = Process(("ls", "-l"), env=(("A", "1"),), workdir="/tmp")
+    process = ProcessOptions(("ls", "-l"), env=(("A", "1"),), workdir="/tmp")
     assert sent(hyper_process(process, 7, None)) == {
         "terminal": False,
         "stdio": 7,
@@ -74,7 +74,7 @@ def test_a_process_without_a_terminal() -> None:
 
 
 def test_a_process_with_a_terminal() -> None:
-    process = Process(("sh",), terminal=True, user="u", group="g")
+    process = ProcessOptions(("sh",), terminal=True, user="u", group="g")
     assert sent(hyper_process(process, 7, WindowSize(24, 80))) == {
         "terminal": True,
         "stdio": 7,
@@ -90,7 +90,7 @@ def test_a_process_with_a_terminal() -> None:
 
 
 def test_what_is_given_comes_before_what_is_usual() -> None:
-    process = Process(("sh",), terminal=True, env=(("TERM", "vt100"), ("PATH", "/p")))
+    process = ProcessOptions(("sh",), terminal=True, env=(("TERM", "vt100"), ("PATH", "/p")))
     assert sent(hyper_process(process, 1, None))["envs"] == [
         {"env": "PATH", "value": "/p"},
         {"env": "TERM", "value": "vt100"},

@@ -233,12 +233,12 @@ def test_explanations(error: Exception, text: str) -> None:
     assert explain(error) == text
 
 
-class Full(io.StringIO):
+class FullStream(io.StringIO):
     def write(self, text: str) -> int:
         raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("stderr", [None, Full()], ids=["closed", "full"])
+@pytest.mark.parametrize("stderr", [None, FullStream()], ids=["closed", "full"])
 def test_nobody_listens(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], stderr: io.StringIO | None
 ) -> None:

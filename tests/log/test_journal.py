@@ -21,7 +21,7 @@ from tests.wire.support import wait_until
 pytestmark = pytest.mark.usefixtures("logging_as_it_was")
 
 
-class Journal:
+class FakeJournal:
     """A journal's socket, and what logs there."""
 
     log: Logging
@@ -54,9 +54,9 @@ def fields_in(datagram: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 @pytest.fixture
-def native(tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Journal]:
+def native(tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeJournal]:
     """What takes native fields, from a process whose stderr is the journal."""
-    found = Journal(str(tmp_sock_dir / "journal"))
+    found = FakeJournal(str(tmp_sock_dir / "journal"))
     monkeypatch.setattr(journal, "SOCKET", found.path)
     with piped() as (_, stream):
         monkeypatch.setenv("JOURNAL_STREAM", journal_of(stream))
@@ -67,7 +67,7 @@ def native(tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jour
         found.stop()
 
 
-def test_fields_are_native_and_the_message_is_a_json_object(native: Journal) -> None:
+def test_fields_are_native_and_the_message_is_a_json_object(native: FakeJournal) -> None:
     fields = {"vm": "pod\n\0", "client": 3, "stream": None, "vms": ["a"], "nasty": "\ud800"}
     logger.warning("something", extra=fields)
     logger.debug("more")
@@ -85,7 +85,7 @@ def test_fields_are_native_and_the_message_is_a_json_object(native: Journal) -> 
     assert first["CODE_FILE"] == __file__.encode()
 
 
-def test_journal_that_is_away_loses_lines_and_the_next_says_how_many(native: Journal) -> None:
+def test_journal_that_is_away_loses_lines_and_the_next_says_how_many(native: FakeJournal) -> None:
     native.stop()
     logger.info("lost")
     logger.info("lost")
@@ -99,19 +99,19 @@ def test_journal_that_is_away_loses_lines_and_the_next_says_how_many(native: Jou
     assert "lost_before" not in on
 
 
-def test_journal_that_takes_nothing_holds_nobody_up(native: Journal) -> None:
+def test_journal_that_takes_nothing_holds_nobody_up(native: FakeJournal) -> None:
     for number in range(2_000):  # more than its socket holds
         logger.debug("event", extra={"number": number})
     numbers = [json.loads(native.receive()["MESSAGE"])["number"] for _ in range(2_000)]
     assert numbers == list(range(2_000))
 
 
-def test_fields_speak_to_no_terminal(native: Journal) -> None:
+def test_fields_speak_to_no_terminal(native: FakeJournal) -> None:
     logger.info("event", extra={"vm": "a\x1b[2J\nMESSAGE=forged\u202e"})
     assert native.receive()["CC_VM"] == rb"a\x1b[2J\nMESSAGE=forged\u202e"
 
 
-def test_fields_are_cut_to_what_journalctl_shows(native: Journal) -> None:
+def test_fields_are_cut_to_what_journalctl_shows(native: FakeJournal) -> None:
     logger.info("event", extra={"vm": ["x" * 70] * 100})
     event = native.receive()
     assert len(event["CC_VM"]) < 4096

@@ -23,8 +23,7 @@ from cc_proxy.proxy.users import User, Users
 from cc_proxy.proxy.vms.console import Console
 from cc_proxy.proxy.vms.control import ControlLink
 from cc_proxy.proxy.vms.dialer import Dialer
-from cc_proxy.settings import Limits, LiveSettings, Settings
-from cc_proxy.settings import Spool as SpoolSettings
+from cc_proxy.settings import Limits, LiveSettings, Settings, SpoolSettings
 from tests.connector import CONNECTOR
 from tests.wire.support import (
     FRAME,

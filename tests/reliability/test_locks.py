@@ -11,7 +11,7 @@ from pathlib import Path
 
 import cc_proxy
 from cc_proxy.proxy.streams.spool import SpoolSpace
-from tests.locks import Watch, WatchedLock
+from tests.locks import LockWatch, WatchedLock
 from tests.wire.daemon import CHECKOUT
 
 
@@ -48,7 +48,7 @@ def test_locks_of_the_project_are_watched_and_no_others(space: SpoolSpace) -> No
 
 
 def test_lock_that_is_taken_while_another_is_held_is_noted() -> None:
-    watch = Watch()
+    watch = LockWatch()
     outer, inner = WatchedLock("outer", watch), WatchedLock("inner", watch)
     with outer:
         pass
@@ -62,7 +62,7 @@ def test_lock_that_is_taken_while_another_is_held_is_noted() -> None:
 
 
 def test_threads_hold_locks_of_their_own() -> None:
-    watch = Watch()
+    watch = LockWatch()
     mine, theirs = WatchedLock("mine", watch), WatchedLock("theirs", watch)
 
     def take() -> None:

@@ -15,7 +15,7 @@ from cc_proxy.hyperstart.codes import Code
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.proxy.vms.vm import VmError
-from cc_proxy.settings import LiveSettings, Settings, Spool
+from cc_proxy.settings import LiveSettings, Settings, SpoolSettings
 from tests.connector import CONNECTOR
 from tests.fuzz.acknowledging import AcknowledgingVm
 from tests.proxy.house import UNKNOWN, House
@@ -43,7 +43,7 @@ def no_circles() -> Iterator[None]:
 
 @pytest.fixture
 def registry(tmp_sock_dir: Path) -> Registry:
-    return Registry(LiveSettings(Settings(spool=Spool(directory=str(tmp_sock_dir)))), CONNECTOR)
+    return Registry(LiveSettings(Settings(spool=SpoolSettings(directory=str(tmp_sock_dir)))), CONNECTOR)
 
 
 def test_vm(tmp_sock_dir: Path, registry: Registry) -> None:

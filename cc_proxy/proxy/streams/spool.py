@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cc_proxy.linux.fds import IOV_MAX, Piece, cut
-from cc_proxy.settings import LiveSettings
-from cc_proxy.settings import Spool as SpoolSettings
+from cc_proxy.settings import LiveSettings, SpoolSettings
 
 #: The most `sendfile` is asked to move at once, so that one client's backlog does not hold up the others.
 _DRAIN_AT_ONCE = 256 * 1024

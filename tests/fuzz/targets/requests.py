@@ -29,7 +29,7 @@ from cc_proxy.proxy.clients.connection import After, Connection
 from cc_proxy.proxy.clients.handlers import MAX_RESPONSE, Client, Handlers
 from cc_proxy.proxy.vms.connector import Connector
 from cc_proxy.proxy.vms.registry import Registry
-from cc_proxy.settings import LiveSettings, Settings, Spool, Vm
+from cc_proxy.settings import LiveSettings, Settings, SpoolSettings, VmSettings
 from tests.fuzz.acknowledging import AcknowledgingVm
 from tests.fuzz.choices import Choices
 from tests.fuzz.grammar import object_text, value_text
@@ -109,13 +109,13 @@ def _served() -> Iterator[tuple[_House, AcknowledgingVm]]:
         closing(Connector()) as connector,
     ):
         connector.start()
-        settings = Settings(spool=Spool(directory=directory))
+        settings = Settings(spool=SpoolSettings(directory=directory))
         live = LiveSettings(settings)
         registry = Registry(live, connector)
         try:
             registry.register(Hello("vm", vm.control_path, vm.io_path), Credentials.own())
             # From now on a hello may be for what never says READY.
-            live.replace(replace(settings, vm=Vm(ready_timeout=0.01, ready_ping_after=0.005)))
+            live.replace(replace(settings, vm=VmSettings(ready_timeout=0.01, ready_ping_after=0.005)))
             yield _House(Handlers(registry, live), registry, live), vm
         finally:
             for registered in registry.vms():

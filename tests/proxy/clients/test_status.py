@@ -30,7 +30,7 @@ from tests.proxy.support import Rig, frames_of
 from tests.wire.support import WAIT, frame
 
 
-class FakeRegistry:
+class ListedRegistry:
     """A registry that is a list."""
 
     def __init__(self, *vms: Vm, failed: tuple[FailedVm, ...] = ()) -> None:
@@ -50,7 +50,7 @@ class FakeRegistry:
         return list(self._failed)
 
 
-def describe(registry: FakeRegistry, *attached: Vm | None) -> Status:
+def describe(registry: ListedRegistry, *attached: Vm | None) -> Status:
     return status.describe(
         status.About(lambda: "/settings"), cast(Registry, registry), Credentials.own(), attached
     )
@@ -81,7 +81,7 @@ def test_pump_that_is_stuck_is_said_to_be_and_holds_up_no_other(rig: Rig, space:
         stuck, well = vm_of(rig, "a"), vm_of(other, "b")
         keep_busy(rig, release)
         try:
-            first, second = describe(FakeRegistry(stuck, well), stuck, None, stuck).vms
+            first, second = describe(ListedRegistry(stuck, well), stuck, None, stuck).vms
         finally:
             release.set()
     assert (first.id, first.clients, first.answers, first.streams) == ("a", 2, False, None)
@@ -96,7 +96,7 @@ def test_all_pumps_are_asked_before_any_is_waited_for(rig: Rig, space: SpoolSpac
         first, last = vm_of(rig, "a"), vm_of(other, "b")
         keep_busy(rig, release)
         assert other.pump._mailbox.post(release.set)
-        vms = describe(FakeRegistry(last, first)).vms
+        vms = describe(ListedRegistry(last, first)).vms
     assert [(vm.id, vm.answers) for vm in vms] == [("a", True), ("b", True)]
     assert all(vm.streams for vm in vms)
 
@@ -104,13 +104,13 @@ def test_all_pumps_are_asked_before_any_is_waited_for(rig: Rig, space: SpoolSpac
 def test_pump_that_has_ended_is_not_said_to_be_stuck(rig: Rig) -> None:
     rig.pump.abort()
     rig.wait_ended()
-    (vm,) = describe(FakeRegistry(vm_of(rig))).vms
+    (vm,) = describe(ListedRegistry(vm_of(rig))).vms
     assert (vm.answers, vm.streams) == (True, None)
 
 
 def test_vm_that_has_no_pump_yet(space: SpoolSpace) -> None:
     (vm,) = describe(
-        FakeRegistry(Vm("new", ROOT, LiveSettings(Settings()), space, lambda vm, state: None))
+        ListedRegistry(Vm("new", ROOT, LiveSettings(Settings()), space, lambda vm, state: None))
     ).vms
     assert (vm.state, vm.answers, vm.streams, vm.unanswered) == ("starting", True, None, 0)
 

@@ -19,8 +19,7 @@ from cc_proxy.proxy.vms.dialer import Dialer
 from cc_proxy.proxy.vms.registry import Registry, RegistryError
 from cc_proxy.proxy.vms.states import State
 from cc_proxy.proxy.vms.vm import Vm, VmError
-from cc_proxy.settings import Limits, LiveSettings, Settings, Spool
-from cc_proxy.settings import Vm as VmSettings
+from cc_proxy.settings import Limits, LiveSettings, Settings, SpoolSettings, VmSettings
 from tests.connector import CONNECTOR
 from tests.proxy.conftest import Logged
 from tests.proxy.support import new_user
@@ -42,7 +41,7 @@ class Office:
                 Settings(
                     vm=VmSettings(ready_timeout=60, ready_ping_after=50, bye_linger=3_600),
                     limits=Limits(vms=LIMIT),
-                    spool=Spool(directory=str(directory)),
+                    spool=SpoolSettings(directory=str(directory)),
                 )
             ),
             CONNECTOR,

@@ -27,9 +27,7 @@ from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.vms import vm as vm_module
 from cc_proxy.proxy.vms.states import State
 from cc_proxy.proxy.vms.vm import Vm, VmError
-from cc_proxy.settings import Limits, LiveSettings, Settings
-from cc_proxy.settings import Stdin as StdinSettings
-from cc_proxy.settings import Vm as VmSettings
+from cc_proxy.settings import Limits, LiveSettings, Settings, StdinSettings, VmSettings
 from tests.proxy.conftest import Logged
 from tests.proxy.support import DIALER, new_user, open_fds, pair
 from tests.users import ALICE, call_as, needs_root
