@@ -152,7 +152,7 @@ class Supervisor:
         now = time.monotonic()
         if self._interval is None or now - self._served_at < self._interval:
             return
-        if self._watchdog.is_good(self._interval) and self._tell("WATCHDOG=1", wait=False):
+        if self._watchdog.check(self._interval) and self._tell("WATCHDOG=1", wait=False):
             self._served_at = now
 
     def _new_status(self) -> str:

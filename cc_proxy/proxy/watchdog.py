@@ -1,4 +1,4 @@
-"""Whether the daemon does its work: what the watchdog of the service manager is told."""
+"""Checks that all parts of the daemon work, before the service manager's watchdog is fed."""
 
 import time
 
@@ -7,17 +7,17 @@ from cc_proxy.log.stacks import log_stacks
 from cc_proxy.proxy.clients.server import Server
 from cc_proxy.proxy.vms.registry import Registry
 
-#: Seconds in which a lock must be free: nobody holds one for longer than a few steps.
+#: Seconds within which a lock must become free. No thread holds one for longer than a few steps.
 _LOCK_TIMEOUT = 0.5
-#: Seconds that the accept thread may sleep, however little the service manager allows.
+#: Seconds that the accept thread may sleep, even if the service manager allows less.
 _SLEEP = 1.0
 
 
 class Watchdog:
-    """Looks whether each part of the daemon still takes its turns. Main thread.
+    """Checks that each thread of the daemon still goes round its loop. Main thread.
 
-    Nothing that waits is ill: the accept thread wakes up several times a second, and the others answer at
-    once unless they are in the middle of something.
+    A thread that waits is well: the accept thread wakes up several times a second, and the others answer
+    probes at once unless they are at work.
     """
 
     def __init__(self, server: Server, registry: Registry) -> None:
@@ -25,10 +25,10 @@ class Watchdog:
         self._registry = registry
         self._stuck: list[str] = []
 
-    def is_good(self, patience: float) -> bool:
-        """Whether all have taken a turn in the last `patience` seconds, which is how often this is called.
+    def check(self, patience: float) -> bool:
+        """Return whether all have gone round in the last `patience` seconds, and send new probes.
 
-        If not, logs what is stuck and where every thread is, once.
+        It is called that often. If something is stuck, logs what, and all threads' stacks, once.
         """
         stuck = self._find_stuck(patience)
         if stuck and stuck != self._stuck:

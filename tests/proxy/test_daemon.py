@@ -204,7 +204,7 @@ class Desk:
     def vms(self) -> list[SimpleNamespace]:
         return self.listed
 
-    def is_good(self, _patience: float) -> bool:
+    def check(self, _patience: float) -> bool:
         return True
 
     def work(self, *signals: signal.Signals) -> list[str]:

@@ -42,8 +42,8 @@ class Parts:
         )
         self.watchdog = Watchdog(cast(Server, self.server), self.registry)
 
-    def is_good(self) -> bool:
-        return self.watchdog.is_good(patience=10.0)
+    def check(self) -> bool:
+        return self.watchdog.check(patience=10.0)
 
 
 @pytest.fixture
@@ -62,14 +62,14 @@ def stuck(logged: Logged) -> list[dict[str, object]]:
 
 def test_all_is_well(parts: Parts, rig: Rig, logged: Logged) -> None:
     for _ in range(3):
-        assert parts.is_good()
+        assert parts.check()
         rig.wait_for_turn()
     assert logged.at(logging.INFO) == []
 
 
 def test_a_parking_thread_that_hangs_is_named(parts: Parts, logged: Logged) -> None:
     parts.parking.probe = lambda: False
-    assert not parts.is_good()
+    assert not parts.check()
     assert stuck(logged)[0]["stuck"] == ["the parking thread"]
 
 
@@ -80,21 +80,21 @@ def test_pump_that_hangs_is_named_once_until_it_goes_on(parts: Parts, rig: Rig, 
         here.set()
         go.wait(WAIT)
 
-    assert parts.is_good()
+    assert parts.check()
     rig.wait_for_turn()
     rig.pump._mailbox.post(hang)
     assert here.wait(WAIT)
     try:
-        assert parts.is_good(), "it has been asked only now"
-        assert not parts.is_good()
-        assert not parts.is_good()
+        assert parts.check(), "it has been asked only now"
+        assert not parts.check()
+        assert not parts.check()
         assert stuck(logged) == [{"stuck": ["the pump of VM pod"]}]
         (stack,) = [fields for fields in logged.fields("stack") if "pump vm" in str(fields["threads"])]
         assert "in hang" in str(stack["stack"]), "and where it hangs is logged"
     finally:
         go.set()
     rig.wait_for_turn()
-    assert parts.is_good()
+    assert parts.check()
     assert logged.fields("not stuck any more: the watchdog is served") == [
         {"was_stuck": ["the pump of VM pod"]}
     ]
@@ -111,40 +111,40 @@ def test_pump_that_waits_for_the_vm_is_well(parts: Parts, space: SpoolSpace) -> 
                 client.send(bytes(4000))
         rig.wait(lambda streams: streams.stdin_held > 0, "the VM takes nothing")
         for _ in range(3):
-            assert parts.is_good()
+            assert parts.check()
             rig.wait_for_turn()
 
 
 def test_pump_that_has_not_begun_or_has_ended_is_well(parts: Parts, space: SpoolSpace) -> None:
     with Rig(space, started=False) as rig:
         parts.vm._pump = rig.pump
-        assert parts.is_good()
-        assert parts.is_good()
+        assert parts.check()
+        assert parts.check()
         rig.pump.start()
         rig.pump.abort()
         assert rig.pump.join(WAIT)
-        assert parts.is_good()
-        assert parts.is_good()
+        assert parts.check()
+        assert parts.check()
 
 
 def test_locks_that_are_not_given_back(parts: Parts, logged: Logged) -> None:
     parts.server.is_free = lambda timeout: False
     with parts.registry._lock:
-        assert not parts.is_good()
+        assert not parts.check()
     assert stuck(logged) == [{"stuck": ["the lock of the connections", "the lock of the VMs"]}]
     parts.server.is_free = lambda timeout: True
-    assert parts.is_good()
+    assert parts.check()
 
 
 def test_accept_thread_that_takes_no_turns(parts: Parts, rig: Rig, logged: Logged) -> None:
     parts.server.turned_at = time.monotonic() - 11
-    assert not parts.is_good()
+    assert not parts.check()
     assert stuck(logged) == [{"stuck": ["the accept thread"]}]
     parts.server.turned_at = time.monotonic()
     rig.wait_for_turn()
-    assert parts.is_good()
+    assert parts.check()
 
 
 def test_accept_thread_may_sleep_for_a_second_however_impatient_the_manager(parts: Parts) -> None:
     parts.server.turned_at = time.monotonic() - 0.3
-    assert parts.watchdog.is_good(patience=0.1)
+    assert parts.watchdog.check(patience=0.1)
