@@ -12,7 +12,7 @@ from cc_proxy.linux.threads import start_thread
 #: What the thread is called meanwhile, and what it does; None is the end.
 Job = tuple[str, Callable[[], object]] | None
 
-#: Seconds that a thread without a job waits for one before it ends, and how many wait at most.
+#: Seconds that a thread without a job waits for one before it ends; and how many may wait at once.
 _LINGER = 0.1
 _MOST_SPARE = 16
 
@@ -24,7 +24,10 @@ class Workers:
     little while for another one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, linger: float = _LINGER, most_spare: int = _MOST_SPARE) -> None:
+        """A thread without a job waits for one for `linger` seconds, if fewer than `most_spare` do so."""
+        self._linger = linger
+        self._most_spare = most_spare
         # Threads without a job, the last one last. A thread that takes one out puts one job into its queue.
         # Appending, popping and removing are atomic under the GIL, so there is no lock; the same holds for
         # `_threads`.
@@ -82,19 +85,19 @@ class Workers:
             while job:
                 me.name = job[0]
                 job[1]()
-                me.name = "spare"
                 job = None  # a thread that waits must not keep what it worked on
-                job = self._next_job(jobs)
+                job = self._next_job(me, jobs)
         finally:
             self._threads.discard(me)
 
-    def _next_job(self, jobs: "queue.SimpleQueue[Job]") -> Job:
+    def _next_job(self, me: threading.Thread, jobs: "queue.SimpleQueue[Job]") -> Job:
         """Return another job; None if there was none for a while."""
-        if self._closed or len(self._spare) >= _MOST_SPARE:
+        if self._closed or len(self._spare) >= self._most_spare:
             return None
         self._spare.append(jobs)
+        me.name = "spare"
         try:
-            return jobs.get(timeout=_LINGER)
+            return jobs.get(timeout=self._linger)
         except queue.Empty:
             pass
         try:

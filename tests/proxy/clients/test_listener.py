@@ -221,15 +221,14 @@ def test_socket_of_somebody_else_is_never_removed(path: Path) -> None:
 
 def test_what_took_its_place_is_left_alone_though_it_looks_the_same(path: Path) -> None:
     """A file system may give a new file the number of one that has gone."""
-    first = Listener.bind(str(path))
-    first.remove()
-    second = Listener.bind(str(path))
-    first._identity = second._identity
-    first.socket.close()
-    first.remove()
-    assert path.exists()
-    close(second)
+    listener = Listener.bind(str(path))
+    same = path.with_name("same")
+    os.link(path, same)
+    close(listener)
     assert not path.exists()
+    same.rename(path)
+    listener.remove()
+    assert path.exists()
 
 
 def test_socket_that_goes_while_it_is_looked_at_is_in_nobodys_way(

@@ -20,23 +20,23 @@ class Guest:
     """Reads what comes, and stays until that is `go`."""
 
     def __init__(self) -> None:
-        self._sock, self.far = socket.socketpair()
+        self.near, self.far = socket.socketpair()
         self.read: queue.SimpleQueue[tuple[bytes, str]] = queue.SimpleQueue()
         self.fails = False
 
     def fileno(self) -> int:
-        return self._sock.fileno()
+        return self.near.fileno()
 
     def on_readable(self) -> bool:
         if self.fails:
             self.fails = False
             raise KeyError("nobody expects it")
-        data = self._sock.recv(100)
+        data = self.near.recv(100)
         self.read.put((data, threading.current_thread().name))
         return data not in {b"go", b""}
 
     def close(self) -> None:
-        self._sock.close()
+        self.near.close()
         self.far.close()
 
 
@@ -156,7 +156,7 @@ def test_at_the_end_nothing_is_touched_any_more() -> None:
     lot.parking.close()
     guest.far.sendall(b"too late")
     assert guest.read.empty()
-    assert not is_silent(guest._sock)
+    assert not is_silent(guest.near)
     guest.close()
 
 

@@ -4,21 +4,30 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
-from typing import cast
+from contextlib import contextmanager
+from typing import Any, cast
 
 import pytest
 
-from cc_proxy.proxy.clients import workers as module
 from cc_proxy.proxy.clients.workers import Job, Workers
 from tests.wire.support import wait_until
 
 
+@contextmanager
+def running(**options: Any) -> Iterator[Workers]:
+    workers = Workers(**options)
+    try:
+        yield workers
+    finally:
+        workers.close()
+        assert workers.join(5)
+
+
 @pytest.fixture
 def workers() -> Iterator[Workers]:
-    workers = Workers()
-    yield workers
-    workers.close()
-    assert workers.join(5)
+    """Workers whose threads are used again, however long the next job takes to come."""
+    with running(linger=60) as workers:
+        yield workers
 
 
 def do(workers: Workers, name: str = "job") -> threading.Thread:
@@ -28,8 +37,12 @@ def do(workers: Workers, name: str = "job") -> threading.Thread:
     return by.get(timeout=5)
 
 
-def wait_for_spare(workers: Workers, number: int) -> None:
-    wait_until(lambda: len(workers._spare) == number, f"{number} have nothing to do")
+def wait_for_spare(number: int) -> None:
+    wait_until(lambda: names().count("spare") == number, f"{number} have nothing to do")
+
+
+def names() -> list[str]:
+    return [thread.name for thread in threading.enumerate()]
 
 
 def test_each_job_has_a_thread_of_its_own(workers: Workers) -> None:
@@ -40,30 +53,28 @@ def test_each_job_has_a_thread_of_its_own(workers: Workers) -> None:
 
 
 def test_a_thread_is_called_what_it_does(workers: Workers) -> None:
-    names: queue.SimpleQueue[str] = queue.SimpleQueue()
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
     for name in ("one", "two"):
-        workers.start(name, lambda: names.put(threading.current_thread().name))
-        assert names.get(timeout=5) == name
-        wait_for_spare(workers, 1)
+        workers.start(name, lambda: said.put(threading.current_thread().name))
+        assert said.get(timeout=5) == name
+        wait_for_spare(1)
 
 
-def test_an_idle_thread_does_the_next_job(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LINGER", 60)
+def test_an_idle_thread_does_the_next_job(workers: Workers) -> None:
     first = do(workers)
-    wait_for_spare(workers, 1)
+    wait_for_spare(1)
     assert do(workers) is first
 
 
-def test_a_thread_that_was_idle_for_a_while_ends(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LINGER", 0.001)
-    do(workers).join(5)
-    wait_until(lambda: not workers._threads, "it has ended")
-    assert not workers._spare
+def test_a_thread_that_was_idle_for_a_while_ends() -> None:
+    with running(linger=0.001) as workers:
+        first = do(workers)
+        first.join(5)
+        assert not first.is_alive()
+        assert do(workers) is not first, "nobody waits for one that has ended"
 
 
-def test_job_that_comes_as_a_thread_gives_up_is_done(
-    workers: Workers, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_job_that_comes_as_a_thread_gives_up_is_done() -> None:
     class Snatched(deque["queue.SimpleQueue[Job]"]):
         """Whoever waits here is taken out before it can take itself out."""
 
@@ -71,31 +82,29 @@ def test_job_that_comes_as_a_thread_gives_up_is_done(
             taken.put(waiting)
 
     taken: queue.SimpleQueue[queue.SimpleQueue[Job]] = queue.SimpleQueue()
-    monkeypatch.setattr(module, "_LINGER", 0)
-    workers._spare = Snatched()
-    first = do(workers)
-    by: queue.SimpleQueue[threading.Thread] = queue.SimpleQueue()
-    taken.get(timeout=5).put(("late", lambda: by.put(threading.current_thread())))
-    assert by.get(timeout=5) is first
-    taken.get(timeout=5).put(None)
+    with running(linger=0) as workers:
+        workers._spare = Snatched()
+        first = do(workers)
+        by: queue.SimpleQueue[threading.Thread] = queue.SimpleQueue()
+        taken.get(timeout=5).put(("late", lambda: by.put(threading.current_thread())))
+        assert by.get(timeout=5) is first
+        taken.get(timeout=5).put(None)
 
 
-def test_only_so_many_wait(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LINGER", 60)
-    together = threading.Barrier(module._MOST_SPARE + 4, timeout=5)
-    for _ in range(module._MOST_SPARE + 3):
-        workers.start("waits", together.wait)
-    together.wait()
-    wait_until(lambda: len(workers._threads) == module._MOST_SPARE, "the others have ended")
-    wait_for_spare(workers, module._MOST_SPARE)
+def test_only_so_many_wait() -> None:
+    others = len(names())
+    with running(linger=60, most_spare=3) as workers:
+        together = threading.Barrier(7, timeout=5)
+        for _ in range(6):
+            workers.start("waits", together.wait)
+        together.wait()
+        wait_until(lambda: len(names()) == others + 3, "the others have ended")
+        wait_for_spare(3)
 
 
-def test_a_job_that_cannot_be_handed_over_costs_no_thread(
-    workers: Workers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_LINGER", 60)
+def test_a_job_that_cannot_be_handed_over_costs_no_thread(workers: Workers) -> None:
     thread = do(workers)
-    wait_for_spare(workers, 1)
+    wait_for_spare(1)
     jobs = workers._spare.pop()
 
     class NoMemory:
@@ -120,11 +129,11 @@ def test_nothing_is_kept_of_a_thread_that_cannot_start(
     monkeypatch.setattr(threading.Thread, "start", fail)
     with pytest.raises(RuntimeError):
         workers.start("job", lambda: None)
-    assert not workers._threads
+    workers.close()
+    assert workers.join(0)
 
 
-def test_nothing_is_kept_of_what_was_done(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LINGER", 60)
+def test_nothing_is_kept_of_what_was_done(workers: Workers) -> None:
     gone = threading.Event()
 
     class Kept:
@@ -136,7 +145,7 @@ def test_nothing_is_kept_of_what_was_done(workers: Workers, monkeypatch: pytest.
 
     workers.start("job", Kept().work)
     assert gone.wait(5)
-    wait_for_spare(workers, 1)
+    wait_for_spare(1)
 
 
 def test_one_that_gives_up_at_the_end_is_missed_by_nobody(workers: Workers) -> None:
@@ -150,15 +159,14 @@ def test_one_that_gives_up_at_the_end_is_missed_by_nobody(workers: Workers) -> N
     workers.close()
 
 
-def test_after_the_end_threads_end_when_they_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LINGER", 60)
-    workers = Workers()
+def test_after_the_end_threads_end_when_they_are_done() -> None:
+    workers = Workers(linger=60)
     do(workers)
-    wait_for_spare(workers, 1)
+    wait_for_spare(1)
     release = threading.Event()
     workers.start("busy", release.wait)
     do(workers)
-    wait_for_spare(workers, 1)
+    wait_for_spare(1)
     workers.close()
     assert not workers.join(0.001)
     release.set()
