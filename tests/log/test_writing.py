@@ -314,22 +314,24 @@ def test_stop_while_the_queue_is_full_writes_all_that_waits(short_queue: int) ->
     assert stream.reached.wait(WAIT)
     for _ in range(short_queue):
         logger.info("event")
-    stopped = threading.Event()
+    ended = threading.Event()
+    results: list[bool] = []
 
     def stop() -> None:
         try:
-            log.stop()
+            results.append(log.stop())
         finally:
-            stopped.set()
+            ended.set()
 
     try:
         with in_background(stop):
-            stopped.wait(0.05)  # it finds the queue full
+            ended.wait(0.05)  # it finds the queue full
             stream.goes_on.set()
-    finally:
         wait_until(lambda: stream.getvalue().count("\n") > short_queue, "all that waited is written")
-        if log._listener._thread is not None:
-            log._listener.stop()
+        assert results, "it ended without an error"
+    finally:
+        if results != [True]:
+            log.stop()
 
 
 def test_events_that_wait_are_bounded_in_bytes() -> None:
