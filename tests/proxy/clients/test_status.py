@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
+from collections.abc import Iterator
 from typing import cast
 
 import msgspec
@@ -24,7 +27,7 @@ from cc_proxy.linux.credentials import ROOT, Credentials
 from cc_proxy.proxy.clients import status
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.vms.registry import FailedVm, Registry
-from cc_proxy.proxy.vms.vm import Vm
+from cc_proxy.proxy.vms.vm import State, Vm
 from cc_proxy.settings import LiveSettings, Settings
 from tests.proxy.support import Rig, frames_of
 from tests.wire.support import WAIT, frame
@@ -56,47 +59,70 @@ def describe(registry: ListedRegistry, *attached: Vm | None) -> Status:
     )
 
 
+class VmOfRig:
+    """A VM that is up, with a rig's pump and control channel."""
+
+    owner = ROOT
+    state = State.UP
+    trouble = None
+
+    def __init__(self, rig: Rig, container_id: str) -> None:
+        self.container_id = container_id
+        self.created = time.monotonic()
+        self.control = rig.control
+        self.describe = rig.pump.describe
+
+
 def vm_of(rig: Rig, name: str = "web") -> Vm:
-    vm = Vm(name, ROOT, LiveSettings(Settings()), rig.space, lambda vm, state: None)
-    vm._pump = rig.pump
-    vm._control = rig.control
-    return vm
+    return cast(Vm, VmOfRig(rig, name))
 
 
-def keep_busy(rig: Rig, release: threading.Event) -> None:
-    """Have a pump at work until it is released."""
-    busy = threading.Event()
+@contextlib.contextmanager
+def busy(space: SpoolSpace, release: threading.Event) -> Iterator[Rig]:
+    """A pump that is at work until it is released."""
+    at_work = threading.Event()
 
-    def work() -> None:
-        busy.set()
-        release.wait(WAIT)
+    @contextlib.contextmanager
+    def turn() -> Iterator[None]:
+        at_work.set()
+        assert release.wait(WAIT)
+        yield
 
-    rig.pump._mailbox.post(work)
-    assert busy.wait(WAIT)
+    with Rig(space, one_at_a_time=turn) as rig:
+        try:
+            rig.pump.probe()
+            assert at_work.wait(WAIT)
+            yield rig
+        finally:
+            release.set()
 
 
 def test_pump_that_is_stuck_is_said_to_be_and_holds_up_no_other(rig: Rig, space: SpoolSpace) -> None:
     release = threading.Event()
-    with Rig(space) as other:
-        stuck, well = vm_of(rig, "a"), vm_of(other, "b")
-        keep_busy(rig, release)
-        try:
-            first, second = describe(ListedRegistry(stuck, well), stuck, None, stuck).vms
-        finally:
-            release.set()
+    with busy(space, release) as other:
+        stuck, well = vm_of(other, "a"), vm_of(rig, "b")
+        first, second = describe(ListedRegistry(stuck, well), stuck, None, stuck).vms
+        release.set()
+        other.wait_for_turn()  # it answers nobody now, and lives
     assert (first.id, first.clients, first.answers, first.streams) == ("a", 2, False, None)
     assert (second.id, second.clients, second.answers) == ("b", 0, True)
     assert second.streams
-    rig.wait_for_turn()  # it answers nobody now, and lives
 
 
-def test_all_pumps_are_asked_before_any_is_waited_for(rig: Rig, space: SpoolSpace) -> None:
-    release = threading.Event()
-    with Rig(space) as other:
-        first, last = vm_of(rig, "a"), vm_of(other, "b")
-        keep_busy(rig, release)
-        assert other.pump._mailbox.post(release.set)
-        vms = describe(ListedRegistry(last, first)).vms
+def test_all_pumps_are_asked_before_any_is_waited_for(space: SpoolSpace) -> None:
+    """The first can only answer once the last was asked."""
+    release, asked = threading.Event(), threading.Event()
+
+    @contextlib.contextmanager
+    def turn() -> Iterator[None]:
+        if asked.is_set():
+            release.set()
+        yield
+
+    with busy(space, release) as first, Rig(space, one_at_a_time=turn) as last:
+        last.wait_for_turn()
+        asked.set()
+        vms = describe(ListedRegistry(vm_of(last, "b"), vm_of(first, "a"))).vms
     assert [(vm.id, vm.answers) for vm in vms] == [("a", True), ("b", True)]
     assert all(vm.streams for vm in vms)
 
