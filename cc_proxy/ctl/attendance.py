@@ -24,7 +24,7 @@ from cc_proxy.ctl.options import ProcessOptions, ProxyOptions
 from cc_proxy.ctl.relay import IoFd, loop
 from cc_proxy.ctl.requests import HyperProcess, KillContainer, WinSize, hyper_process
 from cc_proxy.ctl.signals import STOPPING, Signals
-from cc_proxy.ctl.stdio import STDIN_FD, OutputWriter, StdinReader
+from cc_proxy.ctl.stdio import STDIN_FD, OutputWriter, StdinSource
 from cc_proxy.ctl.streams import ProcessStreams
 from cc_proxy.ctl.terminal import Terminal
 
@@ -95,7 +95,7 @@ class Attendance:
     def _relay(self, io: socket.socket, io_base: int, passes_signals: bool) -> int | None:
         """Carry the streams until the process has ended; returns its status, None if they ended first."""
         streams, passed_on = ProcessStreams(io_base), _PassedOn()
-        stdin = StdinReader(io_base, forward=self.process.interactive, terminal=self.process.terminal)
+        stdin = StdinSource(io_base, forward=self.process.interactive, terminal=self.process.terminal)
         with closing(BackgroundCommands(self.client)) as commands, closing(OutputWriter()) as output:
             io_fd = IoFd(io, streams, stdin, output)
 

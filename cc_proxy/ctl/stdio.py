@@ -45,7 +45,7 @@ def show(text: str = "") -> None:
         raise _unwritten(STDOUT_FD, error) from None
 
 
-class StdinReader:
+class StdinSource:
     """Reads stdin as frames, one piece at a time: nothing more is read until `frames` has been sent."""
 
     def __init__(self, io_base: int, *, forward: bool, terminal: bool) -> None:
