@@ -5,21 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
-from cc_proxy.linux.credentials import ROOT
-from cc_proxy.proxy import watchdog as watchdog_module
 from cc_proxy.proxy.clients.server import Server
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.vms.registry import Registry
-from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.proxy.watchdog import Watchdog
-from cc_proxy.settings import LiveSettings, Settings
-from tests.connector import CONNECTOR
 from tests.proxy.conftest import Logged
 from tests.proxy.support import Rig
 from tests.wire.support import WAIT
@@ -31,16 +27,13 @@ class Parts:
     """What is looked at: a registry with one VM, whose pump is a rig's, and a server that takes its turns."""
 
     def __init__(self, rig: Rig) -> None:
-        live = LiveSettings(Settings())
-        self.registry = Registry(live, CONNECTOR)
-        self.vm = Vm("pod", ROOT, live, rig.space, lambda vm, state: None)
-        self.vm._pump = rig.pump
-        self.registry._vms[self.vm] = []
+        self.vm = SimpleNamespace(container_id="pod", probe=rig.pump.probe)
+        self.registry = SimpleNamespace(vms=lambda: [self.vm], is_free=lambda timeout: True)
         self.parking = SimpleNamespace(probe=lambda: True)
         self.server = SimpleNamespace(
             turned_at=time.monotonic() + NEXT, is_free=lambda timeout: True, parking=self.parking
         )
-        self.watchdog = Watchdog(cast(Server, self.server), self.registry)
+        self.watchdog = Watchdog(cast(Server, self.server), cast(Registry, self.registry))
 
     def check(self) -> bool:
         return self.watchdog.check(patience=10.0)
@@ -49,11 +42,6 @@ class Parts:
 @pytest.fixture
 def parts(rig: Rig) -> Parts:
     return Parts(rig)
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog_module, "_LOCK_TIMEOUT", 0.01)
 
 
 def stuck(logged: Logged) -> list[dict[str, object]]:
@@ -73,28 +61,33 @@ def test_a_parking_thread_that_hangs_is_named(parts: Parts, logged: Logged) -> N
     assert stuck(logged)[0]["stuck"] == ["the parking thread"]
 
 
-def test_pump_that_hangs_is_named_once_until_it_goes_on(parts: Parts, rig: Rig, logged: Logged) -> None:
-    here, go = threading.Event(), threading.Event()
+def test_pump_that_hangs_is_named_once_until_it_goes_on(space: SpoolSpace, logged: Logged) -> None:
+    hangs, here, go = threading.Event(), threading.Event(), threading.Event()
 
-    def hang() -> None:
-        here.set()
-        go.wait(WAIT)
+    @contextmanager
+    def hang() -> Iterator[None]:
+        if hangs.is_set():
+            here.set()
+            go.wait(WAIT)
+        yield
 
-    assert parts.check()
-    rig.wait_for_turn()
-    rig.pump._mailbox.post(hang)
-    assert here.wait(WAIT)
-    try:
-        assert parts.check(), "it has been asked only now"
-        assert not parts.check()
-        assert not parts.check()
-        assert stuck(logged) == [{"stuck": ["the pump of VM pod"]}]
-        (stack,) = [fields for fields in logged.fields("stack") if "pump vm" in str(fields["threads"])]
-        assert "in hang" in str(stack["stack"]), "and where it hangs is logged"
-    finally:
-        go.set()
-    rig.wait_for_turn()
-    assert parts.check()
+    with Rig(space, one_at_a_time=hang) as rig:
+        parts = Parts(rig)
+        assert parts.check()
+        rig.wait_for_turn()
+        hangs.set()
+        try:
+            assert parts.check(), "it has been asked only now"
+            assert here.wait(WAIT)
+            assert not parts.check()
+            assert not parts.check()
+            assert stuck(logged) == [{"stuck": ["the pump of VM pod"]}]
+            (stack,) = [fields for fields in logged.fields("stack") if "pump vm" in str(fields["threads"])]
+            assert "in hang" in str(stack["stack"]), "and where it hangs is logged"
+        finally:
+            go.set()
+        rig.wait_for_turn()
+        assert parts.check()
     assert logged.fields("not stuck any more: the watchdog is served") == [
         {"was_stuck": ["the pump of VM pod"]}
     ]
@@ -103,7 +96,7 @@ def test_pump_that_hangs_is_named_once_until_it_goes_on(parts: Parts, rig: Rig, 
 def test_pump_that_waits_for_the_vm_is_well(parts: Parts, space: SpoolSpace) -> None:
     """The VM takes nothing, so that only what it sends is waited for."""
     with Rig(space, io_buffer=4096) as rig:
-        parts.vm._pump = rig.pump
+        parts.vm.probe = rig.pump.probe
         client = rig.open()
         client.sock.setblocking(False)
         with suppress(BlockingIOError):
@@ -117,7 +110,7 @@ def test_pump_that_waits_for_the_vm_is_well(parts: Parts, space: SpoolSpace) -> 
 
 def test_pump_that_has_not_begun_or_has_ended_is_well(parts: Parts, space: SpoolSpace) -> None:
     with Rig(space, started=False) as rig:
-        parts.vm._pump = rig.pump
+        parts.vm.probe = rig.pump.probe
         assert parts.check()
         assert parts.check()
         rig.pump.start()
@@ -128,11 +121,10 @@ def test_pump_that_has_not_begun_or_has_ended_is_well(parts: Parts, space: Spool
 
 
 def test_locks_that_are_not_given_back(parts: Parts, logged: Logged) -> None:
-    parts.server.is_free = lambda timeout: False
-    with parts.registry._lock:
-        assert not parts.check()
+    parts.server.is_free = parts.registry.is_free = lambda timeout: False
+    assert not parts.check()
     assert stuck(logged) == [{"stuck": ["the lock of the connections", "the lock of the VMs"]}]
-    parts.server.is_free = lambda timeout: True
+    parts.server.is_free = parts.registry.is_free = lambda timeout: True
     assert parts.check()
 
 

@@ -351,3 +351,19 @@ def test_hello_and_bye_from_many_threads(office: Office) -> None:
         for name in ("one", "two", "three"):
             stack.enter_context(in_background(partial(live, name)))
     assert office.registry.vms() == []
+
+
+# What the watchdog looks at -------------------------------------------------------------------------------
+
+
+def test_lock_is_free_unless_somebody_holds_it(office: Office) -> None:
+    assert office.registry.is_free(WAIT)
+    with office.registry._lock:
+        assert not office.registry.is_free(0.01)
+
+
+def test_vm_answers_probes(office: Office) -> None:
+    vm, _ = office.register("a")
+    assert office.registry.vms() == [vm]
+    for _ in range(3):
+        wait_until(vm.probe, "it has answered")
