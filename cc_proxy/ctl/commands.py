@@ -24,7 +24,8 @@ from cc_proxy.log.levels import LogLevel
 _PROCESS_OPTIONS = "[-t] [-i] [-e K=V]... [-w DIR] [-u USER[:GROUP]] [--timeout S]"
 _PROCESS_NOTES = """
 With -t the process gets this terminal, which must be stdin. Without -t, stdout and stderr stay
-separate. Without -i the process's stdin is empty. The exit status is the process's own."""
+separate. Without -i the process's stdin is empty. With -i, hyperstart drops input that comes while
+the process's pipe (64 KiB) or terminal (4 KiB) is full. The exit status is the process's own."""
 
 
 def _add_local(parser: ArgumentParser) -> None:
