@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
 from cc_proxy.agent.control import CommandServer
 from cc_proxy.agent.iochannel import IoChannel
-from cc_proxy.agent.loop import Loop
+from cc_proxy.agent.loop import Loop, Turn
 from cc_proxy.agent.orphans import Orphans
 from cc_proxy.agent.pod import Pod
 from cc_proxy.agent.ports import Port
-from cc_proxy.agent.process import Process
+from cc_proxy.agent.processes import Processes
 from cc_proxy.agent.quirks import NO_QUIRKS, Quirks
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,10 @@ class Agent:
     Once made, hosts can connect; they are served while `serve` runs. The sockets are removed by `close`
     at the latest: use it as a context manager. Raises `ListenError` if a socket cannot be had.
 
+    Like the real agent it throws stdin away that a process does not take, and says nothing of it. With
+    `lossless` it does not (`IoChannel`), and ends of processes do not wait for a moment without output.
+    `on_refused` is called with the reason when a command is answered with ERROR.
+
     It is meant to have a process for itself and to run in its only thread: `run_agent` sees to that. It works
     among other threads too, but then `orphans` must not be given, and a terminal, a user or a limit has
     Python code run between fork and exec, which is never quite safe there.
@@ -40,22 +45,24 @@ class Agent:
         io: str | os.PathLike[str],
         quirks: Quirks = NO_QUIRKS,
         *,
+        lossless: bool = False,
         orphans: Orphans | None = None,
+        on_refused: Callable[[str], None] = log.info,
     ) -> None:
         self._quirks = quirks
         self._orphans = orphans
-        self._processes: dict[int, Process] = {}
+        self._processes = Processes()
         with ExitStack() as made:
             self._loop = Loop()
             made.callback(self._loop.close)
-            self._ctl = Port(self._loop, os.fspath(ctl))
+            self._ctl = Port(self._loop, os.fspath(ctl), Turn.COMMANDS)
             made.callback(self._ctl.close)
-            self._io = Port(self._loop, os.fspath(io))
+            self._io = Port(self._loop, os.fspath(io), Turn.FRAMES)
             made.callback(self._io.close)
             self._made = made.pop_all()
-        self._channel = IoChannel(self._loop, self._io, self._processes, quirks)
+        self._channel = IoChannel(self._io, self._processes, quirks, lossless=lossless)
         self._pod = Pod(self._loop, self._channel, self._processes, quirks)
-        self._server = CommandServer(self._ctl, self._pod, quirks, self._power_off)
+        self._server = CommandServer(self._ctl, self._pod, quirks, self._power_off, on_refused)
         if orphans is not None:
             self._pod.on_process_gone = orphans.reap
 

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from cc_proxy.agent.errors import Refused
-from cc_proxy.hyperstart.codes import Code, describe
+from cc_proxy.hyperstart.codes import Code
 
 _NOT_EMPTY = Meta(min_length=1)
 _MAX_SEQ = 2**64 - 1
@@ -156,8 +156,8 @@ def decode(code: int, payload: bytes) -> Command:
     if code in _BARE:
         return _BARE[code]
     if code not in _DECODERS:
-        raise Refused(f"{describe(code)} is not a command for this agent")
+        raise Refused("not a command for this agent")
     try:
         return _DECODERS[code].decode(payload)
     except (ValueError, RecursionError) as error:
-        raise Refused(f"{describe(code)}: {error}") from None
+        raise Refused(str(error)) from None

@@ -23,14 +23,23 @@ class CommandServer:
     """Reads commands from the port, one after the other, and has the pod carry them out.
 
     Nothing is read while an answer has not gone out, and nothing any more once DESTROYPOD has come:
-    `power_off` is called when that is answered.
+    `power_off` is called when that is answered. `on_refused` is called with the reason before a command is
+    answered with ERROR, which has no room for one.
     """
 
-    def __init__(self, port: Port, pod: Pod, quirks: Quirks, power_off: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        port: Port,
+        pod: Pod,
+        quirks: Quirks,
+        power_off: Callable[[], None],
+        on_refused: Callable[[str], None],
+    ) -> None:
         self._port = port
         self._pod = pod
         self._quirks = quirks
         self._power_off = power_off
+        self._on_refused = on_refused
         self._receiver = ControlReceiver()
         self._up = False
         self._destroying = False
@@ -46,7 +55,8 @@ class CommandServer:
     # What the port calls -----------------------------------------------------------------------------
 
     def connected(self) -> None:
-        """Say READY, to the first host after the boot only."""
+        """Say READY, to the first host after the boot only. What another did not finish is nobody's."""
+        self._receiver = ControlReceiver()
         self._say_ready()
 
     def disconnected(self) -> None:
@@ -76,7 +86,7 @@ class CommandServer:
                 return
             answer = encode(Code.ACK, self._pod.carry_out(command))
         except Refused as error:
-            log.info("refused", extra={"command": describe(message.code), "reason": str(error)})
+            self._on_refused(f"{describe(message.code)}: {error}")
             answer = encode(Code.ERROR)
         self._answer(answer)
 

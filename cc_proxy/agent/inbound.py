@@ -12,6 +12,8 @@ from cc_proxy.hyperstart.frames import MAX_TO_AGENT
 #: Bytes of stdin that are kept for a process.
 STDIN_SIZE = 512
 
+_PIPE_SIZE = 64 * 1024
+
 _SIZE = struct.Struct(">I")
 
 
@@ -58,12 +60,22 @@ class ControlReceiver:
 
 
 class HostFrames(FrameParser):
-    """Splits what the host sends on the I/O channel into frames, up to the first that is too long."""
+    """Splits what the host sends on the I/O channel into frames, up to the first over `longest` bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest: int = MAX_TO_AGENT) -> None:
         super().__init__()
+        self.longest = longest
         #: What ends the agent once the frames before it were handled.
         self.fatal: Panic | None = None
+
+    @property
+    def missing(self) -> int:
+        """Bytes that are missing of the next header or, if that is there, of its frame; never 0."""
+        size = len(self._buffer)
+        if size < FRAME_HEADER.size:
+            return FRAME_HEADER.size - size
+        _, length = FRAME_HEADER.unpack(self._buffer[: FRAME_HEADER.size])
+        return int(length) - size
 
     def receive_data(self, data: bytes) -> list[Frame]:
         """Take bytes as they arrived and return the frames they complete; `fatal` is set if one is too long.
@@ -83,15 +95,16 @@ class HostFrames(FrameParser):
         return frames
 
     def _fits(self, seq: int, length: int) -> bool:
-        if length > MAX_TO_AGENT:
+        if length > self.longest:
             self.fatal = Panic(f"a frame of {length} bytes on stream {seq} of the I/O channel")
         return self.fatal is None
 
 
 class StdinBuffer:
-    """What waits for one process to read it: 512 bytes, and whether end of file comes behind them."""
+    """What waits for one process to read it: `size` bytes, and whether end of file comes behind them."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = STDIN_SIZE) -> None:
+        self._size = size
         self._bytes = bytearray()
         self._ended = False
         #: Bytes that did not fit, or came after the end.
@@ -102,9 +115,12 @@ class StdinBuffer:
         """Whether the end has come, and everything before it has been written."""
         return self._ended and not self._bytes
 
+    def __len__(self) -> int:
+        return len(self._bytes)
+
     def put(self, data: bytes) -> None:
         """Keep as much of `data` as fits; the rest is lost, and nobody is told."""
-        room = 0 if self._ended else STDIN_SIZE - len(self._bytes)
+        room = 0 if self._ended else self._size - len(self._bytes)
         self._bytes += data[:room]
         self.dropped += max(0, len(data) - room)
 
@@ -113,8 +129,8 @@ class StdinBuffer:
         self._ended = True
 
     def peek(self) -> bytes:
-        """Return what waits."""
-        return bytes(self._bytes)
+        """Return what waits, or the beginning of it: as much as a pipe may take."""
+        return bytes(self._bytes[:_PIPE_SIZE])
 
     def consume(self, size: int) -> None:
         """Take `size` bytes away from the front: they have been written."""

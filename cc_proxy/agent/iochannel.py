@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-from cc_proxy.agent.echoes import Echoes
 from cc_proxy.agent.inbound import HostFrames
-from cc_proxy.agent.loop import Loop
 from cc_proxy.agent.ports import Port
-from cc_proxy.agent.process import Process, Stdin
+from cc_proxy.agent.process import Stdin
+from cc_proxy.agent.processes import Processes
 from cc_proxy.agent.quirks import Quirks
-from cc_proxy.api.frames import FRAME_HEADER, Frame, encode_frame
-from cc_proxy.hyperstart.frames import MAX_FROM_AGENT
+from cc_proxy.api.frames import FRAME_HEADER, MAX_FRAME, Frame, encode_frame
+from cc_proxy.hyperstart.frames import MAX_FROM_AGENT, MAX_TO_AGENT
+from cc_proxy.hyperstart.pacing import FIRST_MARKER, marked_stream
 
 _READ_SIZE = 64 * 1024
 _END_SIZE = 2 * FRAME_HEADER.size + 1
+#: Of what waits for a host that does not read, this much may be answers to what it sent.
+_MOST_ANSWERS = 64 * 1024
 
 
 class IoChannel:
     """One write buffer of 10,240 bytes for all processes, and where the host's frames go.
 
-    `processes` are those that own a stdio seq; whoever starts and ends them keeps it up to date.
+    The real agent takes one frame a round, and answers a frame that nobody owns at once, or never if its
+    buffer has no room for that. With `lossless` frames are taken as they come. An answer is never left out.
+    A marker's (docs/protocol.md) waits until the process it was sent for has taken its stdin. Nothing more
+    is read while a process has over `FULL` bytes waiting, which no host causes that waits for answers.
     """
 
-    def __init__(self, loop: Loop, port: Port, processes: Mapping[int, Process], quirks: Quirks) -> None:
+    def __init__(self, port: Port, processes: Processes, quirks: Quirks, *, lossless: bool) -> None:
+        self.lossless = lossless
         self._port = port
         self._processes = processes
-        self._frames = HostFrames()
-        self._echoes = Echoes(loop, self._echo, drop=sys.maxsize if quirks.no_echo else quirks.drop_echoes)
+        self._frames = HostFrames(MAX_FRAME if lossless else MAX_TO_AGENT)
+        self._full: set[Stdin] = set()
+        self._answers_to_drop = sys.maxsize if quirks.no_echo else quirks.drop_echoes
 
     # What processes call -----------------------------------------------------------------------------
 
@@ -37,69 +44,93 @@ class IoChannel:
         """Bytes of payload that a frame may have now; 0 or less if there is no room for one."""
         return self._free - FRAME_HEADER.size
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for room."""
+        return self._port.is_awaited
+
     def send(self, seq: int, payload: bytes) -> None:
         """Send a frame for which there is room."""
-        self._port.send(encode_frame(seq, payload))
+        self._send(encode_frame(seq, payload))
 
     def send_end(self, seq: int, status: int) -> bool:
         """Send what says that a process has ended; False if there is no room."""
         if self._free < _END_SIZE:
             return False
-        self._port.send(encode_frame(seq) + encode_frame(seq, bytes([status])))
+        self._send(encode_frame(seq) + encode_frame(seq, bytes([status])))
         return True
 
     def when_drained(self, callback: Callable[[], None]) -> None:
         """Call back once, when all the room there can be is there."""
         self._port.when_drained(callback)
 
-    def stdin_stuck(self, stdin: Stdin, stuck: bool) -> None:
-        """Have a host that waits for it to be free wait a little longer, if it is stuck."""
-        if stuck:
-            self._echoes.wait_for(stdin)
-        else:
-            self._echoes.go_on(stdin)
+    def flush(self) -> None:
+        """Let the host have what waits for it now."""
+        self._port.flush()
+
+    def set_full(self, stdin: Stdin, full: bool) -> None:
+        """Take note of whether more than enough waits for a process."""
+        (self._full.add if full else self._full.discard)(stdin)
+        self._set_reading()
 
     @property
     def _free(self) -> int:
         return MAX_FROM_AGENT - self._port.waiting_size
 
+    def _send(self, message: bytes) -> None:
+        if self.lossless:
+            self._port.send(message)
+        else:
+            self._port.send_later(message)
+
     # What the port calls -----------------------------------------------------------------------------
 
     def connected(self) -> None:
-        """Nothing is due: what waited goes out by itself."""
+        """What waited goes out by itself. What the host before did not finish is nobody's."""
+        self._frames = HostFrames(self._frames.longest)
 
     def disconnected(self) -> None:
         """What waits is for the next host."""
 
     def readable(self) -> None:
         """Take what the host has sent. Raises `Panic` for a frame that is too long."""
-        data = self._port.receive(_READ_SIZE)
-        if not data:
-            return
-        self._handle(self._frames.receive_data(data))
+        frames: list[Frame] = []
+        while not frames and self._frames.fatal is None:
+            data = self._port.receive(_READ_SIZE if self.lossless else self._frames.missing)
+            if not data:
+                return
+            frames = self._frames.receive_data(data)
+        for frame in frames:
+            self._take(frame)
         if self._frames.fatal is not None:
             raise self._frames.fatal
 
-    def _handle(self, frames: list[Frame]) -> None:
-        """Handle frames in the turns of the real agent.
+    def _take(self, frame: Frame) -> None:
+        process = self._processes.owner(frame.seq)
+        if process is not None:
+            process.stdin.take(frame.payload)
+        elif self._answers_to_drop:
+            self._answers_to_drop -= 1
+        else:
+            self._answer_stray(frame.seq)
 
-        It takes one frame a turn, and what a frame brought is written to its process at the end of the next
-        one. So of ten frames of 400 bytes that come at once, two share the 512 bytes each time.
-        """
-        fed: Stdin | None = None
-        for frame in frames:
-            process = self._processes.get(frame.seq)
-            if process is not None:
-                process.stdin.take(frame.payload)
-            if fed is not None:
-                fed.drain()
-            if process is None:
-                self._echoes.answer(frame.seq)
-            fed = process.stdin if process is not None and process.stdin is not fed else None
-        if fed is not None:
-            fed.drain()
+    def _answer_stray(self, seq: int) -> None:
+        process = self._processes.owner(marked_stream(seq)) if seq >= FIRST_MARKER else None
+        if process is not None and process.stdin.is_stuck:
+            process.stdin.when_taken(lambda: self._answer(seq))
+        else:
+            self._answer(seq)
 
-    def _echo(self, seq: int) -> None:
-        """Say that a seq is nobody's, unless there is no room to say it."""
-        if self.room >= 0:
+    def _answer(self, seq: int) -> None:
+        if self.lossless or self.room >= 0:
             self.send(seq, b"")
+        if self._has_most_answers:
+            self._set_reading()
+            self._port.when_drained(self._set_reading)
+
+    def _set_reading(self) -> None:
+        self._port.set_reading(not self._full and not self._has_most_answers)
+
+    @property
+    def _has_most_answers(self) -> bool:
+        return self._port.waiting_size > MAX_FROM_AGENT + _MOST_ANSWERS

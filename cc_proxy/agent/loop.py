@@ -7,6 +7,8 @@ import os
 import select
 import time
 from collections.abc import Callable
+from enum import IntEnum
+from typing import NamedTuple
 
 #: What may be waited for. Hang-ups are always reported, also where nothing else is.
 READ = select.EPOLLIN
@@ -17,19 +19,37 @@ NOTHING_ELSE = 0
 _WAKE_READ = 4096
 
 
+class Turn(IntEnum):
+    """When in a round something is served."""
+
+    COMMANDS = 0
+    FRAMES = 1
+    PROCESSES = 2
+    #: Only in a round in which nothing else is ready.
+    LAST = 3
+
+
+class _Watched(NamedTuple):
+    turn: Turn
+    callback: Callable[[int], None]
+
+
 class Loop:
-    """Calls back what waits for fds and for moments. Only `stop` may be used by others than its thread."""
+    """Calls back what waits for fds and for moments. Only `stop` may be used by others than its thread.
+
+    Like the real agent's it goes in rounds: all that is ready is served once, in the order of its turns.
+    """
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._callbacks: dict[int, Callable[[int], None]] = {}
+        self._watched: dict[int, _Watched] = {}
         #: Watched since the last wait: what that has brought under this number was about another file.
         self._new: set[int] = set()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
         self._stopping = False
         self._wake_reader, self.wakeup_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.watch(self._wake_reader, READ, self._woken)
+        self.watch(self._wake_reader, READ, self._woken, Turn.COMMANDS)
 
     # Any thread, and signal handlers -----------------------------------------------------------------
 
@@ -42,18 +62,18 @@ class Loop:
 
     # The loop's thread -------------------------------------------------------------------------------
 
-    def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
+    def watch(self, fd: int, events: int, callback: Callable[[int], None], turn: Turn) -> None:
         """Call `callback` with what is ready, as long as anything is. Replaces what there was for `fd`."""
-        if fd in self._callbacks:
+        if fd in self._watched:
             self._epoll.modify(fd, events)
         else:
             self._epoll.register(fd, events)
             self._new.add(fd)
-        self._callbacks[fd] = callback
+        self._watched[fd] = _Watched(turn, callback)
 
     def forget(self, fd: int) -> None:
         """Watch `fd` no more; to be called before it is closed. No matter if it was not watched."""
-        if self._callbacks.pop(fd, None) is not None:
+        if self._watched.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
@@ -65,16 +85,23 @@ class Loop:
         while not self._stopping:
             timeout = self._run_timers()
             self._new.clear()
-            for fd, events in self._epoll.poll(timeout):
-                callback = self._callbacks.get(fd)
-                if callback is not None and fd not in self._new:
-                    callback(events)
+            self._serve(self._epoll.poll(timeout))
 
     def close(self) -> None:
         """Close what the loop itself has open."""
         self._epoll.close()
         os.close(self._wake_reader)
         os.close(self.wakeup_fd)
+
+    def _serve(self, ready: list[tuple[int, int]]) -> None:
+        ready.sort(key=lambda item: self._watched[item[0]].turn)
+        nothing_else = bool(ready) and self._watched[ready[0][0]].turn is Turn.LAST
+        for fd, events in ready:
+            watched = self._watched.get(fd)
+            if watched is None or fd in self._new:
+                continue
+            if nothing_else or watched.turn is not Turn.LAST:
+                watched.callback(events)
 
     def _run_timers(self) -> float | None:
         """Call what is due; returns the seconds until the next one is."""

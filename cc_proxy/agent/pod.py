@@ -16,6 +16,7 @@ from cc_proxy.agent.commands import Command, ProcessSpec
 from cc_proxy.agent.errors import MissingBinary, Panic, Refused
 from cc_proxy.agent.loop import Loop
 from cc_proxy.agent.process import Channel, Process
+from cc_proxy.agent.processes import Processes
 from cc_proxy.agent.quirks import Quirks
 from cc_proxy.agent.spawn import spawn
 from cc_proxy.hyperstart.control import HEADER, MAX_ANSWER
@@ -44,10 +45,10 @@ class _Container:
 class Pod:
     """Carries out commands. At most one pod lives at a time; without one, nothing can be started.
 
-    `processes` is kept up to date: the processes that run, by their stdio seq.
+    `processes` is kept up to date: those that run.
     """
 
-    def __init__(self, loop: Loop, channel: Channel, processes: dict[int, Process], quirks: Quirks) -> None:
+    def __init__(self, loop: Loop, channel: Channel, processes: Processes, quirks: Quirks) -> None:
         self._loop = loop
         self._channel = channel
         self._processes = processes
@@ -85,14 +86,14 @@ class Pod:
     def destroy(self, destroyed: Callable[[], None]) -> None:
         """Ask everything that runs to end, and call `destroyed` when all of it has: that may be never."""
         self._destroyed = destroyed
-        _signal_all(self._processes.values(), signal.SIGTERM)
+        _signal_all(self._processes, signal.SIGTERM)
         self._see_if_destroyed()
 
     def kill(self) -> None:
         """End everything that runs at once, and say nothing of it."""
-        for process in self._processes.values():
+        for process in list(self._processes):
             process.kill()
-        self._processes.clear()
+            self._processes.remove(process)
 
     # Commands ----------------------------------------------------------------------------------------
 
@@ -122,7 +123,6 @@ class Pod:
         if container is not None:
             container.others.add(self._run(command.process, container))
         else:
-            self._check_free(command.process)
             # Not before the ACK.
             self._loop.call_later(0, lambda: self._report(command.process.stdio, NO_CONTAINER))
 
@@ -135,7 +135,7 @@ class Pod:
                 process.signal(command.signal, group=True)
 
     def _resize(self, command: commands.WinSize) -> None:
-        process = self._processes.get(command.seq)
+        process = self._processes.owner(command.seq)
         if process is not None:
             process.resize(command.row, command.column)
 
@@ -149,19 +149,17 @@ class Pod:
     # Processes ---------------------------------------------------------------------------------------
 
     def _run(self, spec: ProcessSpec, container: _Container) -> Process:
-        self._check_free(spec)
-
         def gone(process: Process) -> None:
             self._process_gone(process, container)
 
         process = Process(self._loop, self._channel, spec.stdio, spawn(spec), gone)
-        self._processes[spec.stdio] = process
+        self._processes.add(process)
         return process
 
     def _process_gone(self, process: Process, container: _Container) -> None:
-        del self._processes[process.seq]
+        self._processes.remove(process)
         container.others.discard(process)
-        self.on_process_gone({other.pid for other in self._processes.values()})
+        self.on_process_gone({other.pid for other in self._processes})
         if process is container.first:
             self._container_gone(container)
         self._see_if_destroyed()
@@ -183,6 +181,7 @@ class Pod:
 
     def _see_if_destroyed(self) -> None:
         if self._destroyed is not None and not self._processes:
+            self._channel.flush()  # ends are reported before the answer
             self._destroyed()
 
     # Checks ------------------------------------------------------------------------------------------
@@ -190,10 +189,6 @@ class Pod:
     def _check_alive(self) -> None:
         if not self._alive:
             raise Refused("there is no pod")
-
-    def _check_free(self, spec: ProcessSpec) -> None:
-        if spec.stdio in self._processes:
-            raise Refused(f"stream {spec.stdio} is another process's")
 
     def _container(self, name: str) -> _Container:
         if name not in self._containers:

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from typing import Protocol
 
-from cc_proxy.agent.loop import HANG_UP, NOTHING_ELSE, READ, WRITE, Loop
+from cc_proxy.agent.loop import HANG_UP, NOTHING_ELSE, READ, WRITE, Loop, Turn
 from cc_proxy.agent.socketfile import SocketFile
 from cc_proxy.linux.fds import Piece, close_stream, send_pieces
 
@@ -37,8 +37,9 @@ class Port:
     message that was begun is not finished for another host.
     """
 
-    def __init__(self, loop: Loop, path: str) -> None:
+    def __init__(self, loop: Loop, path: str, turn: Turn) -> None:
         self._loop = loop
+        self._turn = turn
         self._file = SocketFile(path)
         self._user: PortUser | None = None
         self._peer: socket.socket | None = None
@@ -54,6 +55,11 @@ class Port:
     def connected(self) -> bool:
         """Whether there is a host that takes what is sent."""
         return self._listens
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for what is to be sent to be through (`when_drained`)."""
+        return bool(self._until_drained)
 
     def serve(self, user: PortUser) -> None:
         """Begin to take hosts, on behalf of `user`. Nothing is read before `set_reading`."""
@@ -83,6 +89,11 @@ class Port:
         """Send whole messages, as far as they go now; the rest waits."""
         self._waiting += messages
         self.flush()
+
+    def send_later(self, message: bytes) -> None:
+        """Send a whole message, but not before this port's next turn."""
+        self._waiting.append(message)
+        self._settle()
 
     def flush(self) -> None:
         """Send what waits, as far as it goes now."""
@@ -119,7 +130,7 @@ class Port:
                 callback()
 
     def _watch_listener(self) -> None:
-        self._loop.watch(self._file.sock.fileno(), READ, self._accept)
+        self._loop.watch(self._file.sock.fileno(), READ, self._accept, self._turn)
 
     def _accept(self, _events: int) -> None:
         self._loop.forget(self._file.sock.fileno())
@@ -132,7 +143,7 @@ class Port:
         self._peer.setblocking(False)
         self._listens = True
         self._events = NOTHING_ELSE
-        self._loop.watch(self._peer.fileno(), NOTHING_ELSE, self._ready)
+        self._loop.watch(self._peer.fileno(), NOTHING_ELSE, self._ready, self._turn)
         self._watch_peer()
         if self._user is not None:
             self._user.connected()
@@ -145,15 +156,17 @@ class Port:
         events = (READ if self._reading else NOTHING_ELSE) | (WRITE if writing else NOTHING_ELSE)
         if events != self._events:
             self._events = events
-            self._loop.watch(self._peer.fileno(), events, self._ready)
+            self._loop.watch(self._peer.fileno(), events, self._ready, self._turn)
 
     def _ready(self, events: int) -> None:
+        # What the host has sent is handled first, whether there is room for an answer or not.
+        if events & ~WRITE:
+            if self._reading and self._user is not None:
+                self._user.readable()
+            elif events & HANG_UP:
+                self._see_off()
         if events & WRITE:
             self.flush()
-        if self._reading and self._user is not None:
-            self._user.readable()
-        elif events & HANG_UP:
-            self._see_off()
 
     def _lose(self) -> None:
         """The host has gone. What it sent before it did is as good as ever, so it is not hung up on yet."""

@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
+import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
 from cc_proxy.agent.errors import Refused
-from cc_proxy.agent.inbound import StdinBuffer
-from cc_proxy.agent.loop import READ, WRITE, Loop
+from cc_proxy.agent.inbound import STDIN_SIZE, StdinBuffer
+from cc_proxy.agent.loop import READ, WRITE, Loop, Turn
 from cc_proxy.agent.spawn import Child, set_size
+
+#: Bytes that wait for a process without loss while its host need not wait too.
+FULL = 64 * 1024
+#: Seconds that the real agent takes for an answer (measured), and a process to load its program.
+_ROUND_TRIP, _LOADING = 0.004, 0.1
 
 
 class Channel(Protocol):
     """What a process needs of the I/O channel."""
 
+    #: Whether nothing that the host sends may be lost.
+    lossless: bool
+
     @property
     def room(self) -> int:
         """Bytes of payload that a frame may have now; 0 or less if there is no room for one."""
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for room."""
 
     def send(self, seq: int, payload: bytes) -> None:
         """Send a frame for which there is room."""
@@ -31,29 +46,71 @@ class Channel(Protocol):
     def when_drained(self, callback: Callable[[], None]) -> None:
         """Call back once, when all the room there can be is there."""
 
-    def stdin_stuck(self, stdin: Stdin, stuck: bool) -> None:
-        """Called when a process does not take what waits for it, and when it has."""
+    def flush(self) -> None:
+        """Let the host have what waits for it now."""
+
+    def set_full(self, stdin: Stdin, full: bool) -> None:
+        """Called when more than `FULL` bytes wait for a process, and when they do not any more."""
 
 
 class Stdin:
-    """The way into a process: what it does not take at once waits in the 512 bytes there are."""
+    """The way into a process: what it does not take at once waits.
+
+    The real agent keeps 512 bytes, and writes them in the round after they came.
+    """
 
     def __init__(self, loop: Loop, channel: Channel, fd: int, terminal: bool) -> None:
         self._loop = loop
         self._channel = channel
         self._fd: int | None = fd
         self._terminal = terminal
-        self._stuck = False
-        self._buffer = StdinBuffer()
+        self._started = time.monotonic()
+        self._watched = False
+        self._full = False
+        self._until_taken: list[Callable[[], None]] = []
+        self._buffer = StdinBuffer(sys.maxsize if channel.lossless else STDIN_SIZE)
 
     def take(self, payload: bytes) -> None:
-        """Take a frame's payload; nothing is written to the process before `drain`."""
+        """Take a frame's payload."""
         if payload:
             self._buffer.put(payload)
         elif not self._terminal:
             self._buffer.end()
+        if self._channel.lossless:
+            self._drain()
+        else:
+            self._set_watched(self._fd is not None)
 
-    def drain(self, _events: int = 0) -> None:
+    @property
+    def is_stuck(self) -> bool:
+        """Whether something waits that the process does not take now."""
+        if self._fd is None or not self._buffer:
+            return False
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        return not poll.poll(0)
+
+    def when_taken(self, callback: Callable[[], None]) -> None:
+        """Call back once the process has taken all that waits, or never will: at once if nothing does.
+
+        The real agent waits for none. But it needs milliseconds for an answer, and its hosts rely on that:
+        here whoever begins by loading a large program would lose its stdin.
+        """
+        self._until_taken.append(callback)
+        self._settle()
+        if not self._channel.lossless:
+            patience = max(_ROUND_TRIP, self._started + _LOADING - time.monotonic())
+            self._loop.call_later(patience, partial(self._give_up, callback))
+
+    def close(self) -> None:
+        """Let the process see end of file, now."""
+        if self._fd is not None:
+            self._set_watched(False)
+            os.close(self._fd)
+            self._fd = None
+        self._settle()
+
+    def _drain(self, _events: int = 0) -> None:
         """Let the process have as much as it takes now, and the rest when it takes more."""
         if self._fd is None:
             return
@@ -69,31 +126,41 @@ class Stdin:
         if self._buffer.is_over:
             self.close()
         else:
-            self._set_stuck(bool(self._buffer.peek()))
+            self._set_watched(len(self._buffer) > 0)
+            self._settle()
 
-    def close(self) -> None:
-        """Let the process see end of file, now."""
-        if self._fd is not None:
-            self._set_stuck(False)
-            os.close(self._fd)
-            self._fd = None
+    def _give_up(self, callback: Callable[[], None]) -> None:
+        if callback in self._until_taken:
+            self._until_taken.remove(callback)
+            callback()
 
-    def _set_stuck(self, stuck: bool) -> None:
-        if stuck == self._stuck or self._fd is None:
+    def _settle(self) -> None:
+        """See what follows from a change of what waits."""
+        size = 0 if self._fd is None else len(self._buffer)
+        if self._channel.lossless and (size > FULL) != self._full:
+            self._full = not self._full
+            self._channel.set_full(self, self._full)
+        if not size and self._until_taken:
+            callbacks, self._until_taken = self._until_taken, []
+            for callback in callbacks:
+                callback()
+
+    def _set_watched(self, on: bool) -> None:
+        if on == self._watched or self._fd is None:
             return
-        self._stuck = stuck
-        if stuck:
-            self._loop.watch(self._fd, WRITE, self.drain)
+        self._watched = on
+        if on:
+            self._loop.watch(self._fd, WRITE, self._drain, Turn.PROCESSES)
         else:
             self._loop.forget(self._fd)
-        self._channel.stdin_stuck(self, stuck)
 
 
 class Process:
     """A process from its start until its exit status is sent; then `on_gone` is called.
 
     It has ended when its program has and nobody holds its output open any more. Until then it stays a
-    zombie, so that its process group is certain to be its own.
+    zombie, so that its process group is certain to be its own. The real agent notices the end of a program
+    only when it has nothing else to do.
     """
 
     def __init__(
@@ -108,7 +175,7 @@ class Process:
         self._outputs = dict(child.outputs)
         self._on_gone = on_gone
         self._pidfd: int | None = child.pidfd
-        loop.watch(child.pidfd, READ, self._exited)
+        self._watch_program()
         for fd in self._outputs:
             self._watch_output(fd)
 
@@ -145,7 +212,12 @@ class Process:
             self._close_output(fd)
 
     def _watch_output(self, fd: int) -> None:
-        self._loop.watch(fd, READ, partial(self._read_output, fd))
+        self._loop.watch(fd, READ, partial(self._read_output, fd), Turn.PROCESSES)
+
+    def _watch_program(self) -> None:
+        if self._pidfd is not None:
+            turn = Turn.PROCESSES if self._channel.lossless else Turn.LAST
+            self._loop.watch(self._pidfd, READ, self._exited, turn)
 
     def _read_output(self, fd: int, _events: int) -> None:
         room = self._channel.room
@@ -166,6 +238,10 @@ class Process:
             self._end_if_over()
 
     def _exited(self, _events: int) -> None:
+        if self._channel.is_awaited and not self._channel.lossless and self._pidfd is not None:
+            self._loop.forget(self._pidfd)
+            self._channel.when_drained(self._watch_program)
+            return
         self._close_pidfd()
         self._end_if_over()
 

@@ -5,18 +5,25 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from cc_proxy.agent.agent import Agent
 from cc_proxy.agent.errors import ListenError, Panic
 from cc_proxy.agent.orphans import Orphans
 from cc_proxy.agent.quirks import NO_QUIRKS, Quirks
+from cc_proxy.log.printable import printable
+from cc_proxy.log.ratelimit import BURST, PER_SECOND
+from cc_proxy.tokens import TokenBucket
 
 EXIT_POWER_OFF = 0
 EXIT_NO_SOCKET = 1
 EXIT_PANIC = 2
+
+#: Characters; a command may name a program that is longer.
+_LONGEST_REASON = 500
 
 _STOPPING = frozenset({signal.SIGTERM, signal.SIGINT})
 # Popen gives these back to its children by itself.
@@ -28,18 +35,20 @@ def run_agent(
     io: str | os.PathLike[str],
     quirks: Quirks = NO_QUIRKS,
     *,
+    lossless: bool = False,
     on_listening: Callable[[], None] | None = None,
 ) -> int:
     """Be a VM with these two sockets until it powers off, or SIGTERM or SIGINT comes.
 
     Returns the exit status: 0 after any of these; 1 if a socket cannot be had and 2 after a panic, with the
-    reason on stderr. `on_listening` is called once both sockets take connections.
+    reason on stderr, where commands that are refused have theirs too. `on_listening` is called once both
+    sockets take connections. For `lossless` see `Agent`.
     Takes the whole process for itself, its signals and its children: to be called in its main thread.
     """
     orphans = Orphans()
     held_back = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
-        agent = Agent(ctl, io, quirks, orphans=orphans)
+        agent = Agent(ctl, io, quirks, lossless=lossless, orphans=orphans, on_refused=_Refusals())
     except ListenError as error:
         return _fail(str(error), EXIT_NO_SOCKET)
     finally:
@@ -54,8 +63,26 @@ def run_agent(
     return EXIT_POWER_OFF
 
 
+class _Refusals:
+    """Says why commands are refused, at a bounded rate: stderr may be a file, and on a small disk."""
+
+    def __init__(self) -> None:
+        self._bucket = TokenBucket(BURST)
+
+    def __call__(self, reason: str) -> None:
+        now = time.monotonic()
+        if self._bucket.has(1, PER_SECOND, now):
+            self._bucket.take(1, PER_SECOND, now)
+            _say(printable(reason)[:_LONGEST_REASON])
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):
+        print(f"cc-proxy agent: {text}", file=sys.stderr, flush=True)
+
+
 def _fail(reason: str, status: int) -> int:
-    print(f"cc-proxy agent: {reason}", file=sys.stderr)
+    _say(reason)
     return status
 
 

@@ -43,14 +43,15 @@ def spawn(spec: ProcessSpec) -> Child:
     """
     workdir = spec.workdir or "/"
     if not os.path.isdir(workdir):
-        raise Refused(f"no directory {workdir}")
+        raise Refused(f"no directory {workdir!r}")
     with ExitStack() as ours, ExitStack() as theirs:
         try:
             return _connected(spec, workdir, resolve(spec), _Fds(ours, theirs))
         except FileNotFoundError:
-            raise MissingBinary(f"no program {spec.args[0]}") from None
+            raise MissingBinary(f"no program {spec.args[0]!r}") from None
         except (OSError, ValueError, subprocess.SubprocessError) as error:
-            raise Refused(f"{spec.args[0]}: {error}") from None
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise Refused(f"{spec.args[0]!r}: {reason}") from None
 
 
 def set_size(terminal: int, rows: int, columns: int) -> None:

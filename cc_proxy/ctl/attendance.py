@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from cc_proxy.api import Client, Refused
+from cc_proxy.ctl.agentlog import AgentLog
 from cc_proxy.ctl.background import BackgroundCommands, SignalWatch
 from cc_proxy.ctl.connection import lost_streams
 from cc_proxy.ctl.errors import (
@@ -77,13 +78,14 @@ class Attendance:
         """Have the process started. The first signal does not interrupt this: it is for the process."""
         size = self.terminal.size() if self.terminal else None
         name, arguments = command(hyper_process(self.process, io_base, size))
+        log = AgentLog(self.container_id)
         try:
             with self.signals.may_interrupt(tolerate=1):
                 self.client.hyper(name, arguments)
         except Refused as refusal:
             if not is_from_agent(refusal):
                 raise
-            hint = "" if says_why(refusal) else _NOT_STARTED
+            hint = "" if says_why(refusal) else log.reason(name) or _NOT_STARTED
             text = f"cannot start '{self.process.args[0]}': {refusal}"
             raise Failure(text, STATUS_NOT_STARTED, hint) from None
 

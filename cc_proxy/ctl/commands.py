@@ -69,6 +69,13 @@ def _add_remove(parser: ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _add_lossless(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--lossless", action="store_true",
+        help="keep stdin that a process does not take yet, where hyperstart throws it away",
+    )  # fmt: skip
+
+
 COMMANDS: tuple[Subcommand[Any], ...] = (
     Subcommand(
         name="run",
@@ -177,7 +184,7 @@ This changes nothing.""",
         description="Listen on two sockets, as a VM with its agent does, and run processes on this machine. "
         "It ends, and removes its sockets, when its pod is destroyed; after `bye` alone it keeps running.",
         examples=("agent --ctl /tmp/ctl.sock --io /tmp/io.sock",),
-        arguments=(add_sockets, _add_ready_fd, _add_remove),
+        arguments=(add_sockets, _add_ready_fd, _add_remove, _add_lossless),
         read=options.AgentOptions.of,
         do=agent,
     ),

@@ -31,7 +31,7 @@ def agent(asked: options.AgentOptions) -> int:
         os.write(fd, READY)
 
     try:
-        return run_agent(asked.vm.ctl, asked.vm.io, on_listening=announce)
+        return run_agent(asked.vm.ctl, asked.vm.io, lossless=asked.lossless, on_listening=announce)
     finally:
         if asked.remove and fd is not None and _peer_is_gone(fd):
             shutil.rmtree(asked.remove, ignore_errors=True)

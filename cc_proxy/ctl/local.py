@@ -11,39 +11,30 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import cc_proxy
+from cc_proxy.ctl.agentlog import DIRECTORY_PREFIX, log_name, parent
 from cc_proxy.ctl.errors import Failure, Interrupted
 from cc_proxy.ctl.options import VmSockets
 from cc_proxy.ctl.signals import Signals
 
 #: Seconds that an agent may take to listen, or to end.
 _PATIENCE = 10.0
-#: Longest path of the directory's parent: a path to a socket has at most 107 bytes.
-_LONGEST_PARENT = 70
 
 
 @contextmanager
-def local_agent(signals: Signals, console: str) -> Iterator[VmSockets]:
-    """Run an agent for as long as the context lasts; yields the VM that it stands for.
+def local_agent(signals: Signals, container_id: str, console: str) -> Iterator[VmSockets]:
+    """Run an agent for as long as the context lasts; yields the VM that it stands for, the one of this id.
 
     Raises `Failure` if it does not come up, `Interrupted` if a signal comes first.
     """
     with tempfile.TemporaryDirectory(
-        prefix="cc-proxyctl-", dir=_parent(), ignore_cleanup_errors=True
+        prefix=DIRECTORY_PREFIX, dir=parent(), ignore_cleanup_errors=True
     ) as path:
         vm = VmSockets(os.path.join(path, "ctl.sock"), os.path.join(path, "io.sock"), console)
-        log = Path(path, "agent.log")
+        log = Path(path, log_name(container_id))
         with _running_agent(vm, log, signals) as ready:
             with signals.may_interrupt():
                 _wait_until_ready(ready, log)
             yield vm
-
-
-def _parent() -> str | None:
-    """Return a directory that the proxy sees too: it may have a /tmp of its own."""
-    for path in (os.environ.get("TMPDIR"), "/run", os.environ.get("XDG_RUNTIME_DIR")):
-        if path and len(os.fsencode(path)) <= _LONGEST_PARENT and os.access(path, os.W_OK | os.X_OK):
-            return path
-    return "/tmp"  # noqa: S108 - the directory made in it is private
 
 
 @contextmanager
@@ -61,7 +52,8 @@ def _running_agent(vm: VmSockets, log: Path, signals: Signals) -> Iterator[socke
 
 def _start(vm: VmSockets, log: Path, announce: int) -> subprocess.Popen[bytes]:
     command = ["agent", "--ctl", vm.ctl, "--io", vm.io, "--ready-fd", str(announce)]
-    command += ["--remove", str(log.parent)]
+    # Whoever runs a process wants all of its stdin to arrive, not to see how hyperstart loses it.
+    command += ["--remove", str(log.parent), "--lossless"]
     with log.open("wb") as errors:
         return subprocess.Popen(
             [sys.executable, "-m", "cc_proxy.cli.ctl", *command],

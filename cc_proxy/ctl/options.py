@@ -174,10 +174,12 @@ class AgentOptions:
     ready_fd: int | None
     #: The directory to remove at the end; empty for none.
     remove: str
+    lossless: bool
 
     @classmethod
     def of(cls, args: Namespace) -> Self:
-        return cls(VmSockets(os.path.abspath(args.ctl), os.path.abspath(args.io)), args.ready_fd, args.remove)
+        vm = VmSockets(os.path.abspath(args.ctl), os.path.abspath(args.io))
+        return cls(vm, args.ready_fd, args.remove, args.lossless)
 
 
 def environment_variables(settings: Iterable[str], environ: Mapping[str, str]) -> dict[str, str]:

@@ -25,7 +25,7 @@ def run(asked: options.RunOptions) -> int:
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
         client = stack.enter_context(connect(asked.proxy, signals))
-        vm = asked.vm or stack.enter_context(local_agent(signals, asked.console))
+        vm = asked.vm or stack.enter_context(local_agent(signals, container_id, asked.console))
         pod = stack.enter_context(TemporaryPod(asked.proxy, container_id, signals))
         pod.register(client, vm)
         pod.start(client)

@@ -17,11 +17,11 @@ MakeAgent = Callable[..., AgentThread]
 
 @pytest.fixture
 def make_agent(tmp_sock_dir: Path) -> Iterator[MakeAgent]:
-    """Starts an agent with the quirks that are given."""
+    """Starts an agent with the quirks that are given, or a lossless one."""
     with ExitStack() as running:
 
-        def make(**quirks: object) -> AgentThread:
-            agent = AgentThread(tmp_sock_dir, Quirks(**quirks))  # type: ignore[arg-type]
+        def make(*, lossless: bool = False, **quirks: object) -> AgentThread:
+            agent = AgentThread(tmp_sock_dir, Quirks(**quirks), lossless=lossless)  # type: ignore[arg-type]
             return running.enter_context(agent)
 
         yield make

@@ -28,9 +28,9 @@ def is_listening(path: Path) -> bool:
 class AgentThread:
     """An agent in a thread of this process, so that what it leaks is what the test leaks."""
 
-    def __init__(self, directory: Path, quirks: Quirks) -> None:
+    def __init__(self, directory: Path, quirks: Quirks, *, lossless: bool = False) -> None:
         self.ctl, self.io = directory / "ctl", directory / "io"
-        self.agent = Agent(self.ctl, self.io, quirks)
+        self.agent = Agent(self.ctl, self.io, quirks, lossless=lossless)
         #: What ended it, if that was a panic.
         self.panic: Panic | None = None
         self._thread = threading.Thread(target=self._serve, name="agent")

@@ -160,13 +160,35 @@ def test_newcontainer_refused(host: Host, change: dict[str, Any]) -> None:
     host.start("true")
 
 
-def test_ids_and_seqs_are_taken_while_in_use(host: Host) -> None:
+def test_ids_are_taken_while_in_use(host: Host) -> None:
     host.start("cat")
     host.refused(Code.NEW_CONTAINER, {"id": "c", "process": process("true", stdio=3, stderr=4)})
-    host.refused(Code.NEW_CONTAINER, {"id": "d", "process": process("true")})
-    host.refused(Code.EXEC_CMD, {"container": "c", "process": process("true")})
-    host.refused(Code.EXEC_CMD, {"container": "x", "process": process("true")})
     host.fence()
+
+
+def test_processes_on_one_seq_are_mixed_and_the_oldest_has_stdin(host: Host) -> None:
+    host.start("sh", "-c", "read x; echo first $x; read x; exit 3")
+    host.exec("sh", "-c", "echo up; read x; echo second $x; read x; exit 4")
+    host.read_until(1, b"up\n")
+    host.start("cat", container="d", stdio=3, stderr=4)
+    host.feed(1, b"A\n")
+    host.read_until(1, b"first A\n")
+    host.feed(1, b"\n")
+    assert host.run_to_end() == ({}, 3)
+
+
+def test_the_next_one_has_stdin_when_the_oldest_has_ended(host: Host) -> None:
+    host.start("cat")
+    host.exec("sh", "-c", "read x; exit 3", stdio=3, stderr=4)
+    host.exec("sh", "-c", "echo up; read x; echo second $x; read x; exit 4", stdio=3, stderr=4)
+    host.read_until(3, b"up\n")
+    host.feed(3, b"\n")
+    assert host.run_to_end(3) == ({}, 3)
+    host.feed(3, b"B\n")
+    host.read_until(3, b"second B\n")
+    host.feed(3, b"\n")
+    assert host.run_to_end(3) == ({}, 4)
+    host.fence(3)
 
 
 def test_execcmd(host: Host) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from cc_proxy.agent.process import Process
 from cc_proxy.api.frames import FRAME_HEADER, Frame, FrameParser, encode_frame
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.frames import MAX_FROM_AGENT
+from cc_proxy.linux.fds import unread
 from tests.agent.conftest import MakeAgent
 from tests.agent.host import MARKER, Host, connected, state_of, until, written_by
 from tests.agent.running import AgentThread
@@ -36,9 +39,10 @@ def stop(host: Host) -> None:
 
 
 def fill_pipe(host: Host) -> int:
-    """Feeds a process that reads nothing until its pipe is full; returns how much that took."""
-    host.feed_all(1, bytes(65_536))
-    return 65_536
+    """Feeds a process that reads nothing more than there is room for; returns how much arrives of that."""
+    host.feed_all(1, bytes(100_000))
+    # A pipe takes no more once the last of its 16 pages has been begun; then the agent keeps 512 bytes.
+    return 15 * 4096 + 512 + 512
 
 
 def start_flood(host: Host, agent: AgentThread) -> int:
@@ -48,6 +52,12 @@ def start_flood(host: Host, agent: AgentThread) -> int:
     host.feed(1, b"\n")
     until(lambda: agent.agent._channel.room <= 0)
     return pid
+
+
+def owner(agent: AgentThread, seq: int) -> Process:
+    found = agent.agent._processes.owner(seq)
+    assert found is not None
+    return found
 
 
 # From the guest --------------------------------------------------------------------------------------
@@ -102,11 +112,11 @@ def test_a_host_that_does_not_read_stops_the_processes(host: Host, agent: AgentT
 
 def test_ends_wait_for_room_too(host: Host, agent: AgentThread) -> None:
     host.start("sh", "-c", "exec >&- 2>&-; read x; exit 6", container="d", stdio=5, stderr=6)
-    until(lambda: not agent.agent._processes[5]._outputs)
+    until(lambda: not owner(agent, 5)._outputs)
     start_flood(host, agent)
     host.exec("true", container="unknown", stdio=7, stderr=8)
     host.feed(5, b"\n")
-    until(lambda: agent.agent._processes[5]._pidfd is None)
+    until(lambda: state_of(owner(agent, 5).pid) == "Z")
     ends: dict[int, bytes] = {}
     while len(ends) < 3:
         frame = host.read_frame()
@@ -125,6 +135,30 @@ def test_a_frame_that_was_begun_is_not_finished_for_the_next_host(agent: AgentTh
         assert set(output) == {1}
         assert len(output[1]) < TOO_MUCH
         assert not any(output[1])
+
+
+def test_no_exit_is_reported_while_output_floods(host: Host, agent: AgentThread) -> None:
+    host.start("yes")
+    for seq in (5, 7, 9):
+        host.exec("yes", stdio=seq, stderr=seq + 1)
+    # Nobody reads: each of them fills its pipe.
+    floods = [process.pid for process in agent.agent._processes]
+    until(lambda: all(state_of(pid) == "S" for pid in floods))
+    host.exec("true", stdio=3, stderr=4)
+    until(lambda: state_of(owner(agent, 3).pid) == "Z")
+    # For so long there is output without a pause, however slow they are.
+    left = unread(host.io.sock) + MAX_FROM_AGENT + len(floods) * 32 * 1024
+    while left > 0:
+        frame = host.read_frame()
+        assert frame.seq != 3
+        left -= FRAME_HEADER.size + len(frame.payload)
+    for pid in floods:
+        os.kill(pid, signal.SIGKILL)
+    frames: list[Frame] = []
+    while len(frames) < 2:
+        frame = host.read_frame()
+        frames += [frame] if frame.seq == 3 else []
+    assert frames == [Frame(3, b""), Frame(3, b"\0")]
 
 
 # To the guest ----------------------------------------------------------------------------------------
@@ -178,24 +212,40 @@ def test_lossless_stdin(host: Host) -> None:
     assert output[1].split()[0].decode() == hashlib.md5(content).hexdigest()
 
 
+def test_stdin_is_handled_when_as_many_commands_are_answered_as_frames_were_sent_and_one_more(
+    host: Host, tmp_path: Path
+) -> None:
+    content, copy = os.urandom(50_000), tmp_path / "copy"
+    host.start("sh", "-c", f"exec cat >{copy}", stdio=3, stderr=4)
+    host.feed(3, b"up")
+    until(lambda: copy.exists() and copy.read_bytes() == b"up")
+    host.exec("yes", stdio=1, stderr=2)
+    host.io.sock.setblocking(False)
+    for start in range(0, len(content), 512):
+        host.feed(3, content[start : start + 512])
+        for _ in range(2):
+            host.ok(Code.PING)
+            with contextlib.suppress(BlockingIOError):
+                while host.io.sock.recv(65_536):
+                    pass
+    until(lambda: copy.read_bytes() == b"up" + content)
+
+
 def test_what_does_not_fit_behind_a_full_pipe_is_lost(host: Host) -> None:
     stop(host)
     total = fill_pipe(host)
-    for _ in range(3):
-        host.feed(1, bytes(300))
-        host.fence()
-    host.kill(signal.SIGCONT)
     host.feed(1)
-    assert host.run_to_end() == ({1: b"%d\n" % (total + 512)}, 0)
+    host.kill(signal.SIGCONT)
+    assert host.run_to_end() == ({1: b"%d\n" % total}, 0)
 
 
 def test_the_end_of_stdin_waits_for_what_is_before_it(host: Host) -> None:
     stop(host)
     total = fill_pipe(host)
-    host.io.send(encode_frame(1, bytes(100)) + encode_frame(1) + encode_frame(1, bytes(100)))
+    host.io.send(encode_frame(1) + encode_frame(1, bytes(100)))
     host.fence()
     host.kill(signal.SIGCONT)
-    assert host.run_to_end() == ({1: b"%d\n" % (total + 100)}, 0)
+    assert host.run_to_end() == ({1: b"%d\n" % total}, 0)
 
 
 def test_stdin_of_who_does_not_read_it(host: Host) -> None:

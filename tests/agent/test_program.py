@@ -14,7 +14,7 @@ import pytest
 
 from cc_proxy.agent import Agent, ListenError, Quirks, run_agent
 from cc_proxy.hyperstart.codes import Code
-from tests.agent.host import Channel, Host, children_of, connected, state_of, until
+from tests.agent.host import Channel, Host, children_of, connected, process, state_of, until
 from tests.agent.running import AgentProgram
 
 CHECKOUT = str(Path(__file__).parents[2])
@@ -71,6 +71,34 @@ def test_panic(program: AgentProgram) -> None:
         assert status == 2
         assert said == "cc-proxy agent: panic: a frame of 8192 bytes on stream 1 of the I/O channel\n"
     assert not program.ctl.exists()
+
+
+def test_each_refusal_has_a_line_that_says_why(program: AgentProgram) -> None:
+    with connected(program.ctl, program.io) as host:
+        host.refused(Code.START_POD, b'{"color":"red"}')
+        host.refused(Code.NEW_CONTAINER, {"id": "c", "process": process("no\nsuch")})
+        host.refused(Code.NEW_CONTAINER, {"id": "c", "process": process("true", workdir="/no/such")})
+        host.refused(Code.KILL_CONTAINER, {"container": "x", "signal": 9})
+        host.refused(Code.GET_POD)
+        host.ok(Code.DESTROY_POD)
+    _, said = program.wait()
+    assert said.splitlines() == [
+        "cc-proxy agent: startpod: Object contains unknown field `color`",
+        r"cc-proxy agent: newcontainer: no program 'no\nsuch'",
+        "cc-proxy agent: newcontainer: no directory '/no/such'",
+        "cc-proxy agent: killcontainer: no container x",
+        "cc-proxy agent: getpod: not a command for this agent",
+    ]
+
+
+def test_refusals_without_end_do_not_fill_a_log(program: AgentProgram) -> None:
+    with connected(program.ctl, program.io) as host:
+        for _ in range(1000):
+            host.refused(Code.EXEC_CMD, {"container": "x" * 2000})
+        host.ok(Code.DESTROY_POD)
+    _, said = program.wait()
+    assert 100 <= len(said.splitlines()) < 500
+    assert max(map(len, said.splitlines())) < 600
 
 
 def test_orphans_are_waited_for(program_host: Host, program: AgentProgram) -> None:

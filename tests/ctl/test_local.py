@@ -91,7 +91,46 @@ def test_there_and_back(socket_path: str) -> None:
 def test_what_is_not_there_cannot_be_started(socket_path: str) -> None:
     output, errors, status = outcome(socket_path, *LOCAL, "no/such/thing")
     assert (output, status) == (b"", 127)
-    assert errors.startswith(b"cc-proxyctl: cannot start 'no/such/thing': ERROR received from Hyperstart")
+    assert errors == (
+        b"cc-proxyctl: cannot start 'no/such/thing': ERROR received from Hyperstart "
+        b"(cc-proxy agent: newcontainer: no program 'no/such/thing')\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["-w", "/no/such"], "no directory '/no/such'"),
+        (["-u", "nobody-at-all"], "no user 'nobody-at-all'"),
+        (["-u", ":nobody-at-all"], "no group 'nobody-at-all'"),
+    ],
+)
+def test_the_agent_says_why_it_starts_nothing(
+    socket_path: str, capfd: pytest.CaptureFixture[str], options: list[str], why: str
+) -> None:
+    assert main(["--socket-path", socket_path, "run", "--local", *options, "--", "true"]) == 127
+    refusal = "cannot start 'true': ERROR received from Hyperstart"
+    assert error_line(capfd) == f"{refusal} (cc-proxy agent: newcontainer: {why})"
+
+
+def test_an_agent_says_it_to_exec_too(socket_path: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with popen_piped(socket_path, *READS_ON, "sh", "-c", "echo ready; cat") as pod:
+        assert pod.stdin is not None
+        assert pod.stdout is not None
+        assert pod.stdout.readline() == b"ready\n"
+        for program in ("no/such", "/etc/passwd"):
+            assert main(["--socket-path", socket_path, "exec", "pod", "--", program]) == 127
+            why = {"no/such": "no program 'no/such'", "/etc/passwd": "'/etc/passwd': Permission denied"}
+            refusal = f"cannot start '{program}': ERROR received from Hyperstart"
+            assert error_line(capfd) == f"{refusal} (cc-proxy agent: execcmd: {why[program]})"
+        pod.stdin.close()
+        assert pod.wait() == 0
+
+
+def test_no_stdin_is_lost_while_a_process_does_not_read(socket_path: str) -> None:
+    data = os.urandom(300_000)
+    output, errors, status = outcome(socket_path, *READS_ON, "sh", "-c", "sleep 1; cat", stdin=data)
+    assert (output == data, errors, status) == (True, b"", 0)
 
 
 def test_head(socket_path: str) -> None:

@@ -1,0 +1,132 @@
+"""A lossless agent: nothing that the host sends is thrown away, and what is not taken is not acknowledged."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from cc_proxy.api.frames import Frame, encode_frame
+from cc_proxy.hyperstart.codes import Code
+from tests.agent.conftest import MakeAgent
+from tests.agent.host import MARKER, Host, connected, state_of, until
+from tests.agent.running import AgentThread
+
+#: More than pipe, socket and agent hold together.
+TOO_MUCH = 2_000_000
+
+
+@pytest.fixture
+def agent(make_agent: MakeAgent) -> AgentThread:
+    return make_agent(lossless=True)
+
+
+@pytest.fixture
+def host(agent: AgentThread) -> Iterator[Host]:
+    with connected(agent.ctl, agent.io) as host:
+        yield host
+
+
+def start_stopped(host: Host, *args: str) -> None:
+    """Starts a container, stopped before it runs a program."""
+    host.start("sh", "-c", 'echo $$; kill -STOP $$; exec "$@"', "-", *args)
+    pid = int(host.read_frame().payload)
+    until(lambda: state_of(pid) == "T")
+
+
+def marker_of(seq: int) -> int:
+    return 2**63 + seq
+
+
+def test_what_is_not_taken_is_kept_and_not_acknowledged(host: Host) -> None:
+    content = os.urandom(60_000 + 5_000)
+    start_stopped(host, "md5sum")
+    for start in range(0, 60_000, 500):
+        host.feed(1, content[start : start + 500])
+        host.fence(marker_of(1))
+    # The pipe is full somewhere in this.
+    host.io.send(encode_frame(1, content[60_000:62_500]) + encode_frame(1, content[62_500:]))
+    host.feed(marker_of(1))
+    # Others are not held up, nor is a marker of no process.
+    host.exec("sh", "-c", "read x; echo $x", stdio=3, stderr=4)
+    host.feed(3, b"A\n")
+    host.fence(marker_of(3) + (1 << 53))
+    assert host.run_to_end(3) == ({3: b"A\n"}, 0)
+    host.fence(marker_of(99))
+    assert host.io.silent
+    host.kill(signal.SIGCONT)
+    assert host.read_frame() == Frame(marker_of(1), b"")
+    host.feed(1)
+    output, _ = host.run_to_end()
+    assert output[1].split()[0].decode() == hashlib.md5(content).hexdigest()
+
+
+def test_a_host_that_does_not_wait_is_made_to(host: Host) -> None:
+    content = os.urandom(TOO_MUCH)
+    start_stopped(host, "md5sum")
+    data = b"".join(encode_frame(1, content[at : at + 4000]) for at in range(0, TOO_MUCH, 4000))
+    sender = threading.Thread(target=host.io.send, args=[data + encode_frame(1)], name="sender")
+    sender.start()
+    try:
+        host.ok(Code.PING)
+        assert sender.is_alive()
+    finally:
+        host.kill(signal.SIGCONT)
+        sender.join()
+    output, _ = host.run_to_end()
+    assert output[1].split()[0].decode() == hashlib.md5(content).hexdigest()
+
+
+def test_frames_of_8192_bytes_are_taken(host: Host) -> None:
+    host.start("wc", "-c")
+    host.io.send(encode_frame(1, bytes(8_180)) * 3 + encode_frame(1))
+    assert host.run_to_end() == ({1: b"24540\n"}, 0)
+
+
+@pytest.mark.parametrize("how", ["closes its stdin", "ends"])
+def test_what_will_never_be_taken_is_acknowledged(host: Host, how: str) -> None:
+    then = "exec <&-; echo closed; sleep 100" if how == "closes its stdin" else "exit 3"
+    start_stopped(host, "sh", "-c", then)
+    host.io.send(encode_frame(1, bytes(4_000)) * 25 + encode_frame(marker_of(1)))
+    host.ok(Code.PING)
+    assert host.io.silent
+    host.kill(signal.SIGCONT)
+    said = Frame(1, b"closed\n") if how == "closes its stdin" else Frame(1, b"\3")
+    frames: set[Frame] = set()
+    while not frames >= {said, Frame(marker_of(1), b"")}:
+        frames.add(host.read_frame())
+
+
+def test_a_marker_comes_back_while_output_floods(host: Host) -> None:
+    host.start("sh", "-c", "echo $$; exec yes")
+    host.exec("cat", stdio=3, stderr=4)
+    for generation in range(20):
+        marker = marker_of(3) + (generation << 53)
+        host.feed(marker)
+        while host.read_frame().seq != marker:
+            pass
+
+
+def test_an_exit_is_reported_while_output_floods(host: Host) -> None:
+    host.start("yes")
+    host.exec("sh", "-c", "exit 5", stdio=3, stderr=4)
+    frames: list[Frame] = []
+    while len(frames) < 2:
+        frame = host.read_frame()
+        frames += [frame] if frame.seq == 3 else []
+    assert frames == [Frame(3, b""), Frame(3, b"\x05")]
+
+
+def test_a_host_that_reads_no_answers_is_not_read_without_bound(host: Host, agent: AgentThread) -> None:
+    marker, number = encode_frame(MARKER), 200_000
+    sender = threading.Thread(target=host.io.send, args=[marker * number], name="sender")
+    sender.start()
+    until(lambda: agent.agent._io.waiting_size > 64 * 1024)
+    host.ok(Code.PING)
+    assert agent.agent._io.waiting_size < 256 * 1024
+    assert host.io.read(number * len(marker)) == marker * number
+    sender.join()
