@@ -6,17 +6,20 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 from cc_proxy.agent.control import CommandServer
 from cc_proxy.agent.iochannel import IoChannel
 from cc_proxy.agent.loop import Loop, Turn
+from cc_proxy.agent.machine import Machine
 from cc_proxy.agent.orphans import Orphans
 from cc_proxy.agent.pod import Pod
 from cc_proxy.agent.ports import Port
 from cc_proxy.agent.processes import Processes
 from cc_proxy.agent.quirks import NO_QUIRKS, Quirks
+from cc_proxy.agent.socketport import SocketPort
 
 log = logging.getLogger(__name__)
 
@@ -24,18 +27,30 @@ log = logging.getLogger(__name__)
 _LAST_READ = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an agent is."""
+
+    #: Makes a port of the loop, a path, and the turn of what happens there. Raises `ListenError`.
+    port: Callable[[Loop, str, Turn], Port] = SocketPort
+    machine: Machine = field(default_factory=Machine)
+    #: None if the process has other children than the agent's.
+    orphans: Orphans | None = None
+    #: Called with the reason when a command is answered with ERROR.
+    on_refused: Callable[[str], None] = log.info
+
+
 class Agent:
-    """Stands in for a VM with the two AF_UNIX sockets of its hypervisor.
+    """Stands in for a VM with the two AF_UNIX sockets of its hypervisor, or serves a VM's own two ports.
 
     Once made, hosts can connect; they are served while `serve` runs. The sockets are removed by `close`
     at the latest: use it as a context manager. Raises `ListenError` if a socket cannot be had.
 
     Like the real agent it throws stdin away that a process does not take, and says nothing of it. With
     `lossless` it does not (`IoChannel`), and ends of processes do not wait for a moment without output.
-    `on_refused` is called with the reason when a command is answered with ERROR.
 
     It is meant to have a process for itself and to run in its only thread: `run_agent` sees to that. It works
-    among other threads too, but then `orphans` must not be given, and a terminal, a user or a limit has
+    among other threads too, but then there must be no `Place.orphans`, and a terminal, a user or a limit has
     Python code run between fork and exec, which is never quite safe there.
     """
 
@@ -46,25 +61,24 @@ class Agent:
         quirks: Quirks = NO_QUIRKS,
         *,
         lossless: bool = False,
-        orphans: Orphans | None = None,
-        on_refused: Callable[[str], None] = log.info,
+        place: Place | None = None,
     ) -> None:
+        place = place or Place()
         self._quirks = quirks
-        self._orphans = orphans
+        self._orphans = place.orphans
         self._processes = Processes()
         with ExitStack() as made:
             self._loop = Loop()
             made.callback(self._loop.close)
-            self._ctl = Port(self._loop, os.fspath(ctl), Turn.COMMANDS)
+            self._ctl = place.port(self._loop, os.fspath(ctl), Turn.COMMANDS)
             made.callback(self._ctl.close)
-            self._io = Port(self._loop, os.fspath(io), Turn.FRAMES)
+            self._io = place.port(self._loop, os.fspath(io), Turn.FRAMES)
             made.callback(self._io.close)
             self._made = made.pop_all()
         self._channel = IoChannel(self._io, self._processes, quirks, lossless=lossless)
-        self._pod = Pod(self._loop, self._channel, self._processes, quirks)
-        self._server = CommandServer(self._ctl, self._pod, quirks, self._power_off, on_refused)
-        if orphans is not None:
-            self._pod.on_process_gone = orphans.reap
+        self._pod = Pod(self._loop, self._channel, self._processes, place.machine, quirks)
+        self._server = CommandServer(self._ctl, self._pod, quirks, self._power_off, place.on_refused)
+        self._loop.on_wake = self._reap
 
     # Any thread, and signal handlers -----------------------------------------------------------------
 
@@ -74,7 +88,10 @@ class Agent:
 
     @property
     def wakeup_fd(self) -> int:
-        """For `signal.set_wakeup_fd`: so that no signal comes too late to interrupt the wait for events."""
+        """For `signal.set_wakeup_fd`: so that no signal comes too late to interrupt the wait for events.
+
+        Orphans that have ended are waited for when it is written to: SIGCHLD should be handled, somehow.
+        """
         return self._loop.wakeup_fd
 
     # One thread --------------------------------------------------------------------------------------
@@ -116,6 +133,10 @@ class Agent:
         log.info("power off")
         self._loop.call_later(_LAST_READ, self._loop.stop)
         self._ctl.when_drained(lambda: self._io.when_drained(self._loop.stop))
+
+    def _reap(self) -> None:
+        if self._orphans is not None:
+            self._orphans.reap({process.pid for process in self._processes})
 
     def _end(self) -> None:
         self._pod.kill()

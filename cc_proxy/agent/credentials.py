@@ -1,11 +1,10 @@
 """Whom a process runs as: names and numbers as a command gives them, and what this agent may do about it."""
 
-import grp
 import os
-import pwd
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cc_proxy.agent.accounts import Accounts, User, accounts_in
 from cc_proxy.agent.commands import ProcessSpec
 from cc_proxy.agent.errors import Refused
 
@@ -27,22 +26,24 @@ class Credentials:
         os.setuid(self.uid)
 
 
-def resolve(spec: ProcessSpec) -> Credentials | None:
-    """Return whom a process is to run as; None for this agent itself.
+def resolve(spec: ProcessSpec, root: str | None = None) -> Credentials | None:
+    """Return whom a process is to run as; None for this agent itself. `root` is its root directory, if it has
+    another one.
 
     Raises `Refused` for names nobody has, and for anybody else if the agent is not root.
     """
     if not (spec.user or spec.group or spec.additional_groups):
         return None
-    uid, entry = _user(spec.user) if spec.user else (os.getuid(), None)
-    gid = entry.pw_gid if entry else os.getgid()
+    accounts = accounts_in(root)
+    uid, user = _user(accounts, spec.user) if spec.user else (os.getuid(), None)
+    gid = user.gid if user else os.getgid()
     if spec.group:
-        gid = _group(spec.group)
-    member_of = os.getgrouplist(entry.pw_name, gid) if entry else [gid]
-    groups = dict.fromkeys([*member_of, *map(_group, spec.additional_groups)])
+        gid = _group(accounts, spec.group)
+    additional = [_group(accounts, group) for group in spec.additional_groups]
+    member_of = accounts.groups_of(user, gid) if user else [gid]
     if os.geteuid() == 0:
-        return Credentials(uid, gid, tuple(groups))
-    _check_own(uid, gid, list(map(_group, spec.additional_groups)))
+        return Credentials(uid, gid, tuple(dict.fromkeys([*member_of, *additional])))
+    _check_own(uid, gid, additional)
     return None
 
 
@@ -52,26 +53,23 @@ def _check_own(uid: int, gid: int, groups: Sequence[int]) -> None:
         raise Refused("an agent that is not root can run processes only as itself")
 
 
-def _user(name: str) -> tuple[int, pwd.struct_passwd | None]:
-    """Return the uid, and the entry of the user if there is one: numbers do without."""
+def _user(accounts: Accounts, name: str) -> tuple[int, User | None]:
+    """Return the uid, and the user if there is one: numbers do without."""
     number = _number(name)
-    try:
-        entry = pwd.getpwnam(name) if number is None else pwd.getpwuid(number)
-    except KeyError:
-        if number is None:
-            raise Refused(f"no user {name!r}") from None
-        return number, None
-    return entry.pw_uid, entry
+    user = accounts.user(name) if number is None else accounts.user_by_id(number)
+    if user is not None:
+        return user.uid, user
+    if number is None:
+        raise Refused(f"no user {name!r}")
+    return number, None
 
 
-def _group(name: str) -> int:
+def _group(accounts: Accounts, name: str) -> int:
     number = _number(name)
-    if number is not None:
-        return number
-    try:
-        return grp.getgrnam(name).gr_gid
-    except KeyError:
-        raise Refused(f"no group {name!r}") from None
+    gid = accounts.group(name) if number is None else number
+    if gid is None:
+        raise Refused(f"no group {name!r}")
+    return gid
 
 
 def _number(name: str) -> int | None:

@@ -15,6 +15,8 @@ READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 HANG_UP = select.EPOLLHUP | select.EPOLLERR
 NOTHING_ELSE = 0
+#: With others: report again only after something has changed.
+ONCE = select.EPOLLET
 
 _WAKE_READ = 4096
 
@@ -48,6 +50,8 @@ class Loop:
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
         self._stopping = False
+        #: Called when something has been written to `wakeup_fd`: for each signal, at least once for several.
+        self.on_wake: Callable[[], None] = lambda: None
         self._wake_reader, self.wakeup_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.watch(self._wake_reader, READ, self._woken, Turn.COMMANDS)
 
@@ -115,3 +119,4 @@ class Loop:
     def _woken(self, _events: int) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(self._wake_reader, _WAKE_READ)
+        self.on_wake()

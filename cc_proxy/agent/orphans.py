@@ -31,8 +31,13 @@ class Orphans:
         with suppress(ChildProcessError):
             while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
                 if ended.si_pid in ours:
-                    return  # it hides those behind it until the next time
+                    break  # it hides those behind it
                 os.waitpid(ended.si_pid, 0)
+            else:
+                return
+        for pid in _children():
+            if pid not in ours:
+                os.waitpid(pid, os.WNOHANG)
 
     def kill(self) -> None:
         """End all children, those that come to light by that as well, and wait for them."""

@@ -7,7 +7,7 @@ import os
 import signal
 import stat
 import struct
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -15,6 +15,7 @@ from cc_proxy.agent import commands
 from cc_proxy.agent.commands import Command, ProcessSpec
 from cc_proxy.agent.errors import MissingBinary, Panic, Refused
 from cc_proxy.agent.loop import Loop
+from cc_proxy.agent.machine import Machine
 from cc_proxy.agent.process import Channel, Process
 from cc_proxy.agent.processes import Processes
 from cc_proxy.agent.quirks import Quirks
@@ -37,6 +38,8 @@ class _Container:
     """A container lives as long as its first process does."""
 
     id: str
+    #: The directory that is its root; None for the agent's.
+    root: str | None
     first: Process | None = None
     #: What was started in it afterwards.
     others: set[Process] = field(default_factory=set)
@@ -48,18 +51,19 @@ class Pod:
     `processes` is kept up to date: those that run.
     """
 
-    def __init__(self, loop: Loop, channel: Channel, processes: Processes, quirks: Quirks) -> None:
+    def __init__(
+        self, loop: Loop, channel: Channel, processes: Processes, machine: Machine, quirks: Quirks
+    ) -> None:
         self._loop = loop
         self._channel = channel
         self._processes = processes
+        self._machine = machine
         self._quirks = quirks
         self._alive = False
         self._containers: dict[str, _Container] = {}
         self._destroyed: Callable[[], None] | None = None
         #: Called when the last container is gone.
         self.on_finished: Callable[[], None] = lambda: None
-        #: Called when a process is gone, with the pids of those that are not.
-        self.on_process_gone: Callable[[Container[int]], None] = lambda _pids: None
 
     def carry_out(self, command: Command) -> bytes:
         """Carry out a command; returns what its ACK carries.
@@ -102,17 +106,19 @@ class Pod:
             raise Refused("there is a pod already")
         if command.containers:
             raise Refused("containers have to be started by newcontainer")
+        self._machine.start_pod(command.hostname, command.share_dir)
         self._alive = True
 
     def _new_container(self, command: commands.NewContainer) -> None:
         self._check_alive()
         if command.id in self._containers:
             raise Refused(f"there is a container {command.id} already")
-        container = _Container(command.id)
+        container = _Container(command.id, self._machine.make_root(command.image, command.rootfs))
         try:
             container.first = self._run(command.process, container)
-        except MissingBinary as error:
-            if self._quirks.panic_on_missing_binary:
+        except Refused as error:
+            self._machine.remove_root(container.root)
+            if isinstance(error, MissingBinary) and self._quirks.panic_on_missing_binary:
                 raise Panic(str(error)) from None
             raise
         self._containers[command.id] = container
@@ -140,9 +146,9 @@ class Pod:
             process.resize(command.row, command.column)
 
     def _read_file(self, command: commands.ReadFile) -> bytes:
-        self._container(command.container)
+        root = self._container(command.container).root
         try:
-            return _content(os.path.join("/", command.file))
+            return _content(os.path.join(root or "/", command.file.lstrip("/")))
         except (OSError, ValueError) as error:
             raise Refused(f"{command.file}: {error}") from None
 
@@ -152,25 +158,26 @@ class Pod:
         def gone(process: Process) -> None:
             self._process_gone(process, container)
 
-        process = Process(self._loop, self._channel, spec.stdio, spawn(spec), gone)
+        process = Process(self._loop, self._channel, spec.stdio, spawn(spec, container.root), gone)
         self._processes.add(process)
         return process
 
     def _process_gone(self, process: Process, container: _Container) -> None:
         self._processes.remove(process)
         container.others.discard(process)
-        self.on_process_gone({other.pid for other in self._processes})
         if process is container.first:
             self._container_gone(container)
         self._see_if_destroyed()
 
     def _container_gone(self, container: _Container) -> None:
         del self._containers[container.id]
+        self._machine.remove_root(container.root)
         if self._destroyed is None:
             # Nothing outlives the first process of a PID namespace.
             _signal_all(container.others, signal.SIGKILL)
         if not self._containers:
             self._alive = False
+            self._machine.end_pod()
             log.info("pod finished")
             self.on_finished()
 

@@ -1,27 +1,26 @@
-"""A serial port of the VM, seen from the guest, with the hypervisor's socket on the other side of it."""
+"""A serial port of the VM, seen from the guest: hosts come and go on the other side of it."""
 
 from __future__ import annotations
 
 import logging
-import socket
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from cc_proxy.agent.loop import HANG_UP, NOTHING_ELSE, READ, WRITE, Loop, Turn
-from cc_proxy.agent.socketfile import SocketFile
-from cc_proxy.linux.fds import Piece, close_stream, send_pieces
+from cc_proxy.linux.fds import Piece
 
 log = logging.getLogger(__name__)
 
-#: Seconds until a connection is tried to be taken again that the process has no fd left for.
-_ACCEPT_AGAIN = 0.1
+_READ_SIZE = 64 * 1024
 
 
 class PortUser(Protocol):
     """What a port calls. Any of it may call the port back."""
 
     def connected(self) -> None:
-        """Called when a host has come."""
+        """Called when a host has come, and everything that another one sent has been taken."""
 
     def readable(self) -> None:
         """Called while there is something to `Port.receive`, if only that the host has gone."""
@@ -30,22 +29,22 @@ class PortUser(Protocol):
         """Called when the host has gone; what it sent before may still be `readable`."""
 
 
-class Port:
-    """Takes one host after the other. Those that connect meanwhile wait, and nothing answers them.
+class Port(ABC):
+    """Takes one host after the other.
 
     What is sent goes to the host that is there, or to the next: like the buffers of a virtio queue, a
     message that was begun is not finished for another host.
     """
 
-    def __init__(self, loop: Loop, path: str, turn: Turn) -> None:
+    def __init__(self, loop: Loop, turn: Turn) -> None:
         self._loop = loop
         self._turn = turn
-        self._file = SocketFile(path)
         self._user: PortUser | None = None
-        self._peer: socket.socket | None = None
-        self._listens = False
+        #: What the host is read from and written to; None while there is none.
+        self._host: int | None = None
         self._events = NOTHING_ELSE
         self._reading = False
+        self._rest = b""  # of what the last host sent, and nobody has taken yet
         self._waiting: list[Piece] = []
         self._until_drained: list[Callable[[], None]] = []
         #: Bytes that wait to be sent.
@@ -54,7 +53,7 @@ class Port:
     @property
     def connected(self) -> bool:
         """Whether there is a host that takes what is sent."""
-        return self._listens
+        return self._host is not None
 
     @property
     def is_awaited(self) -> bool:
@@ -64,19 +63,24 @@ class Port:
     def serve(self, user: PortUser) -> None:
         """Begin to take hosts, on behalf of `user`. Nothing is read before `set_reading`."""
         self._user = user
-        self._watch_listener()
+        self._await_host()
 
     def set_reading(self, on: bool) -> None:
-        """Set whether `user.readable` is called. What a host sends and leaves while it is not, is lost."""
+        """Set whether `user.readable` is called."""
         self._reading = on
-        self._watch_peer()
+        self._watch_host()
+        if on and self._rest:
+            self._loop.call_later(0, self._take_rest)
 
     def receive(self, size: int) -> bytes:
         """Return what the host has sent, `size` bytes at most; nothing if there is nothing, or no host."""
-        if self._peer is None:
+        if self._rest:
+            data, self._rest = self._rest[:size], self._rest[size:]
+            return data
+        if self._host is None:
             return b""
         try:
-            data = self._peer.recv(size)
+            data = self._read(self._host, size)
         except BlockingIOError:
             return b""
         except OSError:
@@ -97,11 +101,11 @@ class Port:
 
     def flush(self) -> None:
         """Send what waits, as far as it goes now."""
-        if self._peer is not None and self._listens and self._waiting:
+        if self._host is not None and self._waiting:
             try:
-                self._waiting = list(send_pieces(self._peer, self._waiting))
+                self._waiting = list(self._write(self._host, self._waiting))
             except OSError:
-                self._lose()
+                self._see_off()
         self._settle()
 
     def when_drained(self, callback: Callable[[], None]) -> None:
@@ -114,84 +118,93 @@ class Port:
         self._waiting = []
         self._settle()
 
+    @abstractmethod
     def close(self) -> None:
-        """Hang up, and remove the socket. No matter if that has been done."""
-        self._loop.forget(self._file.sock.fileno())
+        """Hang up, and take no more hosts. No matter if that has been done."""
+
+    # What a kind of port has to do -------------------------------------------------------------------
+
+    @abstractmethod
+    def _await_host(self) -> None:
+        """Call `_take_host` when a host has come."""
+
+    @abstractmethod
+    def _read(self, host: int, size: int) -> bytes:
+        """Return what the host has sent, nothing if it has gone. Raises `OSError`."""
+
+    @abstractmethod
+    def _write(self, host: int, pieces: Sequence[Piece]) -> Sequence[Piece]:
+        """Send the host as much as it takes now; returns the rest. Raises `OSError` if it has gone."""
+
+    @abstractmethod
+    def _hang_up(self) -> None:
+        """The host has gone, and everything it sent has been read."""
+
+    # -------------------------------------------------------------------------------------------------
+
+    def _take_host(self, fd: int) -> None:
+        self._host = fd
+        self._events = NOTHING_ELSE
+        self._loop.watch(fd, NOTHING_ELSE, self._ready, self._turn)
+        self._watch_host()
+        if self._user is not None:
+            self._user.connected()
+        self.flush()
+
+    def _watch_host(self) -> None:
+        if self._host is None:
+            return
+        events = (READ if self._reading else NOTHING_ELSE) | (WRITE if self._waiting else NOTHING_ELSE)
+        if events != self._events:
+            self._events = events
+            self._loop.watch(self._host, events, self._ready, self._turn)
+
+    def _ready(self, events: int) -> None:
+        if events & HANG_UP:
+            self._see_off()
+            return
+        # What the host has sent is handled first, whether there is room for an answer or not.
+        if events & READ and self._user is not None:
+            self._user.readable()
+        if events & WRITE:
+            self.flush()
+
+    def _see_off(self) -> None:
+        """The host has gone. What it sent before is as good as ever: it is read now, before another comes."""
+        host = self._host
+        if host is None:
+            return
+        with suppress(OSError):
+            while data := self._read(host, _READ_SIZE):
+                self._rest += data
+        self._host = None
+        self._loop.forget(host)
         self._hang_up()
-        self._file.close()
+        if self._waiting and _is_rest(self._waiting[0]):
+            del self._waiting[0]
+        if self._user is not None:
+            self._user.disconnected()
+        self._settle()
+        # Not in the middle of what found out that the host has gone.
+        self._loop.call_later(0, self._take_rest)
+
+    def _take_rest(self) -> None:
+        """Have the last host's rest taken; then the next one may come."""
+        while self._rest and self._reading and self._user is not None:
+            self._user.readable()
+        if not self._rest and self._host is None:
+            self._await_host()
 
     def _settle(self) -> None:
         """See what follows from a change of what waits."""
         self.waiting_size = sum(map(len, self._waiting))
-        self._watch_peer()
+        self._watch_host()
         if self._until_drained and not self._waiting:
             callbacks, self._until_drained = self._until_drained, []
             for callback in callbacks:
                 callback()
 
-    def _watch_listener(self) -> None:
-        self._loop.watch(self._file.sock.fileno(), READ, self._accept, self._turn)
-
-    def _accept(self, _events: int) -> None:
-        self._loop.forget(self._file.sock.fileno())
-        try:
-            self._peer, _ = self._file.sock.accept()
-        except OSError as error:
-            log.info("cannot take a connection", extra={"socket": self._file.path, "error": str(error)})
-            self._loop.call_later(_ACCEPT_AGAIN, self._watch_listener)
-            return
-        self._peer.setblocking(False)
-        self._listens = True
-        self._events = NOTHING_ELSE
-        self._loop.watch(self._peer.fileno(), NOTHING_ELSE, self._ready, self._turn)
-        self._watch_peer()
-        if self._user is not None:
-            self._user.connected()
-        self.flush()
-
-    def _watch_peer(self) -> None:
-        if self._peer is None:
-            return
-        writing = self._listens and bool(self._waiting)
-        events = (READ if self._reading else NOTHING_ELSE) | (WRITE if writing else NOTHING_ELSE)
-        if events != self._events:
-            self._events = events
-            self._loop.watch(self._peer.fileno(), events, self._ready, self._turn)
-
-    def _ready(self, events: int) -> None:
-        # What the host has sent is handled first, whether there is room for an answer or not.
-        if events & ~WRITE:
-            if self._reading and self._user is not None:
-                self._user.readable()
-            elif events & HANG_UP:
-                self._see_off()
-        if events & WRITE:
-            self.flush()
-
-    def _lose(self) -> None:
-        """The host has gone. What it sent before it did is as good as ever, so it is not hung up on yet."""
-        self._listens = False
-        if self._waiting and _is_rest(self._waiting[0]):
-            del self._waiting[0]
-        if self._user is not None:
-            self._user.disconnected()
-
-    def _see_off(self) -> None:
-        """The host has gone, and everything it sent has been taken: the next one may come."""
-        if self._listens:
-            self._lose()
-        self._hang_up()
-        self._watch_listener()
-        self._settle()
-
-    def _hang_up(self) -> None:
-        peer, self._peer = self._peer, None
-        self._listens = False
-        if peer is not None:
-            self._loop.forget(peer.fileno())
-            close_stream(peer)
-
 
 def _is_rest(piece: Piece) -> bool:
-    """Whether the beginning of a message is gone: what `send_pieces` leaves of one is a view of it."""
+    """Whether the beginning of a message is gone: what `cut` leaves of one is a view of it."""
     return isinstance(piece, memoryview) and len(piece) < memoryview(piece.obj).nbytes

@@ -7,13 +7,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 
-from cc_proxy.agent.agent import Agent
+from cc_proxy.agent import guest
+from cc_proxy.agent.agent import Agent, Place
 from cc_proxy.agent.errors import ListenError, Panic
 from cc_proxy.agent.orphans import Orphans
 from cc_proxy.agent.quirks import NO_QUIRKS, Quirks
+from cc_proxy.agent.virtioport import VirtioPort, find_ports
 from cc_proxy.log.printable import printable
 from cc_proxy.log.ratelimit import BURST, PER_SECOND
 from cc_proxy.tokens import TokenBucket
@@ -21,6 +23,7 @@ from cc_proxy.tokens import TokenBucket
 EXIT_POWER_OFF = 0
 EXIT_NO_SOCKET = 1
 EXIT_PANIC = 2
+EXIT_MISUSE = 2
 
 #: Characters; a command may name a program that is longer.
 _LONGEST_REASON = 500
@@ -45,15 +48,42 @@ def run_agent(
     sockets take connections. For `lossless` see `Agent`.
     Takes the whole process for itself, its signals and its children: to be called in its main thread.
     """
-    orphans = Orphans()
+    place = Place(orphans=Orphans(), on_refused=_Refusals())
+    return _run(lambda: Agent(ctl, io, quirks, lossless=lossless, place=place), place, on_listening)
+
+
+def run_guest() -> int:
+    """Be the first process of a virtual machine, and its agent on its two ports; at the end power it off.
+
+    Returns only if it is not the first process: 2, with the reason on stderr.
+    """
+    if os.getpid() != 1:
+        return _fail("--guest is for the first process of a virtual machine", EXIT_MISUSE)
+    guest.be_init(_serve_guest)
+    return EXIT_POWER_OFF
+
+
+def _serve_guest() -> None:
+    guest.prepare(_say)
+    place = Place(VirtioPort, guest.Guest(_say), Orphans(), _Refusals())
+    try:
+        ctl, io = find_ports(guest.PORTS)
+    except ListenError as error:
+        _say(str(error))
+        return
+    _run(lambda: Agent(ctl, io, lossless=True, place=place), place, lambda: _say("serves its two ports"))
+
+
+def _run(make: Callable[[], Agent], place: Place, on_listening: Callable[[], None] | None) -> int:
+    """Make an agent and let it serve; returns the exit status."""
     held_back = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
-        agent = Agent(ctl, io, quirks, lossless=lossless, orphans=orphans, on_refused=_Refusals())
+        agent = make()
     except ListenError as error:
         return _fail(str(error), EXIT_NO_SOCKET)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
-    with agent, orphans, _signals_for(agent):
+    with agent, place.orphans or nullcontext(), _signals_for(agent):
         if on_listening is not None:
             on_listening()
         try:
@@ -97,7 +127,7 @@ def _signals_for(agent: Agent) -> Iterator[None]:
     def stop(_number: int, _frame: FrameType | None) -> None:
         agent.stop()
 
-    before = {number: signal.getsignal(number) for number in _STOPPING | _ignored()}
+    before = {number: signal.getsignal(number) for number in {*_STOPPING, *_ignored(), signal.SIGCHLD}}
     for number in before:
         signal.signal(number, stop if number in _STOPPING else _do_nothing)
     wakeup_before = signal.set_wakeup_fd(agent.wakeup_fd, warn_on_full_buffer=False)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from cc_proxy.agent.commands import EnvVar, ProcessSpec, Rlimit
 from cc_proxy.agent.credentials import Credentials, resolve
@@ -36,17 +37,17 @@ class Child:
     terminal: bool
 
 
-def spawn(spec: ProcessSpec) -> Child:
-    """Start a process in a session of its own.
+def spawn(spec: ProcessSpec, root: str | None = None) -> Child:
+    """Start a process in a session of its own, with `root` as its root directory if one is given.
 
     Raises `MissingBinary`, or `Refused` for whatever else stands in the way; no process is left then.
     """
     workdir = spec.workdir or "/"
-    if not os.path.isdir(workdir):
+    if not os.path.isdir((root or "") + workdir):
         raise Refused(f"no directory {workdir!r}")
     with ExitStack() as ours, ExitStack() as theirs:
         try:
-            return _connected(spec, workdir, resolve(spec), _Fds(ours, theirs))
+            return _connected(spec, _Surroundings(root, workdir, resolve(spec, root)), _Fds(ours, theirs))
         except FileNotFoundError:
             raise MissingBinary(f"no program {spec.args[0]!r}") from None
         except (OSError, ValueError, subprocess.SubprocessError) as error:
@@ -57,6 +58,14 @@ def spawn(spec: ProcessSpec) -> Child:
 def set_size(terminal: int, rows: int, columns: int) -> None:
     """Set the size of a terminal; whoever runs in its foreground gets a SIGWINCH."""
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, _WINSIZE.pack(rows, columns, 0, 0))
+
+
+class _Surroundings(NamedTuple):
+    """What a process finds when it begins."""
+
+    root: str | None
+    workdir: str
+    credentials: Credentials | None
 
 
 class _Fds:
@@ -97,11 +106,11 @@ class _Fds:
         return ours, theirs
 
 
-def _connected(spec: ProcessSpec, workdir: str, credentials: Credentials | None, fds: _Fds) -> Child:
+def _connected(spec: ProcessSpec, around: _Surroundings, fds: _Fds) -> Child:
     if spec.terminal:
         master, child_stdin = fds.terminal()
         stdin, outputs, child_stdout = fds.duplicate(master), {master: spec.stdio}, child_stdin
-        _prepare_terminal(child_stdin, spec, credentials)
+        _prepare_terminal(child_stdin, spec, around.credentials)
     else:
         stdin, child_stdin = fds.input()
         reader, child_stdout = fds.output()
@@ -115,11 +124,11 @@ def _connected(spec: ProcessSpec, workdir: str, credentials: Credentials | None,
         stdin=child_stdin,
         stdout=child_stdout,
         stderr=child_stderr,
-        cwd=workdir,
+        cwd=None if around.root else around.workdir,
         env=_environment(spec.envs, spec.terminal),
         start_new_session=True,
         # Safe where the agent is a program of its own, with one thread; left out where it can be.
-        preexec_fn=_preparation(spec, credentials),  # noqa: PLW1509
+        preexec_fn=_preparation(spec, around),  # noqa: PLW1509
     )
     pidfd = _pidfd(popen)
     fds.keep()
@@ -149,16 +158,18 @@ def _environment(envs: list[EnvVar], terminal: bool) -> dict[str, str]:
     return base | {variable.env: variable.value for variable in envs}
 
 
-def _preparation(spec: ProcessSpec, credentials: Credentials | None) -> Callable[[], None] | None:
+def _preparation(spec: ProcessSpec, around: _Surroundings) -> Callable[[], None] | None:
     """Return what the child does between fork and exec; None if it has nothing to do.
 
-    Limits come first: raising them is root's privilege.
+    Limits come first: raising them is root's privilege, and so is changing the root directory.
     """
     steps = [_limit_setter(limit) for limit in spec.rlimits]
     if spec.terminal:
         steps.append(_take_terminal)
-    if credentials is not None:
-        steps.append(credentials.assume)
+    if around.root:
+        steps.append(partial(_enter, around.root, around.workdir))
+    if around.credentials is not None:
+        steps.append(around.credentials.assume)
     return partial(_run_all, steps) if steps else None
 
 
@@ -169,6 +180,11 @@ def _run_all(steps: list[Callable[[], None]]) -> None:
 
 def _take_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def _enter(root: str, workdir: str) -> None:
+    os.chroot(root)
+    os.chdir(workdir)
 
 
 def _limit_setter(limit: Rlimit) -> Callable[[], None]:

@@ -1,0 +1,143 @@
+"""The agent as the first process of a virtual machine, and all it does there for others to run."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+
+from cc_proxy.agent import kernel
+from cc_proxy.agent.errors import Refused
+from cc_proxy.agent.kernel import BIND, NODEV, NOEXEC, NOSUID, REC
+from cc_proxy.agent.machine import Machine
+
+#: How the hypervisor calls the ports of the two channels.
+PORTS = ("sh.hyper.channel.0", "sh.hyper.channel.1")
+
+#: What is mounted where, unless something is: an initramfs may have begun.
+_MOUNTS = (
+    ("proc", "/proc", NOSUID | NODEV | NOEXEC, ""),
+    ("sysfs", "/sys", NOSUID | NODEV | NOEXEC, ""),
+    ("devtmpfs", "/dev", NOSUID, "mode=755"),
+    ("devpts", "/dev/pts", NOSUID | NOEXEC, "mode=620,gid=5,ptmxmode=666"),
+    ("tmpfs", "/dev/shm", NOSUID | NODEV, "mode=1777"),  # noqa: S108
+    ("tmpfs", "/run", NOSUID | NODEV, "mode=755"),
+    ("tmpfs", "/tmp", NOSUID | NODEV, "mode=1777"),  # noqa: S108
+    ("cgroup2", "/sys/fs/cgroup", NOSUID | NODEV | NOEXEC, ""),
+)
+#: What programs expect in /dev, beside what the kernel puts there.
+_LINKS = (("fd", "self/fd"), ("stdin", "self/fd/0"), ("stdout", "self/fd/1"), ("stderr", "self/fd/2"))
+_CONSOLE = "/dev/console"
+_SHARE = "/run/cc-proxy/shared"
+#: Linux takes no longer name.
+_LONGEST_HOSTNAME = 64
+
+
+class Guest(Machine):
+    """A virtual machine: a pod gives it a name, and may bring the roots of its containers.
+
+    Those are in a directory that the hypervisor shares by virtiofs. Without one, containers have the files
+    of the agent.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._shares = False
+
+    def start_pod(self, hostname: str, share: str) -> None:
+        """Give the machine its name, and mount what is shared."""
+        if hostname:
+            socket.sethostname(hostname.encode()[:_LONGEST_HOSTNAME].decode(errors="ignore"))
+        if share:
+            os.makedirs(_SHARE, 0o700, exist_ok=True)
+            with suppress(OSError):  # nothing is shared, which is no fault
+                kernel.mount(share, _SHARE, "virtiofs")
+                self._shares = True
+
+    def end_pod(self) -> None:
+        """Let go of what is shared: the next pod may have another."""
+        if self._shares:
+            self._unmount(_SHARE)
+            self._shares = False
+
+    def make_root(self, image: str, rootfs: str) -> str | None:
+        """Return the directory of a container's root, with /proc, /sys and /dev in it."""
+        if not self._shares:
+            return None
+        root = os.path.realpath(f"{_SHARE}/{image}/{rootfs}")
+        if not os.path.isdir(root):
+            raise Refused(f"no directory {image}/{rootfs} is shared")
+        for kind, where, flags in (("proc", "proc", 0), ("sysfs", "sys", 0), ("/dev", "dev", BIND | REC)):
+            target = os.path.join(root, where)
+            try:
+                os.makedirs(target, exist_ok=True)
+                kernel.mount(kind, target, kind, flags)
+            except OSError as error:  # programs may do without
+                self._say(f"cannot mount {target}: {error.strerror}")
+        return root
+
+    def remove_root(self, root: str | None) -> None:
+        """Take out what `make_root` has put there."""
+        if root is not None:
+            for where in ("proc", "sys", "dev"):
+                self._unmount(os.path.join(root, where))
+
+    def _unmount(self, target: str) -> None:
+        try:
+            kernel.unmount(target)
+        except OSError as error:
+            self._say(f"cannot unmount {target}: {error.strerror}")
+
+
+def prepare(say: Callable[[str], None]) -> None:
+    """Make a kernel and some files a system in which programs run. What cannot be had is said."""
+    failed = [f"cannot mount {target}: {error.strerror}" for target, error in _mount_all()]
+    _use_console()
+    for text in failed:
+        say(text)
+    for name, target in _LINKS:
+        with suppress(OSError):
+            os.symlink(f"/proc/{target}", f"/dev/{name}")
+    try:
+        kernel.bring_up("lo")
+    except OSError as error:
+        say(f"cannot bring up lo: {error.strerror}")
+
+
+def be_init(serve: Callable[[], None]) -> None:
+    """Call `serve` and power off, whatever happens: a first process that returns is the kernel's panic."""
+    try:
+        serve()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with suppress(OSError):
+            sys.stderr.flush()
+        os.sync()
+        kernel.power_off()
+
+
+def _mount_all() -> list[tuple[str, OSError]]:
+    failed = []
+    for kind, target, flags, options in _MOUNTS:
+        try:
+            if not os.path.ismount(target):
+                os.makedirs(target, exist_ok=True)
+                kernel.mount(kind, target, kind, flags, options)
+        except OSError as error:
+            failed.append((target, error))
+    return failed
+
+
+def _use_console() -> None:
+    """Have stderr lead to the console, where the kernel does not see to it, and wait for nobody there."""
+    with suppress(OSError):
+        fd = os.open(_CONSOLE, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+        for standard in range(3):
+            os.dup2(fd, standard)
+        os.close(fd)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
