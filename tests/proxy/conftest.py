@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-import resource
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from cc_proxy.linux.fds import Piece, cut
 from cc_proxy.log.levels import fields_of, logger
 from cc_proxy.proxy import users
 from cc_proxy.proxy.streams import channel, pacer, session, stats, stdin
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from tests.clock import Clock
 from tests.proxy.house import Answering, House
-from tests.proxy.support import Rig, spool_space
+from tests.proxy.support import BLOCK, Rig, spool_space
 
 
 class Logged(logging.Handler):
@@ -65,13 +66,18 @@ def rig(space: SpoolSpace) -> Iterator[Rig]:
 
 
 @pytest.fixture
-def file_limit() -> Iterator[int]:
+def file_limit(monkeypatch: pytest.MonkeyPatch) -> int:
     """A disk that is full once a file has this many bytes."""
-    limit = 65_536
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    limit = 16 * BLOCK
+    write = os.pwritev
+
+    def write_what_fits(fd: int, pieces: Sequence[Piece], at: int) -> int:
+        if at >= limit:
+            raise OSError(28, "No space left on device")
+        return write(fd, cut(pieces, 0, limit - at), at)
+
+    monkeypatch.setattr(os, "pwritev", write_what_fits)
+    return limit
 
 
 @pytest.fixture

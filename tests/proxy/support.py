@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 import threading
@@ -65,15 +66,24 @@ def dialer_of(who: Credentials, own_address: str | bytes | None = None) -> Diale
 
 DIALER = dialer_of(Credentials.own())
 
+#: What the disk gives out at least.
+BLOCK = mmap.PAGESIZE
+
 #: Too long for any test, so that what waits for it shows.
 NEVER = 3_600.0
 
 
 def spool_space(
-    directory: Path | str, session_limit: int = 64 << 20, total_limit: int = 1 << 30
+    directory: Path | str,
+    session_limit: int = 64 << 20,
+    total_limit: int = 1 << 30,
+    user_limit: int | None = None,
 ) -> SpoolSpace:
     spool = SpoolSettings(
-        directory=str(directory), session_limit=session_limit, total_limit=total_limit, user_limit=total_limit
+        directory=str(directory),
+        session_limit=session_limit,
+        total_limit=total_limit,
+        user_limit=total_limit if user_limit is None else user_limit,
     )
     return SpoolSpace(LiveSettings(Settings(spool=spool)))
 

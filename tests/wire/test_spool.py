@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.wire.daemon import PATIENT, Daemon, Wire
-from tests.wire.support import MIB, frame, in_background, read_exact
+from tests.wire.support import MIB, frame, in_background, read_exact, unread_by_peer, wait_until
 
 COUNT = 800
 CHUNK = b"0123456789" * 1_000
@@ -80,6 +81,38 @@ def test_over_the_limit_a_vm_that_dies_loses_only_itself_and_its_client_gets_all
     assert read_exact(slow.sock, whole) == sent[:whole]
     while rest := slow.sock.recv(100_000):
         assert len(rest) < len(CHUNK) + 20
+
+
+def test_disk_holds_no_more_than_the_limit_for_clients_that_are_always_behind(tmp_sock_dir: Path) -> None:
+    """What they have read is given back, too, and `status` tells what is held."""
+    limit = 4 * MIB
+    spool = f'[spool]\ndirectory = "{tmp_sock_dir}"\nsession_limit = {limit // 2}\ntotal_limit = {limit}\n'
+    with running(tmp_sock_dir, spool) as wire:
+        pods = [wire.pod() for _ in range(4)]
+        slow = [pod.client.allocate().sock for pod in pods]
+        piece = frame(1, bytes(10_000)) * 50
+        for pod in pods:
+            pod.vm.io.sendall(piece)  # as much as its client is behind from now on
+        for _ in range(15):
+            for pod, client in zip(pods, slow, strict=True):
+                pod.vm.io.sendall(piece)
+                wait_until(lambda: unread_by_peer(pod.vm.io) == 0, "it is read")  # noqa: B023
+                read_exact(client, len(piece))
+            status = json.loads(wire.client().ask("status"))["data"]
+            assert 0 < on_disk(wire.daemon, tmp_sock_dir) <= status["spooled"] <= limit
+            assert status["users"][0]["spooled"] == status["spooled"]
+        for client in slow:
+            assert read_exact(client, len(piece)) == piece
+
+
+def on_disk(daemon: Daemon, directory: Path) -> int:
+    """What the file system has given out for files of the daemon's without a name."""
+    held = 0
+    for fd in Path(f"/proc/{daemon.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            if str(fd.readlink()).startswith(f"{directory}/") and "(deleted)" in str(fd.readlink()):
+                held += fd.stat().st_blocks * 512
+    return held
 
 
 def test_directory_that_is_gone_costs_no_byte(tmp_sock_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tests.wire.support import OK, PING, error_of, frame, in_background, wait_un
 @pytest.fixture
 def tight(tmp_sock_dir: Path) -> Iterator[Wire]:
     """A daemon of its own, whose spool takes little."""
-    spool = f'[spool]\ndirectory = "{tmp_sock_dir}"\nsession_limit = 100_000\n'
+    spool = f'[spool]\ndirectory = "{tmp_sock_dir}"\nsession_limit = {25 * mmap.PAGESIZE}\n'
     with Daemon.configured(tmp_sock_dir, PATIENT + spool) as daemon:
         wire = Wire(daemon, tmp_sock_dir)
         try:
@@ -95,7 +96,7 @@ def test_who_does_not_read_and_holds_up_the_vm(tight: Wire) -> None:
     assert streams["paused"] is True
     (waiting,) = streams["waiting"]
     assert (waiting["stream"], waiting["holdsVm"], waiting["reason"]) == (1, True, "the spool is full")
-    assert waiting["spooled"] == streams["spooled"] == spooled == 100_000
+    assert waiting["spooled"] == streams["spooled"] == spooled == 25 * mmap.PAGESIZE
     assert waiting["pending"] == streams["pending"] > 0
     assert 0 <= waiting["idle"] < vm["age"]
     wait_until(lambda: not vm_status(tight, pod)["streams"]["paused"], "it goes on")

@@ -85,8 +85,8 @@ class Session:
 
     @property
     def spooled(self) -> int:
-        """Bytes that wait in the spool."""
-        return self._spool.size
+        """Bytes of the disk that the spool holds for it."""
+        return self._spool.held
 
     @property
     def idle_since(self) -> float:

@@ -1,6 +1,7 @@
 """Output that waits for a client, outside the daemon's memory: in files without names."""
 
 import contextlib
+import mmap
 import os
 import tempfile
 import threading
@@ -13,12 +14,18 @@ from cc_proxy.settings import LiveSettings, SpoolSettings
 
 #: The most `sendfile` is asked to move at once, so that one client's backlog does not hold up the others.
 _DRAIN_AT_ONCE = 256 * 1024
-#: Once a file is this long, the next is begun.
-_FILE_SIZE = 8 * 1024 * 1024
+#: A spool that is full has this many files. The disk gets a file back once all of it has been read: the more
+#: there are, the less is held for nothing, and the more fds it takes.
+_FILES = 32
+#: What file systems give out, they give out in blocks that are no longer than a page.
+_BLOCK = mmap.PAGESIZE
 
 
 class SpoolSpace:
-    """How much may wait in total, and where. Any thread may call."""
+    """How much of the disk all spools may hold, and where. Any thread may call.
+
+    What counts are whole blocks, from the moment they are written to until their file is closed.
+    """
 
     def __init__(self, live: LiveSettings) -> None:
         self._lock = threading.Lock()  # guards all that follows; nothing else is locked while it is held
@@ -33,19 +40,19 @@ class SpoolSpace:
 
     @property
     def used(self) -> int:
-        """Bytes that wait in all spools together."""
+        """Bytes of the disk that all spools hold together."""
         return self._used
 
     def used_by(self, uid: int) -> int:
-        """Bytes that wait in all spools of one user."""
+        """Bytes of the disk that the spools of one user hold."""
         return self._used_by[uid]
 
     def take(self, wanted: int, uid: int) -> int:
-        """Reserve up to `wanted` bytes for a user; returns how many there were."""
+        """Reserve up to `wanted` bytes for a user; returns how many there were, in whole blocks."""
         limits = self.settings
         with self._lock:
             left = min(limits.total_limit - self._used, limits.user_limit - self._used_by[uid])
-            taken = max(0, min(wanted, left))
+            taken = max(0, min(wanted, left)) // _BLOCK * _BLOCK
             self._count(taken, uid)
         return taken
 
@@ -55,7 +62,7 @@ class SpoolSpace:
             self._count(-size, uid)
 
     def _count(self, size: int, uid: int) -> None:
-        """Users of whom nothing waits leave nothing. Requires _lock."""
+        """Users who hold nothing leave nothing. Requires _lock."""
         self._used += size
         self._used_by[uid] += size
         if not self._used_by[uid]:
@@ -66,9 +73,11 @@ class Spool:
     """What waits for one client, in order. Pump thread.
 
     Files are made as something has to wait and go as soon as it is through, so that a client which stays slow
-    for ever takes no more room than what waits for it. They have no names and vanish with the daemon.
-    A file is never written to where it was written before: `sendfile` leaves its pages in the socket, and
-    what the client reads is what they hold by then.
+    for ever takes little more room than what waits for it. They have no names and vanish with the daemon.
+
+    A file is never written to where it was written before, nor is a part of it given back: `sendfile` leaves
+    its pages in the socket, and what the client reads is what they hold by then. (ext4 and xfs zero them
+    where a hole is punched.)
     """
 
     def __init__(self, space: SpoolSpace, uid: int) -> None:
@@ -78,23 +87,31 @@ class Spool:
         #: Bytes that wait.
         self.size = 0
 
+    @property
+    def held(self) -> int:
+        """Bytes of the disk that are held for what waits."""
+        return sum(file.held for file in self._files)
+
     def append(self, pieces: Sequence[Piece]) -> int:
         """Store as much of `pieces` as there is room for; returns how many bytes that was.
 
         Raises `OSError` if the file system takes nothing at all: no space, no fd, no directory.
         """
-        room = self._space.settings.session_limit - self.size
-        wanted = self._space.take(min(sum(map(len, pieces)), room), self._uid)
-        done = 0
+        size, held = self.size, self.held
+        wanted = sum(map(len, pieces))
+        room = self._space.settings.session_limit - held
+        taken = self._space.take(min(_in_blocks(wanted), room), self._uid)
         try:
-            while done < wanted:
-                done += self._write(cut(pieces, done, wanted))
+            if taken < wanted:
+                pieces = cut(pieces, 0, taken)
+            for first in range(0, len(pieces), IOV_MAX):
+                self._write(pieces[first : first + IOV_MAX])
         except OSError:
-            if not done:
+            if self.size == size:
                 raise
         finally:
-            self._space.give_back(wanted - done, self._uid)
-        return done
+            self._space.give_back(taken - (self.held - held), self._uid)
+        return self.size - size
 
     def drain_to(self, fd: int) -> int:
         """Move some of what waits to a non-blocking socket; returns how many bytes.
@@ -105,31 +122,47 @@ class Spool:
         moved = os.sendfile(fd, file.fd, file.start, min(file.stop - file.start, _DRAIN_AT_ONCE))
         file.start += moved
         self.size -= moved
-        self._space.give_back(moved, self._uid)
         if file.start == file.stop:
-            os.close(self._files.popleft().fd)
+            self._close(self._files.popleft())
         return moved
 
     def close(self) -> None:
         """Throw away what waits."""
-        self._space.give_back(self.size, self._uid)
         self.size = 0
         while self._files:
-            os.close(self._files.popleft().fd)
+            self._close(self._files.popleft())
 
-    def _write(self, pieces: list[Piece]) -> int:
-        if not self._files or self._files[-1].stop >= _FILE_SIZE:
-            self._files.append(_File(_open_unnamed(self._space.settings.directory)))
-        file = self._files[-1]
+    def _close(self, file: "_File") -> None:
+        os.close(file.fd)
+        self._space.give_back(file.held, self._uid)
+
+    def _write(self, pieces: Sequence[Piece]) -> None:
+        """Store all of at most `IOV_MAX` pieces. Raises `OSError`; what was stored before that stays."""
+        while pieces:
+            if not self._files or self._files[-1].stop == self._files[-1].size:
+                self._files.append(self._new_file())
+            file = self._files[-1]
+            try:
+                written = os.pwritev(file.fd, cut(pieces, 0, file.size - file.stop), file.stop)
+            except OSError:
+                if not file.stop:
+                    os.close(self._files.pop().fd)
+                raise
+            file.stop += written
+            self.size += written
+            pieces = cut(pieces, written)
+
+    def _new_file(self) -> "_File":
+        """Make a file. It has its size from the beginning: xfs holds twice as much for one that grows."""
+        settings = self._space.settings
+        size = max(_BLOCK, _in_blocks(settings.session_limit // _FILES))
+        fd = _open_unnamed(settings.directory)
         try:
-            written = os.pwritev(file.fd, pieces[:IOV_MAX], file.stop)
+            os.ftruncate(fd, size)
         except OSError:
-            if file.start == file.stop:
-                os.close(self._files.pop().fd)
+            os.close(fd)
             raise
-        file.stop += written
-        self.size += written
-        return written
+        return _File(fd, size)
 
 
 @dataclass(slots=True)
@@ -137,8 +170,19 @@ class _File:
     """One piece of a spool: what waits in it stands between `start` and `stop`."""
 
     fd: int
+    size: int
     start: int = 0
     stop: int = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes of the disk that it holds, however much of it has been read."""
+        return _in_blocks(self.stop)
+
+
+def _in_blocks(size: int) -> int:
+    """Return how many bytes the blocks have that `size` bytes need."""
+    return -(-size // _BLOCK) * _BLOCK
 
 
 def check_directory(directory: str) -> None:

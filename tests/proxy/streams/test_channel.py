@@ -31,6 +31,7 @@ from cc_proxy.proxy.vms.control import ControlLost
 from tests.clock import Clock
 from tests.proxy.conftest import Logged
 from tests.proxy.support import (
+    BLOCK,
     NEVER,
     Ends,
     fill,
@@ -262,7 +263,7 @@ def bench(make_bench: BenchMaker) -> Bench:
 @pytest.fixture
 def pacing(make_bench: BenchMaker) -> Bench:
     """With an agent that is known to send markers back."""
-    bench = make_bench(20_000, window=WINDOW)
+    bench = make_bench(5 * BLOCK, window=WINDOW)
     bench.acknowledge_once()
     return bench
 
@@ -328,7 +329,7 @@ def test_stalled_client_among_live_ones(bench: Bench, tmp_path: Path) -> None:
             assert bench.read_frame(stream) == (stream.base, data)
             stream.send(data)
         assert sorted(bench.frames()) == sorted(Frame(stream.base, data) for stream in live)
-    assert spool_files(tmp_path) == 1
+    assert spool_files(tmp_path) > 0
     assert bench.read(stalled.sock, len(sent)) == sent
     assert not bench.streams().waiting
     assert spool_files(tmp_path) == 0
@@ -366,7 +367,7 @@ def test_client_that_waits_is_described(bench: Bench, clock: Clock) -> None:
 
 
 def test_full_spool_pauses_the_vm_and_resumes(make_bench: BenchMaker, logged: Logged) -> None:
-    bench = make_bench(20_000)
+    bench = make_bench(5 * BLOCK)
     stalled, live = bench.open(buffer=SMALL), bench.open()
     sent = numbered(stalled.base, 49)
     bench.say(sent + frame(live.base, b"behind"))
@@ -387,17 +388,17 @@ def test_full_spool_pauses_the_vm_and_resumes(make_bench: BenchMaker, logged: Lo
 
 
 def test_total_limit_is_shared_by_the_vms(make_bench: BenchMaker, tmp_path: Path) -> None:
-    space = spool_space(tmp_path, total_limit=30_000)
+    space = spool_space(tmp_path, total_limit=8 * BLOCK)
     bench, other = make_bench(space), make_bench(space)
     greedy, modest = bench.open(buffer=SMALL), other.open(buffer=SMALL)
     sent = numbered(1, 50)
     bench.say(sent)
     bench.pass_time(A_MOMENT)
     assert bench.paused(), "the first has taken it all"
-    assert space.used == 30_000
+    assert space.used == 8 * BLOCK
     more = other.stall(modest)
     assert other.paused(), "nothing is left for the second"
-    assert space.used == 30_000
+    assert space.used == 8 * BLOCK
     assert other.read(modest.sock, len(more)) == more
     assert not other.paused()
     assert bench.read(greedy.sock, len(sent)) == sent
@@ -447,7 +448,8 @@ class Traffic:
         self._bench = bench
         self._rng = rng
         self._streams = [bench.open(buffer=SMALL if number % 2 else None) for number in range(4)]
-        self._down = {stream.base: rng.randbytes(250_000) for stream in self._streams}
+        self._left = {stream.base: rng.randbytes(250_000) for stream in self._streams}
+        self._said = {stream.base: bytearray() for stream in self._streams}
         self._up = {stream.base: rng.randbytes(20_000) for stream in self._streams}
         self._to_send = {
             stream.base: b"".join(
@@ -459,7 +461,6 @@ class Traffic:
         self._read = {stream.base: bytearray() for stream in self._streams}
         self._taken = bytearray()
         self._got = dict.fromkeys(self._up, b"")
-        self._left = dict(self._down)
         for sock in (bench.io, *(stream.sock for stream in self._streams)):
             sock.setblocking(False)
 
@@ -472,19 +473,14 @@ class Traffic:
             if self._rng.random() < 0.3:
                 self._receive(stream)
         self._bench.turn()
-        return any(self._left.values()) or self._got != self._up or not self._is_delivered()
-
-    def _is_delivered(self) -> bool:
-        return all(
-            len(read) >= len(self._down[seq])
-            and b"".join(payload for _, payload in frames_of(bytes(read))) == self._down[seq]
-            for seq, read in self._read.items()
-        )
+        return any(self._left.values()) or self._got != self._up or self._read != self._said
 
     def _say(self) -> None:
         seq, size = self._rng.choice(list(self._left)), self._rng.randrange(1, 8_000)
         if self._left[seq] and len(self._to_say) < 50_000:
-            self._to_say += frame(seq, self._left[seq][:size])
+            said = frame(seq, self._left[seq][:size])
+            self._to_say += said
+            self._said[seq] += said
             self._left[seq] = self._left[seq][size:]
         with suppress(BlockingIOError):
             del self._to_say[: self._bench.io.send(self._to_say)]
@@ -514,7 +510,8 @@ class Traffic:
 @pytest.mark.parametrize("seed", range(4))
 def test_every_byte_at_any_speed(make_bench: BenchMaker, tmp_path: Path, clock: Clock, seed: int) -> None:
     """Both directions, two VMs that share the spool, which is often full."""
-    space = spool_space(tmp_path, session_limit=[200_000, 10_000, 0][seed % 3], total_limit=100_000)
+    most = [100, 3, 0][seed % 3] * BLOCK
+    space = spool_space(tmp_path, session_limit=most, total_limit=4 * most)
     benches = [make_bench(space, window=[0, WINDOW][seed % 2]) for _ in range(2)]
     rng = random.Random(seed)
     traffic = [Traffic(bench, rng) for bench in benches]
@@ -571,7 +568,7 @@ def state(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def tight_bench(state: str, make_bench: BenchMaker) -> Bench:
     """Whose spool is as small as that state needs."""
-    return make_bench(20_000 if state == "full" else 1_000_000)
+    return make_bench(5 * BLOCK if state == "full" else 1_000_000)
 
 
 def bring_into(state: str, bench: Bench, stream: Stream) -> bytes:
@@ -593,7 +590,7 @@ def bring_into(state: str, bench: Bench, stream: Stream) -> bytes:
         assert unread_by_peer(bench.io) == 0
     else:
         assert bench.paused()
-        assert bench.spooled(stream) == (20_000 if state == "full" else 0)
+        assert bench.spooled(stream) == (5 * BLOCK if state == "full" else 0)
         assert unread_by_peer(bench.io)
     return sent
 
@@ -759,7 +756,7 @@ def test_vm_that_takes_no_more_is_lost_when_something_is_sent(bench: Bench) -> N
 
 def test_vm_that_takes_no_more_and_whose_client_is_slow_delivers_all(make_bench: BenchMaker) -> None:
     """The channel finds out by sending while it must not read."""
-    bench = make_bench(20_000)
+    bench = make_bench(5 * BLOCK)
     slow, typist = bench.open(buffer=SMALL), bench.open()
     sent = bring_into("full", bench, slow)
     bench.io.shutdown(socket.SHUT_RD)
@@ -774,7 +771,7 @@ def test_vm_that_did_not_read_and_hangs_up_while_a_client_is_slow_delivers_all(
     make_bench: BenchMaker,
 ) -> None:
     """Stdin waits for the VM, output waits for a client, and then the VM goes."""
-    bench = make_bench(20_000)
+    bench = make_bench(5 * BLOCK)
     slow, typist = bench.open(buffer=SMALL), bench.open()
     fill(bench.near_io)
     typist.send(b"in")

@@ -22,6 +22,7 @@ from cc_proxy.proxy.streams.session import Session
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from tests.proxy.conftest import Logged
 from tests.proxy.support import (
+    BLOCK,
     NEVER,
     frames_of,
     new_session,
@@ -276,7 +277,7 @@ def test_slow_client_holds_up_nobody_else(bench: Bench) -> None:
 def test_full_spool_is_said_once_and_again_once_it_was_empty(
     make_bench: BenchMaker, tmp_path: Path, logged: Logged
 ) -> None:
-    bench = make_bench(spool_space(tmp_path, session_limit=10_000))
+    bench = make_bench(spool_space(tmp_path, session_limit=3 * BLOCK))
     session, client = bench.open(buffer=SMALL)
     for times in (1, 2):
         sent = bench.make_full(session)
@@ -368,7 +369,7 @@ def test_disk_that_is_full_in_the_middle_is_tried_again(bench: Bench, file_limit
 def test_client_that_goes_leaves_nothing_watched_or_held(
     make_bench: BenchMaker, tmp_path: Path, state: str
 ) -> None:
-    space = spool_space(tmp_path, session_limit=2_500)
+    space = spool_space(tmp_path, session_limit=2 * BLOCK)
     bench = make_bench(space)
     (session, client), (_, other) = bench.open(buffer=SMALL), bench.open()
     if state != "direct":
@@ -380,7 +381,7 @@ def test_client_that_goes_leaves_nothing_watched_or_held(
     if state == "full":
         while not bench.paused():
             bench.pass_on(frame(1, bytes(100)))
-        assert session.spooled == 2_500
+        assert session.spooled == 2 * BLOCK
     client.close()
     if session.waits:
         ((fd, events),) = bench.selector.poll(0)
@@ -443,8 +444,8 @@ def test_frames_are_dumped_once_each_whoever_they_are_for(bench: Bench, logged: 
 def test_every_byte_for_clients_of_any_speed(make_bench: BenchMaker, tmp_path: Path, seed: int) -> None:
     """The loop of the pump, without its clock: clients read now and then, and the spool is small."""
     rng = random.Random(seed)
-    limit = [0, 9_000, 1_000_000][seed % 3]
-    bench = make_bench(spool_space(tmp_path, session_limit=limit, total_limit=max(30_000, limit)))
+    limit = [0, 3 * BLOCK, 256 * BLOCK][seed % 3]
+    bench = make_bench(spool_space(tmp_path, session_limit=limit, total_limit=max(8 * BLOCK, limit)))
     sessions = [bench.open(buffer=SMALL) for _ in range(4)]
     sent = {session: bytearray() for session, _ in sessions}
     received = {session: bytearray() for session, _ in sessions}

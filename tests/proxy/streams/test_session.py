@@ -16,6 +16,7 @@ from cc_proxy.proxy.streams import spool as spool_module
 from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
 from tests.clock import Clock
 from tests.proxy.support import (
+    BLOCK,
     NEVER,
     new_session,
     pair,
@@ -99,8 +100,8 @@ def case(make_case: CaseMaker, space: SpoolSpace) -> Case:
 
 @pytest.fixture
 def tight_case(make_case: CaseMaker, tmp_path: Path) -> Case:
-    """For which no more than 500 bytes may be spooled."""
-    return make_case(spool_space(tmp_path, session_limit=500))
+    """For which no more than one block of the disk may be held."""
+    return make_case(spool_space(tmp_path, session_limit=BLOCK))
 
 
 def test_output_goes_straight_to_a_client_that_keeps_up(case: Case) -> None:
@@ -126,13 +127,13 @@ def test_pending_output_moves_to_the_spool_and_what_follows_goes_behind_it(case:
     assert case.waits()
     assert not case.pending()
     assert case.session.patient_until is None
-    spooled = case.session.spooled
-    case.deliver(b"behind" * 100)
+    case.deliver(b"behind" * BLOCK)
     assert not case.pending()
-    assert case.session.spooled == spooled + 600
+    spooled = case.session.spooled
+    assert spooled >= 6 * BLOCK
     case.take()
-    case.deliver(b"still behind" * 100)  # although the socket has room by now
-    assert case.session.spooled == spooled + 1_800
+    case.deliver(b"still behind" * BLOCK)  # although the socket has room by now
+    assert case.session.spooled == spooled + 12 * BLOCK
     case.take_all()
     case.deliver(b"direct again")
     assert not case.waits()
@@ -142,10 +143,10 @@ def test_pending_output_moves_to_the_spool_and_what_follows_goes_behind_it(case:
 def test_what_the_spool_does_not_take_stays_pending_in_front(tight_case: Case) -> None:
     case = tight_case
     case.make_full()
-    assert sum(map(len, case.session.pending)) > 500
+    case.deliver_more_than_fits()
     case.session.spill()
     assert case.pending()
-    assert case.session.spooled == 500
+    assert case.session.spooled == BLOCK
     assert case.session.stuck == "the spool is full"
     assert case.session.patient_until is not None, "others may make room"
     held = sum(map(len, case.session.pending))
@@ -163,19 +164,19 @@ def test_pending_output_follows_into_the_spool_as_that_gets_room(
 ) -> None:
     """So that the VM is read again long before its client has read everything."""
     monkeypatch.setattr(spool_module, "_DRAIN_AT_ONCE", 1_000)
-    case = make_case(spool_space(tmp_path, session_limit=20_000))
+    case = make_case(spool_space(tmp_path, session_limit=5 * BLOCK))
     case.make_full()
     case.session.spill()
-    case.deliver(random.Random(1).randbytes(25_000))
-    assert case.session.spooled == 20_000
+    case.deliver(random.Random(1).randbytes(6 * BLOCK))
+    assert case.session.spooled == 5 * BLOCK
     held = sum(map(len, case.session.pending))
     while case.pending():
         case.take()
         case.session.flush()
         left = sum(map(len, case.session.pending))
-        assert left in {held - 1_000, 0}
+        assert left in {held, held - BLOCK, 0}
         held = left
-    assert case.session.spooled > 15_000
+    assert case.session.spooled > 3 * BLOCK
     case.take_all()
 
 
@@ -277,9 +278,10 @@ def test_client_that_goes_while_output_is_spooled(case: Case, tmp_path: Path) ->
 def test_client_that_goes_while_the_spool_is_full(tight_case: Case, tmp_path: Path) -> None:
     case = tight_case
     case.make_full()
+    case.deliver_more_than_fits()
     case.session.spill()
     assert case.pending()
-    assert case.session.spooled == 500
+    assert case.session.spooled == BLOCK
     case.client.close()
     case.session.flush()
     assert case.session.output_gone
@@ -398,14 +400,13 @@ def test_one_client_slows_its_vm_down_by_a_quarter_at_the_most(case: Case, clock
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("limit", [0, 700, 20_000, 1_000_000])
+@pytest.mark.parametrize("limit", [0, BLOCK, 5 * BLOCK, 256 * BLOCK])
 def test_every_byte_in_order_whatever_happens(
     make_case: CaseMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, limit: int
 ) -> None:
     """As `Output` drives it: nothing is delivered while something is pending, whose memory is used again."""
     monkeypatch.setattr(session_module, "_PATIENCE", NEVER)
     monkeypatch.setattr(spool_module, "_DRAIN_AT_ONCE", 700)
-    monkeypatch.setattr(spool_module, "_FILE_SIZE", 3_000)
     rng = random.Random(f"{seed} {limit}")
     case = make_case(spool_space(tmp_path, session_limit=limit))
     session = case.session
@@ -432,5 +433,5 @@ def test_every_byte_in_order_whatever_happens(
         assert case.space.used == session.spooled <= limit
     assert states >= {(False, False), (True, False)}
     assert not limit or (False, True) in states
-    assert limit not in {700, 20_000} or (True, True) in states
+    assert limit not in {BLOCK, 5 * BLOCK} or (True, True) in states
     case.take_all()

@@ -8,6 +8,7 @@ import socket
 import stat
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from cc_proxy.linux.credentials import ROOT
 from cc_proxy.linux.fds import Piece
 from cc_proxy.proxy.streams import spool as spool_module
 from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
-from tests.proxy.support import fill, pair, read_now, running, spool_fds, spool_files, spool_space
+from tests.proxy.support import BLOCK, fill, pair, read_now, running, spool_fds, spool_files, spool_space
 from tests.wire.support import is_silent
 
 Ends = tuple[socket.socket, socket.socket]
@@ -43,6 +44,11 @@ def drain(spool: Spool, ends: Ends) -> bytes:
     return bytes(data) + read_now(far)
 
 
+def on_disk(directory: Path) -> int:
+    """What the file system says that it has given out."""
+    return sum(os.fstat(fd).st_blocks * 512 for fd in spool_fds(directory))
+
+
 def in_pieces(rng: random.Random, data: bytes) -> list[Piece]:
     pieces: list[Piece] = []
     while data:
@@ -55,9 +61,9 @@ def in_pieces(rng: random.Random, data: bytes) -> list[Piece]:
 def test_order_over_many_files_and_partial_drains(
     tmp_path: Path, ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spool_module, "_FILE_SIZE", 10_000)
     monkeypatch.setattr(spool_module, "_DRAIN_AT_ONCE", 3_000)
-    space = spool_space(tmp_path)
+    limit = 100 * BLOCK
+    space = spool_space(tmp_path, session_limit=limit)
     rng = random.Random(1)
     spool = Spool(space, ROOT)
     near, far = ends
@@ -66,34 +72,78 @@ def test_order_over_many_files_and_partial_drains(
     for _ in range(1_500):
         if rng.random() < 0.4:
             data = rng.randbytes(rng.randrange(1, 9_000))
-            assert spool.append(in_pieces(rng, data)) == len(data)
-            written += data
+            stored = spool.append(in_pieces(rng, data))
+            assert stored == len(data) or limit - spool.held < BLOCK
+            written += data[:stored]
         elif spool.size:
             try:
                 assert 0 < spool.drain_to(near.fileno()) <= 3_000
             except BlockingIOError:
                 read += far.recv(rng.randrange(1, 200_000))
         most_files = max(most_files, spool_files(tmp_path))
-        assert spool.size == space.used
-        assert spool_files(tmp_path) <= spool.size // 10_000 + 2
-    assert most_files > 5
+        assert on_disk(tmp_path) <= spool.held == space.used <= limit
+    assert 5 < most_files <= spool_module._FILES + 1
     read += read_now(far) + drain(spool, ends)
     assert read == written
     assert (spool.size, space.used, spool_files(tmp_path)) == (0, 0, 0)
 
 
-def test_a_file_ends_where_it_is_long_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool_module, "_FILE_SIZE", 100)
-    spool = Spool(spool_space(tmp_path), ROOT)
-    spool.append([bytes(99)])
-    spool.append([bytes(1)])
-    assert spool_files(tmp_path) == 1
-    spool.append([bytes(500)])
-    assert spool_files(tmp_path) == 2
-    spool.append([bytes(1)])
-    assert spool_files(tmp_path) == 3
+@pytest.mark.parametrize("seed", range(3))
+def test_disk_holds_no_more_than_the_limits_however_slowly_clients_read(tmp_path: Path, seed: int) -> None:
+    """Of one user's as of all together, and what is held is what `status` is told."""
+    rng = random.Random(seed)
+    limits = {"session_limit": 60 * BLOCK, "user_limit": 90 * BLOCK, "total_limit": 120 * BLOCK}
+    space = spool_space(tmp_path, **limits)
+    mine, other = [Spool(space, 1) for _ in range(3)], [Spool(space, 2) for _ in range(3)]
+    full = 0
+    with ExitStack() as stack:
+        clients = []
+        for spool in (*mine, *other):
+            near, far = (stack.enter_context(end) for end in pair(4_608))
+            near.setblocking(False)
+            stack.callback(spool.close)
+            clients.append((spool, near, far))
+        for _ in range(3_000):
+            spool, near, far = rng.choice(clients)
+            size = rng.choice([1, 100, 5_000, 20_000])
+            if rng.random() < 0.7:
+                full += spool.append([bytes(size)]) < size
+            elif spool.size:
+                read_now(far)
+                spool.drain_to(near.fileno())
+            assert on_disk(tmp_path) <= space.used <= limits["total_limit"]
+            for uid, theirs in ((1, mine), (2, other)):
+                held = [spool.held for spool in theirs]
+                assert sum(held) == space.used_by(uid) <= limits["user_limit"]
+                assert max(held) <= limits["session_limit"]
+    assert full > 100
+    assert (space.used, spool_files(tmp_path)) == (0, 0)
+
+
+def test_room_comes_back_long_before_all_is_read(tmp_path: Path, ends: Ends) -> None:
+    near, far = ends
+    limit = 10 * spool_module._FILES * BLOCK
+    spool = Spool(spool_space(tmp_path, session_limit=limit), ROOT)
+    assert spool.append([bytes(2 * limit)]) == limit
+    assert spool.append([b"x"]) == 0
+    read = 0
+    while not (room := spool.append([bytes(limit)])):
+        read += spool.drain_to(near.fileno())
+        read_now(far)
+    assert room == limit // spool_module._FILES
+    assert read <= room + spool_module._DRAIN_AT_ONCE
     spool.close()
-    assert spool_files(tmp_path) == 0
+
+
+def test_file_that_grows_takes_no_more_than_what_is_in_it(tmp_path: Path) -> None:
+    """Some file systems set aside as much again for a file that gets longer, but not where it is long."""
+    spool = Spool(spool_space(tmp_path), ROOT)
+    for _ in range(300):
+        spool.append([bytes(BLOCK)])
+        (fd,) = spool_fds(tmp_path)
+        assert os.fstat(fd).st_size >= 300 * BLOCK
+        assert os.fstat(fd).st_blocks * 512 <= spool.size
+    spool.close()
 
 
 def test_one_drain_moves_no_more_than_is_fair(tmp_path: Path, ends: Ends) -> None:
@@ -112,25 +162,53 @@ def test_thousands_of_pieces_are_stored_whole(tmp_path: Path, ends: Ends) -> Non
     assert drain(spool, ends) == data
 
 
+def test_pieces_are_looked_at_once_however_many_there_are(tmp_path: Path) -> None:
+    """Tiny frames, in turns for two streams, leave tens of thousands."""
+
+    class Counted(list[bytes]):
+        looked_at = 0
+
+        def __iter__(self) -> Iterator[bytes]:
+            self.looked_at += len(self)
+            return super().__iter__()
+
+    pieces = Counted([b"frame"] * 20_000)
+    spool = Spool(spool_space(tmp_path), ROOT)
+    assert spool.append(pieces) == 100_000
+    assert pieces.looked_at <= 2 * len(pieces)
+    spool.close()
+
+
 @pytest.mark.parametrize(
     ("held", "wanted", "stored"),
     [(0, 100, 100), (0, 101, 100), (99, 1, 1), (99, 2, 1), (100, 1, 0), (100, 0, 0)],
 )
 def test_session_limit(tmp_path: Path, ends: Ends, held: int, wanted: int, stored: int) -> None:
-    space = spool_space(tmp_path, session_limit=100)
+    """Of whole blocks."""
+    space = spool_space(tmp_path, session_limit=100 * BLOCK + 1)
     spool = Spool(space, ROOT)
-    data = bytes(range(held)) + bytes(range(100, 100 + wanted))
-    assert spool.append([data[:held]]) == held
-    assert spool.append([data[held : held + 1], data[held + 1 :]]) == stored
-    assert spool.size == space.used == held + stored
-    assert drain(spool, ends) == data[: held + stored]
-    assert spool.append([data]) == min(100, len(data)), "there is room again"
+    data = random.Random(4).randbytes((held + wanted) * BLOCK)
+    assert spool.append([data[: held * BLOCK]]) == held * BLOCK
+    assert spool.append([data[held * BLOCK :][:1], data[held * BLOCK + 1 :]]) == stored * BLOCK
+    assert spool.size == space.used == (held + stored) * BLOCK
+    assert drain(spool, ends) == data[: (held + stored) * BLOCK]
+    assert spool.append([data]) == min(100 * BLOCK, len(data)), "there is room again"
     spool.close()
     assert space.used == 0
 
 
+def test_block_that_is_not_full_counts_whole(tmp_path: Path) -> None:
+    space = spool_space(tmp_path, session_limit=2 * BLOCK)
+    spool = Spool(space, ROOT)
+    for size, held in ((1, 1), (BLOCK - 1, 1), (1, 2)):
+        assert spool.append([bytes(size)]) == size
+        assert spool.held == space.used == held * BLOCK
+    spool.close()
+
+
 def test_a_limit_of_0_stores_nothing_and_opens_nothing(tmp_path: Path) -> None:
-    for space in (spool_space(tmp_path, session_limit=0), spool_space(tmp_path, total_limit=0)):
+    for limits in ({"session_limit": 0}, {"total_limit": 0}, {"user_limit": BLOCK - 1}):
+        space = spool_space(tmp_path, **limits)
         spool = Spool(space, ROOT)
         assert spool.append([b"x"]) == 0
         assert (spool.size, space.used, spool_files(tmp_path)) == (0, 0, 0)
@@ -138,28 +216,28 @@ def test_a_limit_of_0_stores_nothing_and_opens_nothing(tmp_path: Path) -> None:
 
 
 def test_total_limit_is_shared(tmp_path: Path, ends: Ends) -> None:
-    space = spool_space(tmp_path, session_limit=80, total_limit=100)
+    space = spool_space(tmp_path, session_limit=80 * BLOCK, total_limit=100 * BLOCK)
     first, second = Spool(space, ROOT), Spool(space, ROOT)
-    assert first.append([bytes(90)]) == 80
-    assert second.append([bytes(90)]) == 20
+    assert first.append([bytes(90 * BLOCK)]) == 80 * BLOCK
+    assert second.append([bytes(90 * BLOCK)]) == 20 * BLOCK
     assert second.append([b"x"]) == 0
-    assert drain(first, ends) == bytes(80)
-    assert second.append([bytes(90)]) == 60, "up to its own limit"
-    assert space.used == 80
+    assert drain(first, ends) == bytes(80 * BLOCK)
+    assert second.append([bytes(90 * BLOCK)]) == 60 * BLOCK, "up to its own limit"
+    assert space.used == 80 * BLOCK
     second.close()
     first.close()
     assert space.used == 0
 
 
 def test_nothing_is_taken_beyond_the_total_by_many_threads(tmp_path: Path) -> None:
-    space = spool_space(tmp_path, total_limit=1_000)
+    space = spool_space(tmp_path, total_limit=10 * BLOCK)
     excess: list[int] = []
 
     def take_and_give_back(seed: int) -> None:
         rng = random.Random(seed)
         for _ in range(2_000):
-            taken = space.take(rng.randrange(800), ROOT)
-            if not 0 <= space.used <= 1_000:
+            taken = space.take(rng.randrange(8 * BLOCK), ROOT)
+            if not 0 <= space.used <= 10 * BLOCK:
                 excess.append(space.used)
             space.give_back(taken, ROOT)
 
@@ -203,7 +281,7 @@ def test_full_disk_stores_what_fits_and_then_says_so(tmp_path: Path, file_limit:
     spool = Spool(space, ROOT)
     data = random.Random(3).randbytes(100_000)
     assert spool.append([data[:30_000], data[30_000:]]) == file_limit
-    assert spool.size == space.used == file_limit
+    assert spool.size == space.used == file_limit == on_disk(tmp_path)
     with pytest.raises(OSError):  # noqa: PT011
         spool.append([b"more"])
     assert spool.size == space.used == file_limit, "what was there is still there"
@@ -268,7 +346,7 @@ def test_socket_that_is_full_takes_nothing_and_nothing_is_lost(tmp_path: Path, e
     spool.append([b"first"])
     with pytest.raises(BlockingIOError):
         spool.drain_to(near.fileno())
-    assert spool.size == space.used == 5
+    assert (spool.size, space.used) == (5, BLOCK)
     read_now(far)
     assert drain(spool, ends) == b"first"
 
@@ -287,20 +365,16 @@ def test_client_that_is_gone_is_an_error_and_what_waits_is_thrown_away(tmp_path:
     assert space.used == 0
 
 
-def test_closed_in_the_middle_gives_back_what_is_left(
-    tmp_path: Path, ends: Ends, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(spool_module, "_FILE_SIZE", 1_000)
-    monkeypatch.setattr(spool_module, "_DRAIN_AT_ONCE", 700)
+def test_closed_in_the_middle_gives_back_what_is_left(tmp_path: Path, ends: Ends) -> None:
     space = spool_space(tmp_path)
     spool, other = Spool(space, ROOT), Spool(space, ROOT)
     for _ in range(5):
-        spool.append([bytes(600)])
+        spool.append([bytes(100_000)])
     other.append([bytes(10)])
     spool.drain_to(ends[0].fileno())
-    assert space.used == 3_000 - 700 + 10
+    assert space.used == spool.held + BLOCK >= 500_000, "a file is held as long as any of it waits"
     spool.close()
-    assert (spool.size, space.used, spool_files(tmp_path)) == (0, 10, 1)
+    assert (spool.size, space.used, spool_files(tmp_path)) == (0, BLOCK, 1)
     other.close()
     assert (space.used, spool_files(tmp_path)) == (0, 0)
 
@@ -323,10 +397,10 @@ def test_what_is_on_its_way_in_the_socket_never_changes(tmp_path: Path, ends: En
 
 
 def test_files_of_a_client_that_is_slow_for_ever_hold_what_waits_and_little_more(
-    tmp_path: Path, ends: Ends, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ends: Ends
 ) -> None:
-    monkeypatch.setattr(spool_module, "_FILE_SIZE", 10_000)
-    spool = Spool(spool_space(tmp_path), ROOT)
+    limit = 3 * spool_module._FILES * BLOCK
+    spool = Spool(spool_space(tmp_path, session_limit=limit), ROOT)
     near, far = ends
     spool.append([bytes(5_000)])
     for _ in range(100):
@@ -335,15 +409,16 @@ def test_files_of_a_client_that_is_slow_for_ever_hold_what_waits_and_little_more
         while moved < 4_000:
             moved += spool.drain_to(near.fileno())
             read_now(far)
-        assert sum(os.fstat(fd).st_size for fd in spool_fds(tmp_path)) <= spool.size + 15_000
+        assert on_disk(tmp_path) <= spool.size + 2 * limit // spool_module._FILES
     spool.close()
 
 
 def test_space_is_what_the_settings_say(space: SpoolSpace) -> None:
-    assert space.take(10, ROOT) == 10
+    assert space.take(10 * BLOCK, ROOT) == 10 * BLOCK
+    assert space.take(BLOCK - 1, ROOT) == 0
     assert space.take(0, ROOT) == 0
-    assert space.take(-5, ROOT) == 0
-    assert space.take(1 << 40, ROOT) == (1 << 30) - 10
-    assert space.take(1, ROOT) == 0
+    assert space.take(-5 * BLOCK, ROOT) == 0
+    assert space.take(1 << 40, ROOT) == (1 << 30) - 10 * BLOCK
+    assert space.take(BLOCK, ROOT) == 0
     space.give_back(1 << 30, ROOT)
     assert space.used == 0
