@@ -65,6 +65,37 @@ def test_over_the_limit_a_client_that_goes_lets_its_vm_go_on(tight: Wire) -> Non
         assert other.read_frame() == (other.base, b"out")
 
 
+def test_over_the_limit_a_client_that_takes_no_more_lets_its_vm_go_on(tight: Wire) -> None:
+    pod = tight.pod()
+    slow, other = tight.attached(pod).allocate(), tight.attached(pod).allocate()
+    with in_background(lambda: pod.vm.io.sendall(everything(1) + frame(other.base, b"out"))):
+        slow.sock.recv(1, socket.MSG_PEEK)
+        slow.sock.shutdown(socket.SHUT_RD)
+        assert other.read_frame() == (other.base, b"out")
+    assert json.loads(tight.client().ask("status"))["data"]["spooled"] == 0
+    slow.send(b"it may still send")
+    assert pod.vm.read_frame() == (slow.base, b"it may still send")
+
+
+def test_client_that_takes_no_more_keeps_nothing_of_a_vm_that_died(tight: Wire) -> None:
+    pod = tight.pod()
+    slow = tight.attached(pod).allocate()
+    pod.vm.io.setblocking(False)
+    sent = memoryview(everything(1))
+    with suppress(BlockingIOError):
+        while True:
+            sent = sent[pod.vm.io.send(sent) :]
+    pod.vm.hang_up()
+    slow.sock.shutdown(socket.SHUT_RD)
+
+    def vms() -> object:
+        return [vm for vm in json.loads(tight.client().ask("status"))["data"]["vms"] if vm["state"] != "gone"]
+
+    wait_until(lambda: not vms(), "its thread has ended")
+    with pytest.raises(BrokenPipeError):
+        slow.send(b"in")
+
+
 def test_over_the_limit_a_vm_that_dies_loses_only_itself_and_its_client_gets_all(tight: Wire) -> None:
     pod, other = tight.pod(), tight.pod()
     slow = pod.open()

@@ -125,14 +125,14 @@ class Channel:
 
     @property
     def _timed(self) -> bool:
-        if self._output.paused or self._pacer.asked or self._stdin.blocked:
+        if self._output.waiting or self._pacer.asked or self._stdin.blocked:
             return True
         return self._finish_at is not None
 
     def _timeout(self) -> float | None:
         """Requires that something is `_timed`."""
         moments = [*self._output.moments()]
-        if not self._output.paused:
+        if self._stdin.blocked or not self._output.paused:
             moments += self._stdin.moments()
         if self._finish_at is not None:
             moments.append(self._finish_at)
@@ -143,9 +143,11 @@ class Channel:
             self._finish_at = None
             self._lose(self._finish_cause)
         self._output.run_timers(now)
+        if not self._io_open:
+            self._drop_delivered()
         if self._output.paused:
             self._pacer.put_off(now)
-        else:
+        if self._stdin.blocked or not self._output.paused:
             self._stdin.run_timers(now)
 
     def _watch_io(self) -> None:
@@ -306,8 +308,12 @@ class Channel:
         self._watch.remove(self._control.fileno())
         self._control.close()
         close_stream(self._io)
-        for session in list(self._sessions):
+        for session in self._sessions:
             self._stdin.forget(session)
+        self._drop_delivered()
+
+    def _drop_delivered(self) -> None:
+        for session in list(self._sessions):
             if not session.waits:
                 self._drop(session, "the VM's I/O channel is closed")
 

@@ -1,6 +1,7 @@
 """Output: frames from one VM to its clients. The thread that drives the channel does everything here."""
 
 import socket
+import time
 from collections.abc import Callable, Iterator
 
 from cc_proxy.api.frames import FRAME_HEADER
@@ -14,6 +15,8 @@ from cc_proxy.proxy.streams.routes import Routes
 from cc_proxy.proxy.streams.session import Session
 
 _BUFFER_SIZE = 256 * 1024
+#: Seconds between two looks for clients that will never take what waits for them.
+_LOOK_INTERVAL = 1.0
 
 
 class FramingLost(Exception):
@@ -48,6 +51,7 @@ class Output:
         self._start = self._stop = 0
         #: Sessions that are watched, by fd, because something waits for their clients.
         self.waiting: dict[int, Session] = {}
+        self._look_at = 0.0  # for those who take no more, while there are any
         # Those of them for which the buffer must be kept, and those of whom that was said in the log.
         self._holding: set[Session] = set()
         self._stuck: set[Session] = set()
@@ -165,10 +169,19 @@ class Output:
 
     def moments(self) -> Iterator[float]:
         """Yield when `run_timers` has something to do."""
-        return (session.patient_until for session in self._holding if session.patient_until is not None)
+        if self.waiting:
+            yield self._look_at
+        for session in self._holding:
+            if session.patient_until is not None:
+                yield session.patient_until
 
     def run_timers(self, now: float) -> None:
-        """Spool for those who were waited for long enough."""
+        """Spool for those who were waited for long enough; give up those who take no more."""
+        if now >= self._look_at:
+            self._look_at = now + _LOOK_INTERVAL
+            for session in list(self.waiting.values()):
+                session.look()
+                self._settle(session)
         for session in list(self._holding):
             if session.patient_until is not None and now >= session.patient_until:
                 session.spill()
@@ -186,6 +199,8 @@ class Output:
         """Watch the session's client for as long as something waits for it."""
         if session.waits:
             if session.fd not in self.waiting:
+                if not self.waiting:
+                    self._look_at = time.monotonic() + _LOOK_INTERVAL
                 self.waiting[session.fd] = session
                 self._selector.add(session.fd, WRITE)
         else:

@@ -131,6 +131,16 @@ class Session:
         if self.pending and (self.stuck or self._spool.size):
             self.spill()
 
+    def look(self) -> None:
+        """Find out whether the client still takes output, or has shut its fd for reading.
+
+        Nothing announces that while its socket is full, but sending fails at once, even nothing.
+        """
+        try:
+            self._sock.send(b"")
+        except OSError as error:
+            self._fail_output(error)
+
     def spill(self) -> None:
         """Move pending output to the spool, as much as that takes.
 

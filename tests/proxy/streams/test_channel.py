@@ -638,6 +638,41 @@ def test_client_that_takes_no_more_may_still_send(tight_bench: Bench, state: str
     assert bench.streams().sessions == 1
 
 
+def test_client_that_takes_no_more_is_given_up_and_may_still_send(
+    tight_bench: Bench, state: str, tmp_path: Path
+) -> None:
+    """Nothing comes for it any more that would tell, and its VM may be waiting for it."""
+    bench = tight_bench
+    stream, other = bench.open(buffer=SMALL), bench.open()
+    bring_into(state, bench, stream)
+    stream.sock.shutdown(socket.SHUT_RD)
+    bench.pass_time(1)
+    assert (bench.space.used, spool_files(tmp_path)) == (0, 0)
+    assert not bench.paused()
+    assert not bench.streams().waiting
+    bench.say(frame(other.base, b"out") + numbered(stream.base, 50))
+    assert other.read_frame() == (other.base, b"out")
+    stream.send(b"in")
+    assert bench.frames() == [(stream.base, b"in")]
+    assert bench.owner.causes == []
+
+
+def test_client_of_a_lost_vm_that_takes_no_more_keeps_nothing(
+    tight_bench: Bench, state: str, tmp_path: Path
+) -> None:
+    bench = tight_bench
+    stream = bench.open(buffer=SMALL)
+    bring_into(state, bench, stream)
+    bench.io.close()
+    bench.settle()
+    stream.sock.shutdown(socket.SHUT_RD)
+    bench.pass_time(1)
+    assert not bench.channel.is_in_use
+    assert (bench.space.used, spool_files(tmp_path)) == (0, 0)
+    with pytest.raises(BrokenPipeError):
+        stream.send(b"in")
+
+
 def test_half_closed_client_gets_its_output(tight_bench: Bench, state: str) -> None:
     bench = tight_bench
     stream = bench.open(buffer=SMALL)
@@ -1002,6 +1037,46 @@ def test_clients_that_go_while_the_vm_takes_nothing_are_given_up(bench: Bench) -
     bench.read(bench.io, filled)
     assert bench.frames() == [(busy.base, bytes(1_000)), (late.base, b"the last word"), (late.base, b"")]
     assert bench.streams().sessions == 1
+
+
+def test_end_of_file_is_sent_once_though_its_client_goes_while_the_vm_takes_nothing(bench: Bench) -> None:
+    stream, busy = bench.open(), bench.open()
+    stream.send(b"all")
+    stream.sock.shutdown(socket.SHUT_WR)
+    assert bench.frames() == [(stream.base, b"all"), (stream.base, b"")]
+    filled = fill(bench.near_io)
+    busy.send(b"held")
+    bench.settle()
+    stream.close()
+    bench.pass_time(1)
+    assert bench.streams().sessions == 1
+    bench.read(bench.io, filled)
+    assert bench.frames() == [(busy.base, b"held")]
+
+
+@pytest.mark.parametrize("half_closed", [False, True])
+def test_clients_that_go_while_nothing_flows_in_either_direction_are_given_up(
+    make_bench: BenchMaker, half_closed: bool
+) -> None:
+    """The VM takes nothing, and is not read because of another client."""
+    bench = make_bench(0, io_buffer=SMALL)
+    slow, busy, goes = bench.open(buffer=SMALL), bench.open(), bench.open()
+    if half_closed:
+        goes.send(b"all")
+        goes.sock.shutdown(socket.SHUT_WR)
+        assert bench.frames() == [(goes.base, b"all"), (goes.base, b"")]
+    filled = fill(bench.near_io)
+    busy.send(b"held")
+    bench.say(numbered(slow.base, 50))
+    bench.pass_time(A_MOMENT)
+    assert bench.paused()
+    assert bench.blocked()
+    goes.close()
+    for _ in range(3):
+        bench.pass_time(1)
+    assert bench.streams().sessions == 2
+    bench.read(bench.io, filled)
+    assert bench.frames() == [(busy.base, b"held")], "and no second end of file"
 
 
 def test_stdin_is_paced_and_goes_on_with_each_echo(pacing: Bench) -> None:

@@ -235,13 +235,13 @@ def test_slow_client_is_waited_for_and_then_spooled_for(bench: Bench) -> None:
     sent = bench.make_full(session)
     assert bench.paused()
     assert bench.watched(session)
-    (until,) = bench.output.moments()
+    *_, until = bench.output.moments()
     assert until == session.patient_until
     bench.output.run_timers(until - 0.001)
     assert bench.paused()
     bench.output.run_timers(until)
     assert not bench.paused()
-    assert list(bench.output.moments()) == []
+    assert until not in list(bench.output.moments())
     assert session.spooled
     assert bench.watched(session)
     more = frame(2, b"behind") * 100
@@ -287,7 +287,7 @@ def test_full_spool_is_said_once_and_again_once_it_was_empty(
             more = frame(1, bytes(3_000))
             bench.pass_on(more)
             sent += more
-        assert list(bench.output.moments()), "others may make room"
+        assert session.patient_until in list(bench.output.moments()), "others may make room"
         bench.output.flush(session)  # the socket is full: nothing changes
         assert bench.paused()
         assert logged.at(logging.WARNING) == [PAUSED] * times
@@ -311,7 +311,7 @@ def test_directory_that_is_missing_is_said_once_and_tried_again(
     for _ in range(5):
         bench.output.run_timers(now)
         assert bench.paused()
-        (until,) = bench.output.moments()
+        _, until = bench.output.moments()
         assert until > now
         now = until
     assert logged.at(logging.WARNING) == [PAUSED]
@@ -362,7 +362,7 @@ def test_disk_that_is_full_in_the_middle_is_tried_again(bench: Bench, file_limit
     bench.output.run_timers(session.patient_until or 0)
     while not bench.paused():
         bench.pass_on(frame(1, bytes(3_000)))
-    assert list(bench.output.moments())
+    assert session.patient_until in list(bench.output.moments())
 
 
 @pytest.mark.parametrize("state", ["direct", "pending", "spooled", "full"])
