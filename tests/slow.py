@@ -12,6 +12,8 @@ class Reading:
     key_size: int
     shortest: int
     longest: int
+    #: Keys of those that may be as long as they like.
+    unbounded: frozenset[int] = frozenset()
     #: Those that were whole.
     units: list[tuple[int, bytes]] = field(default_factory=list)
     #: What there is of an unfinished one; whether that is nonsense, behind which nothing is understood.
@@ -30,9 +32,9 @@ class Reading:
         if len(self.rest) < header_size:
             return
         length = int.from_bytes(self.rest[self.key_size : header_size], "big")
-        self.broken = not self.shortest <= length <= self.longest
+        key = int.from_bytes(self.rest[: self.key_size], "big")
+        self.broken = length < self.shortest or (length > self.longest and key not in self.unbounded)
         if len(self.rest) == length and not self.broken:
-            key = int.from_bytes(self.rest[: self.key_size], "big")
             self.units.append((key, bytes(self.rest[header_size:])))
             self.rest.clear()
 

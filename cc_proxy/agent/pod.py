@@ -20,7 +20,7 @@ from cc_proxy.agent.process import Channel, Process
 from cc_proxy.agent.processes import Processes
 from cc_proxy.agent.quirks import Quirks
 from cc_proxy.agent.spawn import spawn
-from cc_proxy.hyperstart.control import HEADER, MAX_ANSWER
+from cc_proxy.hyperstart.control import HEADER, MAX_MESSAGE
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ PROTOCOL_VERSION = 4242
 NO_CONTAINER = 125
 
 _U32 = struct.Struct(">I")
-_MAX_FILE = MAX_ANSWER - HEADER.size
+_MAX_FILE = MAX_MESSAGE - HEADER.size
 
 
 @dataclass(eq=False, slots=True)

@@ -17,8 +17,8 @@ from cc_proxy.hyperstart.codes import Code, describe
 HEADER = struct.Struct(">II")
 #: The longest message that hyperstart can take, header included: its receive buffer.
 MAX_COMMAND = 10_240
-#: The longest message accepted from an agent; `readfile` answers with a whole file.
-MAX_ANSWER = 64 * 1024 * 1024
+#: The longest message accepted from an agent, but for an ACK: `readfile` is answered with a whole file.
+MAX_MESSAGE = 64 * 1024 * 1024
 #: How much of a message's payload is kept, in bytes.
 KEPT_PAYLOAD = 64 * 1024
 _ANSWERS = (Code.ACK, Code.ERROR)
@@ -79,7 +79,8 @@ class ControlParser:
     def receive_data(self, data: bytes) -> list[ControlMessage]:
         """Take bytes as they arrived, and return the messages they complete.
 
-        A length under 8 or over `MAX_ANSWER` sets `error`; no more messages are returned after that.
+        A length under 8, or over `MAX_MESSAGE` in what is no ACK, sets `error`; no more messages are returned
+        after that.
         """
         messages = []
         if self.error is None:
@@ -116,7 +117,7 @@ class ControlParser:
         if len(buffer) < HEADER.size:
             return None
         code, length = HEADER.unpack_from(buffer)
-        if not HEADER.size <= length <= MAX_ANSWER:
+        if length < HEADER.size or (length > MAX_MESSAGE and code != Code.ACK):
             self.error = f"{describe(code)} with a total length of {length}"
             return None
         kept = min(length, HEADER.size + KEPT_PAYLOAD)

@@ -126,7 +126,9 @@ def test_long_messages_one_after_the_other_in_pieces_that_end_anywhere() -> None
 
 @pytest.mark.parametrize("length", [0, 1, 4, 7, LONGEST + 1, 2**31, 2**32 - 1])
 def test_an_impossible_length_is_an_error_that_names_it(length: int) -> None:
-    for code in (9, 14, 99):
+    for code in (9, 10, 14, 99):
+        if code == 9 and length > LONGEST:
+            continue
         for pieces in splits(control(code, b"1234", length=length)):
             parser = ControlParser()
             assert [parser.receive_data(piece) for piece in pieces] == [[]] * len(pieces)
@@ -136,8 +138,18 @@ def test_an_impossible_length_is_an_error_that_names_it(length: int) -> None:
 
 def test_the_longest_message_begins_like_any_other() -> None:
     parser = ControlParser()
-    parser.receive_data(control(9, b"x", length=LONGEST))
+    parser.receive_data(control(14, b"x", length=LONGEST))
     parser.receive_data(bytes(MIB))
+    assert parser.error is None
+
+
+def test_an_ack_may_be_as_long_as_it_likes() -> None:
+    """`readfile` is answered with a whole file, of which hardly anything is kept."""
+    parser = ControlParser()
+    parser.receive_data(control(9, b"x", length=2**32 - 1))
+    parser.receive_data(bytes(KEPT - 1))
+    assert parser.error is None
+    assert parser.missing == 2**32 - 1 - 8 - KEPT
 
 
 def test_an_announced_length_allocates_nothing_and_a_long_payload_little() -> None:
@@ -315,9 +327,11 @@ def test_an_answer_that_is_not_whole_is_none() -> None:
     assert command.answer is None
 
 
-@pytest.mark.parametrize("length", [0, 7, LONGEST + 1, 2**32 - 1])
-def test_lost_framing_is_an_error_whatever_the_pieces_and_what_came_before_counts(length: int) -> None:
-    for pieces in splits(NEXT_8 + ACK_FILE + control(9, length=length)):
+@pytest.mark.parametrize(("code", "length"), [(9, 0), (9, 7), (10, LONGEST + 1), (14, 2**32 - 1)])
+def test_lost_framing_is_an_error_whatever_the_pieces_and_what_came_before_counts(
+    code: int, length: int
+) -> None:
+    for pieces in splits(NEXT_8 + ACK_FILE + control(code, length=length)):
         channel = ControlChannel()
         answered, lost = channel.send(Code.READ_FILE), channel.send(Code.PING)
         for piece in pieces:

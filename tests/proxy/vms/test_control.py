@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 
 from cc_proxy.hyperstart.codes import Code
-from cc_proxy.hyperstart.control import MAX_ANSWER, ControlMessage
+from cc_proxy.hyperstart.control import MAX_MESSAGE, ControlMessage
 from cc_proxy.proxy.vms.control import ControlLink, ControlLost, NoAnswer
 from tests.proxy.support import NEVER, Rig, fill, pair, read_now
 from tests.wire.support import (
@@ -347,7 +347,7 @@ def test_agent_that_talks_but_does_not_read_is_heard(agent: Agent) -> None:
     assert isinstance(agent.result(), ControlLost)
 
 
-@pytest.mark.parametrize("size", [8, 9, 65_536, 200_000])
+@pytest.mark.parametrize("size", [8, 9, 65_536, 200_000, MAX_MESSAGE + 1])
 def test_answer_of_any_size(agent: Agent, size: int) -> None:
     with agent.asking():
         agent.read()
@@ -406,8 +406,8 @@ def test_answer_in_front_of_nonsense_is_an_answer(agent: Agent, rest: bytes) -> 
             {"control channel: ack with a total length of 7"},
         ),
         (
-            lambda agent: agent.sock.sendall(command(NEXT) + command(ERROR, length=MAX_ANSWER + 1)),
-            {f"control channel: error with a total length of {MAX_ANSWER + 1}"},
+            lambda agent: agent.sock.sendall(command(NEXT) + command(ERROR, length=MAX_MESSAGE + 1)),
+            {f"control channel: error with a total length of {MAX_MESSAGE + 1}"},
         ),
     ],
     ids=["hangs up", "sends no more", "is hung up", "too short", "too long"],
