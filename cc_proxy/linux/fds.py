@@ -8,19 +8,21 @@ import socket
 import struct
 import sys
 import termios
+import time
 from collections.abc import Sequence
 
 #: Bytes that are passed on without copying.
 Piece = bytes | memoryview
-
-#: Errors of a socket that say nothing about the next try.
-PASSING = frozenset({errno.EAGAIN, errno.EINTR, errno.ENOBUFS, errno.ENOMEM})
 
 #: All threads read unwanted bytes into this. Made once, because memory may be short later.
 _SCRATCH = bytearray(64 * 1024)
 #: The most pieces that one system call takes (<limits.h>).
 IOV_MAX = 1024
 _FD = struct.Struct("i")
+#: What the kernel says when it has no memory for a call.
+_SHORT_OF_MEMORY = frozenset({errno.ENOBUFS, errno.ENOMEM})
+#: Seconds to wait then: the fd is ready, so that nothing else keeps its thread from trying again at once.
+_BREATH = 0.001
 #: Since Linux 6.16; Python's `socket` has no name for it.
 _SO_PASSRIGHTS = 83
 
@@ -103,6 +105,30 @@ def _ask(sock: socket.socket, question: int) -> int:
     return int.from_bytes(fcntl.ioctl(sock, question, bytes(4)), sys.byteorder)
 
 
+def is_for_now(error: OSError) -> bool:
+    """Whether a call on a non-blocking fd failed only for now: there was no room, or no memory.
+
+    Waits a millisecond for memory.
+    """
+    if error.errno in _SHORT_OF_MEMORY:
+        time.sleep(_BREATH)
+        return True
+    return isinstance(error, BlockingIOError)
+
+
+def receive_into(sock: socket.socket, view: memoryview) -> int:
+    """Read once from a non-blocking socket; returns how many bytes came, 0 at end of file.
+
+    Raises `BlockingIOError` if there is nothing for now, or another `OSError`.
+    """
+    try:
+        return sock.recv_into(view)
+    except OSError as error:
+        if is_for_now(error):
+            raise BlockingIOError from None
+        raise
+
+
 def send_pieces(sock: socket.socket, pieces: Sequence[Piece]) -> Sequence[Piece]:
     """Send pieces in order on a non-blocking socket; returns what it did not take.
 
@@ -112,7 +138,9 @@ def send_pieces(sock: socket.socket, pieces: Sequence[Piece]) -> Sequence[Piece]
         # The most frequent case, in the fewest steps.
         try:
             sent = sock.send(pieces[0])
-        except BlockingIOError:
+        except OSError as error:
+            if not is_for_now(error):
+                raise
             return pieces
         return () if sent == len(pieces[0]) else cut(pieces, sent)
     while pieces:
@@ -120,7 +148,9 @@ def send_pieces(sock: socket.socket, pieces: Sequence[Piece]) -> Sequence[Piece]
         size = sum(map(len, some))
         try:
             sent = sock.sendmsg(some)
-        except BlockingIOError:
+        except OSError as error:
+            if not is_for_now(error):
+                raise
             return pieces
         if sent < size:
             return cut(pieces, sent)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cc_proxy.linux import fds
 from cc_proxy.linux.fds import Piece, cut
 from cc_proxy.log.levels import fields_of, logger
 from cc_proxy.proxy import users
@@ -96,6 +97,6 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Answering:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The time of the streams and of users."""
     clock = Clock()
-    for module in (channel, output, pacer, session, stats, stdin, users):
+    for module in (channel, fds, output, pacer, session, stats, stdin, users):
         monkeypatch.setattr(module, "time", clock)
     return clock

@@ -13,6 +13,7 @@ from cc_proxy.api.errors import ProtocolError
 from cc_proxy.api.fdpassing import TAG
 from cc_proxy.api.messages import MessageParser
 from cc_proxy.api.transport import limit_receive, limit_send
+from cc_proxy.linux.fds import is_for_now
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.clients.handlers import Client, Handlers, Reply, failure
@@ -297,7 +298,9 @@ class Connection:
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self._passed.fileno()]))]
                 self._sock.sendmsg([TAG], rights, flags)
                 self._close_passed()
-        except BlockingIOError:
+        except OSError as error:
+            if not is_for_now(error):
+                raise
             return False
         return True
 

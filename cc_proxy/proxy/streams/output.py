@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from cc_proxy.api.frames import FRAME_HEADER
 from cc_proxy.hyperstart.frames import HEADER_SIZE, Batch, Buffer, gather
-from cc_proxy.linux.fds import unread
+from cc_proxy.linux.fds import receive_into, unread
 from cc_proxy.linux.memory import new_buffer
 from cc_proxy.linux.selector import WRITE, Selector
 from cc_proxy.log.levels import IO, logger
@@ -72,7 +72,7 @@ class Output:
         Not while `paused`. Raises `BlockingIOError`, `FramingLost` (what came before is delivered), or
         another `OSError`.
         """
-        size = self._io.recv_into(self._room())
+        size = receive_into(self._io, self._room())
         if size:
             self._stop += size
             self.received += size

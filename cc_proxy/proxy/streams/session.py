@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from cc_proxy.hyperstart.frames import StdinSplitter
 from cc_proxy.hyperstart.pacing import StdinWindow
-from cc_proxy.linux.fds import PASSING, Piece, close_stream, cut, send_pieces, unread
+from cc_proxy.linux.fds import Piece, close_stream, cut, is_for_now, receive_into, send_pieces, unread
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.streams.spool import Spool
 
@@ -121,9 +121,9 @@ class Session:
         try:
             if self._spool.size:
                 self._spool.drain_to(self.fd)
-        except BlockingIOError:
-            return
         except OSError as error:
+            if is_for_now(error):
+                return
             self._fail_output(error)
         self._took_at = time.monotonic()
         if self.pending and not self._spool.size:
@@ -139,7 +139,8 @@ class Session:
         try:
             self._sock.send(b"")
         except OSError as error:
-            self._fail_output(error)
+            if not is_for_now(error):
+                self._fail_output(error)
 
     def spill(self) -> None:
         """Move pending output to the spool, as much as that takes.
@@ -210,10 +211,10 @@ class Session:
     def read_into(self, view: memoryview) -> int:
         """Read what the client sent; returns 0 at its end. Raises `BlockingIOError` if there is nothing."""
         try:
-            return self._sock.recv_into(view)
-        except OSError as error:
-            if error.errno in PASSING:
-                raise BlockingIOError from None
+            return receive_into(self._sock, view)
+        except BlockingIOError:
+            raise
+        except OSError:
             return 0
 
     @property

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from cc_proxy.api.transport import limit_receive
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import Command, ControlChannel, ControlMessage, OnAnswer, Quiz, ignore
+from cc_proxy.linux.fds import is_for_now
 from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.streams.interfaces import Lost
 from cc_proxy.proxy.vms.turns import Request, Turns
@@ -292,9 +293,9 @@ class ControlLink:
         outgoing = self._channel.outgoing
         try:
             del outgoing[: self._sock.send(outgoing, socket.MSG_DONTWAIT)]
-        except BlockingIOError:
-            return
         except OSError as error:
+            if is_for_now(error):
+                return
             raise ControlLost(f"control channel: {os.strerror(error.errno or 0)}") from None
 
     def _has_read(self, flags: int) -> bool:
@@ -308,9 +309,9 @@ class ControlLink:
         size = max(_READ_SIZE, min(self._channel.missing, _LONG_READ))
         try:
             data = self._sock.recv(size, flags)
-        except BlockingIOError:
-            raise
         except OSError as error:
+            if is_for_now(error):
+                raise BlockingIOError from None
             raise ControlLost(f"control channel: {os.strerror(error.errno or 0)}") from None
         if self._lost:
             raise self._lost

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import queue
@@ -37,6 +38,34 @@ def test_responses_are_written_whole(house: House, monkeypatch: pytest.MonkeyPat
     client.send(request("x") * 3)
     for _ in range(3):
         assert len(client.receive()) == len(text) - 8
+
+
+@pytest.mark.parametrize("number", [errno.ENOBUFS, errno.ENOMEM])
+def test_kernel_that_is_short_of_memory_costs_no_response_and_no_fd(
+    house: House, answering: Answering, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    failures = ["send", "send", "sendmsg", "sendmsg"]
+
+    def fail_at_first(name: str) -> None:
+        call = getattr(socket.socket, name)
+
+        def attempt(sock: socket.socket, *arguments: object) -> object:
+            if sock is not client.sock and name in failures:
+                failures.remove(name)
+                raise OSError(number, os.strerror(number))
+            return call(sock, *arguments)
+
+        monkeypatch.setattr(socket.socket, name, attempt)
+
+    client = house.connect()
+    fail_at_first("send")
+    fail_at_first("sendmsg")
+    client.send(message("fd"))
+    assert client.receive() == b"here it is"
+    assert at_end(client.receive_fd(1).sock)
+    assert not failures
+    wait_until(lambda: answering.passed[0].fileno() == -1, "the daemon has closed it")
+    client.close_all()
 
 
 def test_silent_clients_have_no_thread(house: House) -> None:

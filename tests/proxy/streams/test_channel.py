@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -473,7 +474,12 @@ class Traffic:
             if self._rng.random() < 0.3:
                 self._receive(stream)
         self._bench.turn()
-        return any(self._left.values()) or self._got != self._up or self._read != self._said
+        return not self.is_over
+
+    @property
+    def is_over(self) -> bool:
+        """Whether everything has arrived."""
+        return not any(self._left.values()) and self._got == self._up and self._read == self._said
 
     def _say(self) -> None:
         seq, size = self._rng.choice(list(self._left)), self._rng.randrange(1, 8_000)
@@ -527,12 +533,11 @@ def test_every_byte_at_any_speed(make_bench: BenchMaker, tmp_path: Path, clock: 
 
 
 @pytest.mark.parametrize("spooled", [False, True])
-@pytest.mark.parametrize("number", [errno.EIO, errno.ENOMEM])
 def test_output_that_cannot_be_passed_on_is_said_and_its_client_sees_the_end(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, logged: Logged, spooled: bool, number: int
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, logged: Logged, spooled: bool
 ) -> None:
     def fail(*_: object) -> int:
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.EIO, "Input/output error")
 
     stream, other = bench.open(buffer=SMALL), bench.open()
     if spooled:
@@ -546,12 +551,46 @@ def test_output_that_cannot_be_passed_on_is_said_and_its_client_sees_the_end(
         bench.read_to_end(stream.sock)
     assert bench.streams().sessions == 1
     assert logged.fields("output lost: its stream is closed") == [
-        {"vm": "vm", "stream": stream.base, **MINE, "error": os.strerror(number)}
+        {"vm": "vm", "stream": stream.base, **MINE, "error": "Input/output error"}
     ]
     bench.say(frame(other.base, b"x"))
     assert other.read_frame().payload == b"x"
     assert bench.space.used == 0
     assert not bench.owner.causes
+
+
+@pytest.mark.parametrize("number", [errno.ENOBUFS, errno.ENOMEM])
+@pytest.mark.parametrize("space", [1 << 20, 3 * BLOCK])
+def test_kernel_that_is_short_of_memory_costs_time_and_no_byte(
+    make_bench: BenchMaker, monkeypatch: pytest.MonkeyPatch, clock: Clock, number: int, space: int
+) -> None:
+    bench, rng = make_bench(space, window=WINDOW), random.Random(number)
+    traffic = Traffic(bench, rng)
+    ours = {bench.near_io.fileno(), *(session.fd for session in bench.channel._sessions)}
+    failures: Counter[str] = Counter()
+
+    def fail_now_and_then(owner: object, name: str) -> None:
+        call = getattr(owner, name)
+
+        def attempt(sock: socket.socket | int, *arguments: object) -> object:
+            if (sock if isinstance(sock, int) else sock.fileno()) in ours and rng.random() < 0.3:
+                failures[name] += 1
+                raise OSError(number, os.strerror(number))
+            return call(sock, *arguments)
+
+        monkeypatch.setattr(owner, name, attempt)
+
+    fail_now_and_then(os, "sendfile")
+    for name in ("send", "sendmsg", "recv_into"):
+        fail_now_and_then(socket.socket, name)
+    for _ in range(20_000):
+        clock.now += 0.1
+        if not traffic.turn():
+            break
+    assert traffic.is_over
+    assert all(failures[name] for name in ("sendfile", "send", "sendmsg", "recv_into"))
+    assert len(clock.slept) == failures.total(), "nothing but that keeps it from trying all the time"
+    assert bench.owner.causes == []
 
 
 # Clients that go ------------------------------------------------------------------------------------------
