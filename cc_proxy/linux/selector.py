@@ -7,6 +7,7 @@ selectors2 is loaded, its own namespace has an import that provides it; nothing 
 import builtins
 import collections
 import collections.abc
+import errno
 import importlib.util
 import select
 from types import ModuleType, SimpleNamespace
@@ -57,8 +58,17 @@ class Selector:
         return self._epoll.fileno()
 
     def add(self, fd: int, events: int) -> None:
-        """Watch `fd` for `events`, or with `NOTHING_ELSE` only for hang-ups."""
-        self._selector.register(fd, _selectors2.EVENT_READ)
+        """Watch `fd` for `events`, or with `NOTHING_ELSE` only for hang-ups.
+
+        Raises `OSError` if the kernel watches no more fds of this user's, or has no memory for it.
+        """
+        try:
+            self._selector.register(fd, _selectors2.EVENT_READ)
+        except OSError as error:
+            self._selector.unregister(fd)  # selectors2 believes that it is watched
+            if error.errno == errno.ENOSPC:
+                raise OSError(errno.ENOSPC, "fs.epoll.max_user_watches is reached") from None
+            raise
         if events != READ:
             self._epoll.modify(fd, events)
 

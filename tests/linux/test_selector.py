@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import collections
 import contextlib
+import errno
 import importlib.util
 import os
 import select
@@ -13,7 +14,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -69,6 +71,35 @@ def test_what_is_watched_is_reported(chosen: Selector, ends: tuple[socket.socket
     far.send(b"x")
     assert chosen.poll(0) == [(near.fileno(), READ)]
     assert chosen.poll(None) == [(near.fileno(), READ)]
+
+
+def test_what_cannot_be_watched_is_not_watched(
+    chosen: Selector, ends: tuple[socket.socket, socket.socket], tmp_path: Path
+) -> None:
+    with (tmp_path / "regular file").open("w") as file:
+        fd = file.fileno()
+        with pytest.raises(PermissionError):
+            chosen.add(fd, READ)
+        assert not chosen.watches(fd)
+        chosen.remove(fd)
+        os.dup2(ends[0].fileno(), fd)  # another file gets the same number
+        chosen.add(fd, WRITE)
+        assert chosen.poll(0) == [(fd, WRITE)]
+        chosen.remove(fd)
+
+
+def test_watches_that_have_run_out_are_called_that(
+    chosen: Selector, ends: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(chosen._selector, "_epoll", SimpleNamespace(register=refuse, unregister=refuse))
+    with pytest.raises(OSError, match="max_user_watches is reached"):
+        chosen.add(ends[0].fileno(), READ)
+    assert not chosen.watches(ends[0].fileno())
+    monkeypatch.undo()
+    chosen.add(ends[0].fileno(), READ)
 
 
 def test_hang_ups_alone_can_be_watched(chosen: Selector, ends: tuple[socket.socket, socket.socket]) -> None:

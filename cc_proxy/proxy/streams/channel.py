@@ -236,7 +236,7 @@ class Channel:
             return
         self._sessions.add(session)
         self._routes.add(session)
-        self._stdin.add(session)
+        self._watch_client(session, self._stdin.add)
 
     def expect_processes(self, seqs: Iterable[int]) -> None:
         """A command is about to be sent that starts processes with these seqs as stdio.
@@ -253,10 +253,17 @@ class Channel:
 
     def _on_start(self, session: Session) -> None:
         if self._io_open:
-            self._stdin.open(session)
+            self._watch_client(session, self._stdin.open)
 
     def _on_room(self, session: Session) -> None:
-        self._stdin.resume(session)
+        self._watch_client(session, self._stdin.resume)
+
+    def _watch_client(self, session: Session, watch: Callable[[Session], None]) -> None:
+        try:
+            watch(session)
+        except OSError as error:  # the kernel watches no more: that client can do nothing, but others can
+            session.fail(error)
+            self._drop(session, "it cannot be watched")
 
     def _acknowledge(self, commands: int, done: Callable[[bool], None]) -> None:
         """Have commands carried out (`Pacing.acknowledge`), and `done` called in this thread."""

@@ -197,17 +197,23 @@ class Output:
 
     def _settle(self, session: Session) -> None:
         """Watch the session's client for as long as something waits for it."""
-        if session.waits:
-            if session.fd not in self.waiting:
-                if not self.waiting:
-                    self._look_at = time.monotonic() + _LOOK_INTERVAL
-                self.waiting[session.fd] = session
-                self._selector.add(session.fd, WRITE)
-        else:
+        if session.waits and session.fd not in self.waiting:
+            self._watch(session)
+        if not session.waits:
             self._stuck.discard(session)
             if self.waiting.pop(session.fd, None):
                 self._selector.remove(session.fd)
         self._hold(session)
+
+    def _watch(self, session: Session) -> None:
+        try:
+            self._selector.add(session.fd, WRITE)
+        except OSError as error:
+            session.fail(error)
+            return
+        if not self.waiting:
+            self._look_at = time.monotonic() + _LOOK_INTERVAL
+        self.waiting[session.fd] = session
 
     def _hold(self, session: Session) -> None:
         """Keep the buffer for as long as the session needs it."""

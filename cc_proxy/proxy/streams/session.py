@@ -110,7 +110,7 @@ class Session:
         try:
             self.pending = send_pieces(self._sock, pieces)
         except OSError as error:
-            self._fail_output(error)
+            self.fail(error)
         if self.pending:
             self.patient_until = self._end_of_patience()
             return True
@@ -124,7 +124,7 @@ class Session:
         except OSError as error:
             if is_for_now(error):
                 return
-            self._fail_output(error)
+            self.fail(error)
         self._took_at = time.monotonic()
         if self.pending and not self._spool.size:
             self._write(self.pending)
@@ -140,7 +140,7 @@ class Session:
             self._sock.send(b"")
         except OSError as error:
             if not is_for_now(error):
-                self._fail_output(error)
+                self.fail(error)
 
     def spill(self) -> None:
         """Move pending output to the spool, as much as that takes.
@@ -162,14 +162,14 @@ class Session:
         try:
             self.pending = send_pieces(self._sock, pieces)
         except OSError as error:
-            self._fail_output(error)
+            self.fail(error)
             return
         if not self.pending:
             self._stop_being_patient()
             self.stuck = ""
 
-    def _fail_output(self, error: OSError) -> None:
-        """Nothing can be passed on any more. Unless the client has gone it is to see that."""
+    def fail(self, error: OSError) -> None:
+        """Output cannot be passed on any more. Unless the client has gone it is to see that."""
         self.give_up_output()
         if error.errno not in _GONE:
             logger.error(

@@ -18,6 +18,7 @@ import pytest
 
 from cc_proxy.api.status import Streams, WaitingStream
 from cc_proxy.hyperstart.codes import Code
+from cc_proxy.linux.selector import Selector
 from cc_proxy.log.levels import CONSOLE, logger
 from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.streams import session as session_module
@@ -591,6 +592,67 @@ def test_kernel_that_is_short_of_memory_costs_time_and_no_byte(
     assert all(failures[name] for name in ("sendfile", "send", "sendmsg", "recv_into"))
     assert len(clock.slept) == failures.total(), "nothing but that keeps it from trying all the time"
     assert bench.owner.causes == []
+
+
+def refuse_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the kernel watches no more fds."""
+
+    def refuse(selector: Selector, fd: int, events: int) -> None:
+        raise OSError(errno.ENOSPC, "fs.epoll.max_user_watches is reached")
+
+    monkeypatch.setattr(Selector, "add", refuse)
+
+
+def client_that_comes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Stream:
+    refuse_watches(monkeypatch)
+    return bench.open()
+
+
+def client_that_stops_reading(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Stream:
+    stream = bench.open(buffer=SMALL)
+    refuse_watches(monkeypatch)
+    bench.say(numbered(stream.base, 10))
+    return stream
+
+
+def client_that_went_before_its_stdin_was_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Stream:
+    stream = bench.open()
+    stream.send(bytes(2 * WINDOW))
+    *_, marker = bench.frames()
+    stream.sock.shutdown(socket.SHUT_RDWR)
+    bench.settle()
+    refuse_watches(monkeypatch)
+    bench.say(frame(marker.seq))
+    return stream
+
+
+@pytest.mark.parametrize(
+    "come_to_need_one",
+    [client_that_comes, client_that_stops_reading, client_that_went_before_its_stdin_was_read],
+)
+def test_watches_that_have_run_out_cost_the_client_alone_who_needs_one(
+    pacing: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    logged: Logged,
+    come_to_need_one: Callable[[Bench, pytest.MonkeyPatch], Stream],
+) -> None:
+    bench = pacing
+    other = bench.open()
+    stream = come_to_need_one(bench, monkeypatch)
+    bench.frames()
+    bench.read_to_end(stream.sock)
+    assert bench.streams().sessions == 1
+    assert logged.fields("output lost: its stream is closed") == [
+        {"vm": "vm", "stream": stream.base, **MINE, "error": "fs.epoll.max_user_watches is reached"}
+    ]
+    other.send(b"in")
+    assert bench.frames() == [(other.base, b"in")]
+    bench.say(frame(other.base, b"out"))
+    assert other.read_frame() == (other.base, b"out")
+    assert bench.owner.causes == []
+    assert bench.space.used == 0
+    monkeypatch.undo()
+    assert bench.open().sock.fileno() >= 0
 
 
 # Clients that go ------------------------------------------------------------------------------------------
