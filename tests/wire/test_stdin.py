@@ -7,10 +7,11 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
-from tests.wire.daemon import Pod, Wire
+from tests.wire.daemon import PATIENT, Daemon, Pod, Wire
 from tests.wire.support import MARKER, OK, Frame, Stream, frame, in_background, is_silent
 
 WINDOW = 512
@@ -287,6 +288,38 @@ def test_agent_that_never_echoes_gets_plain_sending_after_a_warning(hasty: Wire)
             taken += payload
     assert taken == data
     assert "warning" in hasty.daemon.log().lower()
+
+
+@pytest.fixture
+def restless(tmp_sock_dir: Path) -> Iterator[Wire]:
+    """A daemon that asks an agent again at once."""
+    tables = PATIENT.replace("echo_timeout = 60", "echo_timeout = 0.001")
+    with Daemon.configured(tmp_sock_dir, tables) as daemon:
+        wire = Wire(daemon, tmp_sock_dir)
+        try:
+            yield wire
+        finally:
+            wire.close()
+        daemon.check()
+
+
+def test_agent_that_is_asked_again_and_again_while_it_is_busy_is_sent_stdin_paced(restless: Wire) -> None:
+    pod = restless.pod()
+    stream = pod.open()
+    agent = Agent(pod)
+    data = random.Random(6).randbytes(3_000)
+    stream.send(data)
+    for _ in range(50):
+        agent.read_marker()
+    assert len(agent.taken[stream.base]) <= WINDOW
+    with acknowledging(pod):
+        while len(agent.taken[stream.base]) < len(data):
+            while len(agent.markers) > 1:
+                agent.markers.popleft()
+            agent.echo()
+            agent.read_marker()
+    assert agent.taken[stream.base] == data
+    assert "unpaced" not in restless.daemon.log()
 
 
 def test_window_of_0_turns_it_off(unpaced: Wire) -> None:
