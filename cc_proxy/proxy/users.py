@@ -114,12 +114,16 @@ class User:
 
         This is a courtesy and no lock: a pump that finds another one at work for too long goes ahead.
         """
-        mine = self._batch.acquire(timeout=_COURTESY)
+        batch = self._batch
+        mine = batch.acquire(timeout=_COURTESY)
+        if not mine and batch is self._batch:
+            # Nobody waits again for one that hangs; when it goes on, it gives back a lock that nobody wants.
+            self._batch = threading.Lock()
         try:
             yield
         finally:
             if mine:
-                self._batch.release()
+                batch.release()
 
 
 class Users:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from contextlib import ExitStack
 
 import pytest
@@ -190,8 +191,14 @@ def test_a_batch_does_not_wait_long_for_another(monkeypatch: pytest.MonkeyPatch)
         with alice.one_batch():
             pass
 
-    with alice.one_batch(), in_background(serve):
-        pass
+    with alice.one_batch():
+        with in_background(serve):
+            pass
+        monkeypatch.setattr(users_module, "_COURTESY", WAIT)
+        begun = time.monotonic()
+        with in_background(serve):
+            pass
+        assert time.monotonic() - begun < WAIT, "and nobody waits for it again"
     with alice.one_batch():
         pass
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -17,8 +18,8 @@ from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.proxy.watchdog import Watchdog
 from tests.proxy.conftest import Logged
-from tests.proxy.support import Rig
-from tests.wire.support import WAIT
+from tests.proxy.support import Rig, read_now
+from tests.wire.support import WAIT, frame, read_exact
 
 NEXT = 1_000.0
 
@@ -106,6 +107,42 @@ def test_pump_that_waits_for_the_vm_is_well(parts: Parts, space: SpoolSpace) -> 
         for _ in range(3):
             assert parts.check()
             rig.wait_for_turn()
+
+
+@pytest.mark.parametrize("call", ["open", "pwritev", "sendfile", "close"])
+def test_pump_that_the_disk_keeps_waiting_is_said_and_is_no_reason_to_end_the_daemon(
+    parts: Parts, rig: Rig, logged: Logged, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    here, go = threading.Event(), threading.Event()
+    real = getattr(os, call)
+
+    def hang(*arguments: object) -> object:
+        if threading.current_thread().name.startswith("pump"):
+            here.set()
+            go.wait(WAIT)
+        return real(*arguments)
+
+    monkeypatch.setattr(os, call, hang)
+    stream = rig.open(buffer=4_608)
+    sent = frame(stream.base, bytes(5_000)) * 4
+    rig.io.sendall(sent)
+    received = b""
+    if call in {"sendfile", "close"}:
+        rig.wait(lambda streams: streams.spooled > 0, "output is spooled")
+        received = read_now(stream.sock)
+    while call == "close" and not here.wait(0.001):
+        received += read_now(stream.sock)
+    assert here.wait(WAIT)
+    try:
+        for _ in range(3):
+            assert parts.check()
+        assert logged.fields("the spool's disk does not answer") == [{"vm": "vm"}] * 2
+        assert not stuck(logged)
+    finally:
+        go.set()
+    assert received + read_exact(stream.sock, len(sent) - len(received)) == sent
+    rig.wait_for_turn()
+    assert parts.check()
 
 
 def test_pump_that_has_not_begun_or_has_ended_is_well(parts: Parts, space: SpoolSpace) -> None:

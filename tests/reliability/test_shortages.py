@@ -225,9 +225,9 @@ def test_killed_and_started_again(tmp_sock_dir: Path) -> None:
 
 
 def spooled(daemon: Daemon) -> int:
-    """Bytes in files without a name that the daemon has open."""
+    """Bytes of the disk in files without a name that the daemon has open."""
     fds = Path(f"/proc/{daemon.pid}/fd")
-    return sum(fd.stat().st_size for fd in fds.iterdir() if os.readlink(fd).endswith("(deleted)"))
+    return sum(fd.stat().st_blocks * 512 for fd in fds.iterdir() if os.readlink(fd).endswith("(deleted)"))
 
 
 def test_thousands_of_clients_die_at_once(tmp_sock_dir: Path) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.hanging import HangingMount
+from tests.users import needs_root
 from tests.wire.daemon import PATIENT, Daemon, Wire, write_config
-from tests.wire.support import VERSIONED, WAIT, error_of, wait_until
+from tests.wire.support import VERSIONED, WAIT, error_of, frame, read_exact, wait_until
 
 # The pump of a VM hangs as soon as a client wants a session.
 HANGS = """
@@ -137,6 +139,35 @@ def test_watchdog_is_served_while_all_goes_well(tmp_sock_dir: Path, manager: Man
         for _ in range(3):
             assert manager.next() == ["WATCHDOG=1"]
         wire.daemon.check_log()
+
+
+@needs_root
+def test_disk_that_never_answers_keeps_its_vms_waiting_and_is_no_reason_to_end_all(
+    tmp_sock_dir: Path, manager: Manager
+) -> None:
+    """Of all users' as of one's; and nothing is lost once it answers again."""
+    spool = tmp_sock_dir / "spool"
+    spool.mkdir()
+    tables = f'{PATIENT}\n[spool]\ndirectory = "{spool}"\n'
+    prefix = ["env", f"NOTIFY_SOCKET={manager.address}", "WATCHDOG_USEC=500000"]
+    with running(tmp_sock_dir, tables, prefix=prefix) as wire:
+        pod, other = wire.pod(), wire.pod()
+        slow, quick = pod.open(), other.open()
+        sent = frame(slow.base, bytes(10_000)) * 60
+        with HangingMount(spool):
+            pod.vm.io.sendall(sent)
+            logs(wire.daemon, "the spool's disk does not answer", times=3)
+            manager.read_all()
+            for _ in range(3):
+                wait_until(lambda: manager.next() == ["WATCHDOG=1"], "the watchdog is served")
+            for number in range(20):
+                other.vm.send_frame(quick.base, b"%d" % number)
+                assert quick.read_frame().payload == b"%d" % number
+            assert other.pings()
+            assert pod.pings(), "its own commands too"
+        assert read_exact(slow.sock, len(sent)) == sent
+        assert not events(wire.daemon, "stuck: the watchdog is not served")
+        assert wire.daemon.stop() == 0
 
 
 def test_pump_that_hangs_trips_the_watchdog_and_is_named(tmp_sock_dir: Path, manager: Manager) -> None:

@@ -14,10 +14,12 @@ from contextlib import AbstractContextManager
 from cc_proxy.api.status import Streams
 from cc_proxy.linux.threads import start_thread
 from cc_proxy.log import faults
+from cc_proxy.log.levels import logger
 from cc_proxy.proxy.streams.channel import Channel
 from cc_proxy.proxy.streams.interfaces import Beside, Owner, Pacing
 from cc_proxy.proxy.streams.mailbox import Mailbox
 from cc_proxy.proxy.streams.session import Session
+from cc_proxy.proxy.streams.spool import is_at_disk
 
 
 class Pump:
@@ -118,10 +120,13 @@ class Pump:
         """Whether the thread has answered the last probe; if so, send another. One thread at a time.
 
         A pump that waits for the VM, or for clients, answers at once. One that has not begun need not answer,
-        nor one that has ended.
+        nor one that has ended; nor one that the spool's disk keeps waiting, which no restart would mend.
         """
         if self._probed and self._thread.is_alive():
-            return False
+            hangs_in_disk = is_at_disk(self._thread.ident)
+            if hangs_in_disk:
+                logger.error("the spool's disk does not answer", extra={"vm": self._owner.container_id})
+            return hangs_in_disk
         self._probed = True
         self._mailbox.post(self._answer_probe)
         return True

@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cc_proxy.linux.fds import IOV_MAX, Piece, cut
@@ -19,6 +19,24 @@ _DRAIN_AT_ONCE = 256 * 1024
 _FILES = 32
 #: What file systems give out, they give out in blocks that are no longer than a page.
 _BLOCK = mmap.PAGESIZE
+
+#: Threads that the disk may keep waiting, by ident. Each adds and removes itself: atomic under the GIL.
+_at_disk: set[int] = set()
+
+
+def is_at_disk(thread: int | None) -> bool:
+    """Whether a thread waits for the disk, as far as anybody can tell. Any thread."""
+    return thread in _at_disk
+
+
+@contextlib.contextmanager
+def _waiting_for_disk() -> Iterator[None]:
+    thread = threading.get_ident()
+    _at_disk.add(thread)
+    try:
+        yield
+    finally:
+        _at_disk.discard(thread)
 
 
 class SpoolSpace:
@@ -104,8 +122,9 @@ class Spool:
         try:
             if taken < wanted:
                 pieces = cut(pieces, 0, taken)
-            for first in range(0, len(pieces), IOV_MAX):
-                self._write(pieces[first : first + IOV_MAX])
+            with _waiting_for_disk():
+                for first in range(0, len(pieces), IOV_MAX):
+                    self._write(pieces[first : first + IOV_MAX])
         except OSError:
             if self.size == size:
                 raise
@@ -119,7 +138,8 @@ class Spool:
         Raises `BlockingIOError` if it takes nothing now, or another `OSError` if the client is gone.
         """
         file = self._files[0]
-        moved = os.sendfile(fd, file.fd, file.start, min(file.stop - file.start, _DRAIN_AT_ONCE))
+        with _waiting_for_disk():
+            moved = os.sendfile(fd, file.fd, file.start, min(file.stop - file.start, _DRAIN_AT_ONCE))
         file.start += moved
         self.size -= moved
         if file.start == file.stop:
@@ -133,7 +153,8 @@ class Spool:
             self._close(self._files.popleft())
 
     def _close(self, file: "_File") -> None:
-        os.close(file.fd)
+        with _waiting_for_disk():
+            os.close(file.fd)
         self._space.give_back(file.held, self._uid)
 
     def _write(self, pieces: Sequence[Piece]) -> None:
