@@ -85,5 +85,32 @@ def test_a_removed_socket_file_comes_back_with_the_socket(daemon: Service) -> No
     assert daemon.is_whole()
 
 
+@pytest.mark.parametrize("runtime", ["docker.service", "containerd.service", "crio.service"])
+def test_the_daemon_is_there_for_as_long_as_a_runtime_needs_it(service: Service, runtime: str) -> None:
+    """From before its start, and, when all are stopped together as at the host's shutdown, beyond its end."""
+    ask = "cc-proxyctl status"
+    units = "/run/systemd/system"
+    lines = ["[Service]", "Type=oneshot", "RemainAfterExit=yes", f"ExecStart={ask}"]
+    lines += [f"ExecStop=sh -c 'until [ -e /run/go ]; do sleep 0.01; done; {ask} >/run/said'"]
+    service.box.write(f"{units}/{runtime}", "\n".join(lines))
+    service.box.write(f"{units}/end.target", f"[Unit]\nConflicts={BOTH} {runtime}")
+    try:
+        service.box.run("systemctl", "daemon-reload")
+        systemctl(service, f"start {BOTH} {runtime}")
+        assert service.show("ActiveState", runtime) == "active"
+        systemctl(service, "start --no-block end.target")
+        service.wait_for("ActiveState", "deactivating", runtime)
+        assert service.is_whole(), "it waits for the runtime's end"
+        service.box.write("/run/go", "")
+        for each in (runtime, SERVICE, SOCKET):
+            service.wait_for("ActiveState", "inactive", each)
+        assert "VMs" in service.box.path("/run/said").read_text(), "which is told what it asks"
+    finally:
+        service.box.write("/run/go", "")
+        for command in (f"systemctl stop {runtime}", f"cd {units}; rm {runtime} end.target /run/go"):
+            service.box.run("sh", "-c", command)
+        service.box.run("systemctl", "daemon-reload")
+
+
 def test_the_daemon_waits_for_the_users_and_groups_of_the_network(service: Service) -> None:
     assert "nss-user-lookup.target" in service.show("After").split()
