@@ -142,6 +142,7 @@ class Supervisor:
 
     def _tick(self) -> None:
         self._serve_watchdog()
+        self._listener.look_after()
         self._take_settings()
         self._look_up_names()
         self._host.log.report_suppressed()

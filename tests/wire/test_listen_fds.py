@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.wire.daemon import Daemon, Wire, write_config
-from tests.wire.support import RawClient, refused, request
+from tests.wire.support import RawClient, refused, request, wait_until
 
 # LISTEN_PID has to be the daemon's own, so it is set in the process that becomes the daemon.
 ACTIVATE = """
@@ -93,3 +93,17 @@ def test_sockets_meant_for_another_process_are_not_touched(
         assert wire.daemon.stop() == 0
     assert not (tmp_sock_dir / "own.sock").exists()
     assert (tmp_sock_dir / "inherited.sock").is_socket()
+
+
+def test_inherited_socket_that_vanishes_is_left_to_its_manager(
+    tmp_sock_dir: Path, listener: socket.socket
+) -> None:
+    with activated(tmp_sock_dir, listener) as wire:
+        pod = wire.pod()
+        wire.daemon.socket_path.unlink()
+        wait_until(
+            lambda: "systemctl restart cc-proxy.socket" in wire.daemon.log(), "the log says what to do"
+        )
+        assert pod.pings()
+        assert not wire.daemon.socket_path.exists()
+        assert wire.daemon.stop() == 0

@@ -179,6 +179,23 @@ def test_settings_that_are_not_right_are_an_error_that_names_file_and_key(tmp_so
         assert "Traceback" not in result.stderr
 
 
+# Serving ---
+
+
+def test_socket_that_vanishes_is_made_again_and_everything_goes_on(tmp_sock_dir: Path) -> None:
+    with running(tmp_sock_dir) as wire:
+        pod = wire.pod()
+        stream = pod.client.allocate()
+        wire.daemon.socket_path.unlink()
+        wait_until(lambda: "file had vanished: it was made again" in wire.daemon.log(), "it is made again")
+        assert pod.pings(wire.attached(pod))
+        assert pod.pings()
+        pod.vm.send_frame(1, b"output")
+        assert stream.read_frame() == (1, b"output")
+        assert wire.daemon.stop() == 0
+        assert not wire.daemon.socket_path.exists()
+
+
 # Stopping ---
 
 
@@ -347,9 +364,9 @@ def test_second_signal_does_no_harm(tmp_sock_dir: Path, second: signal.Signals) 
 def test_socket_that_somebody_put_in_its_place_is_not_removed(tmp_sock_dir: Path) -> None:
     with running(tmp_sock_dir) as wire:
         path = wire.daemon.socket_path
-        path.unlink()
         with socket.socket(socket.AF_UNIX) as other:
-            other.bind(str(path))
+            other.bind(f"{path}2")
+            os.replace(f"{path}2", path)  # a file that is missing would be made again
             assert wire.daemon.stop() == 0
         assert path.is_socket()
 

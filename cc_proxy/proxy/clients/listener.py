@@ -2,12 +2,13 @@
 
 import contextlib
 import os
+import select
 import socket
 import stat
 from collections.abc import Iterator
 
 from cc_proxy.linux.fds import refuse_rights
-from cc_proxy.linux.socketfile import MAX_SOCKET_PATH, identity, locked
+from cc_proxy.linux.socketfile import MAX_SOCKET_PATH, Identity, identity, locked
 from cc_proxy.log.levels import logger
 
 #: Connections that may wait to be accepted.
@@ -19,59 +20,84 @@ _SOCKET_UMASKS = (0o117, 0o111)  # leave 0660 and 0666
 #: What is above the directory keeps nobody out: leaves 0755.
 _PARENTS_UMASK = 0o022
 
+#: What to do about a socket that systemd has made.
+_RESTART = "`systemctl restart cc-proxy.socket` makes it again; this restarts cc-proxy too"
+
 
 class ListenError(Exception):
     """The daemon cannot listen where it should; the text says why."""
 
 
 class Listener:
-    """Owner of the listening socket, and of its place in the file system if it was made here."""
+    """Owner of the listening socket, and of its place in the file system if it was made here. Main thread.
+
+    Other threads may accept on `socket`, which has the same fd for as long as this lives.
+    """
 
     def __init__(self, sock: socket.socket, path: str | None = None, *, for_all: bool = False) -> None:
         """Take over a socket that listens; `path` is where it stands, if it is to go with this process."""
-        refuse_rights(sock)
-        sock.setblocking(False)  # more are accepted than have been announced
+        _prepare(sock)
         self.socket = sock
         #: Whether the socket was made here and nobody will listen on it after this process.
         self.own = path is not None
-        self._path = path  # None once it has been removed
-        self._identity = identity(path) if path else None
+        self._path = path or _path_of(sock)  # None if there is none, and once it has been removed
+        self._identity = _seen_at(self._path)
         self._for_all = for_all
+        self._trouble = ""  # why nobody can connect, as the log has it already
 
     @classmethod
     def bind(cls, path: str, *, for_all: bool = False) -> "Listener":
-        """Listen at `path`, for the daemon's own group or for all users. Raises `ListenError`.
+        """Listen at `path`, for the daemon's own group or for all users. Raises `ListenError`."""
+        return cls(_listen(path, for_all=for_all), path, for_all=for_all)
 
-        Changes the process's umask for a moment: to be called while there is only one thread.
+    def look_after(self) -> None:
+        """See whether clients still find the socket in the file system, and log it if they do not.
+
+        A file that was made here and has gone is made again, if nothing else is in its place. Connections
+        stay. Never raises; to be called now and then.
         """
-        if len(os.fsencode(path)) > MAX_SOCKET_PATH:
-            raise ListenError(
-                f"{path}: a path of {len(os.fsencode(path))} bytes, the limit is {MAX_SOCKET_PATH}"
-            )
+        if self._path is None or not (self.own or self._identity):
+            return
+        trouble = ""
         try:
-            directory = os.path.dirname(path)
-            if not os.path.isdir(directory):
-                with _umask(_PARENTS_UMASK):
-                    os.makedirs(directory)
-                os.chmod(directory, _DIRECTORY_MODES[for_all])
-            with locked(directory):
-                _remove_stale(path)
-                listener = cls(_bind(path, _SOCKET_UMASKS[for_all]), path, for_all=for_all)
-            if for_all:
-                _look_at_directory(path)
-            return listener
-        except OSError as error:
-            raise ListenError(f"{path}: cannot listen: {error.strerror}") from None
+            if identity(self._path) != self._identity:
+                remedy = "and the socket is made again" if self.own else f"and {_RESTART}"
+                trouble = f"another file has taken the socket's place: remove that, {remedy}"
+        except (FileNotFoundError, NotADirectoryError):
+            trouble = self._make_again() if self.own else f"the socket's file has vanished: {_RESTART}"
+        except OSError:
+            return  # nobody can tell
+        if trouble and trouble != self._trouble:
+            logger.error("nobody can connect", extra={"socket": self._path, "error": trouble})
+        self._trouble = trouble
+
+    def _make_again(self) -> str:
+        """Listen once more at a path where nothing is; returns why that cannot be done."""
+        assert self._path
+        if _has_waiting(self.socket):
+            return self._trouble  # they are accepted first
+        try:
+            with _listen(self._path, for_all=self._for_all) as sock:
+                _prepare(sock)
+                self._identity = identity(self._path)
+                # Whoever waits for connections waits for this fd.
+                os.dup2(sock.fileno(), self.socket.fileno(), inheritable=False)
+        except (ListenError, OSError) as error:
+            return f"the socket's file has vanished, and cannot be made again: {error}"
+        logger.warning("the socket's file had vanished: it was made again", extra={"socket": self._path})
+        return ""
 
     def open_to(self, *, for_all: bool) -> None:
         """Let the daemon's own group alone, or all users, connect to an own socket. Never raises."""
-        if self._path is None or for_all == self._for_all:
+        if not self.own or self._path is None or for_all == self._for_all:
             return
         try:
             if identity(self._path) == self._identity:
                 os.chmod(self._path, 0o777 & ~_SOCKET_UMASKS[for_all])
             self._for_all = for_all
         except OSError as error:
+            if isinstance(error, FileNotFoundError):
+                self._for_all = for_all  # when it is made again
             fields = {"socket": self._path, "error": error.strerror}
             logger.warning("the socket's permissions cannot be changed", extra=fields)
             return
@@ -85,8 +111,33 @@ class Listener:
         """
         path, self._path = self._path, None
         with contextlib.suppress(OSError):
-            if path and identity(path) == self._identity:
+            if self.own and path and identity(path) == self._identity:
                 os.unlink(path)
+
+
+def _path_of(sock: socket.socket) -> str | None:
+    """Return where an inherited socket stands in the file system, if it does and that is known."""
+    name = sock.getsockname()
+    return name if isinstance(name, str) and name.startswith("/") else None
+
+
+def _seen_at(path: str | None) -> Identity | None:
+    """Return which file is at a path. None if none is seen: the manager may see others than this process."""
+    with contextlib.suppress(OSError):
+        return identity(path) if path else None
+    return None
+
+
+def _has_waiting(sock: socket.socket) -> bool:
+    """Whether clients wait to be accepted."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _prepare(sock: socket.socket) -> None:
+    refuse_rights(sock)
+    sock.setblocking(False)  # more are accepted than have been announced
 
 
 def _look_at_directory(path: str) -> None:
@@ -98,6 +149,30 @@ def _look_at_directory(path: str) -> None:
             "[access] names others, but only its group can reach what is in the socket's directory",
             extra={"directory": directory, "mode": f"{mode:04o}"},
         )
+
+
+def _listen(path: str, *, for_all: bool) -> socket.socket:
+    """Return a socket that listens at `path`, in a directory that is made if there is none.
+
+    Changes the process's umask for a moment. No other thread makes a file that this would give away.
+    Raises `ListenError`.
+    """
+    size = len(os.fsencode(path))
+    if size > MAX_SOCKET_PATH:
+        raise ListenError(f"{path}: a path of {size} bytes, the limit is {MAX_SOCKET_PATH}")
+    try:
+        directory = os.path.dirname(path)
+        if not os.path.isdir(directory):
+            with _umask(_PARENTS_UMASK):
+                os.makedirs(directory)
+            os.chmod(directory, _DIRECTORY_MODES[for_all])
+        if for_all:
+            _look_at_directory(path)
+        with locked(directory):
+            _remove_stale(path)
+            return _bind(path, _SOCKET_UMASKS[for_all])
+    except OSError as error:
+        raise ListenError(f"{path}: cannot listen: {error.strerror}") from None
 
 
 def _remove_stale(path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import socket
 import stat
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cc_proxy.linux import socketfile
+from cc_proxy.linux.fds import may_hold_fds
 from cc_proxy.proxy.clients import listener as listener_module
 from cc_proxy.proxy.clients.listener import Listener, ListenError
 from tests.proxy.conftest import Logged
@@ -281,6 +283,132 @@ def test_permissions_of_an_inherited_socket_are_not_the_daemons(path: Path) -> N
         assert mode_of(path) == 0o600
         listener.remove()
     assert path.exists()
+
+
+# A file that vanishes --------------------------------------------------------------------------------------
+
+
+def test_own_socket_that_vanishes_is_made_again(path: Path, logged: Logged) -> None:
+    path.parent.chmod(0o755)
+    listener = Listener.bind(str(path), for_all=True)
+    fd, fds, may_hold = listener.socket.fileno(), set(open_fds()), may_hold_fds(listener.socket)
+    path.unlink()
+    listener.look_after()
+    listener.look_after()
+    assert logged.fields("the socket's file had vanished: it was made again") == [{"socket": str(path)}]
+    assert (listener.socket.fileno(), set(open_fds())) == (fd, fds)
+    assert mode_of(path) == 0o666
+    assert may_hold_fds(listener.socket) == may_hold
+    with pytest.raises(BlockingIOError):
+        listener.socket.accept()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        accepted, _ = listener.socket.accept()
+        accepted.close()
+    close(listener)
+    assert not path.exists()
+
+
+def test_own_socket_is_made_again_with_its_directory(path: Path) -> None:
+    listener = Listener.bind(str(path.parent / "made" / "proxy.sock"))
+    shutil.rmtree(path.parent / "made")
+    listener.look_after()
+    assert (mode_of(path.parent / "made"), mode_of(path.parent / "made" / "proxy.sock")) == (0o750, 0o660)
+    close(listener)
+
+
+def test_who_has_connected_already_is_accepted_first(path: Path) -> None:
+    listener = Listener.bind(str(path))
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        path.unlink()
+        listener.look_after()
+        assert not path.exists()
+        accepted, _ = listener.socket.accept()
+        with accepted:
+            accepted.send(b"hello")
+            listener.look_after()
+            assert path.exists()
+            assert client.recv(100) == b"hello"
+    close(listener)
+
+
+def test_what_lies_in_the_place_of_an_own_socket_is_left_alone(path: Path, logged: Logged) -> None:
+    listener = Listener.bind(str(path))
+    path.unlink()
+    path.write_text("precious")
+    for _ in range(3):
+        listener.look_after()
+    assert path.read_text() == "precious"
+    error = "another file has taken the socket's place: remove that, and the socket is made again"
+    assert logged.fields("nobody can connect") == [{"socket": str(path), "error": error}]
+    path.unlink()
+    listener.look_after()
+    assert path.is_socket()
+    close(listener)
+
+
+def test_socket_that_cannot_be_made_again_is_said_once_and_tried_for_ever(path: Path, logged: Logged) -> None:
+    made = path.parent / "made"
+    listener = Listener.bind(str(made / "proxy.sock"))
+    fds = set(open_fds())
+    shutil.rmtree(made)
+    made.touch()
+    for _ in range(3):
+        listener.look_after()
+    (fields,) = logged.fields("nobody can connect")
+    assert str(fields["error"]).startswith("the socket's file has vanished, and cannot be made again: ")
+    assert set(open_fds()) == fds
+    made.unlink()
+    listener.look_after()
+    assert (made / "proxy.sock").is_socket()
+    close(listener)
+
+
+def test_permissions_that_changed_while_the_file_was_gone_count_when_it_is_made_again(path: Path) -> None:
+    path.parent.chmod(0o755)
+    listener = Listener.bind(str(path))
+    path.unlink()
+    listener.open_to(for_all=True)
+    listener.look_after()
+    assert mode_of(path) == 0o666
+    close(listener)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_inherited_socket_that_vanishes_is_its_managers(path: Path, logged: Logged, replaced: bool) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        sock.listen()
+        listener = Listener(sock)
+        listener.look_after()
+        assert logged.records == []
+        path.unlink()
+        if replaced:
+            path.touch()
+        for _ in range(3):
+            listener.look_after()
+        (fields,) = logged.fields("nobody can connect")
+        assert "`systemctl restart cc-proxy.socket` makes it again" in str(fields["error"])
+        assert path.exists() == replaced
+        listener.remove()
+        assert path.exists() == replaced
+
+
+@pytest.mark.parametrize("name", ["", "\0ccp-abstract", "gone"])
+def test_inherited_socket_that_is_not_seen_is_not_missed(path: Path, logged: Logged, name: str) -> None:
+    """The manager may see other files than the daemon."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        if name == "gone":
+            sock.bind(str(path))
+            path.unlink()
+        elif name:
+            sock.bind(name)
+        Listener(sock).look_after()
+    assert logged.records == []
+
+
+# Directories -----------------------------------------------------------------------------------------------
 
 
 def test_directory_that_keeps_out_who_may_connect_is_said(path: Path, logged: Logged) -> None:
