@@ -128,7 +128,7 @@ def add_console(parser: ArgumentParser) -> None:
         "--console",
         metavar="PATH",
         type=text,
-        help="the VM's console, a socket; the proxy logs its output",
+        help="the VM's console, a socket: it shows why a VM does not boot; `cc-proxy -v 3` logs it all",
     )
 
 

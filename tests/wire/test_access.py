@@ -256,7 +256,7 @@ def test_console_that_the_client_cannot_open_is_not_read(town: Town, open_dir: P
         assert client.receive() == VERSIONED
         with pytest.raises(BlockingIOError):
             listener.accept()
-    assert "console cannot be read" in town.wire.daemon.log()
+    wait_until(lambda: "console cannot be read" in town.wire.daemon.log(), "the log says so")
 
 
 def test_the_vm_sees_the_client(town: Town) -> None:

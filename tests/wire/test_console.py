@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.wire.daemon import Wire
-from tests.wire.support import READY, VERSIONED, WAIT, FakeVm, hello_data, request, wait_until
+from tests.wire.support import READY, VERSIONED, WAIT, FakeVm, error_of, hello_data, request, wait_until
 
 
 @contextmanager
@@ -29,6 +30,25 @@ def console(wire: Wire) -> Iterator[tuple[socket.socket, FakeVm]]:
     with sock:
         sock.settimeout(WAIT)
         yield sock, vm
+
+
+def test_guest_that_panics_says_so_in_the_answer_to_hello(brief: Wire) -> None:
+    """Whatever the level of the log. What cannot be printed is spelled out."""
+    client, vm, container = brief.client(), brief.vm(), brief.new_id()
+    path = str(brief.directory / f"{container}.console")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.settimeout(WAIT)
+        listener.bind(path)
+        listener.listen()
+        client.send(request("hello", hello_data(container, vm) | {"console": path}))
+        vm.accept()
+        with listener.accept()[0] as sock:
+            sock.sendall(b"noise\n" * 10_000 + b'\x1b[31mpanic: "\\"\n')
+            error = error_of(client.receive())
+    assert error.startswith("no READY from the VM in 0.4 s; the console's last lines: ")
+    assert error.endswith(r'noise | noise | \x1b[31mpanic: "\"')
+    assert error.isprintable()
+    wait_until(lambda: json.dumps(error) in brief.daemon.log(), "the log says so too")
 
 
 def test_lines_are_logged(hasty: Wire) -> None:

@@ -1,15 +1,21 @@
-"""A VM's console, line by line into the log (`-v 3`)."""
+"""A VM's console: what it says while the VM boots, and line by line into the log (`-v 3`)."""
 
+import contextlib
 import re
 import socket
 from typing import Self
 
+from cc_proxy.linux.fds import unread
 from cc_proxy.log.levels import CONSOLE, logger
+from cc_proxy.log.printable import printable
 from cc_proxy.proxy.vms.dialer import Connected
 
 _LONGEST_LINE = 1024
 #: Little at once: a console that floods must not hold up the VM's streams.
 _READ_SIZE = 512
+#: Characters of its last lines that are remembered: an error with them fits into a response.
+_MOST_REMEMBERED = 500
+_BETWEEN = " | "
 _LINE_END = re.compile(rb"[\r\n]+")
 
 
@@ -37,22 +43,23 @@ class LineSplitter:
 
 
 class Console:
-    """Owner of a console's socket. Pump thread, once it is open."""
+    """Owner of a console's socket. The thread that waits for the VM to boot, then the pump's."""
 
     def __init__(self, vm: str, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._vm = vm
         self._sock = sock
         self._lines = LineSplitter()
+        self._last = ""
 
     @staticmethod
-    def is_wanted(path: str) -> bool:
-        """Whether to connect to the console at `path`: if there is one, and the log wants it."""
-        return bool(path) and logger.isEnabledFor(CONSOLE)
+    def is_logged() -> bool:
+        """Whether the log wants what consoles say. If not, they are read only while VMs boot."""
+        return logger.isEnabledFor(CONSOLE)
 
     @classmethod
     def open(cls, vm: str, path: str, connected: Connected) -> Self | None:
-        """Take over the console's socket, if it was connected; the log says if it should have been."""
+        """Take over the console's socket, if it was connected; the log says if it could not be."""
         if connected.console_error:
             fields = {"vm": vm, "console": path, "error": connected.console_error}
             logger.warning("console cannot be read", extra=fields)
@@ -63,20 +70,35 @@ class Console:
         return self._sock.fileno()
 
     def read(self) -> bool:
-        """Log what has arrived; returns whether more may come."""
+        """Take some of what has arrived, without waiting; returns whether more may come."""
         try:
             data = self._sock.recv(_READ_SIZE)
         except BlockingIOError:
             return True
         except OSError:
             data = b""
-        self._log(self._lines.receive_data(data) if data else self._lines.finish())
+        self._take(self._lines.receive_data(data) if data else self._lines.finish())
         return bool(data)
+
+    def last_lines(self) -> str:
+        """Return, printable and as one line, what the console has said last. It is not to be read after
+        that.
+        """
+        with contextlib.suppress(OSError):
+            for _ in range(0, unread(self._sock), _READ_SIZE):
+                self.read()
+        self._take(self._lines.finish())
+        return self._last
 
     def close(self) -> None:
         """Close the socket."""
         self._sock.close()
 
-    def _log(self, lines: list[str]) -> None:
+    def _take(self, lines: list[str]) -> None:
         for line in lines:
             logger.log(CONSOLE, "console", extra={"vm": self._vm, "line": line})
+        last = _BETWEEN.join(filter(None, (self._last, *map(printable, lines))))
+        if len(last) > _MOST_REMEMBERED:  # whole lines, but for one that is longer
+            cut = last[-_MOST_REMEMBERED:]
+            last = cut.partition(_BETWEEN)[2] or cut
+        self._last = last

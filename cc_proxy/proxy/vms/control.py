@@ -15,7 +15,7 @@ from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import Command, ControlChannel, ControlMessage, OnAnswer, Quiz, ignore
 from cc_proxy.linux.fds import is_for_now
 from cc_proxy.proxy.spin import Spin
-from cc_proxy.proxy.streams.interfaces import Lost
+from cc_proxy.proxy.streams.interfaces import Beside, Lost
 from cc_proxy.proxy.vms.turns import Request, Turns
 
 #: Commands that may be without an answer, their senders having given up, before no more are sent.
@@ -72,24 +72,30 @@ class ControlLink:
     # Any thread -------------------------------------------------------------------------------------------
 
     def wait_until_up(
-        self, io: socket.socket, timeout: float, ping_after: float, left: float | None = None
+        self,
+        io: socket.socket,
+        timeout: float,
+        ping_after: float,
+        left: float | None = None,
+        console: Beside | None = None,
     ) -> bool:
         """Wait for READY; returns whether it came. Before anybody else uses the channel.
 
         After `ping_after` seconds without it the agent is asked questions (`Quiz`): one that answers those
-        has been up before. `left` is what is left of `timeout`, if connecting took some of it. `io` is
-        watched meanwhile: a VM that hangs up there is lost too. Raises `ControlLost` or `NoAnswer`.
+        has been up before. `left` is what is left of `timeout`, if connecting took some of it. A VM that
+        hangs up `io` is lost too; `console` is read. Raises `ControlLost` or `NoAnswer`.
         """
         left = timeout if left is None else left
         begun = time.monotonic()
         up = select.poll()
         up.register(self._sock, select.POLLIN)
         up.register(io, 0)
+        if console:
+            up.register(console, select.POLLIN)
         while not self._is_up():
             now = time.monotonic() - begun
             if now >= left:
-                # If this process was stopped, it may have come in time.
-                self._read_what_is_there()
+                self._read_what_is_there()  # if this process was stopped, it may have come in time
                 if self._is_up():
                     break
                 raise NoAnswer(f"no READY from the VM in {timeout:g} s")
@@ -97,8 +103,11 @@ class ControlLink:
                 self._channel.ask(Quiz())
             until = left if self._channel.is_quizzed or ping_after > left else ping_after
             self._exchange_when_ready(up, until - now)
-            if io.fileno() in dict(up.poll(0)):
+            ready = dict(up.poll(0))
+            if io.fileno() in ready:
                 raise ControlLost("the VM hung up its I/O channel")
+            if console and console.fileno() in ready and not console.read():
+                up.unregister(console)
         self._unsolicited.modify(self._sock, select.EPOLLIN)
         return self._channel.ready
 

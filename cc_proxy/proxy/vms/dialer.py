@@ -35,7 +35,7 @@ class Connected:
 
     ctl: socket.socket
     io: socket.socket
-    #: None if it was not wanted, or could not be connected, which `console_error` says.
+    #: None if there is none, or it could not be connected to, which `console_error` says.
     console: socket.socket | None = None
     console_error: str = ""
 
@@ -77,10 +77,10 @@ class Dialer:
         hello: Hello,
         timeout: float | Deadline,
         *,
-        console: bool = False,
         still_wanted: Callable[[], bool] = lambda: True,
     ) -> Connected:
-        """Connect to the channels that a hello names within `timeout` seconds, and to the console if told to.
+        """Connect to the channels that a hello names, and to its console if it has one, within `timeout`
+        seconds.
 
         A channel that is not there yet is looked for again, and one that does not accept is waited for, as
         long as `still_wanted` returns true. The console has to be there, and to accept, at once; a VM can do
@@ -92,7 +92,7 @@ class Dialer:
             io = undo.enter_context(_Socket("ioSerial", hello.io_serial))
             connected = Connected(ctl.sock, io.sock)
             extra = None
-            if console:
+            if hello.console:
                 try:
                     extra = undo.enter_context(_Socket("console", hello.console, blocking=False))
                 except CannotConnect as error:

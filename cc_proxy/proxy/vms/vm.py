@@ -2,14 +2,12 @@
 
 import contextlib
 import functools
-import logging
 import socket
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.payloads import Hello
 from cc_proxy.api.status import Streams
 from cc_proxy.hyperstart.codes import Code
@@ -24,14 +22,12 @@ from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.session import Session, Whose
 from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
 from cc_proxy.proxy.users import User
-from cc_proxy.proxy.vms.console import Console
+from cc_proxy.proxy.vms.boot import Boot, NotReady
 from cc_proxy.proxy.vms.control import ControlLink, ControlLost, NoAnswer, NotSent
-from cc_proxy.proxy.vms.dialer import CannotConnect, Connected, Dialer
+from cc_proxy.proxy.vms.dialer import Dialer
 from cc_proxy.proxy.vms.states import MOVES, State, Trouble
 from cc_proxy.settings import LiveSettings
 
-#: A socket is writable again when three quarters of this are free: the rest must last until more is there.
-_SEND_BUFFER = 1024 * 1024
 _SESSION_SEND_BUFFER = 256 * 1024
 #: The cause of every VM's end once the daemon stops.
 _STOPS = "the daemon stops"
@@ -68,8 +64,10 @@ class Vm:
         self._live = live
         self._space = space
         self._on_change = on_change
-        self._control: ControlLink | None = None  # set once, by the thread that says hello; as is _pump,
-        self._pump: Pump | None = None  # which the pump thread drops at its end
+        # Set once, by the thread that says hello. The pump thread drops _pump at its end.
+        self._boot: Boot | None = None
+        self._control: ControlLink | None = None
+        self._pump: Pump | None = None
         self._lock = threading.Lock()  # guards all that follows; innermost
         self._state = State.STARTING
         self._cause = ""
@@ -90,7 +88,7 @@ class Vm:
             self._fail(str(error))
             self.abort()
             self._move(State.GONE)
-            if isinstance(error, CannotConnect | ControlLost | NoAnswer):
+            if isinstance(error, NotReady):
                 raise VmError(str(error)) from None
             if isinstance(error, OSError | RuntimeError):
                 raise VmError(f"the daemon is short of resources: {error}") from None
@@ -178,33 +176,15 @@ class Vm:
             self._expect_end(-1)
 
     def _connect(self, hello: Hello, dialer: Dialer, user: User) -> Pump:
-        """Connect all sockets and wait for READY, within one deadline."""
-        limits = self._live.current.vm
-        deadline = Deadline(limits.ready_timeout)
+        """Connect to the VM, and make its pump, which is to be started. Raises as `Boot.run` does."""
+        self._boot = Boot(hello, self._live.current.vm)
         with contextlib.ExitStack() as undo:
-            sockets = undo.enter_context(self._dial(hello, dialer, deadline))
-            io = sockets.io
-            self._control = control = ControlLink(sockets.ctl, self._note_event)
-            undo.callback(control.close)
-            console = Console.open(self.container_id, hello.console, sockets)
-            for channel in (sockets.ctl, io):
-                channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-            booted = control.wait_until_up(
-                io, limits.ready_timeout, limits.ready_ping_after, deadline.remaining()
-            )
-            if not booted:
-                self._next_seq = _unused_seq()
+            ready = undo.enter_context(self._boot.run(dialer))
+            self._control, self._next_seq = ready.control, ready.first_seq
             pacing = Pacing(self._live.current.stdin.echo_timeout, self._acknowledge)
-            self._pump = Pump(self, io, control, console, user.one_batch, pacing)
+            self._pump = Pump(self, ready.io, ready.control, ready.console, user.one_batch, pacing)
             undo.pop_all()
         return self._pump
-
-    def _dial(self, hello: Hello, dialer: Dialer, deadline: Deadline) -> Connected:
-        wanted = Console.is_wanted(hello.console)
-        try:
-            return dialer.connect(hello, deadline, console=wanted, still_wanted=lambda: not self._stopping)
-        except CannotConnect as error:
-            raise (ControlLost(_STOPS) if self._stopping else error) from None
 
     def _acknowledge(self, pings: int, done: Callable[[bool], None]) -> None:
         """Have the agent answer so many pings, one at a time, so that no command waits for more than one."""
@@ -217,10 +197,6 @@ class Vm:
 
         if self._control:
             self._control.post(Code.PING, answered, functools.partial(done, False))
-
-    def _note_event(self, event: ControlMessage) -> None:
-        if logger.isEnabledFor(logging.DEBUG):  # an agent sends two of them for each command
-            logger.debug("event from the VM", extra={"vm": self.container_id, "event": str(event)})
 
     # Pump thread ------------------------------------------------------------------------------------------
 
@@ -275,12 +251,12 @@ class Vm:
 
     def stop(self) -> None:
         """The daemon stops: deliver what the VM has sent by now, and end."""
-        pump, control = self._pump, self._control
+        pump, boot = self._pump, self._boot
         self._stopping = True
         if pump:
             pump.finish(_STOPS)
-        elif control:
-            control.hang_up(_STOPS)
+        elif boot:
+            boot.give_up(_STOPS)
 
     def abort(self) -> None:
         """End now, whatever waits."""
@@ -322,14 +298,6 @@ class Vm:
 
     def _gone(self) -> str:
         return f"VM gone: {self._cause or 'it was unregistered'}"
-
-
-def _unused_seq() -> int:
-    """Return a seq that nobody can have used in a VM that was up already, whoever handed out seqs before.
-
-    Nobody hands out a million streams a second for as long as a VM lives. Below 2^53 until the year 2242.
-    """
-    return int(time.time()) << 20  # noqa: TID251 - the one clock that goes on over restarts of the daemon
 
 
 def _session_pair() -> tuple[socket.socket, socket.socket]:

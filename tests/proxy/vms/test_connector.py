@@ -319,7 +319,7 @@ def test_what_hangs_is_bounded_for_each_user_and_counts_until_it_ends(
 
 def test_console_that_hangs_costs_the_console(own: Connector, hanging: str, there: str) -> None:
     hello = Hello("vm", there, there, hanging)
-    with Dialer(BOB, own).connect(hello, WAIT, console=True) as connected:
+    with Dialer(BOB, own).connect(hello, WAIT) as connected:
         assert connected.console is None
         assert connected.console_error == f"console: cannot connect to {hanging}: {LATE}"
 

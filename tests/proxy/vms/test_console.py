@@ -108,24 +108,50 @@ def opened(path: str) -> tuple[Console | None, Connected]:
             channel.bind(str(directory / name))
             channel.listen()
         hello = Hello("vm", str(directory / "ctl"), str(directory / "io"), path)
-        connected = DIALER.connect(hello, WAIT, console=Console.is_wanted(path))
+        connected = DIALER.connect(hello, WAIT)
         connected.ctl.close()
         connected.io.close()
     return Console.open("vm", path, connected), connected
 
 
-def test_console_is_not_dialled_unless_the_log_wants_it(listener: socket.socket, logged: Logged) -> None:
-    assert opened(listener.getsockname())[0] is None
-    with pytest.raises(BlockingIOError):
-        listener.accept()
+def test_vm_without_a_console_has_none(logged: Logged) -> None:
     logger.setLevel(CONSOLE)
     assert opened("")[0] is None
     assert logged.records == []
 
 
+@pytest.mark.parametrize(
+    ("pieces", "last"),
+    [
+        ([], ""),
+        ([b"\n\n"], ""),
+        ([b"Loading Linux\n", b"Kernel panic\n"], "Loading Linux | Kernel panic"),
+        ([b"one\r\ntwo\r\n", b"login: "], "one | two | login: "),
+        ([b"\x1b[31mred\x07\n"], r"\x1b[31mred\x07"),
+        ([b"\xff\n", "\u202e\n".encode()], r"\xff | \u202e"),
+        ([b"x" * 10_000 + b"\n", b"y" * 600 + b"\n"], "y" * 500),
+        ([b"first\n", b"x" * 490 + b"\n", b"end\n"], "x" * 490 + " | end"),
+    ],
+)
+@pytest.mark.parametrize("level", [logging.WARNING, CONSOLE])
+@pytest.mark.parametrize("hangs_up", [False, True])
+def test_last_lines(pieces: list[bytes], last: str, level: int, hangs_up: bool, logged: Logged) -> None:
+    """Whether they were read before or not, at whatever level."""
+    logger.setLevel(level)
+    near, far = socket.socketpair()
+    console = Console("vm", near)
+    with far:
+        for piece in pieces:
+            far.sendall(piece)
+            console.read()
+        if hangs_up:
+            far.close()
+        assert console.last_lines() == last
+    console.close()
+
+
 @pytest.mark.parametrize("path", ["/nowhere/console", "/with\0nul", "/" + "x" * 200, "relative"])
 def test_console_that_cannot_be_reached_is_a_warning(logged: Logged, path: str) -> None:
-    logger.setLevel(CONSOLE)
     before = set(open_fds())
     console, connected = opened(path)
     assert console is None
@@ -137,7 +163,6 @@ def test_console_that_cannot_be_reached_is_a_warning(logged: Logged, path: str) 
 
 
 def test_console_whose_backlog_is_full_is_not_waited_for(tmp_sock_dir: Path, logged: Logged) -> None:
-    logger.setLevel(CONSOLE)
     path = str(tmp_sock_dir / "full")
     with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
         listener.bind(path)

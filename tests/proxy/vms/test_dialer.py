@@ -178,14 +178,14 @@ def test_nobody_waits_for_what_nobody_wants() -> None:
 
 def test_console_is_dialled_in_the_same_step_and_not_looked_for_again(listener: socket.socket) -> None:
     path = str(path_of(listener))
-    with DIALER.connect(Hello("vm", path, path, path), WAIT, console=True) as connected:
+    with DIALER.connect(Hello("vm", path, path, path), WAIT) as connected:
         assert connected.console
         assert connected.console.getpeername() == path
-    with DIALER.connect(Hello("vm", path, path, path), WAIT) as connected:
+    with DIALER.connect(Hello("vm", path, path), WAIT) as connected:
         assert connected.console is None
     never = mock.Mock(return_value=True)
     hello = Hello("vm", path, path, "/nowhere")
-    with DIALER.connect(hello, WAIT, console=True, still_wanted=never) as connected:
+    with DIALER.connect(hello, WAIT, still_wanted=never) as connected:
         assert connected.console_error == "console: cannot connect to /nowhere: No such file or directory"
     assert not never.called
 

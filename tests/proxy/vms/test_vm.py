@@ -43,6 +43,7 @@ from tests.wire.support import (
     frame,
     in_background,
     is_silent,
+    unread_by_peer,
     wait_until,
 )
 
@@ -90,6 +91,14 @@ class Life:
         self.vm.abort()
         if State.UP in self.states:
             assert self.vm.join(WAIT)
+
+
+def ends(sock: socket.socket) -> bool:
+    """Whether the peer closes, though it may have left something unread."""
+    try:
+        return at_end(sock)
+    except ConnectionResetError:
+        return True
 
 
 FD_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -440,6 +449,110 @@ def test_console_that_was_open_is_closed_when_hello_fails(
     gc.collect()
 
 
+class Screen:
+    """The console of a VM, read by the daemon or not."""
+
+    def __init__(self, life: Life) -> None:
+        path = str(life.agent.ctl_path.with_suffix(".console"))
+        life.hello = msgspec.structs.replace(life.hello, console=path)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.settimeout(WAIT)
+        self._listener.bind(path)
+        self._listener.listen()
+        self.far: socket.socket | None = None
+
+    def accept(self) -> socket.socket:
+        self.far, _ = self._listener.accept()
+        self.far.settimeout(WAIT)
+        return self.far
+
+    def close(self) -> None:
+        self._listener.close()
+        if self.far:
+            self.far.close()
+
+
+@pytest.fixture
+def screen(life: Life) -> Iterator[Screen]:
+    screen = Screen(life)
+    yield screen
+    screen.close()
+
+
+PANIC = b"[    0.0] Linux version 4.9\n[    0.9] Kernel panic - not syncing: no init found.\r\n"
+
+
+@pytest.mark.parametrize("how", ["hangs up both", "hangs up its I/O", "stays silent"])
+def test_guest_that_panics_while_it_boots_says_so(life: Life, screen: Screen, how: str) -> None:
+    """At the level of the log that is usual, in the answer to hello."""
+    assert not logger.isEnabledFor(CONSOLE)
+    if how == "stays silent":
+        limits = VmSettings(ready_timeout=0.3, ready_ping_after=50)
+        life.vm._live = LiveSettings(msgspec.structs.replace(SETTINGS, vm=limits))
+
+    def panic() -> None:
+        life.agent.accept()
+        console = screen.accept()
+        console.sendall(PANIC)
+        wait_until(lambda: unread_by_peer(console) == 0, "it is read while the guest boots")
+        console.sendall(b"Rebooting in 1 seconds..")
+        if how == "hangs up its I/O":
+            life.agent.io.close()
+        elif how == "hangs up both":
+            life.agent.hang_up()
+
+    before = open_fds()
+    with in_background(panic), pytest.raises(VmError) as error:
+        life.vm.start(life.hello, DIALER, new_user())
+    cause = {
+        "hangs up both": "the VM hung up its",
+        "hangs up its I/O": "the VM hung up its I/O channel",
+        "stays silent": "no READY from the VM in 0.3 s",
+    }[how]
+    lines = (
+        "[    0.0] Linux version 4.9 | [    0.9] Kernel panic - not syncing: no init found. | Rebooting in"
+    )
+    assert str(error.value).startswith(cause)
+    assert str(error.value).endswith(f"; the console's last lines: {lines} 1 seconds..")
+    assert life.vm.trouble
+    assert life.vm.trouble.text == str(error.value)
+    assert screen.far
+    screen.far.close()
+    life.agent.hang_up()
+    assert open_fds().keys() <= before.keys()
+
+
+@pytest.mark.parametrize("level", [logging.INFO, CONSOLE])
+def test_console_is_read_on_only_if_the_log_wants_it(
+    life: Life, screen: Screen, logged: Logged, level: int
+) -> None:
+    """Else others may have it: it takes one at a time."""
+    logger.setLevel(level)
+    with in_background(life.say_ready), in_background(lambda: screen.accept().sendall(b"booting\n")):
+        life.vm.start(life.hello, DIALER, new_user())
+    assert screen.far
+    if level == CONSOLE:
+        screen.far.sendall(b"up\n")
+        lines = [{"vm": "pod", "line": line} for line in ("booting", "up")]
+        wait_until(lambda: logged.fields("console") == lines, "both lines")
+    else:
+        assert ends(screen.far)
+        assert logged.fields("console") == []
+
+
+@pytest.mark.parametrize("output", [b"", b"x", b"\n" * 5_000, b"last words\n"])
+def test_console_that_ends_early_holds_nobody_up(life: Life, screen: Screen, output: bytes) -> None:
+    def boot() -> None:
+        life.agent.accept()
+        with screen.accept() as console:
+            console.sendall(output)
+        life.agent.say(READY)
+
+    with in_background(boot):
+        life.vm.start(life.hello, DIALER, new_user())
+    assert life.vm.state is State.UP
+
+
 # Commands and sessions ------------------------------------------------------------------------------------
 
 
@@ -606,9 +719,10 @@ def test_stdin_is_paced_as_the_settings_say(tmp_sock_dir: Path, space: SpoolSpac
 
 
 def test_stop_before_it_is_up_ends_hello(life: Life) -> None:
+    """Whether it waits for READY already, or is about to."""
+
     def stop() -> None:
         life.agent.accept()
-        wait_until(lambda: life.vm._control is not None, "it waits for READY")
         life.vm.stop()
 
     with in_background(stop), pytest.raises(VmError, match="the daemon stops"):
