@@ -242,6 +242,25 @@ def test_hello_for_what_the_client_cannot_open_is_refused(town: Town, member: st
     assert not town.wire.is_registered("pod")
 
 
+@pytest.mark.parametrize(
+    ("user", "cause"),
+    [
+        (ALICE, "the VM 'pod' has it already"),
+        (ADMIN, "the VM 'pod' has it already"),
+        (ROOT, "the VM 'pod' has it already"),
+        (BOB, "it is in use already"),
+    ],
+)
+def test_whose_a_socket_is_is_said_to_who_may_use_the_vm(town: Town, user: Credentials, cause: str) -> None:
+    client, vm = town.client(ALICE), town.vm(ALICE, 0o777)
+    client.hello("pod", vm)
+    vm.accept()
+    vm.say(READY)
+    assert client.receive() == VERSIONED
+    error = error_of(town.client(user).ask("hello", hello_data("other", vm)))
+    assert error == f"ctlSerial: cannot connect to {vm.ctl_path}: {cause}"
+
+
 def test_console_that_the_client_cannot_open_is_not_read(town: Town, open_dir: Path) -> None:
     assert json.loads(town.client(ROOT).ask("logLevel", {"level": "console"}))["success"]
     with socket.socket(socket.AF_UNIX) as listener:

@@ -15,6 +15,7 @@ from tests.wire.daemon import Wire
 from tests.wire.support import (
     NOT_ATTACHED,
     READY,
+    VERSIONED,
     FakeVm,
     RawClient,
     at_end,
@@ -130,6 +131,83 @@ def test_socket_of_another_type_is_refused(wire: Wire, kind: socket.SocketKind) 
         data = hello_data(container, wire.vm()) | {"ctlSerial": str(wire.directory / "other")}
         client.send(request("hello", data))
         assert_refused_and_free(wire, client, container)
+
+
+def connected_by(wire: Wire, vm: FakeVm, how: str) -> dict[str, object]:
+    """Names for a VM's sockets, other than those that they were bound to."""
+    names = {"ctlSerial": vm.ctl_path, "ioSerial": vm.io_path}
+    for member, path in names.items():
+        other = wire.directory / f"other-{member}"
+        if how == "symbolic link":
+            other.symlink_to(path)
+        elif how == "hard link":
+            other.hardlink_to(path)
+        elif how == "..":
+            other = wire.directory / ".." / wire.directory.name / path.name
+        else:
+            other = path
+        names[member] = other
+    return {member: str(path) for member, path in names.items()}
+
+
+@pytest.mark.parametrize("how", ["the same", "symbolic link", "hard link", ".."])
+@pytest.mark.parametrize("shared", [["ctlSerial"], ["ioSerial"], ["ctlSerial", "ioSerial"]])
+def test_sockets_that_a_vm_has_are_refused_at_once_and_the_answer_names_it(
+    wire: Wire, shared: list[str], how: str
+) -> None:
+    """A hypervisor answers one connection at a time: there is nothing to wait for."""
+    pod, client, container = wire.pod(), wire.client(), wire.new_id()
+    paths = connected_by(wire, pod.vm, how)
+    data = hello_data(container, wire.vm()) | {member: paths[member] for member in shared}
+    error = error_of(client.ask("hello", data))
+    (member, *_) = shared
+    has_it = f"the VM '{pod.container}' has it already"
+    assert error == f"{member}: cannot connect to {paths[member]}: {has_it}"
+    assert not wire.is_registered(container)
+    assert pod.pings()
+    assert pod.client.allocate().base == 1
+
+
+def test_sockets_are_taken_while_a_hello_waits_for_ready(wire: Wire) -> None:
+    first, second, vm, container = wire.client(), wire.client(), wire.vm(), wire.new_id()
+    first.hello(container, vm)
+    vm.accept()
+    assert error_of(second.ask("hello", hello_data(wire.new_id(), vm))).endswith(
+        f": the VM '{container}' has it already"
+    )
+    vm.say(READY)
+    assert first.receive() == VERSIONED
+
+
+def test_sockets_of_a_hello_that_failed_are_free_again(brief: Wire) -> None:
+    client, vm = brief.client(), brief.vm()
+    for _ in range(2):
+        client.hello(brief.new_id(), vm)
+        vm.accept()
+        assert error_of(client.receive()) == "no READY from the VM in 0.4 s"
+        vm.hang_up()
+
+
+def test_sockets_of_a_vm_that_lingers_after_bye_are_waited_for(hasty: Wire) -> None:
+    """It has them for a little while only."""
+    pod, client = hasty.pod(), hasty.client()
+    pod.client.bye(pod.container)
+    client.hello(pod.container, pod.vm)
+    assert pod.vm.is_hung_up()
+    pod.vm.hang_up()
+    pod.vm.accept()
+    pod.vm.say(READY)
+    assert client.receive() == VERSIONED
+
+
+def test_sockets_of_a_vm_that_was_lost_are_free_again(wire: Wire) -> None:
+    pod, client = wire.pod(), wire.client()
+    pod.vm.hang_up()
+    wire.wait_unregistered(pod.container)
+    client.hello(wire.new_id(), pod.vm)
+    pod.vm.accept()
+    pod.vm.say(READY)
+    assert client.receive() == VERSIONED
 
 
 @pytest.mark.parametrize("field", ["ctlSerial", "ioSerial"])

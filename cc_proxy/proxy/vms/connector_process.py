@@ -10,6 +10,7 @@ import gc
 import os
 import signal
 import socket
+import stat
 import struct
 import time
 from typing import NoReturn
@@ -164,6 +165,8 @@ def _connect(reports: socket.socket, number: int, fd: int, path: bytes, patient:
     reported = -1
     while True:
         cause = sock.connect_ex(path)
+        if cause == errno.ECONNREFUSED and not _may_be_socket(path):
+            cause = errno.ENOTSOCK
         if cause != reported:
             reports.send(REPORT.pack(number, cause))
             reported = cause
@@ -171,3 +174,11 @@ def _connect(reports: socket.socket, number: int, fd: int, path: bytes, patient:
             return cause
         time.sleep(pause)
         pause = min(2 * pause, longest)
+
+
+def _may_be_socket(path: bytes) -> bool:
+    """Whether what is at a path is a socket, as far as this process may know."""
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return True

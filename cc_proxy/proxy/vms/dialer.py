@@ -19,10 +19,16 @@ from cc_proxy.proxy.vms.connector_process import NOT_ALLOWED, NOT_STARTED
 
 #: Seconds that a console gets once the channels are connected.
 _CONSOLE_TIMEOUT = 0.25
+#: Which of the sockets are channels: the third is the console.
+_CHANNELS = 0, 1
 #: Seconds between two questions whether anybody still waits for the sockets.
 _INTERVAL = 0.1
 
 _TOO_LATE = "not accepted in time"
+
+#: What a socket is connected to, whatever path led there: the name it was bound to, and the process that
+#: made it listen.
+Peer = tuple[str, int]
 
 
 class CannotConnect(Exception):
@@ -62,12 +68,15 @@ class Dialer:
         connector: Connector,
         own_address: str | bytes | None = None,
         is_here: Callable[[], bool] = lambda: True,
+        claim: Callable[[Peer], str] = lambda _: "",
     ) -> None:
         """`own_address` is the name that the daemon's listening socket was bound to.
 
-        `is_here` returns whether the client still waits.
+        `is_here` returns whether the client still waits. `claim` is told what a channel is connected to, and
+        returns why it is not to be had, or nothing.
         """
         self._is_here = is_here
+        self._claim = claim
         self.client = client
         self._connector = connector
         self._own_address = own_address
@@ -124,7 +133,7 @@ class Dialer:
                 while report := _next_report(attempt, deadline, still_wanted):
                     if not self._take_in(report, sockets):
                         return
-                    if all(each.is_connected for each in sockets[:2]):
+                    if all(sockets[channel].is_connected for channel in _CHANNELS):
                         deadline = Deadline(min(_CONSOLE_TIMEOUT, deadline.remaining()))
         except TimedOut:
             return
@@ -145,15 +154,24 @@ class Dialer:
         sock = sockets[report.number]
         if report.errno == errno.EAGAIN:
             sock.cause = _TOO_LATE
+        elif report.errno == errno.ENOTSOCK:
+            sock.cause = "it is not a socket"
         elif report.errno:
             sock.cause = os.strerror(report.errno)
-        # Whatever links and mounts led there, this is the name it was bound to.
-        elif self._own_address is not None and sock.sock.getpeername() == self._own_address:
-            sock.cause = "that is the daemon itself"
+        elif cause := self._why_not(sock.sock, is_channel=report.number in _CHANNELS):
+            sock.cause = cause
             return False
         else:
             sock.is_connected = True
         return True
+
+    def _why_not(self, sock: socket.socket, *, is_channel: bool) -> str:
+        """Say why what a socket was connected to is not to be used; nothing if it may be."""
+        # Whatever links and mounts led there, this is the name it was bound to.
+        name = sock.getpeername()
+        if self._own_address is not None and name == self._own_address:
+            return "that is the daemon itself"
+        return self._claim((name, Credentials.of_peer(sock).pid)) if is_channel else ""
 
 
 class _NotWanted(Exception):

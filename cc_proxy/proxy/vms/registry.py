@@ -1,5 +1,6 @@
 """Which VMs there are: ids, and the VMs that clients have registered under them."""
 
+import functools
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
@@ -7,13 +8,13 @@ from typing import NamedTuple, TypeVar
 
 from cc_proxy.access import is_admin, may_use
 from cc_proxy.api.payloads import Hello
-from cc_proxy.api.status import MOST_USERS, UserStatus
+from cc_proxy.api.status import MOST_USERS, UserStatus, shorten
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.users import Charge, User, Users
 from cc_proxy.proxy.vms.connector import Connector
-from cc_proxy.proxy.vms.dialer import Dialer
+from cc_proxy.proxy.vms.dialer import Dialer, Peer
 from cc_proxy.proxy.vms.states import State, Trouble
 from cc_proxy.proxy.vms.vm import Vm, VmError
 from cc_proxy.settings import LiveSettings
@@ -73,7 +74,8 @@ class Registry:
         vm = Vm(hello.container_id, client.uid, self._live, self._space, self._on_change)
         before = self._enter(vm, client, user)
         try:
-            vm.start(hello, Dialer(client, self._connector, self._own_address, is_here), user)
+            claim = functools.partial(self._claim, vm, client)
+            vm.start(hello, Dialer(client, self._connector, self._own_address, is_here, claim), user)
         except BaseException as error:
             self._leave_to(before)
             if isinstance(error, VmError):
@@ -120,6 +122,26 @@ class Registry:
         """
         if before and not (before.is_gone and self._may_use(client, before.owner)):
             raise _taken(container_id)
+
+    def _claim(self, vm: Vm, client: Credentials, peer: Peer) -> str:
+        """Note what a VM is connected to; returns why it cannot be had if another one is connected there.
+
+        A hypervisor answers one connection at a time, so the second one would wait in vain. A VM that lingers
+        after bye is no reason: its turn ends soon.
+        """
+        with self._lock:
+            holders = (
+                other
+                for other in self._vms
+                if other is not vm and peer in other.peers and other.state in (State.STARTING, State.UP)
+            )
+            holder = next(holders, None)
+            if holder is None:
+                vm.peers.add(peer)
+                return ""
+        if self._may_use(client, holder.owner):
+            return f"the VM '{shorten(holder.container_id)}' has it already"
+        return "it is in use already"
 
     def get(self, container_id: str, client: Credentials) -> Vm:
         """Return the VM that is registered under an id, and up or gone. Raises `RegistryError`."""

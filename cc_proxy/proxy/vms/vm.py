@@ -24,7 +24,7 @@ from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
 from cc_proxy.proxy.users import User
 from cc_proxy.proxy.vms.boot import Boot, NotReady
 from cc_proxy.proxy.vms.control import ControlLink, ControlLost, NoAnswer, NotSent
-from cc_proxy.proxy.vms.dialer import Dialer
+from cc_proxy.proxy.vms.dialer import Dialer, Peer
 from cc_proxy.proxy.vms.states import MOVES, State, Trouble
 from cc_proxy.settings import LiveSettings
 
@@ -61,6 +61,8 @@ class Vm:
         self.failed = False
         #: Whether it ever was up.
         self.came_up = False
+        #: What its channels are connected to; guarded by the registry's lock.
+        self.peers: set[Peer] = set()
         self._live = live
         self._space = space
         self._on_change = on_change

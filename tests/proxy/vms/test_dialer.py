@@ -17,7 +17,7 @@ from cc_proxy.api.payloads import Hello
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.linux.fds import may_hold_fds
 from cc_proxy.proxy.vms.dialer import CannotConnect, Connected, Dialer
-from tests.proxy.support import DIALER, dialer_of, open_fds
+from tests.proxy.support import DIALER, NEVER, dialer_of, open_fds
 from tests.users import ALICE, BOB, ROOT, give, needs_root
 from tests.wire.support import WAIT, is_silent
 
@@ -114,12 +114,15 @@ def test_what_is_no_stream_socket(tmp_sock_dir: Path) -> None:
     (tmp_sock_dir / "file").write_text("")
     os.mkfifo(tmp_sock_dir / "fifo")
     (tmp_sock_dir / "loop").symlink_to("loop")
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(tmp_sock_dir / "stale"))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams:
         datagrams.bind(str(tmp_sock_dir / "datagrams"))
         causes = {
-            "": "Connection refused",
-            "file": "Connection refused",
-            "fifo": "Connection refused",
+            "": "it is not a socket",
+            "file": "it is not a socket",
+            "fifo": "it is not a socket",
+            "stale": "Connection refused",
             "loop": "Too many levels of symbolic links",
             "file/x": "Not a directory",
             "nothing": "No such file or directory",
@@ -169,6 +172,19 @@ def test_socket_that_is_not_there_yet_is_looked_for_again(
         hello = Hello("vm", str(path), there) if member == "ctl" else Hello("vm", there, str(path))
         with DIALER.connect(hello, WAIT, still_wanted=listen) as connected:
             assert getattr(connected, member).getpeername() == str(path)
+
+
+@pytest.mark.parametrize("member", ["ctl", "io"])
+def test_what_is_no_socket_is_not_waited_for(
+    listener: socket.socket, tmp_sock_dir: Path, member: str
+) -> None:
+    path, there = tmp_sock_dir / "file", str(path_of(listener))
+    path.touch()
+    hello = Hello("vm", str(path), there) if member == "ctl" else Hello("vm", there, str(path))
+    with pytest.raises(
+        CannotConnect, match=f"^{member}Serial: cannot connect to {path}: it is not a socket$"
+    ):
+        DIALER.connect(hello, NEVER)
 
 
 def test_nobody_waits_for_what_nobody_wants() -> None:
