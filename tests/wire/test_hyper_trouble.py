@@ -169,11 +169,11 @@ def length_7(vm: FakeVm) -> None:
 
 
 def length_2_gib(vm: FakeVm) -> None:
-    vm.ctl.sendall(command(ACK, length=2**31))
+    vm.ctl.sendall(command(ERROR, length=2**31))
 
 
 def length_4_gib(vm: FakeVm) -> None:
-    vm.ctl.sendall(command(ACK, length=2**32 - 1))
+    vm.ctl.sendall(command(NEXT, length=2**32 - 1))
 
 
 def malformed_event(vm: FakeVm) -> None:
