@@ -272,10 +272,9 @@ def test_stdin_arrives_though_its_agent_loses_each_echo(hasty: Wire) -> None:
             taken += payload
         assert pod.client.ask("hyper", {"hyperName": "getpod"}) == OK
     assert taken == data
-    assert "does not acknowledge" not in hasty.daemon.log()
 
 
-def test_agent_that_never_echoes_gets_plain_sending_after_a_warning(hasty: Wire) -> None:
+def test_agent_that_never_echoes_is_paced_by_commands(hasty: Wire) -> None:
     pod = hasty.pod()
     stream = pod.open()
     data = random.Random(4).randbytes(6_000)
@@ -287,7 +286,6 @@ def test_agent_that_never_echoes_gets_plain_sending_after_a_warning(hasty: Wire)
             assert seq in {1} or seq >= MARKER
             taken += payload
     assert taken == data
-    assert "warning" in hasty.daemon.log().lower()
 
 
 @pytest.fixture
@@ -319,7 +317,6 @@ def test_agent_that_is_asked_again_and_again_while_it_is_busy_is_sent_stdin_pace
             agent.echo()
             agent.read_marker()
     assert agent.taken[stream.base] == data
-    assert "unpaced" not in restless.daemon.log()
 
 
 def test_window_of_0_turns_it_off(unpaced: Wire) -> None:

@@ -72,9 +72,7 @@ class Channel:
             self._output = Output(
                 self._vm, io, self._watch.others, self._routes, mailbox.make_calls, self._on_stray
             )
-            self._pacer = Pacer(
-                self._vm, io, self._routes.owners, pacing.echo_timeout, self._acknowledge, self._output
-            )
+            self._pacer = Pacer(io, self._routes.owners, pacing.echo_timeout, self._acknowledge)
             self._pacer.on_room = self._on_room
             self._stdin = Stdin(self._vm, io, self._watch.clients, self._pacer, self._drop)
             self._watch.add_io(self._io_fd, self._on_io)

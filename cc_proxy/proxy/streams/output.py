@@ -57,8 +57,6 @@ class Output:
         self._stuck: set[Session] = set()
         #: Whether slices of the buffer are still waited for, so that the VM cannot be read.
         self.paused = False
-        #: Bytes that the VM has sent.
-        self.received = 0
         #: Bytes and whole frames that clients were passed, or have waiting for them.
         self.bytes = self.frames = 0
         #: Frames that nobody owned.
@@ -75,7 +73,6 @@ class Output:
         size = receive_into(self._io, self._room())
         if size:
             self._stop += size
-            self.received += size
             self._before_delivery()
             for batch in self._batches(self._buffer, self._view, self._start, self._stop):
                 self._start = batch.stop  # first: what an error stops is not to be delivered twice

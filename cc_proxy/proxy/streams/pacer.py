@@ -11,11 +11,9 @@ import functools
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
 
 from cc_proxy.hyperstart.pacing import marked_stream
 from cc_proxy.linux.fds import untaken
-from cc_proxy.log.levels import logger
 from cc_proxy.proxy.streams.interfaces import Acknowledge
 from cc_proxy.proxy.streams.session import Session
 
@@ -27,16 +25,6 @@ _MARKERS_TO_TRUST = 8
 #: Frames that may wait in the guest, at most: a virtio-serial port has 128 buffers. Without this bound many
 #: short stdins, which need no marker, would add up.
 _MOST_QUEUED = 128
-#: An agent that has never sent a marker back is believed not to do that once it has answered the commands
-#: this often, with no output in between that markers could have been stuck behind.
-_ROUNDS_TO_BELIEVE = 3
-
-
-class Source(Protocol):
-    """What reads the VM's output."""
-
-    #: Bytes that it has read.
-    received: int
 
 
 class Pacer:
@@ -44,39 +32,27 @@ class Pacer:
 
     def __init__(
         self,
-        vm: str,
         io: socket.socket,
         owners: Mapping[int, Session],
         echo_timeout: float,
         acknowledge: Acknowledge,
-        source: Source,
     ) -> None:
-        """`echo_timeout` is how long a marker is waited for, in seconds.
-
-        `source` tells how much the VM has sent meanwhile.
-        """
-        self._vm = vm
+        """`echo_timeout` is how long a marker is waited for, in seconds."""
         self._io = io
         self._owners = owners
         self._echo_timeout = echo_timeout
         self._acknowledge = acknowledge
-        self._source = source
         #: Whose marker is on its way, and when to ask again; who is due first is first.
         self.asked: dict[Session, float] = {}
-        self._heard_before = 0  # when the first of them was asked
         # Whom the commands that are on their way stand for. What they are sent after that needs others.
         self._round: set[Session] | None = None
         self._look_at: float | None = None  # whether the VM has taken everything, for the next round
         self._look_again = _LOOK_AGAIN
         self._markers: dict[Session, int] = {}  # for those in `asked`: which of `frames` the marker was
         self._handled = 0  # how many of `frames` the agent is known to have handled
-        self._echoed = False
         self._echoes_in_a_row = _MARKERS_TO_TRUST
-        self._silent_rounds = 0
         #: Frames that were sent to the agent, markers included.
         self.frames = 0
-        #: Whether stdin is paced at all: not for an agent that does not send markers back.
-        self.is_on = True
         #: Called with each session that may be read again.
         self.on_room: Callable[[Session], None] = lambda _session: None
 
@@ -85,13 +61,9 @@ class Pacer:
 
         The session is not to be read then, until `on_room` is called.
         """
-        if not self.is_on or session.window is None:
-            return None
-        marker = session.window.sent(payload_bytes)
+        marker = session.window.sent(payload_bytes) if session.window else None
         if marker:
             now = time.monotonic()
-            if not self.asked:
-                self._heard_before = self._source.received
             self.asked[session] = now + self._echo_timeout
             self.frames += 1
             self._markers[session] = self.frames
@@ -109,15 +81,11 @@ class Pacer:
     def echo(self, seq: int) -> None:
         """A marker came back."""
         session = self._owners.get(marked_stream(seq))
-        if not self.is_on:
-            self._start()
-        elif session and session.window:
-            self._echoed = True  # also if it is too late to count
-            if session.window.echoed(seq):
-                self._echoes_in_a_row += 1
-                # Frames are handled in their order. A copy of the marker may have been later than this one.
-                self._handled = max(self._handled, self._markers.get(session, 0))
-                self._let_go_on(session)
+        if session and session.window and session.window.echoed(seq):
+            self._echoes_in_a_row += 1
+            # Frames are handled in their order. A copy of the marker may have been later than this one.
+            self._handled = max(self._handled, self._markers.get(session, 0))
+            self._let_go_on(session)
 
     def moments(self) -> Iterator[float]:
         """Yield when `run_timers` has something to do."""
@@ -178,7 +146,6 @@ class Pacer:
         self._handled = max(self._handled, sent)
         if whom:
             self._echoes_in_a_row = 0
-            self._believe_silence()
         for session in whom:
             if session.window:
                 session.window.reset()
@@ -194,24 +161,3 @@ class Pacer:
             if not self.asked:
                 self._look_at = None
             self.on_room(session)
-
-    # Agents that echo nothing -----------------------------------------------------------------------------
-
-    def _believe_silence(self) -> None:
-        if self._echoed or self._source.received != self._heard_before:
-            return
-        self._silent_rounds += 1
-        if self._silent_rounds >= _ROUNDS_TO_BELIEVE:
-            logger.warning("the agent does not acknowledge stdin: it is sent unpaced", extra={"vm": self._vm})
-            self.is_on = False
-            self._look_at = None
-            for session in list(self.asked):
-                self._let_go_on(session)
-
-    def _start(self) -> None:
-        logger.info("the agent acknowledges stdin after all: it is sent paced", extra={"vm": self._vm})
-        self.is_on = self._echoed = True
-        self._handled = self.frames
-        for session in set(self._owners.values()):
-            if session.window:
-                session.window.reset()

@@ -134,7 +134,7 @@ class Stdin:
             self._give_up_gone()
 
     def _read(self, session: Session, start: int, room: int, events: int, pieces: list[Piece]) -> int:
-        if session.window and self._pacer.is_on:
+        if session.window:
             room = min(room, session.window.room)
         try:
             size = session.read_into(self._view[start : start + room])

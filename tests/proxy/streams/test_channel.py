@@ -1252,7 +1252,7 @@ def test_markers_that_cannot_have_come_back_are_not_asked_for_again(pacing: Benc
     assert bench.frames() == [marker]
 
 
-def test_agent_that_never_echoes(make_bench: BenchMaker, logged: Logged) -> None:
+def test_agent_that_never_echoes(make_bench: BenchMaker) -> None:
     bench = make_bench(window=WINDOW)
     stream = bench.open()
     data = random.Random(2).randbytes(10_000)
@@ -1266,10 +1266,6 @@ def test_agent_that_never_echoes(make_bench: BenchMaker, logged: Logged) -> None
         while bench.rounds:
             bench.rounds.pop()(True)
     assert taken == data
-    assert logged.at(logging.WARNING) == ["the agent does not acknowledge stdin: it is sent unpaced"]
-    late = bench.open()
-    late.send(bytes(4_000))
-    assert bench.frames() == [(late.base, bytes(4_000))]
 
 
 # Waiting costs nothing ------------------------------------------------------------------------------------
