@@ -1,7 +1,7 @@
 """The project's locks while a test runs: one that is taken while another is held fails the test.
 
-docs/architecture.md lists them, and says that none is taken while another is held, but for one that is always
-the first; so there is no order that could be wrong, and no cycle.
+docs/architecture.md lists them, and says that none is taken while another is held; so there is no order that
+could be wrong, and no cycle.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ from cc_proxy.log import faults
 
 _MADE = re.compile(r"(?:self\.)?(\w+) = threading\.Lock\(\)")
 
-#: Others may be taken while one of these is held, but one at a time, and they never while another is.
-OUTERMOST = frozenset({"User._batch"})
-
 make_lock = threading.Lock
 
 
@@ -33,7 +30,7 @@ class LockWatch:
 
     def taken(self, name: str) -> None:
         held = self.held()
-        if held and (name in OUTERMOST or len(held) > 1 or held[0] not in OUTERMOST):
+        if held:
             thread = threading.current_thread().name
             self.mistakes.append(f"{name} was taken while {held[-1]} was held, by {thread}")
         held.append(name)

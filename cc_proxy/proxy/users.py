@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from cc_proxy.linux.credentials import ROOT
+from cc_proxy.proxy.turns import Turns, Waiter
 from cc_proxy.settings import LiveSettings
 from cc_proxy.tokens import TokenBucket
 
@@ -29,7 +30,7 @@ _PRESENCE = frozenset({"connections", "vms"})
 #: Seconds' worth of requests that a user may make in one go. Starting many containers at once is no attack.
 _BURST = 5
 #: Seconds that a pump waits for the others it takes turns with. One that hangs in a disk must not stop them.
-_COURTESY = 0.05
+_COURTESY = 0.25
 #: Users are remembered until there are this many; then those who have left are forgotten.
 _MANY = 64
 
@@ -75,7 +76,7 @@ class User:
         #: Held while a request of the user's is decoded, so that a user with a thousand threads competes for
         #: the GIL with one of them. Nothing else is locked, and nobody waits for a client, while it is held.
         self.decoding = threading.Lock()
-        self._batch = threading.Lock()  # held by one of the user's pumps at a time; see `one_batch`
+        self._batches = Turns[Waiter]()
         #: The requests that the user may make at once, and how much it has of each thing. Both are guarded by
         #: the lock of `Users`.
         self.requests = TokenBucket(_BURST * users.request_rate)
@@ -114,16 +115,15 @@ class User:
 
         This is a courtesy and no lock: a pump that finds another one at work for too long goes ahead.
         """
-        batch = self._batch
-        mine = batch.acquire(timeout=_COURTESY)
-        if not mine and batch is self._batch:
-            # Nobody waits again for one that hangs; when it goes on, it gives back a lock that nobody wants.
-            self._batch = threading.Lock()
+        turns, waiter = self._batches, Waiter()
+        mine = turns.get(waiter, time.monotonic() + _COURTESY)
+        if not mine and turns is self._batches:
+            self._batches = Turns()  # nobody waits again for one that hangs
         try:
             yield
         finally:
-            if mine:
-                batch.release()
+            if mine and (following := turns.next()):
+                following.turn.release()
 
 
 class Users:

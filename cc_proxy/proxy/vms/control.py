@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from cc_proxy.api.transport import limit_receive
 from cc_proxy.hyperstart.codes import Code
@@ -16,7 +17,7 @@ from cc_proxy.hyperstart.control import Command, ControlChannel, ControlMessage,
 from cc_proxy.linux.fds import is_for_now
 from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.streams.interfaces import Beside, Lost
-from cc_proxy.proxy.vms.turns import Request, Turns
+from cc_proxy.proxy.turns import Turns, Waiter
 
 #: Commands that may be without an answer, their senders having given up, before no more are sent.
 _MOST_UNANSWERED = 64
@@ -40,6 +41,20 @@ class NotSent(NoAnswer):
     """There is no answer because the command was not sent."""
 
 
+@dataclass(eq=False, slots=True)
+class Request(Waiter):
+    """A command that waits for its turn, for its answer, or for both."""
+
+    code: Code
+    payload: bytes
+    begun: float
+    on_answer: OnAnswer = ignore
+    #: Called if it cannot be sent. If there is no such call, some thread waits for the request.
+    on_refusal: Callable[[], None] | None = None
+    #: What was sent; None if that is still to be done.
+    command: Command | None = None
+
+
 class ControlLink:
     """Owner of the control channel's socket.
 
@@ -55,7 +70,7 @@ class ControlLink:
         """`on_event` is told of what the agent says that answers no command."""
         self._sock = sock
         self._on_event = on_event
-        self._turns = Turns(self._on_idle)
+        self._turns = Turns[Request](functools.partial(self._unsolicited_is_watched, True))
         # The thread that has the turn alone uses what follows up to _spin, and reads and writes _sock.
         self._channel = ControlChannel()
         self._lost: ControlLost | None = None
@@ -193,9 +208,6 @@ class ControlLink:
                 self._posted += 1
             else:
                 request.on_refusal()
-
-    def _on_idle(self) -> None:
-        self._unsolicited_is_watched(True)
 
     def _unsolicited_is_watched(self, watched: bool) -> None:
         if not self._unsolicited.closed:
