@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -12,8 +13,8 @@ class Reading:
     key_size: int
     shortest: int
     longest: int
-    #: Keys of those that may be as long as they like.
-    unbounded: frozenset[int] = frozenset()
+    #: By key, of those for which it is another.
+    longest_of: Mapping[int, int] = field(default_factory=dict)
     #: Those that were whole.
     units: list[tuple[int, bytes]] = field(default_factory=list)
     #: What there is of an unfinished one; whether that is nonsense, behind which nothing is understood.
@@ -33,7 +34,7 @@ class Reading:
             return
         length = int.from_bytes(self.rest[self.key_size : header_size], "big")
         key = int.from_bytes(self.rest[: self.key_size], "big")
-        self.broken = length < self.shortest or (length > self.longest and key not in self.unbounded)
+        self.broken = not self.shortest <= length <= self.longest_of.get(key, self.longest)
         if len(self.rest) == length and not self.broken:
             self.units.append((key, bytes(self.rest[header_size:])))
             self.rest.clear()

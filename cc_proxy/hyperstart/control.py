@@ -17,8 +17,9 @@ from cc_proxy.hyperstart.codes import Code, describe
 HEADER = struct.Struct(">II")
 #: The longest message that hyperstart can take, header included: its receive buffer.
 MAX_COMMAND = 10_240
-#: The longest message accepted from an agent, but for an ACK: `readfile` is answered with a whole file.
+#: The longest message accepted from an agent; the longest ACK: `readfile` is answered with a whole file.
 MAX_MESSAGE = 64 * 1024 * 1024
+MAX_ACK = 1024 * 1024 * 1024
 #: How much of a message's payload is kept, in bytes.
 KEPT_PAYLOAD = 64 * 1024
 _ANSWERS = (Code.ACK, Code.ERROR)
@@ -79,8 +80,8 @@ class ControlParser:
     def receive_data(self, data: bytes) -> list[ControlMessage]:
         """Take bytes as they arrived, and return the messages they complete.
 
-        A length under 8, or over `MAX_MESSAGE` in what is no ACK, sets `error`; no more messages are returned
-        after that.
+        A length under 8, or over `MAX_MESSAGE`, or over `MAX_ACK` for an ACK, sets `error`; no more messages
+        are returned after that.
         """
         messages = []
         if self.error is None:
@@ -117,7 +118,7 @@ class ControlParser:
         if len(buffer) < HEADER.size:
             return None
         code, length = HEADER.unpack_from(buffer)
-        if length < HEADER.size or (length > MAX_MESSAGE and code != Code.ACK):
+        if not HEADER.size <= length <= (MAX_ACK if code == Code.ACK else MAX_MESSAGE):
             self.error = f"{describe(code)} with a total length of {length}"
             return None
         kept = min(length, HEADER.size + KEPT_PAYLOAD)

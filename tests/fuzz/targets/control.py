@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections import deque
 
 from cc_proxy.hyperstart.codes import Code
-from cc_proxy.hyperstart.control import KEPT_PAYLOAD, MAX_MESSAGE, Command, ControlChannel, encode
+from cc_proxy.hyperstart.control import KEPT_PAYLOAD, MAX_ACK, MAX_MESSAGE, Command, ControlChannel, encode
 from tests.fuzz.choices import Choices
 from tests.slow import Reading
 
 _ANSWERS = (Code.ACK, Code.ERROR)
 _CODES = (*_ANSWERS, Code.NEXT, Code.READY, Code.PROCESS_ASYNC_EVENT, Code.PING, 99, 2**32 - 1)
-_LENGTHS = (0, 7, 5000, MAX_MESSAGE, MAX_MESSAGE + 1, 2**32 - 1)
+_LENGTHS = (0, 7, 5000, MAX_MESSAGE, MAX_MESSAGE + 1, MAX_ACK, MAX_ACK + 1)
 _LONGEST_READ = 70_000
 
 
@@ -23,7 +23,7 @@ class _Model:
 
     def __init__(self) -> None:
         self.channel = ControlChannel()
-        self.reading = Reading(4, 8, MAX_MESSAGE, frozenset({Code.ACK}))
+        self.reading = Reading(4, 8, MAX_MESSAGE, {Code.ACK: MAX_ACK})
         self.received = 0
         self.taken = 0  # messages of the agent so far
         self.waiting: deque[Command] = deque()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import queue
 import select
 import socket
@@ -347,32 +345,6 @@ def test_agent_that_talks_but_does_not_read_is_heard(agent: Agent) -> None:
         assert agent.events.get(timeout=WAIT).payload == b"while it does not read"
         agent.sock.close()
     assert isinstance(agent.result(), ControlLost)
-
-
-@pytest.mark.parametrize("number", [errno.ENOBUFS, errno.ENOMEM])
-def test_kernel_that_is_short_of_memory_is_asked_again(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    failures = ["send", "recv", "send", "recv"]
-
-    def fail_at_first(name: str) -> None:
-        call = getattr(socket.socket, name)
-
-        def attempt(sock: socket.socket, *arguments: object) -> object:
-            if sock is agent.link._sock and name in failures:
-                failures.remove(name)
-                raise OSError(number, os.strerror(number))
-            return call(sock, *arguments)
-
-        monkeypatch.setattr(socket.socket, name, attempt)
-
-    fail_at_first("send")
-    fail_at_first("recv")
-    with agent.asking(b"short"):
-        assert agent.read() == (PING, b"short")
-        agent.say(ACK)
-    assert agent.result() == ControlMessage(ACK)
-    assert not failures
 
 
 @pytest.mark.parametrize("size", [8, 9, 65_536, 200_000, MAX_MESSAGE + 1])
