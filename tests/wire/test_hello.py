@@ -365,3 +365,12 @@ def test_client_that_goes_while_hello_waits_leaves_nothing_behind(wire: Wire) ->
     vm.hang_up()
     wait_until(lambda: not wire.is_taken(container), "the id is free")
     wire.pod(container=container)
+
+
+def test_vm_that_is_ready_after_its_client_has_gone_keeps_no_id(wire: Wire) -> None:
+    """Nobody was told that it is registered, so nobody would say bye."""
+    client, vm, container = saying_hello(wire)
+    client.close()
+    vm.say(READY)
+    wait_until(lambda: not wire.is_taken(container), "the id is free")
+    wire.pod(container=container)

@@ -67,8 +67,8 @@ class Registry:
         """Register the VM behind two sockets as the client's; returns once it is up.
 
         The id is taken from the beginning, and free again if this fails. Sockets that are not there yet are
-        looked for again as long as `is_here` says that the client still waits. Raises `RegistryError`,
-        `LimitReached` or `VmError`.
+        looked for again as long as `is_here` says that the client still waits; if it does not in the end, the
+        VM is let go as after bye. Raises `RegistryError`, `LimitReached` or `VmError`.
         """
         user = self.users.of(client.uid)
         vm = Vm(hello.container_id, client.uid, self._live, self._space, self._on_change)
@@ -76,6 +76,9 @@ class Registry:
         try:
             claim = functools.partial(self._claim, vm, client)
             vm.start(hello, Dialer(client, self._connector, self._own_address, is_here, claim), user)
+            if not is_here():  # nobody is told that it is registered, so nobody would say bye
+                self.unregister(hello.container_id, client)
+                raise VmError("nobody waits for it any more")
         except BaseException as error:
             self._leave_to(before)
             if isinstance(error, VmError):

@@ -53,15 +53,21 @@ class Office:
         self._stack.callback(agent.close)
         return agent
 
-    def register(self, name: str, agent: FakeVm | None = None) -> tuple[Vm, FakeVm]:
+    def register(
+        self, name: str, agent: FakeVm | None = None, *, client_goes: bool = False
+    ) -> tuple[Vm, FakeVm]:
         agent = agent or self.agent()
 
         def say_ready() -> None:
             agent.accept()
+            if client_goes:
+                here.clear()
             agent.say(READY)
 
+        here = threading.Event()
+        here.set()
         with in_background(say_ready):
-            vm = self.registry.register(hello(name, agent), ME)
+            vm = self.registry.register(hello(name, agent), ME, here.is_set)
         return vm, agent
 
     def knows(self, name: str) -> bool:
@@ -260,6 +266,23 @@ def test_hello_that_fails_leaves_the_id_to_the_vm_that_has_gone(office: Office) 
     with pytest.raises(VmError, match="not an absolute path"):
         office.registry.register(Hello("pod", "relative", "/x"), ME)
     assert office.registry.get("pod", ME) is vm
+
+
+def test_vm_whose_client_went_while_it_booted_is_let_go_and_its_id_is_free(office: Office) -> None:
+    vm, agent = office.register("pod")
+    agent.hang_up()
+    wait_until(lambda: vm.state is State.GONE, "it has gone")
+    with pytest.raises(VmError, match="nobody waits for it any more"):
+        office.register("pod", client_goes=True)
+    assert office.registry.get("pod", ME) is vm, "a hello that fails changes nothing"
+    with pytest.raises(VmError, match="nobody waits for it any more"):
+        office.register("another", client_goes=True)
+    assert [(vm.container_id, vm.state) for vm in office.registry.vms()] == [
+        ("pod", State.LEAVING),
+        ("another", State.LEAVING),
+    ]
+    assert not office.knows("another")
+    office.register("another")
 
 
 def test_id_of_a_vm_that_has_gone_is_free_after_bye(office: Office) -> None:
