@@ -12,7 +12,7 @@ from msgspec import UNSET
 
 from cc_proxy.api import messages
 from cc_proxy.api.deadline import Deadline
-from cc_proxy.api.errors import ProtocolError, Refused
+from cc_proxy.api.errors import ProtocolError, Refused, TimedOut
 from cc_proxy.api.fdpassing import read_fd
 from cc_proxy.api.payloads import (
     AllocateIo,
@@ -66,10 +66,10 @@ class Client:
     ) -> None:
         self._timeout = timeout
         if isinstance(connection, socket.socket):
-            self._sock, self._where = connection, ""
+            self._sock, self._peer = connection, "the other end"
         else:
-            self._where = os.fspath(connection)
-            self._sock = connect(self._where, timeout=timeout)
+            self._peer = os.fspath(connection)
+            self._sock = connect(self._peer, timeout=timeout)
         self._broken = False
 
     def hello(
@@ -135,7 +135,10 @@ class Client:
         limit = messages.MAX_STATUS if isinstance(payload, GetStatus) else messages.MAX_TEXT
         with self._exchange():
             self._write(request, deadline)
-            response = self._read(deadline, limit)
+            try:
+                response = self._read(deadline, limit)
+            except TimedOut:
+                raise TimedOut(f"{self._peer} has not answered {payload.NAME} in time") from None
             if response is None:
                 raise ProtocolError(f"the proxy closed the connection instead of answering {payload.NAME}")
         if not response.success:
@@ -188,8 +191,7 @@ class Client:
         try:
             return read_message(self._sock, Response, timeout=deadline, limit=limit)
         except ProtocolError as error:
-            where = self._where or "the other end"
-            raise ProtocolError(f"{where} is not cc-proxy, or it failed: {error}") from None
+            raise ProtocolError(f"{self._peer} is not cc-proxy, or it failed: {error}") from None
 
     @contextmanager
     def _exchange(self) -> Iterator[None]:

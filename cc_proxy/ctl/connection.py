@@ -13,7 +13,7 @@ from cc_proxy.ctl.signals import Signals
 #: Seconds that asking why something went wrong may take.
 _PATIENCE = 2.0
 
-_SEE_LOG = "cc-proxy's log says which"
+_SEE_LOG = "cc-proxy's log says why"
 _NOBODY_LISTENS = f"start cc-proxy, or name its socket with --socket-path or {SOCKET_VARIABLE}"
 _NEXT_STEPS = {
     errno.ENOENT: _NOBODY_LISTENS,
@@ -47,13 +47,14 @@ def lost_streams(proxy: ProxyOptions, container_id: str, name: str, began: float
     try:
         with Client(proxy.socket_path, timeout=_PATIENCE) as client:
             status = client.status()
-    except ProxyError:
-        return Failure(f"the VM or cc-proxy went away {before_the_end}", hint=_SEE_LOG)
-    except OSError as error:
-        return Failure(f"cc-proxy went away {before_the_end}: {reason(error)}")
+    except ProxyError as error:
+        text = f"the VM or cc-proxy went away {before_the_end}; cc-proxy does not say which: {reason(error)}"
+        return Failure(text, hint="its log may say it")
+    except OSError:
+        return Failure(f"cc-proxy went away {before_the_end}", hint="its log says why")
     age = time.monotonic() - began
     if status.uptime < age:
-        return Failure(f"cc-proxy was restarted {before_the_end}")
+        return Failure(f"cc-proxy was restarted {before_the_end}", hint="its log says why")
     return _gone(status, shorten(container_id), age, before_the_end)
 
 
@@ -62,7 +63,11 @@ def _gone(status: Status, vm_id: str, age: float, before_the_end: str) -> Failur
     for ended in status.ended:
         if ended.id == vm_id and ended.error.age <= age:
             return Failure(f"the VM was lost {before_the_end}: {ended.error.text}")
-    for vm in status.vms:
-        if vm.id == vm_id and vm.state in ("lost", "gone") and vm.last_error:
-            return Failure(f"the VM has gone {before_the_end}; its last error: {vm.last_error.text}")
-    return Failure(f"the VM powered off, or its streams were closed, {before_the_end}", hint=_SEE_LOG)
+    vm = next((vm for vm in status.vms if vm.id == vm_id and vm.age >= age), None)
+    if vm is None:
+        return Failure(f"somebody said bye for the VM {before_the_end}")
+    if vm.state not in ("lost", "gone"):
+        return Failure(f"cc-proxy closed the streams {before_the_end}", hint=_SEE_LOG)
+    if vm.last_error:
+        return Failure(f"the VM has gone {before_the_end}; its last error: {vm.last_error.text}")
+    return Failure(f"the VM powered off {before_the_end}")

@@ -3,7 +3,7 @@
 import sys
 from contextlib import suppress
 
-from cc_proxy.api import ProxyError, Refused
+from cc_proxy.api import ProxyError, Refused, TimedOut
 from cc_proxy.hyperstart.control import MAX_COMMAND
 
 #: The proxy or the VM failed.
@@ -22,12 +22,17 @@ _FROM_AGENT = "received from Hyperstart"
 #: The daemon's names of a VM's sockets, and the options for them.
 _OPTIONS = {"ctlSerial": "--ctl", "ioSerial": "--io"}
 
-#: What to do about errors whose text does not say so, by the beginning of the daemon's text.
+#: What to do about errors whose text does not say so, by what the daemon's text has in it.
 _NEXT_STEPS = {
     "unknown containerID": "`cc-proxyctl status` lists the VMs that you may use, and those that failed",
+    "container already registered": "choose another id, or free this one: `cc-proxyctl bye ID`",
     "message too long": f"a command for the agent has {MAX_COMMAND} bytes at most: shorten its arguments, "
     "its environment, its id or its data",
+    "unknown command": "`cc-proxyctl hyper --help` lists the commands",
+    "VM gone": "`cc-proxyctl bye ID` frees the id",
 }
+_NOT_SAID = "the agent does not say why; the VM's console may"
+_TAKES_LONG = "--timeout gives it longer; `cc-proxyctl status` shows what it waits for"
 
 
 class Failure(Exception):
@@ -66,20 +71,34 @@ def is_from_agent(refusal: Refused) -> bool:
 
 
 def explain(error: Exception) -> str:
-    """Return in a few words what went wrong."""
-    if isinstance(error, Failure):
-        return with_hint(str(error), error.hint)
+    """Return in a few words what went wrong, and what to do about it if that is known."""
+    return with_hint(_text(error), _hint(error))
+
+
+def _text(error: Exception) -> str:
     if isinstance(error, Refused):
         member, _, rest = error.text.partition(": ")
-        if member in _OPTIONS:
-            return f"{_OPTIONS[member]} ({member}): {rest}"
-        hints = (hint for beginning, hint in _NEXT_STEPS.items() if error.text.startswith(beginning))
-        return with_hint(error.text, next(hints, ""))
+        return f"{_OPTIONS[member]} ({member}): {rest}" if member in _OPTIONS else error.text
     if isinstance(error, ConnectionError):
         return f"the connection to cc-proxy was lost: {reason(error)}"
     if isinstance(error, OSError) and not isinstance(error, ProxyError) and error.filename is not None:
         return f"{error.filename}: {reason(error)}"
     return reason(error)
+
+
+def _hint(error: Exception) -> str:
+    if isinstance(error, Failure):
+        return error.hint
+    if isinstance(error, Refused):
+        return _next_step(error)
+    return _TAKES_LONG if isinstance(error, TimedOut) else ""
+
+
+def _next_step(refusal: Refused) -> str:
+    """Return what to do about what the daemon refused; empty if its text says enough."""
+    if not says_why(refusal):
+        return _NOT_SAID
+    return next((step for part, step in _NEXT_STEPS.items() if part in refusal.text), "")
 
 
 def with_hint(text: str, hint: str) -> str:

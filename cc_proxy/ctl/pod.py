@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from cc_proxy.api import Client, Deadline, Hyper, ProxyError, Refused
-from cc_proxy.ctl.errors import Interrupted, explain, is_from_agent, say
+from cc_proxy.ctl.errors import Failure, Interrupted, explain, is_from_agent, say, says_why
 from cc_proxy.ctl.options import ProxyOptions, VmSockets
 from cc_proxy.ctl.requests import KillContainer, StartPod
 from cc_proxy.ctl.signals import Signals
@@ -63,7 +63,10 @@ class TemporaryPod:
                 client.hyper("startpod", StartPod(hostname=self._container_id))
         except Refused as refusal:
             self._started = not is_from_agent(refusal)
-            raise
+            if self._started:
+                raise
+            hint = "" if says_why(refusal) else "the VM may have a pod already: it takes one at a time"
+            raise Failure(f"cannot start a pod: {refusal}", hint=hint) from None
 
     def _destroy(self) -> None:
         """Destroy the pod, if the VM is still there and answers in time."""

@@ -13,7 +13,7 @@ from cc_proxy.api import EndedVm, LastError, VmStatus
 from cc_proxy.ctl.signals import ENDING
 from tests.ctl.fake_proxy import ERROR, FakeProcess, FakeProxy, exits
 from tests.ctl.running import RUN, VM, ctl, interrupt
-from tests.ctl.test_single import error_line
+from tests.ctl.test_single import GIVE_IT_TIME, error_line
 from tests.ctl.test_status import STATUS
 from tests.ctl.test_status import VM as SOME_VM
 
@@ -120,14 +120,15 @@ def test_what_the_daemon_refuses(
 def test_an_id_that_is_taken_stays_its_owners(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
     proxy.refused["hello"] = "pod: container already registered"
     assert ctl(proxy, *RUN, "x") == 125
-    assert error_line(capfd) == "pod: container already registered"
+    assert error_line(capfd).startswith("pod: container already registered (choose another id, ")
     assert "bye" not in proxy.names
 
 
 def test_a_pod_that_was_there_before_stays(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
     proxy.refused["startpod"] = ERROR
     assert ctl(proxy, *RUN, "x") == 125
-    assert error_line(capfd) == ERROR
+    hint = "the VM may have a pod already: it takes one at a time"
+    assert error_line(capfd) == f"cannot start a pod: {ERROR} ({hint})"
     assert proxy.names == ["hello", "startpod", "bye"]
 
 
@@ -166,11 +167,13 @@ def test_a_vm_that_goes_away(
 
     proxy.script = script
     proxy.refused |= dict.fromkeys(["killcontainer", "destroypod", "bye"], "unknown containerID: pod")
+    proxy.refused["status"] = "no payload named 'status'"
     assert ctl(proxy, *argv, "--", "cmd", "x") == 125
     captured = capfd.readouterr()
     assert captured.out == "so far\n"
     assert captured.err == (
-        "cc-proxyctl: the VM or cc-proxy went away before 'cmd' had ended (cc-proxy's log says which)\n"
+        "cc-proxyctl: the VM or cc-proxy went away before 'cmd' had ended; cc-proxy does not say which: "
+        "no payload named 'status' (its log may say it)\n"
     )
 
 
@@ -195,12 +198,14 @@ LONG_AGO = LastError(text="an earlier one", age=1000.0)
                 "ended": [EndedVm(id="other", error=NOW), EndedVm(id="pod", error=LONG_AGO)],
                 "vms": [vm("other", state="lost", last_error=NOW), vm("pod", last_error=NOW)],
             },
-            "the VM powered off, or its streams were closed, before 'x' had ended "
-            "(cc-proxy's log says which)",
+            "cc-proxy closed the streams before 'x' had ended (cc-proxy's log says why)",
         ),
-        ({"uptime": 0.0}, "cc-proxy was restarted before 'x' had ended"),
+        ({"vms": [vm("pod", state="gone", last_error=None)]}, "the VM powered off before 'x' had ended"),
+        ({"vms": [vm("other", state="gone")]}, "somebody said bye for the VM before 'x' had ended"),
+        ({"vms": [vm("pod", age=0.0)]}, "somebody said bye for the VM before 'x' had ended"),
+        ({"uptime": 0.0}, "cc-proxy was restarted before 'x' had ended (its log says why)"),
     ],
-    ids=["lost", "gone", "neither", "restarted"],
+    ids=["lost", "gone", "neither", "powered off", "bye", "bye and hello", "restarted"],
 )
 def test_why_the_streams_ended(
     proxy: FakeProxy, capfd: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
@@ -230,7 +235,8 @@ def test_a_proxy_that_hangs_up(proxy: FakeProxy, capfd: pytest.CaptureFixture[st
 def test_a_vm_that_does_not_answer(proxy: FakeProxy, capfd: pytest.CaptureFixture[str], name: str) -> None:
     proxy.hold(name)
     assert ctl(proxy, *RUN, "--timeout", "0.05", "x") == 125
-    assert error_line(capfd) == "timed out waiting for a message"
+    payload = name if name == "allocateIO" else "hyper"
+    assert error_line(capfd) == (f"{proxy.path} has not answered {payload} in time {GIVE_IT_TIME}")
     assert proxy.names[-2:] == ["destroypod", "bye"]
 
 
@@ -242,7 +248,7 @@ def test_a_hello_that_is_not_answered(proxy: FakeProxy, capfd: pytest.CaptureFix
     assert proxy.names == ["hello", "bye"]
     assert capfd.readouterr().err.splitlines() == [
         "cc-proxyctl: pod may be registered yet: hello was not waited for",
-        "cc-proxyctl: timed out waiting for a message",
+        f"cc-proxyctl: {proxy.path} has not answered hello in time {GIVE_IT_TIME}",
     ]
 
 
@@ -253,7 +259,7 @@ def test_a_proxy_that_ends(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) 
 
     proxy.script = script
     assert ctl(proxy, *RUN, "cmd") == 125
-    assert error_line(capfd) == "cc-proxy went away before 'cmd' had ended: Connection refused"
+    assert error_line(capfd) == "cc-proxy went away before 'cmd' had ended (its log says why)"
 
 
 def test_a_pod_that_cannot_be_destroyed_is_unregistered_all_the_same(

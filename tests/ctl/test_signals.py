@@ -232,7 +232,8 @@ def test_the_third_signal_cuts_clearing_up_short(proxy: FakeProxy, capfd: pytest
     assert ctl(proxy, *RUN, "x") == 7
     assert time.monotonic() - began < _GRACE
     assert proxy.names[-3:] == ["attach", "destroypod", "bye"]
-    assert capfd.readouterr().err.startswith("cc-proxyctl: pod may still be registered: timed out")
+    late = f"{proxy.path} has not answered bye in time"
+    assert capfd.readouterr().err.startswith(f"cc-proxyctl: pod may still be registered: {late}")
 
 
 def killed(process: FakeProcess) -> None:

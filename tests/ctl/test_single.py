@@ -20,6 +20,9 @@ from cc_proxy.ctl.errors import explain, say
 from tests.ctl.fake_proxy import ERROR, FakeProxy
 from tests.ctl.running import ctl, interrupt
 
+#: What to do about an answer that does not come in time.
+GIVE_IT_TIME = "(--timeout gives it longer; `cc-proxyctl status` shows what it waits for)"
+
 
 def error_line(capfd: pytest.CaptureFixture[str]) -> str:
     """Return the one line on stderr; nothing is on stdout."""
@@ -192,14 +195,38 @@ def test_a_proxy_that_hangs_up(proxy: FakeProxy, capfd: pytest.CaptureFixture[st
 def test_a_proxy_that_does_not_answer(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
     held = proxy.hold("ping")
     assert ctl(proxy, "attach", "ID", "--timeout", "0.05") == 125
-    assert error_line(capfd) == "timed out waiting for a message"
+    assert error_line(capfd) == (f"{proxy.path} has not answered hyper in time {GIVE_IT_TIME}")
     held.set()
 
 
 def test_the_agents_own_error(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
     proxy.refused["testcmd"] = ERROR
     assert ctl(proxy, "hyper", "ID", "testcmd") == 125
-    assert error_line(capfd) == ERROR
+    assert error_line(capfd) == f"{ERROR} (the agent does not say why; the VM's console may)"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "step"),
+    [
+        ("bye", "unknown containerID: ID", "`cc-proxyctl status` lists the VMs that you may use"),
+        (
+            "hello",
+            "ID: container already registered",
+            "choose another id, or free this one: `cc-proxyctl bye ID`",
+        ),
+        ("ping", "message too long 10241", "a command for the agent has 10240 bytes at most: shorten its"),
+        ("ping", "unknown command 'x'", "`cc-proxyctl hyper --help` lists the commands"),
+        ("ping", "VM gone: the VM hung up its I/O channel", "`cc-proxyctl bye ID` frees the id"),
+    ],
+)
+def test_what_to_do_about_a_refusal(
+    proxy: FakeProxy, capfd: pytest.CaptureFixture[str], name: str, text: str, step: str
+) -> None:
+    hello = ["hello", "ID", "--ctl", "/ctl", "--io", "/io"]
+    argv = {"bye": ["bye", "ID"], "hello": hello}.get(name, ["hyper", "ID", "ping"])
+    proxy.refused[name] = text
+    assert ctl(proxy, *argv) == 125
+    assert error_line(capfd).startswith(f"{text} ({step}")
 
 
 def test_what_is_not_utf_8(
@@ -221,7 +248,10 @@ def test_ctrl_c(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
     ("error", "text"),
     [
         (ProtocolError("odd"), "odd"),
-        (TimedOut("timed out waiting for x"), "timed out waiting for x"),
+        (
+            TimedOut("timed out connecting to /x"),
+            f"timed out connecting to /x {GIVE_IT_TIME}",
+        ),
         (BrokenPipeError(32, "Broken pipe"), "the connection to cc-proxy was lost: Broken pipe"),
         (ConnectionResetError(104, "reset"), "the connection to cc-proxy was lost: reset"),
         (OSError(24, "Too many open files"), "Too many open files"),

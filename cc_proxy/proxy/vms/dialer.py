@@ -137,7 +137,9 @@ class Dialer:
                         deadline = Deadline(min(_CONSOLE_TIMEOUT, deadline.remaining()))
         except TimedOut:
             return
-        except (TooManyHang, _NotWanted) as error:
+        except _NotWanted:
+            first.cause = f"{first.cause or _TOO_LATE}, and nobody waits for it any more"
+        except TooManyHang as error:
             first.cause = str(error)
         except OSError as error:
             first.cause = error.strerror or str(error)
@@ -216,7 +218,7 @@ def _next_report(attempt: Attempt, deadline: Deadline, still_wanted: Callable[[]
             if not deadline.remaining():
                 raise
         if not still_wanted():
-            raise _NotWanted("nobody waits for it any more")
+            raise _NotWanted
 
 
 def _check(member: str, path: str) -> None:
