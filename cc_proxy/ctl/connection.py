@@ -4,8 +4,8 @@ import errno
 import time
 from contextlib import AbstractContextManager, nullcontext
 
-from cc_proxy.api import Client, ProxyError, Status
-from cc_proxy.api.status import shorten
+from cc_proxy.api import Client, ProxyError, Refused
+from cc_proxy.api.status import VmStatus, shorten
 from cc_proxy.ctl.errors import Failure, reason
 from cc_proxy.ctl.options import SOCKET_VARIABLE, ProxyOptions
 from cc_proxy.ctl.signals import Signals
@@ -46,7 +46,7 @@ def lost_streams(proxy: ProxyOptions, container_id: str, name: str, began: float
     before_the_end = f"before '{name}' had ended"
     try:
         with Client(proxy.socket_path, timeout=_PATIENCE) as client:
-            status = client.status()
+            status, is_known = client.status(), _knows(client, container_id)
     except ProxyError as error:
         text = f"the VM or cc-proxy went away {before_the_end}; cc-proxy does not say which: {reason(error)}"
         return Failure(text, hint="its log may say it")
@@ -55,17 +55,27 @@ def lost_streams(proxy: ProxyOptions, container_id: str, name: str, began: float
     age = time.monotonic() - began
     if status.uptime < age:
         return Failure(f"cc-proxy was restarted {before_the_end}", hint="its log says why")
-    return _gone(status, shorten(container_id), age, before_the_end)
-
-
-def _gone(status: Status, vm_id: str, age: float, before_the_end: str) -> Failure:
-    """Return the failure that a status gives for a VM which may have been lost in the last `age` seconds."""
+    vm_id = shorten(container_id)
     for ended in status.ended:
         if ended.id == vm_id and ended.error.age <= age:
             return Failure(f"the VM was lost {before_the_end}: {ended.error.text}")
     vm = next((vm for vm in status.vms if vm.id == vm_id and vm.age >= age), None)
-    if vm is None:
+    if vm is None or not is_known:  # another VM may have the id by now
         return Failure(f"somebody said bye for the VM {before_the_end}")
+    return _gone(vm, before_the_end)
+
+
+def _knows(client: Client, container_id: str) -> bool:
+    """Whether the id is still a VM's. One that was lost, or powered off, keeps it until somebody says bye."""
+    try:
+        client.attach(container_id)
+    except Refused:
+        return False
+    return True
+
+
+def _gone(vm: VmStatus, before_the_end: str) -> Failure:
+    """Return the failure that a VM's status gives for streams which have ended."""
     if vm.state not in ("lost", "gone"):
         return Failure(f"cc-proxy closed the streams {before_the_end}", hint=_SEE_LOG)
     if vm.last_error:

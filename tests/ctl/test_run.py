@@ -201,11 +201,11 @@ LONG_AGO = LastError(text="an earlier one", age=1000.0)
             "cc-proxy closed the streams before 'x' had ended (cc-proxy's log says why)",
         ),
         ({"vms": [vm("pod", state="gone", last_error=None)]}, "the VM powered off before 'x' had ended"),
-        ({"vms": [vm("other", state="gone")]}, "somebody said bye for the VM before 'x' had ended"),
+        ({"vms": [vm("pod", state="lost", last_error=None)]}, "the VM powered off before 'x' had ended"),
         ({"vms": [vm("pod", age=0.0)]}, "somebody said bye for the VM before 'x' had ended"),
         ({"uptime": 0.0}, "cc-proxy was restarted before 'x' had ended (its log says why)"),
     ],
-    ids=["lost", "gone", "neither", "powered off", "bye", "bye and hello", "restarted"],
+    ids=["lost", "gone", "neither", "powered off", "powers off", "bye and hello", "restarted"],
 )
 def test_why_the_streams_ended(
     proxy: FakeProxy, capfd: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
@@ -214,6 +214,19 @@ def test_why_the_streams_ended(
     proxy.results["status"] = msgspec.structs.replace(STATUS, **changes)
     assert ctl(proxy, "exec", "pod", "x") == 125
     assert error_line(capfd) == said
+
+
+def test_streams_that_ended_after_bye(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also while what the VM has sent is still delivered to others."""
+
+    def script(process: FakeProcess) -> None:
+        proxy.refused["attach"] = "unknown containerID: pod"
+        process.io.shutdown(socket.SHUT_RDWR)
+
+    proxy.script = script
+    proxy.results["status"] = msgspec.structs.replace(STATUS, vms=[vm("pod", state="lost", last_error=None)])
+    assert ctl(proxy, "exec", "pod", "x") == 125
+    assert error_line(capfd) == "somebody said bye for the VM before 'x' had ended"
 
 
 def test_what_is_no_frame(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
