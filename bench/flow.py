@@ -2,17 +2,15 @@
 
 import select
 import socket
-import struct
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from bench.streams import BUFFER_SIZE, StreamCheck, WrongBytesError, cycle_of, repeated
+from cc_proxy.api.transport import limit_receive, limit_send
 
 #: Seconds without a byte after which the other side is given up.
 PATIENCE = 20.0
-
-_TIMEVAL = struct.pack("ll", int(PATIENCE), 0)
 
 
 class StalledError(Exception):
@@ -141,8 +139,8 @@ def make_blocking(sock: socket.socket) -> socket.socket:
     (A timeout of the socket module's costs a `poll` before every one.)
     """
     sock.setblocking(True)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL)
+    limit_receive(sock, PATIENCE)
+    limit_send(sock, PATIENCE)
     return sock
 
 

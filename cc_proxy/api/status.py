@@ -154,6 +154,11 @@ class Status(_Part, frozen=True):
     ended: list[EndedVm]
 
 
+def count(number: int, thing: str) -> str:
+    """Return a number of things in words: `1 VM`, `2 VMs`."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def shorten(text: str) -> str:
     """Return `text`, cut to `LONGEST_TEXT` characters."""
     return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from cc_proxy.api import LastError, Status, Streams, UserStatus, VmStatus, WaitingStream
+from cc_proxy.api.status import count
 from cc_proxy.log.printable import printable
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -44,7 +45,7 @@ def waits(vm: VmStatus) -> Iterator[str]:
     if vm.waiting_commands > len(vm.commands):
         yield f"{vm.waiting_commands - len(vm.commands)} more commands wait behind them"
     if vm.unanswered > vm.waiting_commands:
-        yield f"the agent has left {_count(vm.unanswered - vm.waiting_commands, 'command')} unanswered"
+        yield f"the agent has left {count(vm.unanswered - vm.waiting_commands, 'command')} unanswered"
 
 
 def size(number: int) -> str:
@@ -70,8 +71,8 @@ def _daemon(status: Status) -> Iterator[str]:
     yield f"settings: {settings}; log level: {printable(status.log_level)}"
     sessions = sum(vm.streams.sessions for vm in status.vms if vm.streams)
     yield (
-        f"{_count(status.vm_count, 'VM')}, {_count(sessions, 'session')}, "
-        f"{_count(status.connections, 'connection')}; {size(status.spooled)} spooled"
+        f"{count(status.vm_count, 'VM')}, {count(sessions, 'session')}, "
+        f"{count(status.connections, 'connection')}; {size(status.spooled)} spooled"
     )
 
 
@@ -117,7 +118,7 @@ def _stdin(streams: Streams) -> Iterator[str]:
         held = size(streams.stdin_held)
         yield f"the VM has taken no stdin for {age(streams.stdin_stalled)}: {held} wait for it"
     if streams.stdin_unacknowledged:
-        yield f"stdin of {_count(streams.stdin_unacknowledged, 'session')} waits for the agent to acknowledge"
+        yield f"stdin of {count(streams.stdin_unacknowledged, 'session')} waits for the agent to acknowledge"
 
 
 def _errors(errors: Sequence[tuple[str, LastError]]) -> list[str]:
@@ -126,7 +127,3 @@ def _errors(errors: Sequence[tuple[str, LastError]]) -> list[str]:
 
 def _section(title: str, lines: Sequence[str]) -> list[str]:
     return ["", title, *(f"  {line}" for line in lines)] if lines else []
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -1,8 +1,11 @@
-"""Sockets in the file system: recognising a file, and locking its directory."""
+"""Sockets in the file system: recognising a file, removing a stale one, and locking its directory."""
 
 import contextlib
+import errno
 import fcntl
 import os
+import socket
+import stat
 import time
 from collections.abc import Iterator
 
@@ -20,6 +23,33 @@ def identity(path: str) -> Identity:
     """Return the identity of the file at `path`, without following a link. Raises `OSError`."""
     status = os.lstat(path)
     return status.st_dev, status.st_ino
+
+
+def remove_stale(path: str) -> None:
+    """Remove a socket that no process has open. Raises `OSError`, which says if it is something else."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise OSError(errno.EEXIST, "there is something that is not a socket; it was left alone")
+    if _is_alive(path):
+        raise OSError(errno.EADDRINUSE, "another process serves this socket; it was left alone")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _is_alive(path: str) -> bool:
+    """Whether a process has the socket open.
+
+    A stream socket that is alive refuses a datagram socket as being of the wrong type. So whoever listens
+    does not notice: a stream socket would be accepted, perhaps in the place of a hypervisor's one peer.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        code = probe.connect_ex(path)
+    if code not in (0, errno.EPROTOTYPE, errno.ECONNREFUSED, errno.ENOENT):
+        raise OSError(code, os.strerror(code))
+    return code in (0, errno.EPROTOTYPE)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from cc_proxy.access import look_up_again, names_others, unknown_names
+from cc_proxy.api.status import count
 from cc_proxy.linux.systemd import Notifier, monotonic_usec
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
@@ -160,7 +161,7 @@ class Supervisor:
         if self._registry.is_free(0.1):  # whatever happens, this thread is not to get stuck too
             vms = self._registry.vms()
             sessions = sum(vm.sessions for vm in vms)
-            self._status = f"STATUS={_count(len(vms), 'VM')}, {_count(sessions, 'session')}"
+            self._status = f"STATUS={count(len(vms), 'VM')}, {count(sessions, 'session')}"
         return self._status
 
     def _reload(self) -> None:
@@ -262,10 +263,6 @@ def _next_signal() -> signal.Signals:
     """
     pending = signal.sigpending() & _STOP_SIGNALS
     return signal.Signals(signal.sigwait(pending or _SIGNALS))
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _stop(server: Server, registry: Registry) -> None:

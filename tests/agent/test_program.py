@@ -183,7 +183,10 @@ def test_run_agent_gives_back_what_it_took(tmp_sock_dir: Path) -> None:
 
 def test_a_path_in_use(program: AgentProgram, tmp_sock_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_agent(tmp_sock_dir / "new", program.io) == 1
-    assert capsys.readouterr().err == f"cc-proxy agent: {program.io}: another process is listening there\n"
+    assert (
+        capsys.readouterr().err
+        == f"cc-proxy agent: {program.io}: another process serves this socket; it was left alone\n"
+    )
     assert not (tmp_sock_dir / "new").exists()
     # The one that was there has not even noticed: READY has not been used up.
     with connected(program.ctl, program.io) as host:
@@ -227,7 +230,7 @@ def test_what_is_no_socket_is_left_alone(
     assert run_agent(tmp_sock_dir / "ctl", path) == 1
     assert (
         capsys.readouterr().err
-        == f"cc-proxy agent: {path}: is there already and not a socket; it is left alone\n"
+        == f"cc-proxy agent: {path}: there is something that is not a socket; it was left alone\n"
     )
     assert os.listdir(tmp_sock_dir) == ["io"]
 

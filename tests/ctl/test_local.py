@@ -317,7 +317,7 @@ def test_an_agent_that_cannot_listen(tmp_sock_dir: Path, capfd: pytest.CaptureFi
     command = ["agent", "--ctl", str(occupied), "--io", str(tmp_sock_dir / "io")]
     child = subprocess.run([sys.executable, "-m", "cc_proxy.cli.ctl", *command], cwd=CHECKOUT, check=False)
     assert child.returncode == 1
-    assert f"{occupied}: is there already" in capfd.readouterr().err
+    assert f"{occupied}: there is something that is not a socket" in capfd.readouterr().err
 
 
 # Agents that do not come up, with something else in Python's place ---

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 
 from cc_proxy.linux.fds import refuse_rights
-from cc_proxy.linux.socketfile import MAX_SOCKET_PATH, Identity, identity, locked
+from cc_proxy.linux.socketfile import MAX_SOCKET_PATH, Identity, identity, locked, remove_stale
 from cc_proxy.log.levels import logger
 
 #: Connections that may wait to be accepted.
@@ -169,33 +169,10 @@ def _listen(path: str, *, for_all: bool) -> socket.socket:
         if for_all:
             _look_at_directory(path)
         with locked(directory):
-            _remove_stale(path)
+            remove_stale(path)
             return _bind(path, _SOCKET_UMASKS[for_all])
     except OSError as error:
         raise ListenError(f"{path}: cannot listen: {error.strerror}") from None
-
-
-def _remove_stale(path: str) -> None:
-    """Remove a socket that nobody serves. Raises `ListenError` for anything else that is there."""
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise ListenError(f"{path}: there is something that is not a socket; it was left alone")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            return
-        except FileNotFoundError:  # whoever served it has just removed it
-            return
-        except BlockingIOError:
-            pass  # its backlog is full, so somebody serves it
-    raise ListenError(f"{path}: another process serves this socket; it was left alone")
 
 
 def _bind(path: str, umask: int) -> socket.socket:
