@@ -12,7 +12,7 @@ from cc_proxy.agent.processes import Processes
 from cc_proxy.agent.quirks import Quirks
 from cc_proxy.api.frames import FRAME_HEADER, MAX_FRAME, Frame, encode_frame
 from cc_proxy.hyperstart.frames import MAX_FROM_AGENT, MAX_TO_AGENT
-from cc_proxy.hyperstart.pacing import FIRST_MARKER, marked_stream
+from cc_proxy.hyperstart.pacing import FIRST_MARKER, LOSSLESS, marked_stream
 
 _READ_SIZE = 64 * 1024
 _END_SIZE = 2 * FRAME_HEADER.size + 1
@@ -25,8 +25,8 @@ class IoChannel:
 
     The real agent takes one frame a round, and answers a frame that nobody owns at once, or never if its
     buffer has no room for that. With `lossless` frames are taken as they come. An answer is never left out.
-    A marker's (docs/protocol.md) waits until the process it was sent for has taken its stdin. Nothing more
-    is read while a process has over `FULL` bytes waiting, which no host causes that waits for answers.
+    A marker (docs/protocol.md, 4) comes back when the process it was sent for has taken its stdin. Nothing
+    more is read while one has more waiting than a host may send it at once.
     """
 
     def __init__(self, port: Port, processes: Processes, quirks: Quirks, *, lossless: bool) -> None:
@@ -36,6 +36,14 @@ class IoChannel:
         self._frames = HostFrames(MAX_FRAME if lossless else MAX_TO_AGENT)
         self._full: set[Stdin] = set()
         self._answers_to_drop = sys.maxsize if quirks.no_echo else quirks.drop_echoes
+
+    def announce(self) -> None:
+        """Tell the host what an agent it has to do with; nothing to be told of one like the real one.
+
+        It is not told if there is no room: each marker that comes back tells it too.
+        """
+        if self.lossless and self.room >= len(LOSSLESS):
+            self.send(FIRST_MARKER, LOSSLESS)
 
     # What processes call -----------------------------------------------------------------------------
 
@@ -88,6 +96,7 @@ class IoChannel:
     def connected(self) -> None:
         """What waited goes out by itself. What the host before did not finish is nobody's."""
         self._frames = HostFrames(self._frames.longest)
+        self.announce()
 
     def disconnected(self) -> None:
         """What waits is for the next host."""
@@ -117,13 +126,13 @@ class IoChannel:
     def _answer_stray(self, seq: int) -> None:
         process = self._processes.owner(marked_stream(seq)) if seq >= FIRST_MARKER else None
         if process is not None and process.stdin.is_stuck:
-            process.stdin.when_taken(lambda: self._answer(seq))
+            process.stdin.when_taken(seq, lambda: self._answer(seq))
         else:
             self._answer(seq)
 
     def _answer(self, seq: int) -> None:
         if self.lossless or self.room >= 0:
-            self.send(seq, b"")
+            self.send(seq, LOSSLESS if self.lossless and seq >= FIRST_MARKER else b"")
         if self._has_most_answers:
             self._set_reading()
             self._port.when_drained(self._set_reading)

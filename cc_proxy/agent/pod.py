@@ -84,6 +84,7 @@ class Pod:
             case commands.ReadFile():
                 return self._read_file(command)
             case commands.Version():
+                self._channel.announce()  # hosts ask for it when they find an agent that was up before
                 return _U32.pack(PROTOCOL_VERSION)
         return b""
 

@@ -16,9 +16,8 @@ from cc_proxy.agent.errors import Refused
 from cc_proxy.agent.inbound import STDIN_SIZE, StdinBuffer
 from cc_proxy.agent.loop import READ, WRITE, Loop, Turn
 from cc_proxy.agent.spawn import Child, set_size
+from cc_proxy.hyperstart.pacing import LOSSLESS_WINDOW
 
-#: Bytes that wait for a process without loss while its host need not wait too.
-FULL = 64 * 1024
 #: Seconds that the real agent takes for an answer (measured), and a process to load its program.
 _ROUND_TRIP, _LOADING = 0.004, 0.1
 
@@ -46,11 +45,14 @@ class Channel(Protocol):
     def when_drained(self, callback: Callable[[], None]) -> None:
         """Call back once, when all the room there can be is there."""
 
+    def announce(self) -> None:
+        """Tell the host whether stdin may be lost."""
+
     def flush(self) -> None:
         """Let the host have what waits for it now."""
 
     def set_full(self, stdin: Stdin, full: bool) -> None:
-        """Called when more than `FULL` bytes wait for a process, and when they do not any more."""
+        """Called when more waits for a process than a host may send at once, and when that is over."""
 
 
 class Stdin:
@@ -67,7 +69,7 @@ class Stdin:
         self._started = time.monotonic()
         self._watched = False
         self._full = False
-        self._until_taken: list[Callable[[], None]] = []
+        self._until_taken: dict[int, Callable[[], None]] = {}
         self._buffer = StdinBuffer(sys.maxsize if channel.lossless else STDIN_SIZE)
 
     def take(self, payload: bytes) -> None:
@@ -90,17 +92,18 @@ class Stdin:
         poll.register(self._fd, select.POLLOUT)
         return not poll.poll(0)
 
-    def when_taken(self, callback: Callable[[], None]) -> None:
+    def when_taken(self, marker: int, callback: Callable[[], None]) -> None:
         """Call back once the process has taken all that waits, or never will: at once if nothing does.
 
-        The real agent waits for none. But it needs milliseconds for an answer, and its hosts rely on that:
-        here whoever begins by loading a large program would lose its stdin.
+        A marker that is sent again replaces the one before. The real agent waits for none. But it needs
+        milliseconds for an answer, and its hosts rely on that: here whoever begins by loading a large program
+        would lose its stdin.
         """
-        self._until_taken.append(callback)
+        self._until_taken[marker] = callback
         self._settle()
         if not self._channel.lossless:
             patience = max(_ROUND_TRIP, self._started + _LOADING - time.monotonic())
-            self._loop.call_later(patience, partial(self._give_up, callback))
+            self._loop.call_later(patience, partial(self._give_up, marker))
 
     def close(self) -> None:
         """Let the process see end of file, now."""
@@ -129,20 +132,20 @@ class Stdin:
             self._set_watched(len(self._buffer) > 0)
             self._settle()
 
-    def _give_up(self, callback: Callable[[], None]) -> None:
-        if callback in self._until_taken:
-            self._until_taken.remove(callback)
+    def _give_up(self, marker: int) -> None:
+        callback = self._until_taken.pop(marker, None)
+        if callback is not None:
             callback()
 
     def _settle(self) -> None:
         """See what follows from a change of what waits."""
         size = 0 if self._fd is None else len(self._buffer)
-        if self._channel.lossless and (size > FULL) != self._full:
+        if self._channel.lossless and (size > LOSSLESS_WINDOW) != self._full:
             self._full = not self._full
             self._channel.set_full(self, self._full)
         if not size and self._until_taken:
-            callbacks, self._until_taken = self._until_taken, []
-            for callback in callbacks:
+            callbacks, self._until_taken = self._until_taken, {}
+            for callback in callbacks.values():
                 callback()
 
     def _set_watched(self, on: bool) -> None:

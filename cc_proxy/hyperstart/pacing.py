@@ -3,6 +3,8 @@
 An agent keeps 512 bytes of stdin for each process and drops what does not fit. It answers a frame on a seq
 that no process has with an empty frame, once it has handled everything before it. Such a frame, sent after
 the data, is a marker: when it comes back, there is room again.
+
+A lossless agent keeps more, and says so: a marker comes back with `LOSSLESS` as its payload.
 """
 
 from cc_proxy.api.frames import encode_frame
@@ -13,6 +15,11 @@ FIRST_MARKER = 1 << 63
 _GENERATION_SHIFT = 53
 _GENERATIONS = 1 << 10
 _STREAM_MASK = (1 << _GENERATION_SHIFT) - 1
+
+#: What a lossless agent sends a marker back with. It sends one that nobody sent, too, to each new host.
+LOSSLESS = b"\1"
+#: Bytes of stdin that it keeps for each process.
+LOSSLESS_WINDOW = 64 * 1024
 
 
 def marked_stream(seq: int) -> int:
@@ -39,6 +46,10 @@ class StdinWindow:
     def room(self) -> int:
         """Payload bytes that may be sent now; 0 while a marker is on its way."""
         return 0 if self.asked else self._size - self._unacknowledged
+
+    def widen(self, size: int) -> None:
+        """Let more be sent at once; no matter if it is less."""
+        self._size = max(self._size, size)
 
     def sent(self, payload_bytes: int) -> bytes | None:
         """Count payload that was sent. Returns a marker if one must be sent after it."""

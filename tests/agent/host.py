@@ -15,6 +15,7 @@ from typing import Any, Self
 from cc_proxy.api.frames import FRAME_HEADER, Frame, encode_frame
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import HEADER, ControlMessage, encode
+from cc_proxy.hyperstart.pacing import FIRST_MARKER, LOSSLESS
 
 # Seconds. Only a test that fails waits that long.
 PATIENCE = 10.0
@@ -92,6 +93,8 @@ class Host:
             self.ctl = made.enter_context(Channel(ctl))
             self.io = made.enter_context(Channel(io))
             self._made = made.pop_all()
+        #: What a marker comes back with.
+        self.echo = b""
         #: What came on the control channel and was neither NEXT nor an answer.
         self.events: list[ControlMessage] = []
 
@@ -103,6 +106,11 @@ class Host:
 
     def wait_ready(self) -> None:
         assert self.read_message().code == Code.READY
+
+    def wait_lossless(self) -> None:
+        """Waits until the agent has said that it is lossless."""
+        self.echo = LOSSLESS
+        assert self.read_frame() == Frame(FIRST_MARKER, LOSSLESS)
 
     def send(self, code: Code, data: Any = b"") -> None:
         payload = data if isinstance(data, bytes) else json.dumps(data).encode()
@@ -175,7 +183,7 @@ class Host:
     def fence(self, marker: int = MARKER) -> None:
         """Returns once the agent has handled every frame before; nothing else must have come from it."""
         self.feed(marker)
-        assert self.read_frame() == Frame(marker, b"")
+        assert self.read_frame() == Frame(marker, self.echo)
 
     def feed_all(self, seq: int, data: bytes) -> None:
         """Sends stdin so that nothing of it is lost."""

@@ -12,8 +12,9 @@ import pytest
 
 from cc_proxy.api.frames import Frame, encode_frame
 from cc_proxy.hyperstart.codes import Code
+from cc_proxy.hyperstart.pacing import LOSSLESS
 from tests.agent.conftest import MakeAgent
-from tests.agent.host import MARKER, Host, connected, state_of, until
+from tests.agent.host import MARKER, Channel, Host, connected, state_of, until
 from tests.agent.running import AgentThread
 
 #: More than pipe, socket and agent hold together.
@@ -28,6 +29,7 @@ def agent(make_agent: MakeAgent) -> AgentThread:
 @pytest.fixture
 def host(agent: AgentThread) -> Iterator[Host]:
     with connected(agent.ctl, agent.io) as host:
+        host.wait_lossless()
         yield host
 
 
@@ -40,6 +42,32 @@ def start_stopped(host: Host, *args: str) -> None:
 
 def marker_of(seq: int) -> int:
     return 2**63 + seq
+
+
+def test_each_host_is_told(agent: AgentThread) -> None:
+    for _ in range(2):
+        with Channel(agent.io) as io:
+            assert io.read(13) == bytes.fromhex("8000000000000000 0000000d 01")
+
+
+def test_a_host_that_asks_for_the_version_is_told_again(host: Host) -> None:
+    assert host.ok(Code.VERSION) == bytes.fromhex("00001092")
+    assert host.read_frame() == Frame(2**63, LOSSLESS)
+
+
+def test_a_frame_of_no_process_that_is_no_marker_comes_back_empty(host: Host) -> None:
+    host.feed(99, b"x")
+    assert host.read_frame() == Frame(99, b"")
+
+
+def test_a_marker_that_is_sent_again_comes_back_once(host: Host) -> None:
+    start_stopped(host, "wc", "-c")
+    host.io.send(encode_frame(1, bytes(4_000)) * 20 + encode_frame(marker_of(1)) * 3)
+    host.ok(Code.PING)
+    host.kill(signal.SIGCONT)
+    assert host.read_frame() == Frame(marker_of(1), LOSSLESS)
+    host.feed(1)
+    assert host.run_to_end() == ({1: b"80000\n"}, 0)
 
 
 def test_what_is_not_taken_is_kept_and_not_acknowledged(host: Host) -> None:
@@ -59,7 +87,7 @@ def test_what_is_not_taken_is_kept_and_not_acknowledged(host: Host) -> None:
     host.fence(marker_of(99))
     assert host.io.silent
     host.kill(signal.SIGCONT)
-    assert host.read_frame() == Frame(marker_of(1), b"")
+    assert host.read_frame() == Frame(marker_of(1), LOSSLESS)
     host.feed(1)
     output, _ = host.run_to_end()
     assert output[1].split()[0].decode() == hashlib.md5(content).hexdigest()
@@ -97,7 +125,7 @@ def test_what_will_never_be_taken_is_acknowledged(host: Host, how: str) -> None:
     host.kill(signal.SIGCONT)
     said = Frame(1, b"closed\n") if how == "closes its stdin" else Frame(1, b"\3")
     frames: set[Frame] = set()
-    while not frames >= {said, Frame(marker_of(1), b"")}:
+    while not frames >= {said, Frame(marker_of(1), LOSSLESS)}:
         frames.add(host.read_frame())
 
 
@@ -122,7 +150,7 @@ def test_an_exit_is_reported_while_output_floods(host: Host) -> None:
 
 
 def test_a_host_that_reads_no_answers_is_not_read_without_bound(host: Host, agent: AgentThread) -> None:
-    marker, number = encode_frame(MARKER), 200_000
+    marker, number = encode_frame(MARKER, LOSSLESS), 200_000
     sender = threading.Thread(target=host.io.send, args=[marker * number], name="sender")
     sender.start()
     until(lambda: agent.agent._io.waiting_size > 64 * 1024)

@@ -164,3 +164,15 @@ def test_an_agent_that_loses_echoes_and_a_process_that_loses_nothing() -> None:
                 case 3 if sent == 5_000 and not channel:
                     taken, stdin = taken + stdin, 0
         assert (taken, lost) == (5_000, 0)
+
+
+def test_window_becomes_wider_and_never_narrower() -> None:
+    window = StdinWindow(1, WINDOW)
+    window.sent(100)
+    window.widen(1000)
+    assert window.room == 900
+    window.widen(WINDOW)
+    assert window.room == 900
+    assert window.sent(399) is None
+    assert window.sent(1) is not None
+    assert window.room == 0

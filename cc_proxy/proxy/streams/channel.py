@@ -218,11 +218,11 @@ class Channel:
         if not self._io_open and not session.waits:
             self._drop(session, "all is delivered")
 
-    def _on_stray(self, seq: int) -> bool:
+    def _on_stray(self, seq: int, size: int) -> bool:
         """A frame that nobody owns; returns whether it was a marker of ours that came back."""
         if seq < FIRST_MARKER:
             return False
-        self._pacer.echo(seq)
+        self._pacer.echo(seq, size)
         return True
 
     # Sessions ---------------------------------------------------------------------------------------------

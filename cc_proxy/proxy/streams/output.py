@@ -27,7 +27,8 @@ class Output:
     """Reads the I/O channel and passes frames to the sessions that own them.
 
     `before_delivery` is called when something was read: it is the last chance to make known who owns it.
-    `on_stray` is called with the seq of each frame that nobody owns, and returns whether it knows the frame.
+    `on_stray` is called with the seq and the payload's size of each frame that nobody owns, and returns
+    whether it knows the frame.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Output:
         selector: Selector,
         routes: Routes,
         before_delivery: Callable[[], None],
-        on_stray: Callable[[int], bool],
+        on_stray: Callable[[int, int], bool],
     ) -> None:
         self._vm = vm
         self._io = io
@@ -134,8 +135,8 @@ class Output:
     def _deliver(self, batch: Batch[Session]) -> None:
         """Pass on frames."""
         self._deliver_each(iter(batch.slices.items()))
-        for seq, _ in batch.strays:
-            self.strays += not self._on_stray(seq)
+        for seq, length in batch.strays:
+            self.strays += not self._on_stray(seq, length - HEADER_SIZE)
 
     def _deliver_each(self, slices: Iterator[tuple[Session, list[memoryview]]]) -> None:
         for session, pieces in slices:

@@ -5,6 +5,9 @@ behind it comes back. That is cheap, but an agent whose output buffer is full dr
 not come back in time the agent is asked on the control channel: once the VM has taken everything from the
 I/O socket, the agent is to carry out commands that do nothing. In a round of its loop it takes one command
 and then one frame, so that takes one command more than frames may wait for it.
+
+A lossless agent never drops a marker, and sends it back when the process has taken its stdin: then there is
+nothing to do but wait.
 """
 
 import functools
@@ -12,7 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from cc_proxy.hyperstart.pacing import marked_stream
+from cc_proxy.hyperstart.pacing import FIRST_MARKER, LOSSLESS, LOSSLESS_WINDOW, StdinWindow, marked_stream
 from cc_proxy.linux.fds import untaken
 from cc_proxy.proxy.streams.interfaces import Acknowledge
 from cc_proxy.proxy.streams.session import Session
@@ -25,6 +28,8 @@ _MARKERS_TO_TRUST = 8
 #: Frames that may wait in the guest, at most: a virtio-serial port has 128 buffers. Without this bound many
 #: short stdins, which need no marker, would add up.
 _MOST_QUEUED = 128
+#: Seconds until a lossless agent is asked again, in case its answer was lost on this side.
+_PATIENCE = 10.0
 
 
 class Pacer:
@@ -53,8 +58,15 @@ class Pacer:
         self._echoes_in_a_row = _MARKERS_TO_TRUST
         #: Frames that were sent to the agent, markers included.
         self.frames = 0
+        self._is_lossless = False
         #: Called with each session that may be read again.
         self.on_room: Callable[[Session], None] = lambda _session: None
+
+    def room(self, window: StdinWindow) -> int:
+        """Return how many bytes of payload may be sent now to the stream that has this window."""
+        if self._is_lossless:
+            window.widen(LOSSLESS_WINDOW)
+        return window.room
 
     def sent(self, session: Session, payload_bytes: int) -> bytes | None:
         """Count what was sent. Returns a marker if one has to be sent behind it.
@@ -78,10 +90,14 @@ class Pacer:
         if self._round:
             self._round.discard(session)
 
-    def echo(self, seq: int) -> None:
-        """A marker came back."""
+    def echo(self, seq: int, size: int = 0) -> None:
+        """A marker came back, with `size` bytes of payload."""
         session = self._owners.get(marked_stream(seq))
-        if session and session.window and session.window.echoed(seq):
+        if seq == FIRST_MARKER and size == len(LOSSLESS):
+            self._be_lossless()
+        elif session and session.window and session.window.echoed(seq):
+            if size == len(LOSSLESS):
+                self._be_lossless()
             self._echoes_in_a_row += 1
             # Frames are handled in their order. A copy of the marker may have been later than this one.
             self._handled = max(self._handled, self._markers.get(session, 0))
@@ -118,7 +134,7 @@ class Pacer:
     # The control channel ----------------------------------------------------------------------------------
 
     def _prepare_round(self, now: float) -> None:
-        if self._round is None and self._look_at is None:
+        if self._round is None and self._look_at is None and not self._is_lossless:
             self._look_at, self._look_again = now, _LOOK_AGAIN
 
     def _look(self, now: float) -> None:
@@ -161,3 +177,9 @@ class Pacer:
             if not self.asked:
                 self._look_at = None
             self.on_room(session)
+
+    def _be_lossless(self) -> None:
+        if not self._is_lossless:
+            self._is_lossless = True
+            self._echo_timeout = max(self._echo_timeout, _PATIENCE)
+            self._round = self._look_at = None

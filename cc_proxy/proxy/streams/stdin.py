@@ -135,7 +135,7 @@ class Stdin:
 
     def _read(self, session: Session, start: int, room: int, events: int, pieces: list[Piece]) -> int:
         if session.window:
-            room = min(room, session.window.room)
+            room = min(room, self._pacer.room(session.window))
         try:
             size = session.read_into(self._view[start : start + room])
         except BlockingIOError:

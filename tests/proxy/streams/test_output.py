@@ -58,7 +58,7 @@ class Bench:
         for sock in (near, self.vm, self.selector):
             self._stack.callback(sock.close)
 
-    def _on_stray(self, seq: int) -> bool:
+    def _on_stray(self, seq: int, _size: int) -> bool:
         self.strays.append(seq)
         return False
 

@@ -206,3 +206,57 @@ def bench_take(found: Frame, taken: dict[int, bytes], kept: dict[int, int]) -> N
     if found.seq < MARKER:
         taken[found.seq] += found.payload
         kept[found.seq] += len(found.payload)
+
+
+# Lossless agents ---
+
+LOSSLESS = frame(MARKER, b"\1")
+
+
+def test_lossless_agent_is_sent_more_at_once(bench: Bench) -> None:
+    bench.say(LOSSLESS)
+    stream = bench.open()
+    stream.send(bytes(100_000))
+    assert 65_000 < payload(bench.frames(), stream) <= 64 * 1024
+
+
+def test_lossless_agent_is_known_by_the_first_marker_too(bench: Bench) -> None:
+    stream = bench.open()
+    stream.send(bytes(100_000))
+    frames = bench.frames()
+    assert payload(frames, stream) <= WINDOW
+    bench.say(frame(marker_of(frames), b"\1"))
+    assert 65_000 < payload(bench.frames(), stream) <= 64 * 1024
+
+
+@pytest.mark.parametrize("said", [frame(MARKER, b"12"), frame(MARKER + (5 << 48) + 1, b"\1"), frame(MARKER)])
+def test_other_frames_of_nobody_say_nothing_like_it(bench: Bench, said: bytes) -> None:
+    bench.say(said)
+    stream = bench.open()
+    stream.send(bytes(100_000))
+    assert payload(bench.frames(), stream) <= WINDOW
+
+
+def test_lossless_agent_is_waited_for_and_not_asked(bench: Bench, logged: Logged) -> None:
+    bench.say(LOSSLESS)
+    stream = bench.open()
+    stream.send(bytes(100_000))
+    frames = bench.frames()
+    marker = marker_of(frames)
+    for _ in range(100):
+        bench.pass_time(9)
+        assert payload(bench.frames(), stream) == 0
+    assert bench.rounds == []
+    assert logged.at(logging.WARNING) == []
+    bench.say(frame(marker, b"\1"))
+    assert payload(bench.frames(), stream) == 100_000 - payload(frames, stream)
+
+
+def test_commands_under_way_count_no_more_once_the_agent_says_that_it_is_lossless(bench: Bench) -> None:
+    stream = send(bench)
+    bench.pass_time(ECHO_TIMEOUT)
+    bench.frames()
+    bench.pass_time(0.1)
+    assert len(bench.rounds) == 1
+    bench.say(LOSSLESS)
+    assert payload(answer(bench), stream) == 0
