@@ -30,7 +30,7 @@ _PRESENCE = frozenset({"connections", "vms"})
 #: Seconds' worth of requests that a user may make in one go. Starting many containers at once is no attack.
 _BURST = 5
 #: Seconds that a pump waits for the others it takes turns with. One that hangs in a disk must not stop them.
-_COURTESY = 0.25
+_COURTESY = 0.1
 #: Users are remembered until there are this many; then those who have left are forgotten.
 _MANY = 64
 
