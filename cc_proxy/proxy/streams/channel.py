@@ -259,7 +259,7 @@ class Channel:
     def _watch_client(self, session: Session, watch: Callable[[Session], None]) -> None:
         try:
             watch(session)
-        except OSError as error:  # the kernel watches no more: that client can do nothing, but others can
+        except OSError as error:  # the kernel watches no more fds: that costs this client, and not the VM
             session.fail(error)
             self._drop(session, "it cannot be watched")
 

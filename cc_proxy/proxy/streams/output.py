@@ -52,7 +52,7 @@ class Output:
         self._start = self._stop = 0
         #: Sessions that are watched, by fd, because something waits for their clients.
         self.waiting: dict[int, Session] = {}
-        self._look_at = 0.0  # for those who take no more, while there are any
+        self._look_at = 0.0  # when to look for those of them that take no more
         # Those of them for which the buffer must be kept, and those of whom that was said in the log.
         self._holding: set[Session] = set()
         self._stuck: set[Session] = set()

@@ -17,7 +17,7 @@ _DRAIN_AT_ONCE = 256 * 1024
 #: A spool that is full has this many files. The disk gets a file back once all of it has been read: the more
 #: there are, the less is held for nothing, and the more fds it takes.
 _FILES = 32
-#: What file systems give out, they give out in blocks that are no longer than a page.
+#: File systems give out whole blocks, none of them longer than a page.
 _BLOCK = mmap.PAGESIZE
 
 #: Threads that the disk may keep waiting, by ident. Each adds and removes itself: atomic under the GIL.
@@ -25,7 +25,7 @@ _at_disk: set[int] = set()
 
 
 def is_at_disk(thread: int | None) -> bool:
-    """Whether a thread waits for the disk, as far as anybody can tell. Any thread."""
+    """Whether a thread is in a call that may have to wait for the disk. Any thread."""
     return thread in _at_disk
 
 
@@ -119,6 +119,8 @@ class Spool:
         wanted = sum(map(len, pieces))
         room = self._space.settings.session_limit - held
         taken = self._space.take(min(_in_blocks(wanted), room), self._uid)
+        if not taken:
+            return 0
         try:
             if taken < wanted:
                 pieces = cut(pieces, 0, taken)
