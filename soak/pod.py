@@ -51,6 +51,7 @@ class Pod:
         self._state = _State.LIVES
         self._ends_at = time.monotonic() + lifetime(dice, _STAYS)
         self._settle_until = 0.0
+        self._said_bye = False
         self._sessions: list[Session] = []
         self._by_seq: dict[int, Session] = {}  # those that are over too: their stdin may still end
         self._outbox: deque[Chunk] = deque()
@@ -84,6 +85,8 @@ class Pod:
             self._live(now)
         if self._state is _State.DEAD:
             self._read_clients(now)
+            if self.over and not self._said_bye:
+                self._say_bye(Connection(self._proxy))
             return
         for session in list(self._sessions):
             session.write(seconds)
@@ -221,8 +224,7 @@ class Pod:
         sessions = list(self._sessions)
         if not self._outbox and all(session.closed and session.is_settled() for session in sessions):
             self._sessions.clear()
-            self._connections[0].send(Bye(self._container))
-            self._connections[0].expect(True, "bye")
+            self._say_bye(self._connections[0])
             self._hang_up()
         elif now > self._settle_until:
             left = [str(one) for one in sessions if not (one.closed and one.is_settled())]
@@ -244,6 +246,13 @@ class Pod:
         if not session.closed:
             session.close()
         self._sessions.remove(session)
+
+    def _say_bye(self, connection: Connection) -> None:
+        """A VM that died has kept its id."""
+        self._said_bye = True
+        connection.send(Bye(self._container))
+        connection.expect(True, "bye")
+        connection.close()
 
     def _attach(self) -> None:
         """A few more clients, as a shim for each process would be."""
