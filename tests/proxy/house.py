@@ -14,7 +14,7 @@ import pytest
 
 from cc_proxy.api import messages
 from cc_proxy.proxy.clients import server as server_module
-from cc_proxy.proxy.clients.handlers import Client, Handlers, Reply
+from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers, Reply
 from cc_proxy.proxy.clients.listener import Listener
 from cc_proxy.proxy.clients.server import Server
 from cc_proxy.proxy.users import Thing
@@ -92,7 +92,7 @@ class Answering:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.clients: list[int] = []  # by number, once for each request
-        self.asker: Client | None = None  # the last one
+        self.asker: ClientInfo | None = None  # the last one
         self.passed: list[socket.socket] = []
         self.proceed = threading.Event()
         monkeypatch.setattr(Handlers, "answer", lambda handlers, client, text: self.answer(client, text))
@@ -100,10 +100,10 @@ class Answering:
             Handlers, "answer_at_once", lambda handlers, client, text: self.at_once(client, text)
         )
 
-    def at_once(self, client: Client, text: bytes) -> Reply | None:
+    def at_once(self, client: ClientInfo, text: bytes) -> Reply | None:
         return None if text == b"wait" else self.answer(client, text)
 
-    def answer(self, client: Client, text: bytes) -> Reply:
+    def answer(self, client: ClientInfo, text: bytes) -> Reply:
         self.asker = client
         self.clients.append(client.number)
         if text == b"wait":

@@ -16,7 +16,7 @@ from cc_proxy.api.transport import limit_receive, limit_send
 from cc_proxy.linux.fds import is_for_now
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
-from cc_proxy.proxy.clients.handlers import Client, Handlers, Reply, failure
+from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers, Reply, failure
 from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.users import Charge, LimitReached
 from cc_proxy.settings import Limits
@@ -52,7 +52,7 @@ class Connection:
     """
 
     def __init__(
-        self, sock: socket.socket, client: Client, handlers: Handlers, limits: Callable[[], Limits]
+        self, sock: socket.socket, client: ClientInfo, handlers: Handlers, limits: Callable[[], Limits]
     ) -> None:
         self.client = client
         #: What becomes of it now.

@@ -49,7 +49,7 @@ class Refusal(Exception):
 
 
 @dataclass(slots=True, eq=False)
-class Client:
+class ClientInfo:
     """What is known of one connection, and of whoever made it."""
 
     number: int
@@ -107,7 +107,7 @@ class _Entry(NamedTuple):
     """What answers one payload."""
 
     decoder: Decoder[Any]
-    handler: Callable[[Client, Any], Reply]
+    handler: Callable[[ClientInfo, Any], Reply]
     #: Whether that may have to wait for a VM, or for other threads.
     waits: bool
 
@@ -120,7 +120,7 @@ class Handlers:
         self._live = live
         self._about = about or About()
         #: The clients that are connected. Adding, removing and copying are atomic under the GIL: no lock.
-        self.clients: set[Client] = set()
+        self.clients: set[ClientInfo] = set()
         self._table: dict[str, _Entry] = {}
         for kind, handler, waits in (
             (Hello, self._hello, True),
@@ -133,10 +133,10 @@ class Handlers:
         ):
             self._add(kind, handler, waits=waits)
 
-    def _add(self, kind: type[Payload], handler: Callable[[Client, Any], Reply], *, waits: bool) -> None:
+    def _add(self, kind: type[Payload], handler: Callable[[ClientInfo, Any], Reply], *, waits: bool) -> None:
         self._table[kind.NAME] = _Entry(Decoder(kind), handler, waits)
 
-    def answer(self, client: Client, text: bytes) -> Reply:
+    def answer(self, client: ClientInfo, text: bytes) -> Reply:
         """Carry out the request in a message's text, however long it takes; returns the one reply to it.
 
         Raises `ProtocolError` if the text is not a JSON object.
@@ -145,11 +145,11 @@ class Handlers:
         assert reply
         return reply
 
-    def answer_at_once(self, client: Client, text: bytes) -> Reply | None:
+    def answer_at_once(self, client: ClientInfo, text: bytes) -> Reply | None:
         """Do the same if that takes no time. If it may, nothing is done, and None returned."""
         return self._answer(client, text, may_wait=False)
 
-    def _answer(self, client: Client, text: bytes, *, may_wait: bool) -> Reply | None:
+    def _answer(self, client: ClientInfo, text: bytes, *, may_wait: bool) -> Reply | None:
         name, arguments = "", None
         try:
             with client.user.decoding:
@@ -179,13 +179,13 @@ class Handlers:
             raise Refusal(f"no payload named '{name}'")
         return entry
 
-    def _hello(self, client: Client, hello: Hello) -> Reply:
+    def _hello(self, client: ClientInfo, hello: Hello) -> Reply:
         if not (hello.container_id and hello.ctl_serial and hello.io_serial):
             raise Refusal("malformed hello command")
         client.vm = self._registry.register(hello, client.who, client.is_here)
         return _ATTACHED
 
-    def _attach(self, client: Client, attach: Attach) -> Reply:
+    def _attach(self, client: ClientInfo, attach: Attach) -> Reply:
         vm = client.vm = self._registry.get(attach.container_id, client.who)
         if vm.owner != client.who.uid:  # root or an admin, who may; but the agent behind it is that user's
             logger.info(
@@ -194,12 +194,12 @@ class Handlers:
             )
         return _ATTACHED
 
-    def _bye(self, client: Client, bye: Bye) -> Reply:
+    def _bye(self, client: ClientInfo, bye: Bye) -> Reply:
         self._registry.unregister(bye.container_id, client.who)
         client.vm = None
         return _DONE
 
-    def _allocate_io(self, client: Client, allocate: AllocateIo) -> Reply:
+    def _allocate_io(self, client: ClientInfo, allocate: AllocateIo) -> Reply:
         if allocate.n_streams not in (1, 2):
             raise Refusal(f"asking for unexpected number of streams ({allocate.n_streams})")
         if client.vm is None:
@@ -207,7 +207,7 @@ class Handlers:
         io_base, fd = client.vm.open_session(allocate.n_streams, client.user, client.who.pid)
         return success(AllocateIoResult(io_base), fd)
 
-    def _hyper(self, client: Client, hyper: Hyper) -> Reply:
+    def _hyper(self, client: ClientInfo, hyper: Hyper) -> Reply:
         if client.vm is None:
             raise Refusal("client not attached to a vm")
         code = COMMANDS.get(hyper.hyper_name)
@@ -218,7 +218,7 @@ class Handlers:
             client.vm.command(code, data)
         return _DONE
 
-    def _status(self, client: Client, _asked: GetStatus) -> Reply:
+    def _status(self, client: ClientInfo, _asked: GetStatus) -> Reply:
         status = describe(self._about, self._registry, client.who, self._connections(client.who))
         return success(status, limit=messages.MAX_STATUS)
 
@@ -227,7 +227,7 @@ class Handlers:
         access = self._live.current.access
         return [other.vm for other in list(self.clients) if may_use(access, who, other.who.uid)]
 
-    def _log_level(self, client: Client, change: SetLogLevel) -> Reply:
+    def _log_level(self, client: ClientInfo, change: SetLogLevel) -> Reply:
         if not may_operate(self._live.current.access, client.who):
             raise Refusal(f"user {client.who.uid} may not set the log level: access.admins names who may")
         if change.level not in LEVELS:
@@ -250,7 +250,7 @@ def _arguments(request: Request, decoder: Decoder[Any]) -> Any:
         raise MemberError(f"{request.id}: {error}") from None
 
 
-def _log(event: str, client: Client, name: str, arguments: object, **more: str) -> None:
+def _log(event: str, client: ClientInfo, name: str, arguments: object, **more: str) -> None:
     if logger.isEnabledFor(logging.DEBUG):
         if isinstance(arguments, Hyper):
             more["command"] = arguments.hyper_name[:64]

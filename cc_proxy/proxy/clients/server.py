@@ -17,7 +17,7 @@ from cc_proxy.linux.threads import check_room
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.clients.connection import After, Connection
-from cc_proxy.proxy.clients.handlers import Client, Handlers, failure
+from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers, failure
 from cc_proxy.proxy.clients.listener import Listener
 from cc_proxy.proxy.clients.parking import Parking
 from cc_proxy.proxy.clients.status import About
@@ -182,7 +182,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 self._connections[request] = charge
                 self._empty.clear()
             user.note_connection()
-            client = Client(next(self._numbers), who, user)
+            client = ClientInfo(next(self._numbers), who, user)
             self._park(Connection(request, client, self._handlers, self._limits))
         except (LimitReached, OSError) as error:
             self._turn_away(request, who, str(error))
@@ -263,7 +263,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             if charge:
                 charge.give_back()
 
-    def _give_up(self, request: socket.socket, client: Client | None = None) -> None:
+    def _give_up(self, request: socket.socket, client: ClientInfo | None = None) -> None:
         """Close a connection because of an error that nobody expected."""
         try:
             self.handle_error(request, client)
@@ -272,7 +272,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         """Log an error that nobody expected; it costs this connection and nothing else."""
-        client = client_address.number if isinstance(client_address, Client) else None
+        client = client_address.number if isinstance(client_address, ClientInfo) else None
         faults.note("connection failed", client=client)
 
 

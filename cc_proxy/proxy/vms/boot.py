@@ -1,4 +1,4 @@
-"""What a hello waits for: the VM's sockets, and then its agent."""
+"""Connecting to a VM, and waiting until its agent is ready."""
 
 import contextlib
 import logging
@@ -16,23 +16,23 @@ from cc_proxy.proxy.vms.control import ControlLink, ControlLost, NoAnswer
 from cc_proxy.proxy.vms.dialer import CannotConnect, Connected, Dialer
 from cc_proxy.settings import VmSettings
 
-#: A socket is writable again when three quarters of this are free: the rest must last until more is there.
+#: poll(2) calls a socket writable when three quarters of this are free. The rest has to last until then.
 _SEND_BUFFER = 1024 * 1024
 
 
 class NotReady(Exception):
-    """The VM cannot be reached, or its agent does not become ready; the text is the cause."""
+    """The VM cannot be reached, or its agent is not ready in time; the text is the cause."""
 
 
 @dataclass(slots=True)
 class Ready:
-    """A VM that is up, and the owner of its sockets: a context manager that closes them. One thread."""
+    """The sockets of a VM that is up, and their owner: a context manager that closes them. One thread."""
 
     control: ControlLink
     io: socket.socket
-    #: None if there is none, or nobody wants to know what it says from now on.
+    #: None if there is none, or the log does not take its lines.
     console: Console | None
-    #: What its streams are numbered from.
+    #: The first seq to hand out.
     first_seq: int
 
     def __enter__(self) -> Self:
@@ -46,7 +46,7 @@ class Ready:
 
 
 class Boot:
-    """One attempt to connect to a VM and to see it ready. One thread, but for `give_up`."""
+    """One attempt to connect to a VM and see it ready. One thread, except for `give_up`."""
 
     def __init__(self, hello: Hello, limits: VmSettings) -> None:
         self._hello = hello
@@ -56,10 +56,10 @@ class Boot:
         self._control: ControlLink | None = None
 
     def run(self, dialer: Dialer) -> Ready:
-        """Connect all sockets and wait for READY, within one deadline.
+        """Connect all sockets, and wait until the agent is ready, within one deadline.
 
-        Raises `NotReady`, `OSError` or `RuntimeError` (the daemon is short of something); nothing is left
-        open then.
+        Raises `NotReady`, or `OSError` or `RuntimeError` if the daemon lacks resources; nothing is left open
+        then.
         """
         deadline = Deadline(self._limits.ready_timeout)
         with contextlib.ExitStack() as undo:
@@ -77,7 +77,7 @@ class Boot:
         return Ready(control, sockets.io, console, 1 if booted else _unused_seq())
 
     def give_up(self, cause: str) -> None:
-        """Have `run` end soon, with this cause. Any thread."""
+        """Make `run` fail soon, with this cause. Any thread."""
         self._given_up = cause
         if self._control:
             self._control.hang_up(cause)
@@ -91,9 +91,9 @@ class Boot:
     def _wait_until_up(
         self, control: ControlLink, io: socket.socket, console: Console | None, deadline: Deadline
     ) -> bool:
-        """Wait for READY; returns whether it came. A guest that does not boot says why on its console."""
+        """Wait for the agent; returns whether it said READY. An error has the console's last lines."""
         limits = self._limits
-        if self._given_up:  # before there was a channel to hang up
+        if self._given_up:  # when there was no channel yet that `give_up` could hang up
             raise NotReady(self._given_up)
         try:
             return control.wait_until_up(
@@ -109,8 +109,8 @@ class Boot:
 
 
 def _unused_seq() -> int:
-    """Return a seq that nobody can have used in a VM that was up already, whoever handed out seqs before.
+    """Return a seq that no daemon can have handed out before, for a VM that was up already.
 
-    Nobody hands out a million streams a second for as long as a VM lives. Below 2^53 until the year 2242.
+    That would take a million streams a second for as long as the VM lives. Below 2^53 until the year 2242.
     """
     return int(time.time()) << 20  # noqa: TID251 - the one clock that goes on over restarts of the daemon

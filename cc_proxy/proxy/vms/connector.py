@@ -1,13 +1,14 @@
-"""The connector: processes beside the daemon's that connect to VMs' sockets with their clients' rights.
+"""The connector: processes that connect to VMs' sockets with the rights of the daemon's clients.
 
-The kernel lets a user change the scheduling of every task that has its uid. A thread of the daemon's needs
-the GIL, so one with a client's uid could be made to hold up all the others: no thread of the daemon's ever
-has one. The connector is a process that is forked off before there are threads, and it forks a child for each
-hello. That takes on the client's rights and connects sockets that the daemon has made and owns; nothing is
-passed back but how that went. A path that hangs, whatever file system it is on, hangs that child alone.
+No thread of the daemon ever takes on a client's uid. The kernel lets a user change the scheduling of every
+task with that user's uid, and a thread of the daemon that was slowed down like this would hold the GIL, and
+with it all others. So the daemon forks the connector before it has threads, and the connector forks a child
+for each hello. The child takes on the client's rights, and connects sockets that the daemon has made and
+still owns; it reports only how that went. A path that hangs, on whatever file system, hangs that child alone.
 
-A child lives until it has done its work or the daemon hangs up on it. Then the kernel sends it a signal, and
-it ends unless it waits for a file system that never answers. Such children are counted for each user.
+A child ends when it has done its work or the daemon hangs up on it. In the second case the kernel sends it a
+signal, which ends it unless it waits for a file system that never answers. The daemon counts such children
+for each user.
 """
 
 import contextlib
@@ -23,32 +24,32 @@ import msgspec
 from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.errors import TimedOut
 from cc_proxy.linux.credentials import Credentials
-from cc_proxy.proxy.vms.connector_process import LENGTH, REPORT, Request, run_connector
+from cc_proxy.proxy.vms.connector_process import LENGTH, REPORT, DialRequest, run_connector
 
-#: Children of one user's that may be left hanging, each of which takes about a megabyte.
+#: The most children of one user that may hang. Each takes about a megabyte.
 _MOST_LEFT = 32
-#: Seconds that a child gets to end once it is of no use any more; if it has not, it is left.
+#: Seconds to wait for the end of a child after hanging up on it.
 _PATIENCE = 0.2
 
 
 class Target(NamedTuple):
-    """A socket that is to be connected, and to which path."""
+    """A socket to connect, and the path to connect it to."""
 
     sock: socket.socket
     path: bytes
-    #: Whether to look again while nobody listens there.
+    #: Whether to try again while nobody listens there.
     patient: bool
 
 
 class Report(NamedTuple):
-    """How the latest look for a socket went."""
+    """How the latest try to connect a socket went."""
 
     number: int
     errno: int
 
 
 class TooManyHang(Exception):
-    """Too many earlier attempts of a user still hang; the text says how many."""
+    """Too many earlier attempts of a user still hang; the text has their number."""
 
 
 class Attempt:
@@ -59,7 +60,7 @@ class Attempt:
         self._reports = reports
 
     def ask(self, request: bytes, deadline: Deadline) -> None:
-        """Tell the child what to do. Raises `TimedOut`."""
+        """Send the child its request. Raises `TimedOut`."""
         left = memoryview(LENGTH.pack(len(request)) + request)
         while left:
             try:
@@ -67,10 +68,10 @@ class Attempt:
             except BlockingIOError:
                 deadline.wait_writable(self._reports, "a connector")
             except ConnectionError:
-                return  # it has ended; perhaps it has said why
+                return  # it has ended; its last report may say why
 
     def next_report(self, deadline: Deadline) -> Report | None:
-        """Return what the child reports next, None once it has ended. Raises `TimedOut`."""
+        """Return the child's next report, or None once it has ended. Raises `TimedOut`."""
         deadline.wait_readable(self._reports, "a connector")
         try:
             report = self._reports.recv(REPORT.size)
@@ -79,12 +80,14 @@ class Attempt:
         return Report(*REPORT.unpack(report)) if report else None
 
     def hang_up(self) -> None:
-        """End the child."""
+        """Have the kernel end the child."""
         with contextlib.suppress(OSError):
             self._reports.shutdown(socket.SHUT_WR)
 
-    def has_ended(self, patience: float = 0.0) -> bool:
-        """Whether the child is no more, or so within `patience` seconds; then its end here is closed."""
+    def reap(self, patience: float = 0.0) -> bool:
+        """Wait up to `patience` seconds for the child's end, and close our end then; returns whether it has
+        ended.
+        """
         deadline = Deadline(patience)
         try:
             while self.next_report(deadline):
@@ -95,29 +98,29 @@ class Attempt:
         return True
 
     def close(self) -> None:
-        """Hang up on the child, and forget it."""
+        """Close our end. The child ends if it can."""
         self._reports.close()
 
 
 class Connector:
     """The daemon's handle of the connector. Any thread.
 
-    The process is started again if it has ended, which it does not by itself.
+    The process does not end by itself. If something has killed it, it is started again.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards all that follows; innermost
         self._control: socket.socket | None = None
         self._pid = 0
-        self._left: list[Attempt] = []  # hung up on, and not ended yet when last looked at
+        self._left: list[Attempt] = []  # those that had not ended after hanging up
 
     def start(self) -> None:
-        """Start the process, if possible before there are threads. Raises `OSError`."""
+        """Start the process. Call this before there are other threads. Raises `OSError`."""
         with self._lock:
             self._running()
 
     def close(self) -> None:
-        """End the process, and all its children that can be ended."""
+        """End the process, and those of its children that can be ended."""
         with self._lock:
             self._end()
             while self._left:
@@ -127,12 +130,14 @@ class Connector:
     def connecting(
         self, who: Credentials, targets: Sequence[Target], deadline: Deadline
     ) -> Iterator[Attempt]:
-        """Connect sockets with the rights of `who`, one after the other; yields what reports of that.
+        """Connect sockets with the rights of `who`, one after the other; yields the attempt, which reports.
 
-        Raises `TooManyHang`, `TimedOut` or `OSError`. On the way out what still goes on is ended.
+        Raises `TooManyHang`, `TimedOut` or `OSError`. Leaving the context ends the attempt.
         """
         self._admit(who.uid)
-        request = Request(who.uid, who.gid, who.groups, [(target.path, target.patient) for target in targets])
+        request = DialRequest(
+            who.uid, who.gid, who.groups, [(target.path, target.patient) for target in targets]
+        )
         ours, theirs = socket.socketpair()
         attempt = Attempt(who.uid, ours)
         try:
@@ -142,29 +147,29 @@ class Connector:
             yield attempt
         finally:
             attempt.hang_up()
-            if not attempt.has_ended(_PATIENCE):
+            if not attempt.reap(_PATIENCE):
                 with self._lock:
                     self._left.append(attempt)
 
     def _admit(self, uid: int) -> None:
         with self._lock:
-            self._left = [attempt for attempt in self._left if not attempt.has_ended()]
+            self._left = [attempt for attempt in self._left if not attempt.reap()]
             hanging = sum(attempt.uid == uid for attempt in self._left)
         if hanging >= _MOST_LEFT:
             raise TooManyHang(f"{hanging} earlier attempts of user {uid} still hang in the kernel")
 
     def _hand_over(self, sockets: list[socket.socket], deadline: Deadline) -> None:
-        """Have the process fork a child that gets these sockets. Raises `TimedOut` or `OSError`."""
+        """Pass sockets to a new child. Raises `TimedOut` or `OSError`."""
         fds = [sock.fileno() for sock in sockets]
         while True:
-            with self._lock:  # nobody closes it meanwhile
+            with self._lock:  # so that no other thread closes it meanwhile
                 with contextlib.suppress(BlockingIOError):
                     return self._send(fds)
                 control = self._running()
             deadline.wait_writable(control, "the connector")
 
     def _send(self, fds: list[int]) -> None:
-        """Requires _lock."""
+        """Pass fds to the process, or to a new one if it has been killed. Requires _lock."""
         flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
         try:
             socket.send_fds(self._running(), [b"c"], fds, flags)
@@ -173,7 +178,7 @@ class Connector:
             socket.send_fds(self._running(), [b"c"], fds, flags)
 
     def _running(self) -> socket.socket:
-        """Return the socket of the process, which is started if there is none. Requires _lock."""
+        """Return the socket of the process; start it first if necessary. Requires _lock."""
         if self._control is None:
             self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:
@@ -189,7 +194,7 @@ class Connector:
         return self._control
 
     def _end(self) -> None:
-        """Requires _lock."""
+        """End the process, if there is one. Requires _lock."""
         if self._control is not None:
             self._control.close()
             self._control = None

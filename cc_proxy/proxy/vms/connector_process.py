@@ -1,6 +1,6 @@
-"""What the connector's processes do; `connector.py` says what they are for.
+"""The connector's side of `connector.py`, which says what it is for.
 
-All of it runs in processes that are forked off the daemon's, with little else to do than what stands here.
+All of this runs in processes that are forked from the daemon, and does nothing else there.
 """
 
 import contextlib
@@ -19,25 +19,25 @@ import msgspec
 
 from cc_proxy.linux.credentials import CannotAct, Credentials, become, forbid_dumps, name_process
 
-#: What `ps -o comm` and the like call them. A name has 15 characters at most.
+#: Their name in `ps -o comm` and the like. It has room for 15 characters.
 PROCESS_NAME = "cc-proxy-dial"
 
-#: In place of a socket's number: the child could not be forked, or could not take on the client's rights.
+#: In place of a socket's number in a report: no child, or one that could not take on the client's rights.
 NOT_STARTED, NOT_ALLOWED = -2, -1
 
-#: Seconds between two looks for a socket that is not there yet: at first, and at the most.
+#: Seconds between two tries to connect to a socket that does not exist yet: at first, and at most.
 _PAUSES = 0.01, 0.25
 _NOT_YET = {errno.ENOENT, errno.ECONNREFUSED}
 
-#: A socket pair's end, and the sockets to connect.
+#: The most fds that a child is passed: an end of a socket pair, and the sockets to connect.
 _MOST_FDS = 4
 
 REPORT = struct.Struct("@ii")
 LENGTH = struct.Struct("@I")
 
 
-class Request(msgspec.Struct, array_like=True):
-    """What a child is told: whose rights to take on, each socket's path, and whether to look again for it."""
+class DialRequest(msgspec.Struct, array_like=True):
+    """What a child is to do: whose rights to take on, each socket's path, and whether to try that again."""
 
     uid: int
     gid: int
@@ -45,21 +45,22 @@ class Request(msgspec.Struct, array_like=True):
     targets: list[tuple[bytes, bool]]
 
 
-_decoder = msgspec.msgpack.Decoder(Request)
+_decoder = msgspec.msgpack.Decoder(DialRequest)
 
 
 # The connector's process ------------------------------------------------------------------------------------
 
 
 def run_connector(control: socket.socket) -> NoReturn:
-    """Fork children until the daemon has gone. It may have been forked by a process with threads."""
+    """Fork children until the daemon has gone. The process that forked this one may have had threads."""
     try:
-        gc.disable()  # it would only touch memory that is shared with the daemon
+        gc.disable()  # or it would write to, and so copy, memory that is shared with the daemon
         control = _keep_only(control)
         name_process(PROCESS_NAME)
-        # What a service manager or a terminal sends to all processes is not for it: it ends with the daemon.
+        # Signals that a service manager or a terminal sends to all processes are ignored: this one ends with
+        # the daemon.
         signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals() - {signal.SIGIO})
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that children need not be waited for
         while _fork_child(control):
             pass
     finally:
@@ -67,7 +68,7 @@ def run_connector(control: socket.socket) -> NoReturn:
 
 
 def _keep_only(control: socket.socket) -> socket.socket:
-    """Close all fds but the standard ones, which lead nowhere, and this one; returns it."""
+    """Close all other fds, and open the standard ones on /dev/null; returns the socket under its new fd."""
     fd = os.dup2(control.detach(), 3)
     os.closerange(fd + 1, os.sysconf("SC_OPEN_MAX"))
     nowhere = os.open(os.devnull, os.O_RDWR)
@@ -78,7 +79,7 @@ def _keep_only(control: socket.socket) -> socket.socket:
 
 
 def _fork_child(control: socket.socket) -> bool:
-    """Fork a child ahead of the next hello; returns once it has got that, and whether there may be more."""
+    """Fork a child, and wait until it has taken a hello; returns False if no more will come."""
     taken, theirs = socket.socketpair()
     with taken, theirs:
         try:
@@ -92,7 +93,7 @@ def _fork_child(control: socket.socket) -> bool:
 
 
 def _fork_now_or_then(control: socket.socket) -> int:
-    """Fork, if that is not possible now, then when there is a hello."""
+    """Fork now. If that fails, try once more when there is a hello."""
     try:
         return os.fork()
     except OSError:
@@ -101,7 +102,7 @@ def _fork_now_or_then(control: socket.socket) -> int:
 
 
 def _refuse(control: socket.socket, number: int) -> bool:
-    """Say to a hello that there is no child for it; returns whether there may be more."""
+    """Report to a hello that there is no child for it; returns False if no more will come."""
     message, fds, _, _ = socket.recv_fds(control, 1, _MOST_FDS)
     if fds:
         os.write(fds[0], REPORT.pack(NOT_STARTED, number))
@@ -118,7 +119,7 @@ def _run_child(control: socket.socket, taken: socket.socket) -> NoReturn:
         _, fds, _, _ = socket.recv_fds(control, 1, _MOST_FDS)
         control.close()
         if fds:
-            with contextlib.suppress(ConnectionError):  # it was killed: this hello is served all the same
+            with contextlib.suppress(ConnectionError):  # the connector was killed; this hello is still served
                 taken.send(b"t")
             taken.close()
             reports = socket.socket(fileno=fds[0])
@@ -129,7 +130,7 @@ def _run_child(control: socket.socket, taken: socket.socket) -> NoReturn:
         os._exit(0)
 
 
-def _carry_out(request: Request, reports: socket.socket, fds: list[int]) -> None:
+def _carry_out(request: DialRequest, reports: socket.socket, fds: list[int]) -> None:
     try:
         become(Credentials(0, request.uid, request.gid, request.groups))
     except CannotAct as error:
@@ -141,24 +142,24 @@ def _carry_out(request: Request, reports: socket.socket, fds: list[int]) -> None
             break
 
 
-def _read_request(reports: socket.socket) -> Request:
+def _read_request(reports: socket.socket) -> DialRequest:
     length, *_ = LENGTH.unpack(reports.recv(LENGTH.size, socket.MSG_WAITALL))
     return _decoder.decode(reports.recv(length, socket.MSG_WAITALL))
 
 
 def _end_with(reports: socket.socket) -> None:
-    """Have the kernel end this process once the daemon hangs up."""
+    """Have the kernel end this process when the daemon hangs up."""
     fcntl.fcntl(reports, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(reports, fcntl.F_SETFL, os.O_ASYNC)
     with contextlib.suppress(BlockingIOError):
         reports.recv(1, socket.MSG_DONTWAIT)
-        os._exit(0)  # it has done so already
+        os._exit(0)  # it has hung up already
 
 
 def _connect(reports: socket.socket, number: int, fd: int, path: bytes, patient: bool) -> int:
-    """Connect a socket and report how that goes; returns why it could not be, 0 if it is.
+    """Connect a socket and report how that goes; returns the errno, or 0 if it is connected.
 
-    This waits while the backlog of a blocking socket is full.
+    On a blocking socket, connect(2) waits while the backlog is full.
     """
     sock = socket.socket(fileno=fd)
     pause, longest = _PAUSES
@@ -177,7 +178,7 @@ def _connect(reports: socket.socket, number: int, fd: int, path: bytes, patient:
 
 
 def _may_be_socket(path: bytes) -> bool:
-    """Whether what is at a path is a socket, as far as this process may know."""
+    """Whether there is a socket at a path, or this process cannot tell."""
     try:
         return stat.S_ISSOCK(os.stat(path).st_mode)
     except OSError:

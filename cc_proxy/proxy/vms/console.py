@@ -1,4 +1,4 @@
-"""A VM's console: what it says while the VM boots, and line by line into the log (`-v 3`)."""
+"""Reading a VM's console: its last lines while the VM boots, and all lines for the log (`-v 3`)."""
 
 import contextlib
 import re
@@ -11,22 +11,22 @@ from cc_proxy.log.printable import printable
 from cc_proxy.proxy.vms.dialer import Connected
 
 _LONGEST_LINE = 1024
-#: Little at once: a console that floods must not hold up the VM's streams.
+#: Small, so that a console that floods does not hold up the VM's streams.
 _READ_SIZE = 512
-#: Characters of its last lines that are remembered: an error with them fits into a response.
+#: The most characters of the last lines. An error that ends with them fits into a response.
 _MOST_REMEMBERED = 500
 _BETWEEN = " | "
 _LINE_END = re.compile(rb"[\r\n]+")
 
 
 class LineSplitter:
-    """Splits whatever a console writes into lines of a bounded length. No I/O."""
+    """Splits a console's output into lines, and long ones into pieces. No I/O."""
 
     def __init__(self) -> None:
         self._rest = b""
 
     def receive_data(self, data: bytes) -> list[str]:
-        """Take bytes as they arrived and return the lines they complete; empty ones are left out."""
+        """Take some output; returns the lines that it completes, without empty ones."""
         *lines, rest = _LINE_END.split(self._rest + data)
         cut = len(rest) - len(rest) % _LONGEST_LINE
         self._rest = rest[cut:]
@@ -37,13 +37,13 @@ class LineSplitter:
         ]
 
     def finish(self) -> list[str]:
-        """Return the last line, if it has no end."""
+        """Return the last line, if it was not completed."""
         rest, self._rest = self._rest, b""
         return [rest.decode(errors="backslashreplace")] if rest else []
 
 
 class Console:
-    """Owner of a console's socket. The thread that waits for the VM to boot, then the pump's."""
+    """Owner of a console's socket. Used by the thread that waits for READY, and then by the pump's."""
 
     def __init__(self, vm: str, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -54,23 +54,23 @@ class Console:
 
     @staticmethod
     def is_logged() -> bool:
-        """Whether the log wants what consoles say. If not, they are read only while VMs boot."""
+        """Whether the log takes consoles' lines. If not, consoles are read only while VMs boot."""
         return logger.isEnabledFor(CONSOLE)
 
     @classmethod
     def open(cls, vm: str, path: str, connected: Connected) -> Self | None:
-        """Take over the console's socket, if it was connected; the log says if it could not be."""
+        """Take over the console's socket if it is connected; log it if that failed."""
         if connected.console_error:
             fields = {"vm": vm, "console": path, "error": connected.console_error}
             logger.warning("console cannot be read", extra=fields)
         return cls(vm, connected.console) if connected.console else None
 
     def fileno(self) -> int:
-        """The socket's fd, to wait on."""
+        """The socket's fd."""
         return self._sock.fileno()
 
     def read(self) -> bool:
-        """Take some of what has arrived, without waiting; returns whether more may come."""
+        """Read once, without waiting; returns False at the end of file."""
         try:
             data = self._sock.recv(_READ_SIZE)
         except BlockingIOError:
@@ -81,9 +81,7 @@ class Console:
         return bool(data)
 
     def last_lines(self) -> str:
-        """Return, printable and as one line, what the console has said last. It is not to be read after
-        that.
-        """
+        """Return the last lines as one printable line. Read nothing after that."""
         with contextlib.suppress(OSError):
             for _ in range(0, unread(self._sock), _READ_SIZE):
                 self.read()

@@ -19,18 +19,18 @@ from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.streams.interfaces import Beside, Lost
 from cc_proxy.proxy.turns import Turns, Waiter
 
-#: Commands that may be without an answer, their senders having given up, before no more are sent.
+#: The most commands without an answer. After that no more are sent.
 _MOST_UNANSWERED = 64
-#: Answers are short. Of one long message more is read at once.
+#: Most answers are short. More is read at once of a long message.
 _READ_SIZE = 512
 _LONG_READ = 64 * 1024
-#: Reads that empty a socket's buffer; an agent that never stops talking gets no more.
+#: Enough reads to empty a socket's buffer. A limit, because an agent may never stop sending.
 _MOST_LAST_READS = 512
 _HUNG_UP = "the VM hung up its control channel"
 
 
 class ControlLost(Lost):
-    """The control channel is of no use any more; the text is the cause."""
+    """The control channel is lost; the text is the cause."""
 
 
 class NoAnswer(Exception):
@@ -38,18 +38,18 @@ class NoAnswer(Exception):
 
 
 class NotSent(NoAnswer):
-    """There is no answer because the command was not sent."""
+    """The command was not sent, so there is no answer."""
 
 
 @dataclass(eq=False, slots=True)
-class Request(Waiter):
+class Transaction(Waiter):
     """A command that waits for its turn, for its answer, or for both."""
 
     code: Code
     payload: bytes
     begun: float
     on_answer: OnAnswer = ignore
-    #: Called if it cannot be sent. If there is no such call, some thread waits for the request.
+    #: Called if it cannot be sent. If there is no such call, some thread waits for the transaction.
     on_refusal: Callable[[], None] | None = None
     #: What was sent; None if that is still to be done.
     command: Command | None = None
@@ -67,20 +67,19 @@ class ControlLink:
     """
 
     def __init__(self, sock: socket.socket, on_event: Callable[[ControlMessage], None]) -> None:
-        """`on_event` is told of what the agent says that answers no command."""
+        """`on_event` is called with each message of the agent that answers no command."""
         self._sock = sock
         self._on_event = on_event
-        self._turns = Turns[Request](functools.partial(self._unsolicited_is_watched, True))
-        # The thread that has the turn alone uses what follows up to _spin, and reads and writes _sock.
+        self._turns = Turns[Transaction](functools.partial(self._watch_unsolicited, True))
+        # Only the thread that has the turn uses what follows up to _spin, and reads and writes _sock.
         self._channel = ControlChannel()
         self._lost: ControlLost | None = None
         self._receive_ticks = 0
         self._posted = 0  # commands that nobody waits for and that have no answer yet
         self._spin = Spin()
-        self._end = _HUNG_UP  # what it is called that the channel has ended; set once at most
-        # Commands by the thread that waits for them. Each thread adds and removes its own: atomic under the
-        # GIL.
-        self._waiting: dict[int, Request] = {}
+        self._end = _HUNG_UP  # the cause to give at end of file; set once at most
+        # By the thread that waits. Each thread adds and removes its own, which is atomic under the GIL.
+        self._waiting: dict[int, Transaction] = {}
         self._unsolicited = select.epoll()
         self._unsolicited.register(sock, 0)
 
@@ -94,7 +93,7 @@ class ControlLink:
         left: float | None = None,
         console: Beside | None = None,
     ) -> bool:
-        """Wait for READY; returns whether it came. Before anybody else uses the channel.
+        """Wait for READY; returns whether it came. Call this before anything else uses the channel.
 
         After `ping_after` seconds without it the agent is asked questions (`Quiz`): one that answers those
         has been up before. `left` is what is left of `timeout`, if connecting took some of it. A VM that
@@ -110,7 +109,7 @@ class ControlLink:
         while not self._is_up():
             now = time.monotonic() - begun
             if now >= left:
-                self._read_what_is_there()  # if this process was stopped, it may have come in time
+                self._read_what_is_there()  # READY may have come in time, while this process was stopped
                 if self._is_up():
                     break
                 raise NoAnswer(f"no READY from the VM in {timeout:g} s")
@@ -138,10 +137,10 @@ class ControlLink:
         command may yet be carried out; its answer will be taken for its own) or `ControlLost`.
         """
         thread = threading.get_ident()
-        request = Request(code, payload, time.monotonic(), on_answer)
-        self._waiting[thread] = request
+        transaction = Transaction(code, payload, time.monotonic(), on_answer)
+        self._waiting[thread] = transaction
         try:
-            return self._transact(request, timeout)
+            return self._transact(transaction, timeout)
         finally:
             del self._waiting[thread]
 
@@ -156,35 +155,35 @@ class ControlLink:
             self._posted -= 1
             on_answer(answer)
 
-        if self._turns.join(Request(code, b"", 0.0, answered, on_refusal)):
+        if self._turns.join(Transaction(code, b"", 0.0, answered, on_refusal)):
             self._pass_turn()
 
     def waiting(self) -> list[tuple[Code, float]]:
-        """Return the commands that are waited for, and since when (`time.monotonic`), the oldest first."""
-        return [(request.code, request.begun) for request in list(self._waiting.values())]
+        """Return the commands that threads wait for, and since when (`time.monotonic`), the oldest first."""
+        return [(transaction.code, transaction.begun) for transaction in list(self._waiting.values())]
 
     @property
     def unanswered(self) -> int:
-        """How many clients' commands the agent has not answered, given-up ones included, at some moment."""
+        """The number of clients' commands without an answer, including those given up. A snapshot."""
         return max(0, self._channel.unanswered - self._posted)
 
-    def _transact(self, request: Request, timeout: float) -> ControlMessage:
-        deadline = request.begun + timeout
-        if not self._turns.get(request, deadline):
+    def _transact(self, transaction: Transaction, timeout: float) -> ControlMessage:
+        deadline = transaction.begun + timeout
+        if not self._turns.get(transaction, deadline):
             raise NotSent(f"no answer in {timeout:g} s: another command was in the way all the time")
         try:
-            if request.command is None:
-                self._unsolicited_is_watched(False)
-                self._send(request)
-            assert request.command
-            self._await(request.command, deadline, timeout)
-            assert request.command.answer
-            return request.command.answer
+            if transaction.command is None:
+                self._watch_unsolicited(False)
+                self._send(transaction)
+            assert transaction.command
+            self._await(transaction.command, deadline, timeout)
+            assert transaction.command.answer
+            return transaction.command.answer
         finally:
             self._pass_turn()
 
     def hang_up(self, cause: str = "") -> None:
-        """Make everybody who waits on this channel find it lost, for this cause if there is one.
+        """Hang up, so that every thread that waits finds the channel lost, with this cause if one is given.
 
         The socket stays open until `close`.
         """
@@ -197,21 +196,21 @@ class ControlLink:
 
     def _pass_turn(self) -> None:
         """Send the next command, and let the thread that waits for it go on. Requires the turn."""
-        while request := self._turns.next():
-            # If that fails, the request's own thread finds out why.
+        while transaction := self._turns.next():
+            # If this fails, the transaction's own thread finds out why.
             with contextlib.suppress(ControlLost, NotSent):
-                self._send(request)
-            if request.on_refusal is None:
-                request.turn.release()
+                self._send(transaction)
+            if transaction.on_refusal is None:
+                transaction.turn.release()
                 return
-            if request.command:
+            if transaction.command:
                 self._posted += 1
             else:
-                request.on_refusal()
+                transaction.on_refusal()
 
-    def _unsolicited_is_watched(self, watched: bool) -> None:
+    def _watch_unsolicited(self, watched: bool) -> None:
         if not self._unsolicited.closed:
-            # What the agent did not take at once is sent when it does, if nobody has the turn then.
+            # The agent may not have taken all of a posted command: the pump sends the rest.
             writing = select.EPOLLOUT if self._channel.outgoing else 0
             self._unsolicited.modify(self._sock, select.EPOLLIN | writing if watched else 0)
 
@@ -222,7 +221,7 @@ class ControlLink:
         return self._unsolicited.fileno()
 
     def read(self) -> bool:
-        """Note the events that came between commands; returns True. Raises `ControlLost`; never waits."""
+        """Handle what came between commands; returns True. Raises `ControlLost`. Never waits."""
         if not self._turns.take():
             if self._hung_up():
                 raise ControlLost(self._end)
@@ -237,9 +236,9 @@ class ControlLink:
         return True
 
     def close(self) -> None:
-        """Close the socket, once those who were using it have found it lost."""
+        """Close the socket, after the threads that use it have found it lost."""
         self.hang_up()
-        self._turns.get(Request(Code.PING, b"", 0.0), threading.TIMEOUT_MAX)
+        self._turns.get(Transaction(Code.PING, b"", 0.0), threading.TIMEOUT_MAX)
         if not self._unsolicited.closed:
             self._unsolicited.close()
             self._sock.close()
@@ -247,13 +246,13 @@ class ControlLink:
 
     # Requires the turn ------------------------------------------------------------------------------------
 
-    def _send(self, request: Request) -> None:
-        """Send a request's command, or begin to. Raises `ControlLost` or `NotSent`."""
+    def _send(self, transaction: Transaction) -> None:
+        """Send a transaction's command, or begin to. Raises `ControlLost` or `NotSent`."""
         if self._unsolicited.closed:
             raise ControlLost("its control channel is closed")
         if self._channel.unanswered >= _MOST_UNANSWERED:
             raise NotSent(f"not sent: the VM has left {self._channel.unanswered} commands unanswered")
-        request.command = self._channel.send(request.code, request.payload, request.on_answer)
+        transaction.command = self._channel.send(transaction.code, transaction.payload, transaction.on_answer)
         self._write()
 
     def _exchange(self, timeout: float) -> bool:
@@ -262,7 +261,7 @@ class ControlLink:
             ready = select.poll()
             ready.register(self._sock)
             return self._exchange_when_ready(ready, timeout)
-        # One call that waits and reads: this is where most of the time of a command goes.
+        # One call that both waits and reads, because most of a command's time is spent here.
         self._limit_receive(timeout)
         return self._has_read(0)
 
@@ -273,14 +272,14 @@ class ControlLink:
         return bool(ready.poll(int(timeout * 1000) + 1)) and self._has_read(socket.MSG_DONTWAIT)
 
     def _limit_receive(self, timeout: float) -> None:
-        """Have recv(2) wait `timeout` seconds, rounded up to a hundredth: few commands set it anew."""
+        """Set the timeout of recv(2), rounded up to hundredths of a second, so that it rarely changes."""
         ticks = int(timeout * 100) + 1
         if ticks != self._receive_ticks:
             self._receive_ticks = ticks
             limit_receive(self._sock, ticks / 100)
 
     def _await(self, command: Command, deadline: float, timeout: float) -> None:
-        """Wait for the answer."""
+        """Wait for the answer to a command. Raises `NoAnswer` or `ControlLost`."""
         now = time.monotonic()
         late = False
         while not command.is_answered():
@@ -295,17 +294,17 @@ class ControlLink:
             except ControlLost as lost:
                 if not command.is_answered():
                     raise
-                # The answer was in front of what ended the channel: that is for the next one to find.
+                # The answer came before what ended the channel: the next transaction finds that.
                 self._lost = lost
                 self.hang_up()
             now = time.monotonic()
 
     def _look(self) -> bool | None:
-        """Read once; None if there is nothing yet."""
+        """Read once, without waiting; returns None if nothing is there."""
         return self._has_read(socket.MSG_DONTWAIT) or None
 
     def _read_what_is_there(self) -> None:
-        """What came in time counts, though it stands behind events."""
+        """Read all that is there: an answer that came in time may be behind events."""
         with contextlib.suppress(BlockingIOError):
             for _ in range(_MOST_LAST_READS):
                 self._read(socket.MSG_DONTWAIT)

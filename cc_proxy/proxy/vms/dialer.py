@@ -1,4 +1,4 @@
-"""Connecting to what a client's hello names: as that client, and never to the daemon itself."""
+"""Connecting to the sockets that a hello names, with the rights of its client."""
 
 import contextlib
 import errno
@@ -17,22 +17,22 @@ from cc_proxy.linux.socketfile import MAX_SOCKET_PATH
 from cc_proxy.proxy.vms.connector import Attempt, Connector, Report, Target, TooManyHang
 from cc_proxy.proxy.vms.connector_process import NOT_ALLOWED, NOT_STARTED
 
-#: Seconds that a console gets once the channels are connected.
+#: Seconds to wait for the console once the channels are connected.
 _CONSOLE_TIMEOUT = 0.25
-#: Which of the sockets are channels: the third is the console.
+#: The numbers of the sockets that are channels. The third is the console.
 _CHANNELS = 0, 1
-#: Seconds between two questions whether anybody still waits for the sockets.
+#: Seconds between two checks whether anybody still waits for the sockets.
 _INTERVAL = 0.1
 
 _TOO_LATE = "not accepted in time"
 
-#: What a socket is connected to, whatever path led there: the name it was bound to, and the process that
-#: made it listen.
+#: The other end of a socket, whatever path led there: the name that it was bound to, and the process that
+#: listens.
 Peer = tuple[str, int]
 
 
 class CannotConnect(Exception):
-    """A socket that cannot be connected to; the text names the member of hello, and says why."""
+    """A socket cannot be connected; the text names the member of hello, and the reason."""
 
 
 @dataclass(slots=True)
@@ -41,7 +41,7 @@ class Connected:
 
     ctl: socket.socket
     io: socket.socket
-    #: None if there is none, or it could not be connected to, which `console_error` says.
+    #: None if hello names none, or if it could not be connected; `console_error` then says why.
     console: socket.socket | None = None
     console_error: str = ""
 
@@ -57,9 +57,8 @@ class Connected:
 class Dialer:
     """Connects on behalf of one client. Any thread.
 
-    The kernel judges each step of a path, and the socket at its end, as it would for the client itself, and
-    it does so while it connects: an earlier check could be out of date by then. The listener sees the
-    client's uid and gid.
+    The kernel itself checks the client's rights to each directory of a path and to the socket, at the moment
+    it connects; a check beforehand could be out of date by then. The listener sees the client's uid and gid.
     """
 
     def __init__(
@@ -70,10 +69,10 @@ class Dialer:
         is_here: Callable[[], bool] = lambda: True,
         claim: Callable[[Peer], str] = lambda _: "",
     ) -> None:
-        """`own_address` is the name that the daemon's listening socket was bound to.
+        """`own_address` is the address of the daemon's own socket, which cannot be a VM's.
 
-        `is_here` returns whether the client still waits. `claim` is told what a channel is connected to, and
-        returns why it is not to be had, or nothing.
+        `is_here` returns whether the client still waits. `claim` is called with the peer of each channel, and
+        returns why that cannot be used, or nothing.
         """
         self._is_here = is_here
         self._claim = claim
@@ -88,13 +87,11 @@ class Dialer:
         *,
         still_wanted: Callable[[], bool] = lambda: True,
     ) -> Connected:
-        """Connect to the channels that a hello names, and to its console if it has one, within `timeout`
-        seconds.
+        """Connect to the channels that a hello names, and to its console if it names one.
 
-        A channel that is not there yet is looked for again, and one that does not accept is waited for, as
-        long as `still_wanted` returns true. The console has to be there, and to accept, at once; a VM can do
-        without it. Raises `CannotConnect`, or `RuntimeError` if no process can be had; nothing is left open
-        then.
+        While a channel's socket does not exist yet, or its backlog is full, this tries again for `timeout`
+        seconds, as long as `still_wanted` returns true. The console gets one try: a VM can do without it.
+        Raises `CannotConnect`, or `RuntimeError` if no process can be started; nothing is left open then.
         """
         with contextlib.ExitStack() as undo:
             ctl = undo.enter_context(_Socket("ctlSerial", hello.ctl_serial))
@@ -125,7 +122,7 @@ class Dialer:
     def _dial(
         self, sockets: Sequence["_Socket"], deadline: Deadline, still_wanted: Callable[[], bool]
     ) -> None:
-        """Connect sockets in this order; says to each how it went. Raises as `connect` does."""
+        """Connect sockets in this order, and record in each how that went. Raises the same as `connect`."""
         first, *_ = sockets
         targets = [Target(each.sock, each.path, patient=each.sock.getblocking()) for each in sockets]
         try:
@@ -148,7 +145,7 @@ class Dialer:
                 each.cause = each.cause or "the process that was to connect has been killed"
 
     def _take_in(self, report: Report, sockets: Sequence["_Socket"]) -> bool:
-        """Say to a socket how its last look went; returns whether others may be connected."""
+        """Record in a socket how its last try went; returns whether to go on."""
         if report.number == NOT_STARTED:
             raise RuntimeError(f"no process to connect from: {os.strerror(report.errno)}")
         if report.number == NOT_ALLOWED:
@@ -168,8 +165,8 @@ class Dialer:
         return True
 
     def _why_not(self, sock: socket.socket, *, is_channel: bool) -> str:
-        """Say why what a socket was connected to is not to be used; nothing if it may be."""
-        # Whatever links and mounts led there, this is the name it was bound to.
+        """Return why the peer of a socket cannot be used; empty if it can."""
+        # The name it was bound to, whatever links and mounts led there.
         name = sock.getpeername()
         if self._own_address is not None and name == self._own_address:
             return "that is the daemon itself"
@@ -181,15 +178,15 @@ class _NotWanted(Exception):
 
 
 class _Socket:
-    """A socket that a hello names, and its owner: a context manager that closes it."""
+    """A socket for a path of a hello, and its owner: a context manager that closes it."""
 
     def __init__(self, member: str, path: str, *, blocking: bool = True) -> None:
-        """Raises `CannotConnect` if it is no path, or no socket can be had."""
+        """Raises `CannotConnect` if the path is not usable, or the daemon has no fd left."""
         _check(member, path)
         self.member = member
         self.path = os.fsencode(path)
         self.is_connected = False
-        self.cause = ""  # why it is not, if anything is known of that
+        self.cause = ""  # why it is not connected, as far as is known
         self._said = path
         try:
             self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -197,7 +194,7 @@ class _Socket:
             self.cause = error.strerror or str(error)
             raise self.error() from None
         self.sock.setblocking(blocking)
-        refuse_rights(self.sock)  # before anybody can pass one
+        refuse_rights(self.sock)  # before the peer can pass an fd
 
     def __enter__(self) -> Self:
         return self
@@ -210,7 +207,7 @@ class _Socket:
 
 
 def _next_report(attempt: Attempt, deadline: Deadline, still_wanted: Callable[[], bool]) -> Report | None:
-    """Return what there is to report next, None once the attempt has ended. Raises `TimedOut`."""
+    """Return the next report, or None once the attempt has ended. Raises `TimedOut` or `_NotWanted`."""
     while True:
         try:
             return attempt.next_report(Deadline(min(_INTERVAL, deadline.remaining())))
@@ -222,7 +219,7 @@ def _next_report(attempt: Attempt, deadline: Deadline, still_wanted: Callable[[]
 
 
 def _check(member: str, path: str) -> None:
-    """Refuse what is no place in the file system. Raises `CannotConnect`."""
+    """Raise `CannotConnect` unless `path` is absolute, and not too long for a socket."""
     size = len(os.fsencode(path))
     if size > MAX_SOCKET_PATH:
         raise CannotConnect(f"{member}: a path of {size} bytes, the limit is {MAX_SOCKET_PATH}")

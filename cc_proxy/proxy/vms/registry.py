@@ -1,4 +1,4 @@
-"""Which VMs there are: ids, and the VMs that clients have registered under them."""
+"""The VMs that clients have registered, by their ids."""
 
 import functools
 import threading
@@ -19,18 +19,18 @@ from cc_proxy.proxy.vms.states import State, Trouble
 from cc_proxy.proxy.vms.vm import Vm, VmError
 from cc_proxy.settings import LiveSettings
 
-#: VMs that failed, of which `status` tells the last error.
+#: The most failed VMs whose last error `status` shows.
 _MOST_FAILED = 32
-#: Longest id, in characters, that is kept after its VM has gone. Clients in the field use 64.
+#: The longest id, in characters, that outlives its VM. Clients in the field use 64.
 _LONGEST_KEPT = 4_096
 
 
 class RegistryError(Exception):
-    """An id that is taken, or unknown; the text is what clients are told."""
+    """An id is taken or unknown; the text is what clients are told."""
 
 
 class FailedVm(NamedTuple):
-    """What is left of a VM that failed."""
+    """What is remembered of a VM that failed."""
 
     container_id: str
     owner: int
@@ -43,32 +43,32 @@ T = TypeVar("T", FailedVm, Vm)
 class Registry:
     """All VMs of the daemon. Any thread may call.
 
-    A VM that goes without bye keeps its id until somebody says bye or hello for it: runtimes delete a
-    container by its name after its VM has powered off. A client that asks for a VM it may not use is told
-    what it would be told if there were none.
+    A VM that goes without bye keeps its id until somebody says bye or hello for it, because runtimes delete
+    a container by its name after its VM has powered off. To a client, a VM that it may not use looks like
+    one that does not exist.
     """
 
     def __init__(
         self, live: LiveSettings, connector: Connector, own_address: str | bytes | None = None
     ) -> None:
-        """`own_address` is what the daemon's listening socket was bound to: no VM is there."""
+        """`own_address` is the address of the daemon's own socket, which cannot be a VM's."""
         self._live = live
         self._connector = connector
         self._own_address = own_address
         self._space = SpoolSpace(live)
-        #: What each user has.
+        #: The users, and what each of them has.
         self.users = Users(live)
-        self._lock = threading.Lock()  # guards all that follows; innermost
-        self._by_id: dict[str, Vm] = {}  # from the beginning of hello until bye; also VMs that have gone
-        self._vms: dict[Vm, list[Charge]] = {}  # those that have not gone, and what they count for
+        self._lock = threading.Lock()  # guards all that follows, and `Vm.peers`; innermost
+        self._by_id: dict[str, Vm] = {}  # from the beginning of hello until bye, even if the VM has gone
+        self._vms: dict[Vm, list[Charge]] = {}  # VMs that have not gone, and their charges
         self._failed: deque[FailedVm] = deque()  # the latest last
 
     def register(self, hello: Hello, client: Credentials, is_here: Callable[[], bool] = lambda: True) -> Vm:
-        """Register the VM behind two sockets as the client's; returns once it is up.
+        """Register the VM behind two sockets for a client; returns once the VM is up.
 
-        The id is taken from the beginning, and free again if this fails. Sockets that are not there yet are
-        looked for again as long as `is_here` says that the client still waits; if it does not in the end, the
-        VM is let go as after bye. Raises `RegistryError`, `LimitReached` or `VmError`.
+        The id is taken from the beginning, and free again if this fails. While sockets do not exist yet, this
+        tries again for as long as `is_here` says that the client still waits. If the client has gone by the
+        time the VM is up, the VM is let go as after bye. Raises `RegistryError`, `LimitReached` or `VmError`.
         """
         user = self.users.of(client.uid)
         vm = Vm(hello.container_id, client.uid, self._live, self._space, self._on_change)
@@ -88,13 +88,13 @@ class Registry:
         return vm
 
     def _enter(self, vm: Vm, client: Credentials, user: User) -> Vm | None:
-        """Take an id, and count the VM; returns the VM that has gone and had the id before, if there is one.
+        """Take an id, and charge its user for the VM. Returns the VM that had the id before, if it has gone.
 
         Raises `RegistryError` or `LimitReached`; nothing is taken then.
         """
         with self._lock:
             before = self._by_id.get(vm.container_id)
-        # Looked at first: nothing is counted for an id that is taken, even for a user who is at a limit.
+        # Before the charges: a user at a limit should still be told that the id is taken.
         self._check_free(before, vm.container_id, client)
         charges = [user.charge("vms")]
         try:
@@ -113,24 +113,25 @@ class Registry:
         return before
 
     def _leave_to(self, before: Vm | None) -> None:
-        """A hello that failed changes nothing: an id that it took over is again that of the VM before."""
+        """Give an id back to the VM that had it before a hello which failed."""
         with self._lock:
             if before:
                 self._by_id.setdefault(before.container_id, before)
 
     def _check_free(self, before: Vm | None, container_id: str, client: Credentials) -> None:
-        """An id whose VM has gone may be taken over by those who could say bye for it, and by nobody else.
+        """Check that a client may take an id. Raises `RegistryError`.
 
-        A client that attaches by name trusts the name. Raises `RegistryError`.
+        It may take over the id of a VM that has gone only if it could also say bye for it: a client that
+        attaches by name trusts the name.
         """
         if before and not (before.is_gone and self._may_use(client, before.owner)):
             raise _taken(container_id)
 
     def _claim(self, vm: Vm, client: Credentials, peer: Peer) -> str:
-        """Note what a VM is connected to; returns why it cannot be had if another one is connected there.
+        """Claim a peer for a VM; returns why that is not possible, or nothing.
 
-        A hypervisor answers one connection at a time, so the second one would wait in vain. A VM that lingers
-        after bye is no reason: its turn ends soon.
+        A hypervisor serves one connection at a time, so a second VM would wait in vain while another one is
+        connected there. One that lingers after bye does not count: it will let go soon.
         """
         with self._lock:
             holders = (
@@ -147,7 +148,7 @@ class Registry:
         return "it is in use already"
 
     def get(self, container_id: str, client: Credentials) -> Vm:
-        """Return the VM that is registered under an id, and up or gone. Raises `RegistryError`."""
+        """Return the VM registered under an id, unless it is still starting. Raises `RegistryError`."""
         with self._lock:
             vm = self._by_id.get(container_id)
         if vm is None or vm.state is State.STARTING or not self._may_use(client, vm.owner):
@@ -158,19 +159,19 @@ class Registry:
         """Free an id and let its VM go. Raises `RegistryError`."""
         vm = self.get(container_id, client)
         with self._lock:
-            if self._by_id.get(container_id) is not vm:  # somebody else has just done so
+            if self._by_id.get(container_id) is not vm:  # another client was faster
                 raise RegistryError(f"unknown containerID: {container_id}")
             del self._by_id[container_id]
         vm.leave()
         logger.info("VM unregistered", extra={"vm": container_id})
 
     def vms(self) -> list[Vm]:
-        """Return all VMs that have not gone, those without an id included."""
+        """Return all VMs that have not gone, including those without an id."""
         with self._lock:
             return list(self._vms)
 
     def vms_of(self, client: Credentials) -> list[Vm]:
-        """Return the VMs that a client may use, those included that have gone and keep their ids."""
+        """Return the VMs that a client may use, including those that have gone but keep their ids."""
         with self._lock:
             vms = {*self._vms, *self._by_id.values()}
         return [vm for vm in vms if self._may_use(client, vm.owner)]
@@ -186,18 +187,18 @@ class Registry:
         return free
 
     def failed(self, client: Credentials) -> list[FailedVm]:
-        """Return the VMs that a client might have used and that have failed, the latest first."""
+        """Return the failed VMs that a client was allowed to use, the latest first."""
         with self._lock:
             failed = list(reversed(self._failed))
         return [ended for ended in failed if self._may_use(client, ended.owner)]
 
     def spooled(self, client: Credentials) -> int:
-        """Bytes that wait on disk for all clients together, or for the client's user if it is no admin."""
+        """Return the bytes that wait on disk: all of them for an admin, or those of the client's user."""
         everything = is_admin(self._live.current.access, client)
         return self._space.used if everything else self._space.used_by(client.uid)
 
     def user_status(self, client: Credentials) -> list[UserStatus]:
-        """Return what each user has that a client may know of: its own, or all if it is an admin."""
+        """Return what each user has, for an admin; otherwise what the client's user has."""
         everybody = is_admin(self._live.current.access, client)
         return [
             UserStatus(
@@ -231,7 +232,7 @@ class Registry:
             charge.give_back()
 
     def _forget_gone(self) -> None:
-        """Keep as many ids of VMs that have gone as there may be VMs. Requires _lock."""
+        """Limit the ids of VMs that have gone to the number of VMs allowed. Requires _lock."""
         gone = deque(vm for vm in self._by_id.values() if vm.state is State.GONE)
         if (forgotten := _drop_one_over(gone, self._live.current.limits.vms)) is not None:
             del self._by_id[forgotten.container_id]
@@ -242,7 +243,7 @@ def _taken(container_id: str) -> RegistryError:
 
 
 def _drop_one_over(vms: deque[T], most: int) -> T | None:
-    """If there are more than `most`, drop the oldest of the user who has most; returns it."""
+    """Drop the oldest VM of the user who has most, if there are more than `most`; returns it."""
     if len(vms) <= most:
         return None
     [(owner, _)] = Counter(vm.owner for vm in vms).most_common(1)

@@ -1,4 +1,4 @@
-"""One VM: its life from hello to the end, with its control channel and its pump."""
+"""One VM, from hello to its end, with its control channel and its pump."""
 
 import contextlib
 import functools
@@ -34,7 +34,7 @@ _STOPS = "the daemon stops"
 
 
 class VmError(Exception):
-    """What was asked of the VM did not work; the text is the cause, as clients are told it."""
+    """Something failed in a VM; the text is the cause, as clients are told it."""
 
 
 class Vm:
@@ -55,26 +55,27 @@ class Vm:
         self.container_id = container_id
         self.owner = owner
         self.created = time.monotonic()
-        #: What went wrong last. Set as a whole, by any thread.
+        #: The last thing that went wrong. Any thread replaces it as a whole.
         self.trouble: Trouble | None = None
-        #: Whether it ended, or never came up, because something went wrong.
+        #: Whether something went wrong that ended it, or kept it from coming up.
         self.failed = False
-        #: Whether it ever was up.
+        #: Whether it was ever up.
         self.came_up = False
-        #: What its channels are connected to; guarded by the registry's lock.
+        #: What its channels are connected to. Guarded by the registry's lock.
         self.peers: set[Peer] = set()
         self._live = live
         self._space = space
         self._on_change = on_change
-        # Set once, by the thread that says hello. The pump thread drops _pump at its end.
+        # The thread that says hello sets these once; the pump thread drops _pump at its end.
         self._boot: Boot | None = None
         self._control: ControlLink | None = None
         self._pump: Pump | None = None
-        self._lock = threading.Lock()  # guards all that follows; innermost
+        self._stopping = False  # whether the daemon stops; set once
+        # Guards what follows against changes by two threads; reading one of them takes no lock. Innermost.
+        self._lock = threading.Lock()
         self._state = State.STARTING
         self._cause = ""
         self._ends = 0  # commands on their way that power it off
-        self._stopping = False  # the daemon is
         self._next_seq = 1
 
     # A client's thread ------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ class Vm:
         except ControlLost as lost:
             self.lose(str(lost))
             raise VmError(self._gone()) from None
-        except Exception:  # nobody knows what state the channel is in now
+        except Exception:  # the channel is in an unknown state now
             faults.note("control channel failed", vm=self.container_id, command=name.hyper_name)
             self.lose("internal error in its control channel")
             raise VmError(self._gone()) from None
@@ -143,7 +144,7 @@ class Vm:
         return answer
 
     def open_session(self, n_streams: int, user: User, pid: int = 0) -> tuple[int, socket.socket]:
-        """Allocate streams for a client of a user's, the process `pid`.
+        """Allocate streams for a client: `user` is whose it is, `pid` its process.
 
         Returns the first one's seq, and the end of their fd that is the client's. Raises `VmError` or
         `LimitReached`; no seq is used up then.
@@ -165,7 +166,7 @@ class Vm:
             session = Session(seqs, ours, who, Spool(self._space, user.uid), paced, charge.give_back)
             if not pump.add(session):
                 raise VmError(self._gone())
-            undo.pop_all()  # the pump's from now on
+            undo.pop_all()  # now they are the pump's
         return seqs.start, theirs
 
     def _expect_end(self, more: int) -> None:
@@ -173,12 +174,12 @@ class Vm:
             self._ends += more
 
     def _keep_on(self, refused: Code) -> None:
-        """The agent does not carry out a command: if that was to power off, one less makes it end."""
+        """The agent does not carry out a command, so that does not end the VM either."""
         if refused is Code.DESTROY_POD:
             self._expect_end(-1)
 
     def _connect(self, hello: Hello, dialer: Dialer, user: User) -> Pump:
-        """Connect to the VM, and make its pump, which is to be started. Raises as `Boot.run` does."""
+        """Connect to the VM and return its pump, not yet started. Raises the same as `Boot.run`."""
         self._boot = Boot(hello, self._live.current.vm)
         with contextlib.ExitStack() as undo:
             ready = undo.enter_context(self._boot.run(dialer))
@@ -205,28 +206,28 @@ class Vm:
     def ended(self) -> None:
         """The pump has delivered everything and closed both channels."""
         self._move(State.GONE)
-        self._pump = None  # a client that stays attached must not keep the pump's buffers
+        self._pump = None  # or a client that stays attached would keep the pump's buffers
 
     # Any thread -------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> State:
-        """Where the VM is in its life."""
+        """The state, at this moment."""
         return self._state
 
     @property
     def is_gone(self) -> bool:
-        """Whether it was up and is of no use any more, though nobody said bye."""
+        """Whether it was up, and was then lost or powered off without a bye."""
         return self.came_up and self._state in (State.LOST, State.GONE)
 
     def leave(self) -> None:
-        """Bye was said: end when the VM hangs up, or when the linger has passed."""
+        """Bye was said. End when the VM hangs up, or at the end of the linger."""
         pump = self._pump
         if self._move(State.LEAVING) and pump:
             pump.finish("it has lingered long enough after bye", self._live.current.vm.bye_linger)
 
     def lose(self, cause: str) -> None:
-        """The VM is of no use any more, because of `cause`. Whoever waits for its answer is told."""
+        """The VM is lost because of `cause`. Threads that wait for its answer are told."""
         with self._lock:
             self._cause = self._cause or cause
             expected = self._ends > 0 or self._stopping or self._state is State.LEAVING
@@ -243,16 +244,16 @@ class Vm:
 
     @property
     def control(self) -> ControlLink | None:
-        """The control channel, to look at; None before there is one."""
+        """The control channel, for its figures; None before the VM is up."""
         return self._control
 
     def describe(self) -> Future[Streams] | None:
-        """Ask how its streams stand (`Pump.describe`); None while it has no pump."""
+        """Ask for the state of its streams (`Pump.describe`); None while it has no pump."""
         pump = self._pump
         return pump.describe() if pump else None
 
     def stop(self) -> None:
-        """The daemon stops: deliver what the VM has sent by now, and end."""
+        """The daemon stops. Deliver what the VM has sent by now, and end."""
         pump, boot = self._pump, self._boot
         self._stopping = True
         if pump:
@@ -261,7 +262,7 @@ class Vm:
             boot.give_up(_STOPS)
 
     def abort(self) -> None:
-        """End now, whatever waits."""
+        """End now, without delivering what waits."""
         pump = self._pump
         if pump:
             pump.abort()
@@ -273,23 +274,23 @@ class Vm:
 
     @property
     def sessions(self) -> int:
-        """How many sessions its clients have."""
+        """The number of its clients' sessions."""
         pump = self._pump
         return pump.session_count if pump else 0
 
     def probe(self) -> bool:
-        """Whether its pump has answered the last probe; if so, send another. One thread at a time."""
+        """Return whether its pump has answered the last probe; if so, send another. One thread at a time."""
         pump = self._pump
         return pump is None or pump.probe()
 
     def _fail(self, cause: str) -> None:
-        """It has come to an end that nobody asked for; the first cause counts."""
+        """Record an end that nobody asked for. The first cause counts."""
         if not self.failed:
             self.trouble = Trouble(cause, time.monotonic())
             self.failed = True
 
     def _move(self, to: State) -> bool:
-        """Move to another state if that is a legal move from here."""
+        """Move to another state; returns False, and changes nothing, if that is not a legal move."""
         with self._lock:
             if to not in MOVES[self._state]:
                 return False
@@ -303,7 +304,7 @@ class Vm:
 
 
 def _session_pair() -> tuple[socket.socket, socket.socket]:
-    """Make the two ends of a session's fd, ours and the client's. Raises `VmError`."""
+    """Return both ends of a session's socket pair, ours and then the client's. Raises `VmError`."""
     with contextlib.ExitStack() as undo:
         try:
             pair = socket.socketpair()

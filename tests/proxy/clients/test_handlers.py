@@ -18,7 +18,7 @@ from cc_proxy.hyperstart.codes import FROM_AGENT, Code
 from cc_proxy.hyperstart.control import ControlMessage
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.log.levels import logger
-from cc_proxy.proxy.clients.handlers import Client, Handlers, Reply, failure, success
+from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers, Reply, failure, success
 from cc_proxy.proxy.users import User
 from cc_proxy.proxy.vms.registry import Registry, RegistryError
 from cc_proxy.proxy.vms.states import State
@@ -91,7 +91,7 @@ class Desk:
     def __init__(self) -> None:
         self.registry = FakeRegistry()
         self.handlers = Handlers(cast(Registry, self.registry), LiveSettings(Settings()))
-        self.client = Client(7, Credentials.own(), new_user())
+        self.client = ClientInfo(7, Credentials.own(), new_user())
         self.vm = FakeVm("pod")
         self.registry.vms["pod"] = self.vm
         self._passed: list[socket.socket] = []
