@@ -1,4 +1,4 @@
-"""One client's connection: bytes in, requests out to the handlers, responses back (docs/protocol.md, 1)."""
+"""One client's connection: passes requests to the handlers, and sends responses (docs/protocol.md, 1)."""
 
 import array
 import errno
@@ -21,23 +21,23 @@ from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.users import Charge, LimitReached
 from cc_proxy.settings import Limits
 
-#: Seconds that a connection keeps its thread after an answer. Clients that talk to an agent send one command
-#: after the other, and a thread that waits in recv(2) has the next one sooner than the parking thread.
+#: Seconds that a connection keeps its thread after a response. Clients often send one command after the
+#: other, and a thread that waits in recv(2) has the next one sooner than the parking thread.
 _LINGER = 0.02
-#: Most requests fit, and as a bytes object it fits into Python's own small blocks.
+#: Most requests fit into this, and a bytes object of this size fits into one of Python's small blocks.
 _READ_SIZE = 448
 _LARGEST_READ = 64 * 1024
-#: A request, or a response, of more bytes than this counts against `request_bytes` until it is dealt with.
-#: Those of clients in the field are shorter.
+#: Longer requests and responses count against `request_bytes` until they are done with. Those of clients in
+#: the field are shorter.
 _UNCOUNTED = 4 * 1024
-#: The kernel's timeout of a send begins anew with each piece it makes, of this size, of what it is given.
+#: The most bytes in one send. The kernel splits longer ones, and its timeout starts anew with each piece.
 _LARGEST_SEND = 32 * 1024
-#: A plain int: an enum's `|` and conversion take longer than the rest of a send.
+#: A plain int, because converting the enum takes longer than the rest of a send.
 _DONTWAIT = int(socket.MSG_DONTWAIT)
 
 
 class After(Enum):
-    """What becomes of a connection once it has been served."""
+    """What becomes of a connection after it has been served."""
 
     PARK = auto()  # its client is silent
     THREAD = auto()  # what comes next may take time
@@ -47,28 +47,29 @@ class After(Enum):
 class Connection:
     """Owner of one client's socket. One thread at a time: the parking thread, or a worker.
 
-    While the client is silent the connection has no thread. The parking thread answers what it can at once;
-    for whatever may wait - an agent, the rest of a message, a client that does not read - a worker goes on.
+    While its client is silent the connection is parked. The parking thread answers what it can at once. When
+    there is something to wait for - an agent, the rest of a message, a client that does not read - a worker
+    takes over.
     """
 
     def __init__(
         self, sock: socket.socket, client: ClientInfo, handlers: Handlers, limits: Callable[[], Limits]
     ) -> None:
         self.client = client
-        #: What becomes of it now.
+        #: What becomes of it next.
         self.after = After.PARK
         self._sock = sock
         self._handlers = handlers
         self._limits = limits
         self._parser = MessageParser()
         self._spin = Spin()
-        # What the parking thread leaves to a worker: a request without an answer, and how long to wait before
-        # it gets one; or what is left of an answer, and the socket whose fd goes out behind that.
+        # What the parking thread leaves to a worker: a request, and the seconds to wait before answering it;
+        # or the rest of a response, and the socket whose fd is passed after it.
         self._text: bytes | None = None
         self._delay = 0.0
         self._unsent: bytes | memoryview = b""
         self._passed: socket.socket | None = None
-        self._charge: Charge | None = None  # for the request that arrives, or its response, if it is long
+        self._charge: Charge | None = None  # for a long request or response
         client.is_here = self._is_here
         handlers.clients.add(client)
         logger.debug("client connected", extra=client.fields)
@@ -78,20 +79,20 @@ class Connection:
         return self._sock.fileno()
 
     def _is_here(self) -> bool:
-        """Whether the client has not hung up. One that only sends no more may still wait for an answer."""
+        """Whether the client has not hung up. One that has only shut down its sending may still wait."""
         poll = select.poll()
         poll.register(self._sock, 0)
         return not poll.poll(0)
 
     @property
     def sock(self) -> socket.socket:
-        """The socket; closed by the server."""
+        """The socket. The server closes it."""
         return self._sock
 
     # Parking thread ---------------------------------------------------------------------------------------
 
     def on_readable(self) -> bool:
-        """Answer what can be answered at once. Returns whether the connection stays parked."""
+        """Answer what can be answered at once; returns whether the connection stays parked."""
         self._go_on(self._serve_arrived)
         return self.after is After.PARK
 
@@ -118,7 +119,7 @@ class Connection:
         return After.THREAD if parser.unfinished else After.PARK
 
     def decline(self, why: str) -> None:
-        """There is no thread: answer the request that needs one with an error, and then those behind it.
+        """There is no thread: answer the request that needs one with an error, and go on with the next.
 
         What is no request, such as the beginning of a message, ends the connection.
         """
@@ -134,7 +135,7 @@ class Connection:
     # A worker's thread ------------------------------------------------------------------------------------
 
     def converse(self) -> bool:
-        """Answer until the client is silent; returns whether the connection is to be parked again."""
+        """Answer requests until the client is silent; returns whether to park the connection again."""
         self._go_on(self._converse)
         return self.after is After.PARK
 
@@ -147,7 +148,7 @@ class Connection:
         while not isinstance(text := self._next_text(), After):
             self._delay = self.client.user.delay()
             self._answer(text)
-            del text  # the client may be silent for as long as it likes
+            del text  # not to be kept while the client is silent
         return text
 
     def _answer(self, text: bytes) -> None:
@@ -190,7 +191,7 @@ class Connection:
             return None
 
     def _finish_text(self) -> bytes | None:
-        """Return the text of a message of which a part has arrived; None if the client closes before."""
+        """Return the text of a message that has begun to arrive; None if the client closes in the middle."""
         parser = self._parser
         deadline = time.monotonic() + self._limits().message_timeout
         while (text := parser.next_text()) is None:
@@ -207,10 +208,10 @@ class Connection:
         return text
 
     def _pace(self) -> None:
-        """Count a piece that is not the last: a client that sends bytes costs as much as one that sends
-        requests.
+        """Count a piece of a message like a request, and wait if the user has to.
 
-        A thousand clients that dribble would wake a thousand threads, and nobody else would get the GIL.
+        Otherwise a thousand clients that send byte by byte would wake a thousand threads, and keep the GIL
+        from all others.
         """
         if delay := self.client.user.delay():
             time.sleep(delay)
@@ -221,13 +222,13 @@ class Connection:
             if left > 0:
                 limit_receive(self._sock, left)
                 return self._sock.recv(size)
-            # If this process was stopped for a while, the rest came in time all the same.
+            # The rest may have come in time, while this process was stopped.
             return self._sock.recv(size, _DONTWAIT)
         except BlockingIOError:
             raise ProtocolError("a message that had begun did not arrive in time") from None
 
     def _refuse(self, why: str) -> None:
-        """Say why a request is not let in, and throw away the rest of it.
+        """Say why a request is refused, and read the rest of it.
 
         A client that still writes when its connection is closed gets an error for that, and never reads why.
         """
@@ -244,7 +245,7 @@ class Connection:
             pass  # the client has gone, or takes too long
 
     def _send_rest(self) -> None:
-        """Send what is left of an answer. Raises `OSError` if that is not taken in time."""
+        """Send the rest of a response. Raises `OSError` if the client does not read it in time."""
         deadline = time.monotonic() + self._limits().message_timeout
         while (self._unsent or self._passed) and (left := deadline - time.monotonic()) > 0:
             limit_send(self._sock, left)
@@ -255,7 +256,7 @@ class Connection:
     # Either -----------------------------------------------------------------------------------------------
 
     def _go_on(self, step: Callable[[], After]) -> None:
-        """Take a step, and have the connection end if its client, or an error, ends it there."""
+        """Run a step, which returns what comes next. An error, or the client, may end the connection."""
         reason = "closed by the client"
         try:
             self.after = step()
@@ -275,21 +276,21 @@ class Connection:
         self.end(reason)
 
     def end(self, reason: str) -> None:
-        """Give back everything but the socket, which the server closes. For the thread that serves it."""
+        """Give back everything except the socket, which the server closes. For the thread that serves it."""
         self.after = After.END
         self._uncount()
         self._close_passed()
         self._handlers.clients.discard(self.client)
-        self.client.is_here = _gone  # or the two would refer to each other for ever
+        self.client.is_here = _gone  # breaks the cycle of references between the two
         logger.debug("client disconnected", extra={"client": self.client.number, "reason": reason})
 
     def _send_at_once(self, reply: Reply) -> bool:
-        """Send as much of a reply as the client takes now; returns whether that was all."""
+        """Send as much of a reply as fits now; returns whether that was all."""
         self._unsent, self._passed = reply
         return self._send_some(_DONTWAIT)
 
     def _send_some(self, flags: int) -> bool:
-        """Send more of an answer; returns whether that was all."""
+        """Send more of a response; returns whether that was the rest."""
         try:
             while rest := self._unsent:
                 sent = self._sock.send(rest if flags else rest[:_LARGEST_SEND], flags)
@@ -310,7 +311,7 @@ class Connection:
             passed.close()
 
     def _count(self, reply: Reply) -> Reply:
-        """Count a long response until it has been taken; returns the refusal that goes out in its place."""
+        """Count a long response until it has been read. Returns it, or the refusal to send in its place."""
         size = len(reply.message)
         try:
             self._charge = self.client.user.charge("request_bytes", size)

@@ -1,4 +1,4 @@
-"""What each payload does (docs/protocol.md, 1). No client's socket is touched here: text in, reply out."""
+"""Carries out each payload (docs/protocol.md, 1). No socket is read or written here: text in, reply out."""
 
 import logging
 import socket
@@ -38,35 +38,35 @@ from cc_proxy.proxy.vms.vm import Vm, VmError
 from cc_proxy.settings import LiveSettings
 
 PROTOCOL_VERSION = 1
-#: Longest response text that the runtime in the field takes.
+#: The longest response text that the runtime in the field accepts.
 MAX_RESPONSE = 1024
 
 _ELLIPSIS = "…"
 
 
 class Refusal(Exception):
-    """A request that is refused; the text is what the client is told."""
+    """A request is refused; the text is what the client is told."""
 
 
 @dataclass(slots=True, eq=False)
 class ClientInfo:
-    """What is known of one connection, and of whoever made it."""
+    """One connection, and the client that made it."""
 
     number: int
     who: Credentials
     user: User
     vm: Vm | None = field(default=None)
-    #: Returns whether it has not hung up. Any thread.
+    #: Returns whether the client has not hung up. Any thread.
     is_here: Callable[[], bool] = field(default=lambda: True)
 
     @property
     def fields(self) -> dict[str, int]:
-        """What the log says of it."""
+        """The fields that identify it in the log."""
         return {"client": self.number, "pid": self.who.pid, "uid": self.who.uid}
 
 
 class Reply(NamedTuple):
-    """A response as bytes, and the socket whose fd goes out behind it, which is then to be closed."""
+    """A response as bytes, and the socket, if any, whose fd is passed after it; the sender closes that."""
 
     message: bytes
     passed: socket.socket | None = None
@@ -78,7 +78,7 @@ _DONE = Reply(messages.encode(Response(True)))
 def success(
     result: msgspec.Struct, passed: socket.socket | None = None, limit: int = messages.MAX_TEXT
 ) -> Reply:
-    """Return the response that carries a result, in a text of `limit` bytes at most."""
+    """Return the response with a result. Its text has at most `limit` bytes."""
     response = Response(True, data=msgspec.Raw(msgspec.json.encode(result)))
     return Reply(messages.encode(response, limit), passed)
 
@@ -87,7 +87,7 @@ _ATTACHED = success(Version(PROTOCOL_VERSION))
 
 
 def failure(text: str) -> Reply:
-    """Return the response that carries an error, shortened to what every client can take."""
+    """Return the response with an error, shortened to what every client accepts."""
     if len(text) <= MAX_RESPONSE:
         message = messages.encode(Response(False, text))
         if len(message) - messages.HEADER.size <= MAX_RESPONSE:
@@ -104,22 +104,22 @@ def failure(text: str) -> Reply:
 
 
 class _Entry(NamedTuple):
-    """What answers one payload."""
+    """How one payload is answered."""
 
     decoder: Decoder[Any]
     handler: Callable[[ClientInfo, Any], Reply]
-    #: Whether that may have to wait for a VM, or for other threads.
+    #: Whether it may have to wait for a VM or for other threads.
     waits: bool
 
 
 class Handlers:
-    """The payload table. Any thread may call, one at a time for a client."""
+    """The payload table. Any thread may call; for each client one at a time."""
 
     def __init__(self, registry: Registry, live: LiveSettings, about: About | None = None) -> None:
         self._registry = registry
         self._live = live
         self._about = about or About()
-        #: The clients that are connected. Adding, removing and copying are atomic under the GIL: no lock.
+        #: The connected clients. No lock: adding, removing and copying are atomic under the GIL.
         self.clients: set[ClientInfo] = set()
         self._table: dict[str, _Entry] = {}
         for kind, handler, waits in (
@@ -137,7 +137,7 @@ class Handlers:
         self._table[kind.NAME] = _Entry(Decoder(kind), handler, waits)
 
     def answer(self, client: ClientInfo, text: bytes) -> Reply:
-        """Carry out the request in a message's text, however long it takes; returns the one reply to it.
+        """Carry out the request in a message's text, however long that takes; returns its reply.
 
         Raises `ProtocolError` if the text is not a JSON object.
         """
@@ -146,7 +146,7 @@ class Handlers:
         return reply
 
     def answer_at_once(self, client: ClientInfo, text: bytes) -> Reply | None:
-        """Do the same if that takes no time. If it may, nothing is done, and None returned."""
+        """Do the same if it cannot take long. Otherwise do nothing, and return None."""
         return self._answer(client, text, may_wait=False)
 
     def _answer(self, client: ClientInfo, text: bytes, *, may_wait: bool) -> Reply | None:
@@ -171,7 +171,7 @@ class Handlers:
         return reply
 
     def _find(self, name: str) -> _Entry:
-        """Return what answers a payload. Raises `Refusal`."""
+        """Return the entry of a payload. Raises `Refusal`."""
         if not name:
             raise Refusal("no 'id' field in request")
         entry = self._table.get(name)
@@ -187,7 +187,7 @@ class Handlers:
 
     def _attach(self, client: ClientInfo, attach: Attach) -> Reply:
         vm = client.vm = self._registry.get(attach.container_id, client.who)
-        if vm.owner != client.who.uid:  # root or an admin, who may; but the agent behind it is that user's
+        if vm.owner != client.who.uid:  # root or an admin, who should know that the agent is another user's
             logger.info(
                 "attached to another user's VM",
                 extra={**client.fields, "vm": vm.container_id, "owner": vm.owner},
@@ -223,7 +223,7 @@ class Handlers:
         return success(status, limit=messages.MAX_STATUS)
 
     def _connections(self, who: Credentials) -> list[Vm | None]:
-        """Return the VM, if any, of each connection that a client may know of: its user's, or all."""
+        """Return the VM, or None, of each connection that a client may see: its user's, or all."""
         access = self._live.current.access
         return [other.vm for other in list(self.clients) if may_use(access, who, other.who.uid)]
 
@@ -233,7 +233,7 @@ class Handlers:
         if change.level not in LEVELS:
             raise Refusal(f"unknown log level '{change.level}': it is one of {', '.join(LEVELS)}")
         old, new = current_level(), change.level
-        # The more talkative of the two logs the change.
+        # Log the change at whichever of the two levels logs more.
         set_level(min(old, new, key=LEVELS.__getitem__))
         fields = {"client": client.number, "uid": client.who.uid, "old": old, "new": new}
         logger.info("log level changed", extra=fields)
@@ -242,7 +242,7 @@ class Handlers:
 
 
 def _arguments(request: Request, decoder: Decoder[Any]) -> Any:
-    """Decode a request's `data`; absent, or null, it is an empty object. Raises `MemberError`."""
+    """Decode a request's `data`. If that is absent or null, it is an empty object. Raises `MemberError`."""
     data = b"" if isinstance(request.data, UnsetType) else bytes(request.data)
     try:
         return decoder.decode(b"{}" if data in (b"", b"null") else data)

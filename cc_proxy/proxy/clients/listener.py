@@ -1,4 +1,4 @@
-"""The socket the daemon listens on, where it makes that itself."""
+"""The socket on which the daemon listens, and its file."""
 
 import contextlib
 import os
@@ -11,16 +11,16 @@ from cc_proxy.linux.fds import refuse_rights
 from cc_proxy.linux.socketfile import MAX_SOCKET_PATH, Identity, identity, locked, remove_stale
 from cc_proxy.log.levels import logger
 
-#: Connections that may wait to be accepted.
+#: The most connections that wait to be accepted.
 _BACKLOG = 4096
 
 #: For the daemon's own group, or for all users.
 _DIRECTORY_MODES = (0o750, 0o755)
 _SOCKET_UMASKS = (0o117, 0o111)  # leave 0660 and 0666
-#: What is above the directory keeps nobody out: leaves 0755.
+#: For directories above that one: leaves 0755.
 _PARENTS_UMASK = 0o022
 
-#: What to do about a socket that systemd has made.
+#: What to do if a socket that systemd has made cannot be found.
 _RESTART = "`systemctl restart cc-proxy.socket` makes it again; this restarts cc-proxy too"
 
 
@@ -29,21 +29,21 @@ class ListenError(Exception):
 
 
 class Listener:
-    """Owner of the listening socket, and of its place in the file system if it was made here. Main thread.
+    """Owner of the listening socket, and of its file if the daemon made that. Main thread.
 
     Other threads may accept on `socket`, which has the same fd for as long as this lives.
     """
 
     def __init__(self, sock: socket.socket, path: str | None = None, *, for_all: bool = False) -> None:
-        """Take over a socket that listens; `path` is where it stands, if it is to go with this process."""
+        """Take over a socket that listens. `path` is the path of its file if the daemon has made that."""
         _prepare(sock)
         self.socket = sock
-        #: Whether the socket was made here and nobody will listen on it after this process.
+        #: Whether the daemon has made the socket. Then nobody listens on it after this process.
         self.own = path is not None
-        self._path = path or _path_of(sock)  # None if there is none, and once it has been removed
+        self._path = path or _path_of(sock)  # None if there is none, or it has been removed
         self._identity = _seen_at(self._path)
         self._for_all = for_all
-        self._trouble = ""  # why nobody can connect, as the log has it already
+        self._trouble = ""  # why nobody can connect, as it was logged last
 
     @classmethod
     def bind(cls, path: str, *, for_all: bool = False) -> "Listener":
@@ -51,10 +51,10 @@ class Listener:
         return cls(_listen(path, for_all=for_all), path, for_all=for_all)
 
     def look_after(self) -> None:
-        """See whether clients still find the socket in the file system, and log it if they do not.
+        """Check that the socket's file is still there, and log it if not. Never raises.
 
-        A file that was made here and has gone is made again, if nothing else is in its place. Connections
-        stay. Never raises; to be called now and then.
+        A file that the daemon made, and that has vanished, is made again, unless something else is in its
+        place. Connections go on.
         """
         if self._path is None or not (self.own or self._identity):
             return
@@ -66,21 +66,21 @@ class Listener:
         except (FileNotFoundError, NotADirectoryError):
             trouble = self._make_again() if self.own else f"the socket's file has vanished: {_RESTART}"
         except OSError:
-            return  # nobody can tell
+            return  # whether it is there cannot be found out
         if trouble and trouble != self._trouble:
             logger.error("nobody can connect", extra={"socket": self._path, "error": trouble})
         self._trouble = trouble
 
     def _make_again(self) -> str:
-        """Listen once more at a path where nothing is; returns why that cannot be done."""
+        """Make a file that has vanished again; returns why that fails, or nothing."""
         assert self._path
         if _has_waiting(self.socket):
-            return self._trouble  # they are accepted first
+            return self._trouble  # the accept thread takes those first
         try:
             with _listen(self._path, for_all=self._for_all) as sock:
                 _prepare(sock)
                 self._identity = identity(self._path)
-                # Whoever waits for connections waits for this fd.
+                # The accept thread goes on with the same fd.
                 os.dup2(sock.fileno(), self.socket.fileno(), inheritable=False)
         except (ListenError, OSError) as error:
             return f"the socket's file has vanished, and cannot be made again: {error}"
@@ -88,7 +88,7 @@ class Listener:
         return ""
 
     def open_to(self, *, for_all: bool) -> None:
-        """Let the daemon's own group alone, or all users, connect to an own socket. Never raises."""
+        """Set who may connect to a socket of the daemon's own: its group, or all users. Never raises."""
         if not self.own or self._path is None or for_all == self._for_all:
             return
         try:
@@ -105,7 +105,7 @@ class Listener:
             _look_at_directory(self._path)
 
     def remove(self) -> None:
-        """Remove an own socket from the file system, if what stands there is still it. Never raises.
+        """Remove the file of a socket of the daemon's own, if it is still that. Never raises.
 
         The first time only: after that the inode may be another daemon's socket, that listens there by now.
         """
@@ -116,20 +116,20 @@ class Listener:
 
 
 def _path_of(sock: socket.socket) -> str | None:
-    """Return where an inherited socket stands in the file system, if it does and that is known."""
+    """Return the path of an inherited socket's file, if it has one and the path is absolute."""
     name = sock.getsockname()
     return name if isinstance(name, str) and name.startswith("/") else None
 
 
 def _seen_at(path: str | None) -> Identity | None:
-    """Return which file is at a path. None if none is seen: the manager may see others than this process."""
+    """Return the identity of the file at a path; None if this process cannot see it, as its manager may."""
     with contextlib.suppress(OSError):
         return identity(path) if path else None
     return None
 
 
 def _has_waiting(sock: socket.socket) -> bool:
-    """Whether clients wait to be accepted."""
+    """Whether connections wait to be accepted."""
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(0))
@@ -137,11 +137,11 @@ def _has_waiting(sock: socket.socket) -> bool:
 
 def _prepare(sock: socket.socket) -> None:
     refuse_rights(sock)
-    sock.setblocking(False)  # more are accepted than have been announced
+    sock.setblocking(False)  # accepting goes on until no more connections wait
 
 
 def _look_at_directory(path: str) -> None:
-    """Say so if a directory keeps out some of those whom the settings let in. Raises `OSError`."""
+    """Log it if a directory keeps out users whom the settings let in. Raises `OSError`."""
     directory = os.path.dirname(path)
     mode = stat.S_IMODE(os.stat(directory).st_mode)
     if not mode & stat.S_IXOTH:
@@ -152,10 +152,10 @@ def _look_at_directory(path: str) -> None:
 
 
 def _listen(path: str, *, for_all: bool) -> socket.socket:
-    """Return a socket that listens at `path`, in a directory that is made if there is none.
+    """Return a socket that listens at `path`. Makes the directory if necessary. Raises `ListenError`.
 
-    Changes the process's umask for a moment. No other thread makes a file that this would give away.
-    Raises `ListenError`.
+    Changes the process's umask for a moment. That matters to no other thread: files that they make have
+    stricter modes.
     """
     size = len(os.fsencode(path))
     if size > MAX_SOCKET_PATH:

@@ -1,4 +1,4 @@
-"""Where connections wait for their clients' next requests: one thread watches all of them."""
+"""Where connections wait for their clients' next requests. One thread watches all of them."""
 
 import contextlib
 import os
@@ -10,32 +10,33 @@ from typing import Generic, Protocol, TypeVar
 from cc_proxy.log import faults
 from cc_proxy.proxy.spin import Spin
 
-#: Connections that are looked at together: few enough that a probe of the thread need not wait long.
+#: The most connections that are served in one round, so that a probe of the thread does not wait long.
 _AT_ONCE = 64
 
 
 class Parked(Protocol):
-    """What waits here. The parking thread alone touches it meanwhile."""
+    """What can be parked. Meanwhile only the parking thread touches it."""
 
     def fileno(self) -> int:
-        """The fd that becomes readable."""
+        """The fd to watch."""
 
     def on_readable(self) -> bool:
-        """Do what takes no time; returns whether to go on waiting here. Must not raise or block."""
+        """Do what takes no time; returns whether to stay parked. Must not raise or block."""
 
 
 P = TypeVar("P", bound=Parked)
 
 
 class Parking(Generic[P]):
-    """One epoll instance, and the thread that waits in it, for connections that have no thread of their own.
+    """An epoll instance, and the thread that waits on it, for connections without a thread of their own.
 
-    Thousands of threads in recv(2) would all be woken when thousands of clients go at once, and nobody else
-    would get the GIL until they are done. Besides, a thread takes ten times the memory of a connection.
+    If each connection had a thread in recv(2), thousands of clients that go at once would wake thousands of
+    threads, and nobody else would get the GIL for a while. And a thread takes ten times the memory of a
+    connection.
     """
 
     def __init__(self, on_leave: Callable[[P], None]) -> None:
-        """`on_leave` gets what is not to wait any longer. It must not raise or block."""
+        """`on_leave` is called with each connection that leaves. It must not raise or block."""
         self._on_leave = on_leave
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -44,15 +45,15 @@ class Parking(Generic[P]):
         self._parked: dict[int, P] = {}
         self._spin = Spin()
         self._closing = False
-        self._probed = False  # set by the watchdog's thread, taken back by the parking thread
+        self._probed = False  # the main thread sets it, the parking thread resets it
         self._thread = threading.Thread(target=self._run, name="parking", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch. Main thread."""
+        """Start the thread. Main thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Watch no more; whatever is still parked is the caller's again. Main thread."""
+        """End the thread. Connections that are still parked are the caller's again. Main thread."""
         self._closing = True
         if self._thread.ident is not None:
             os.eventfd_write(self._wake, 1)
@@ -61,7 +62,7 @@ class Parking(Generic[P]):
         os.close(self._wake)
 
     def park(self, connection: P) -> None:
-        """Watch a connection from now on; the caller must not touch it after that.
+        """Park a connection. The caller must not touch it after that.
 
         Raises `OSError` if the kernel watches no more fds. Any thread.
         """
@@ -74,7 +75,7 @@ class Parking(Generic[P]):
             raise
 
     def probe(self) -> bool:
-        """Whether the thread has answered the last probe; if so, send another. Main thread."""
+        """Return whether the thread has answered the last probe; if so, send another. Main thread."""
         if self._probed:
             return False
         self._probed = True
@@ -103,8 +104,7 @@ class Parking(Generic[P]):
         if connection.on_readable():
             return
         fd = connection.fileno()
-        # Before it leaves: its next owner may park it again at once, or close it, and then another connection
-        # gets the same fd.
+        # Before `on_leave`: the next owner may park it again, or close it, and another connection get its fd.
         with contextlib.suppress(OSError):
             self._epoll.unregister(fd)
         del self._parked[fd]

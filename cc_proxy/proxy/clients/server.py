@@ -1,4 +1,4 @@
-"""The clients' side: accepts connections, and sees to it that each is served (docs/protocol.md, 1)."""
+"""Accepts clients' connections, and has each of them served (docs/protocol.md, 1)."""
 
 import contextlib
 import errno
@@ -26,21 +26,21 @@ from cc_proxy.proxy.users import Charge, LimitReached
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.settings import Limits, LiveSettings
 
-#: Threads that wait for the GIL ask for it this often, in seconds. CPython's own 5 ms would show in each
-#: request.
+#: Seconds after which a thread that waits for the GIL asks for it. With CPython's default, 5 ms, each request
+#: would take longer.
 _SWITCH_INTERVAL = 0.001
-#: Seconds until the accept thread notices that it is to stop.
+#: Seconds within which the accept thread notices that it has to stop.
 _STOP_POLL = 0.25
-#: Seconds to wait when accept(2) fails: there is no room for another connection, or whatever it says.
+#: Seconds to wait after accept(2) has failed, mostly because no fd or memory is left.
 _SHORTAGE_PAUSE = 0.1
 _NO_THREAD = "the daemon cannot start another thread"
 
 
 class Server(socketserver.ThreadingUnixStreamServer):
-    """Owner of the listening socket, and of the connections that are accepted on it.
+    """Owner of the listening socket and of the connections accepted on it.
 
-    A connection has a thread from the first byte of a request to the last byte of its answer. In between it
-    is parked: thousands of clients may be connected, and few of them have something to say.
+    A silent connection is parked, because thousands of clients may be connected and few of them active. A
+    request that may take long has a thread of its own.
     """
 
     daemon_threads = True
@@ -49,7 +49,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def __init__(
         self, listener: Listener, registry: Registry, live: LiveSettings, about: About | None = None
     ) -> None:
-        # The class of handlers is never used: socketserver's live no longer than one call.
+        # No request handler class is ever used: those of socketserver live for one call only.
         address = listener.socket.getsockname()
         super().__init__(address, socketserver.BaseRequestHandler, bind_and_activate=False)
         self.socket.close()
@@ -59,33 +59,33 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._users = registry.users
         self._handlers = Handlers(registry, live, about)
         self._numbers = itertools.count(1)
-        self._lock = threading.Lock()  # guards _connections, and _empty with it; innermost
+        self._lock = threading.Lock()  # guards _connections, and setting _empty to match; innermost
         self._connections: dict[socket.socket, Charge] = {}
         self._empty = threading.Event()  # set while there are no connections
         self._empty.set()
         self._workers = Workers()
-        #: Where connections wait for their clients.
+        #: Where silent connections wait.
         self.parking: Parking[Connection] = Parking(self._on_leave)
         self._stopping = threading.Event()
         self._short = False
-        #: When the accept thread last finished what it had to do; time.monotonic's.
+        #: When the accept thread last went round its loop (`time.monotonic`).
         self.turned_at = 0.0
         self._thread = threading.Thread(target=self._accept_all, name="accept", daemon=True)
 
     # Main thread ------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to accept connections, in a thread of its own."""
+        """Start the accept thread and the parking thread."""
         sys.setswitchinterval(_SWITCH_INTERVAL)
         self.parking.start()
         self.turned_at = time.monotonic()
         self._thread.start()
 
     def stop_accepting(self) -> None:
-        """Accept no more connections, and read no more requests; those that have arrived are still answered.
+        """Accept no more connections and read no more requests. Those that have arrived are still answered.
 
-        Clients that have connected to a socket of our own are served: nobody else will. Those that have
-        connected to an inherited one are left to the next process.
+        Clients that wait to be accepted are served if the socket is the daemon's own, because nobody else
+        would serve them. On an inherited socket they are left to the next process.
         """
         self._stopping.set()
         self.shutdown()
@@ -97,7 +97,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._shut_down_connections(socket.SHUT_RD)
 
     def join_connections(self, timeout: float) -> bool:
-        """Wait up to `timeout` seconds for the connections to end; returns whether all have."""
+        """Wait up to `timeout` seconds for all connections to end; returns whether they have."""
         return self._empty.wait(timeout)
 
     def hang_up(self) -> None:
@@ -105,13 +105,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._shut_down_connections(socket.SHUT_RDWR)
 
     def server_close(self) -> None:
-        """Give back what is left when all connections have ended, or had the time to."""
+        """End the threads that are left. To be called last."""
         super().server_close()
         self.parking.close()
         self._workers.close()
 
     def _accept_waiting(self) -> None:
-        """Serve the clients that wait, and let no more come: a removed socket can still be connected to."""
+        """Accept the connections that wait, and no more: a client may still find a removed socket."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RD)
             while True:
@@ -126,8 +126,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
     # Accept thread ----------------------------------------------------------------------------------------
 
     def _accept_all(self) -> None:
-        """Accept connections until the end, whatever happens."""
-        # At least once, however early the end comes: `shutdown` waits until this has been left.
+        """Accept connections until the daemon stops, whatever happens."""
+        # At least once, however early the daemon stops: `shutdown` waits until `serve_forever` returns.
         while True:
             try:
                 self.serve_forever(_STOP_POLL)
@@ -138,7 +138,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 return
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection. While there is no room for one, wait a little instead of spinning."""
+        """Accept a connection. If that fails, wait a little before the next try. Raises `OSError`."""
         if self._stopping.is_set():
             raise OSError(errno.ESHUTDOWN, "no more connections are accepted")
         try:
@@ -151,14 +151,14 @@ class Server(socketserver.ThreadingUnixStreamServer):
         return request
 
     def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        """Take a connection in, and park it until its client says something."""
+        """Count a connection, and park it until its client sends something."""
         try:
             self._take_in(request)
         except Exception:
             self._give_up(request)
 
     def service_actions(self) -> None:
-        """Called after each look for connections, whether there was one or not."""
+        """Called after each round of the accept loop."""
         self.turned_at = time.monotonic()
 
     def _wait_for_room(self, error: OSError) -> None:
@@ -168,7 +168,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._stopping.wait(_SHORTAGE_PAUSE)
 
     def _take_in(self, request: socket.socket) -> None:
-        """Count a connection and have it served, if its user may connect. Main thread at the end."""
+        """Park a connection, unless its user may not connect or a limit is reached.
+
+        The accept thread calls this; when the daemon stops, the main thread.
+        """
         who = Credentials.of_peer(request)
         if not may_connect(self._live.current.access, who):
             why = f"user {who.uid} may not connect: [access] in the settings names who may"
@@ -176,7 +179,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             return
         user = self._users.of(who.uid)
         try:
-            check_room()  # its requests may need a thread
+            check_room()  # for the threads that its requests may need
             charge = user.charge("connections")
             with self._lock:
                 self._connections[request] = charge
@@ -198,7 +201,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     # Any thread -------------------------------------------------------------------------------------------
 
     def _park(self, connection: Connection) -> None:
-        """Have a connection wait for its client. Raises `OSError`; the connection has ended then."""
+        """Park a connection. Raises `OSError`; the connection has ended then."""
         try:
             self.parking.park(connection)
         except BaseException:
@@ -206,7 +209,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             raise
 
     def _on_leave(self, connection: Connection) -> None:
-        """A connection has ended, or needs a thread. Parking thread."""
+        """A connection leaves the parking: it has ended, or needs a thread. Parking thread."""
         try:
             while connection.after is After.THREAD:
                 try:
@@ -220,11 +223,11 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 self._park(connection)
             else:
                 self.shutdown_request(connection.sock)
-        except Exception:  # there may not even be memory for the refusal
+        except Exception:  # not even the refusal could be made
             self._give_up(connection.sock, connection.client)
 
     def _converse(self, connection: Connection) -> None:
-        """Serve a connection in a worker's thread until its client is silent, or gone."""
+        """Serve a connection in a worker's thread until its client is silent or has gone."""
         try:
             if connection.converse():
                 self._park(connection)
@@ -244,7 +247,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         return free
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection, without waiting for what may take as long as its client likes."""
+        """Close a connection; in another thread if its client can make that take long."""
         if _may_take_long(request):
             with contextlib.suppress(RuntimeError):
                 self._workers.start("close", lambda: self._close(request))
@@ -252,7 +255,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._close(request)
 
     def _close(self, request: socket.socket) -> None:
-        """Close a connection; if it was counted, it counts for as long as that takes."""
+        """Close a connection. It counts until that is done."""
         try:
             close_stream(request)
         finally:
@@ -264,24 +267,24 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 charge.give_back()
 
     def _give_up(self, request: socket.socket, client: ClientInfo | None = None) -> None:
-        """Close a connection because of an error that nobody expected."""
+        """Close a connection after an unexpected error."""
         try:
             self.handle_error(request, client)
-        finally:  # to say so takes memory, of which there may be none
+        finally:  # logging takes memory, and there may be none
             self._close(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        """Log an error that nobody expected; it costs this connection and nothing else."""
+        """Log an unexpected error. It ends this connection, and affects no other."""
         client = client_address.number if isinstance(client_address, ClientInfo) else None
         faults.note("connection failed", client=client)
 
 
 def _may_take_long(request: socket.socket) -> bool:
-    """Whether closing a connection may; what its client has sent so far is all that can be on it then."""
+    """Whether closing a connection may take long. It accepts no more from its client then."""
     if not may_hold_fds(request):
         return False
     try:
         request.shutdown(socket.SHUT_RD)
         return holds_fds(request)
-    except OSError:  # the client has gone, and may have left anything
+    except OSError:  # the client has gone, and may have left fds
         return True

@@ -1,10 +1,8 @@
-"""What `status` answers with: how the daemon and its VMs are, put together from all parts that know
-something.
+"""Puts together the answer to `status`: the state of the daemon and its VMs.
 
-A pump's part (`streams/stats.py`) comes from its thread, through its mailbox, so it is of one moment and
-nothing on the data path is locked. All pumps are asked at once, and one deadline is for all of them: one that
-is stuck holds up nobody, and the answer says so. The rest are reads of single values, each right when it was
-read.
+A pump's part (`streams/stats.py`) comes from its thread, through its mailbox. So it is of one moment, and
+takes no lock on the data path. All pumps are asked at once, and have one deadline together: one that is stuck
+delays no other, and the answer says so. Everything else is read value by value.
 """
 
 import os
@@ -32,23 +30,23 @@ from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.proxy.vms.states import Trouble
 from cc_proxy.proxy.vms.vm import Vm
 
-#: Seconds that all pumps together get to answer; the public API promises half a second.
+#: Seconds to wait for all pumps together, as docs/protocol.md promises.
 _PATIENCE = 0.5
 
 
 @dataclass(frozen=True)
 class About:
-    """What the process knows of itself."""
+    """What is known of the process as a whole."""
 
-    #: Returns the file that the settings are from; empty if there is none. Any thread.
+    #: Returns the path of the settings file; empty if there is none. Any thread.
     settings_file: Callable[[], str] = str
     started: float = field(default_factory=time.monotonic)
 
 
 def describe(about: About, registry: Registry, asker: Credentials, attached: Iterable[Vm | None]) -> Status:
-    """Return how everything is that `asker` may know of; any thread, for half a second at most.
+    """Return the state of everything that `asker` may see. Waits half a second at most. Any thread.
 
-    `attached` has the VM of each connection that it may know of.
+    `attached` has the VM, or None, of each connection that it may see.
     """
     vms = sorted(registry.vms_of(asker), key=lambda vm: (vm.container_id, vm.created))
     listed = vms[:MOST_VMS]
@@ -72,7 +70,7 @@ def describe(about: About, registry: Registry, asker: Credentials, attached: Ite
 
 
 def _vms(vms: list[Vm], clients: Counter[Vm | None]) -> list[VmStatus]:
-    """Ask all pumps, then wait for their answers."""
+    """Ask all pumps, and then wait for their answers."""
     asked = [(vm, vm.describe()) for vm in vms]
     deadline = time.monotonic() + _PATIENCE
     return [_vm(vm, clients[vm], answer, deadline) for vm, answer in asked]
@@ -99,12 +97,12 @@ def _vm(vm: Vm, clients: int, asked: Future[Streams] | None, deadline: float) ->
 
 
 def _answer(asked: Future[Streams] | None, deadline: float) -> tuple[Streams | None, bool]:
-    """Return what a pump says, and whether it answers in time. A VM without one has nothing to say."""
+    """Return a pump's answer, and whether it came in time. A VM without a pump needs none."""
     if asked is None:
         return None, True
     try:
         return asked.result(max(0.0, deadline - time.monotonic())), True
-    except CancelledError:  # it has just ended
+    except CancelledError:  # the pump has just ended
         return None, True
     except TimeoutError:
         return None, False

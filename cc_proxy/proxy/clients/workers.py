@@ -1,4 +1,4 @@
-"""Threads for whatever may take long: one for each job, and the next job's when that is done."""
+"""Threads for jobs that may take long. A thread does one job at a time, and may get another one after it."""
 
 import contextlib
 import queue
@@ -9,34 +9,33 @@ from collections.abc import Callable
 
 from cc_proxy.linux.threads import start_thread
 
-#: What the thread is called meanwhile, and what it does; None is the end.
+#: The thread's name during the job, and what to do; None ends the thread.
 Job = tuple[str, Callable[[], object]] | None
 
-#: Seconds that a thread without a job waits for one before it ends; and how many may wait at once.
+#: Seconds that a thread waits for another job before it ends; and the most threads that wait.
 _LINGER = 0.1
 _MOST_SPARE = 16
 
 
 class Workers:
-    """Threads that do jobs, each at once and in a thread of its own.
+    """Starts each job at once, in a thread of its own.
 
-    Starting and ending a thread takes longer than most jobs, so a thread that has nothing to do waits a
-    little while for another one.
+    Starting and ending a thread takes longer than most jobs, so a thread whose job is done waits a little
+    for another one.
     """
 
     def __init__(self, *, linger: float = _LINGER, most_spare: int = _MOST_SPARE) -> None:
-        """A thread without a job waits for one for `linger` seconds, if fewer than `most_spare` do so."""
+        """A thread waits `linger` seconds for another job, unless `most_spare` threads wait already."""
         self._linger = linger
         self._most_spare = most_spare
-        # Threads without a job, the last one last. A thread that takes one out puts one job into its queue.
-        # Appending, popping and removing are atomic under the GIL, so there is no lock; the same holds for
-        # `_threads`.
+        # The queues of threads without a job, the latest last. Whoever takes one out puts one job into it.
+        # No lock: appending, popping and removing are atomic under the GIL. The same holds for `_threads`.
         self._spare: deque[queue.SimpleQueue[Job]] = deque()
         self._threads: set[threading.Thread] = set()
         self._closed = False
 
     def start(self, name: str, work: Callable[[], object]) -> None:
-        """Begin a job. Raises `RuntimeError` if no thread can be started. Any thread."""
+        """Start a job. Raises `RuntimeError` if no thread can be started. Any thread."""
         try:
             spare = self._spare.pop()
         except IndexError:
@@ -44,15 +43,14 @@ class Workers:
             return
         try:
             spare.put((name, work))
-        except BaseException:  # no memory: the thread goes on waiting
+        except BaseException:  # no memory; the thread goes on waiting
             self._spare.append(spare)
             raise
 
     def close(self) -> None:
-        """Let the threads end as soon as their jobs are done. Any thread."""
+        """Have the threads end when their jobs are done. Any thread."""
         self._closed = True
-        # A thread that has waited long enough takes itself out at any moment, so an empty deque is no
-        # surprise.
+        # Until it is empty. (A thread that has waited long enough takes itself out at any moment.)
         with contextlib.suppress(IndexError):
             while True:
                 self._spare.pop().put(None)
@@ -61,7 +59,7 @@ class Workers:
         """Wait up to `timeout` seconds for all threads to end; returns whether they have. After `close`."""
         deadline = time.monotonic() + timeout
         for thread in list(self._threads):
-            with contextlib.suppress(RuntimeError):  # Python does not consider it started yet
+            with contextlib.suppress(RuntimeError):  # it has not quite started yet
                 thread.join(max(0.0, deadline - time.monotonic()))
         return not self._threads
 
@@ -85,13 +83,13 @@ class Workers:
             while job:
                 me.name = job[0]
                 job[1]()
-                job = None  # a thread that waits must not keep what it worked on
+                job = None  # a thread that waits must not keep its last job's objects
                 job = self._next_job(me, jobs)
         finally:
             self._threads.discard(me)
 
     def _next_job(self, me: threading.Thread, jobs: "queue.SimpleQueue[Job]") -> Job:
-        """Return another job; None if there was none for a while."""
+        """Wait for another job; returns None if the thread is to end."""
         if self._closed or len(self._spare) >= self._most_spare:
             return None
         self._spare.append(jobs)
@@ -103,5 +101,5 @@ class Workers:
         try:
             self._spare.remove(jobs)
         except ValueError:
-            return jobs.get()  # somebody has just taken it out, and brings a job
+            return jobs.get()  # another thread has just taken it out, and will put a job in
         return None
