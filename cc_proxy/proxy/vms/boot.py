@@ -4,6 +4,7 @@ import contextlib
 import logging
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -69,7 +70,7 @@ class Boot:
             console = Console.open(self._vm, self._hello.console, sockets)
             for channel in (sockets.ctl, sockets.io):
                 channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-            booted = self._wait_until_up(control, sockets.io, console, deadline)
+            booted = self._wait_until_up(sockets.io, console, deadline, dialer.is_here)
             if console and not Console.is_logged():
                 console.close()
                 console = None
@@ -89,19 +90,23 @@ class Boot:
             raise NotReady(self._given_up or str(error)) from None
 
     def _wait_until_up(
-        self, control: ControlLink, io: socket.socket, console: Console | None, deadline: Deadline
+        self, io: socket.socket, console: Console | None, deadline: Deadline, is_here: Callable[[], bool]
     ) -> bool:
         """Wait for the agent; returns whether it said READY. An error has the console's last lines."""
+        assert self._control
         limits = self._limits
         if self._given_up:  # when there was no channel yet that `give_up` could hang up
             raise NotReady(self._given_up)
         try:
-            return control.wait_until_up(
-                io, limits.ready_timeout, limits.ready_ping_after, deadline.remaining(), console
+            return self._control.wait_until_up(
+                io, deadline.remaining(), limits.ready_ping_after, console, is_here
             )
-        except (ControlLost, NoAnswer) as error:
-            lines = console.last_lines() if console else ""
-            raise NotReady(f"{error}; the console's last lines: {lines}" if lines else str(error)) from None
+        except NoAnswer:
+            cause = f"no READY from the VM in {limits.ready_timeout:g} s"
+        except ControlLost as error:
+            cause = str(error)
+        lines = console.last_lines() if console else ""
+        raise NotReady(f"{cause}; the console's last lines: {lines}" if lines else cause)
 
     def _note_event(self, event: ControlMessage) -> None:
         if logger.isEnabledFor(logging.DEBUG):  # an agent sends two of them for each command

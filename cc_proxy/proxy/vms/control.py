@@ -26,6 +26,8 @@ _READ_SIZE = 512
 _LONG_READ = 64 * 1024
 #: Enough reads to empty a socket's buffer. A limit, because an agent may never stop sending.
 _MOST_LAST_READS = 512
+#: Seconds between two checks whether anybody still waits for the VM.
+_INTERVAL = 0.1
 _HUNG_UP = "the VM hung up its control channel"
 
 
@@ -90,16 +92,15 @@ class ControlLink:
         io: socket.socket,
         timeout: float,
         ping_after: float,
-        left: float | None = None,
         console: Beside | None = None,
+        still_wanted: Callable[[], bool] = lambda: True,
     ) -> bool:
         """Wait for READY; returns whether it came. Call this before anything else uses the channel.
 
         After `ping_after` seconds without it the agent is asked questions (`Quiz`): one that answers those
-        has been up before. `left` is what is left of `timeout`, if connecting took some of it. A VM that
-        hangs up `io` is lost too; `console` is read. Raises `ControlLost` or `NoAnswer`.
+        has been up before. `console` is read meanwhile. Raises `NoAnswer`, or `ControlLost`: also if the VM
+        hangs up `io`, and once `still_wanted` returns false.
         """
-        left = timeout if left is None else left
         begun = time.monotonic()
         up = select.poll()
         up.register(self._sock, select.POLLIN)
@@ -108,15 +109,17 @@ class ControlLink:
             up.register(console, select.POLLIN)
         while not self._is_up():
             now = time.monotonic() - begun
-            if now >= left:
+            if now >= timeout:
                 self._read_what_is_there()  # READY may have come in time, while this process was stopped
                 if self._is_up():
                     break
                 raise NoAnswer(f"no READY from the VM in {timeout:g} s")
             if not self._channel.is_quizzed and now >= ping_after:
                 self._channel.ask(Quiz())
-            until = left if self._channel.is_quizzed or ping_after > left else ping_after
-            self._exchange_when_ready(up, until - now)
+            if not still_wanted():
+                raise ControlLost("nobody waits for it any more")
+            until = timeout if self._channel.is_quizzed else min(ping_after, timeout)
+            self._exchange_when_ready(up, min(until - now, _INTERVAL))
             ready = dict(up.poll(0))
             if io.fileno() in ready:
                 raise ControlLost("the VM hung up its I/O channel")
@@ -197,8 +200,7 @@ class ControlLink:
     def _pass_turn(self) -> None:
         """Send the next command, and let the thread that waits for it go on. Requires the turn."""
         while transaction := self._turns.next():
-            # If this fails, the transaction's own thread finds out why.
-            with contextlib.suppress(ControlLost, NotSent):
+            with contextlib.suppress(ControlLost, NotSent):  # its own thread finds out why
                 self._send(transaction)
             if transaction.on_refusal is None:
                 transaction.turn.release()

@@ -74,7 +74,7 @@ class Dialer:
         `is_here` returns whether the client still waits. `claim` is called with the peer of each channel, and
         returns why that cannot be used, or nothing.
         """
-        self._is_here = is_here
+        self.is_here = is_here
         self._claim = claim
         self.client = client
         self._connector = connector
@@ -106,7 +106,7 @@ class Dialer:
             self._dial(
                 [ctl, io, extra] if extra else [ctl, io],
                 Deadline(timeout),
-                lambda: still_wanted() and self._is_here(),
+                lambda: still_wanted() and self.is_here(),
             )
             for channel in (ctl, io):
                 if not channel.is_connected:

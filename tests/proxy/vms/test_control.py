@@ -147,7 +147,7 @@ def test_ready_after_the_questions_counts_and_their_answers_stay_theirs(agent: A
 def test_ready_that_came_in_time_counts_though_nobody_looked(agent: Agent, left: float) -> None:
     """As when the daemon was stopped before it came to that."""
     agent.sock.sendall(command(ASYNC_EVENT, b"{}") * 200 + command(READY))
-    agent.link.wait_until_up(agent.io, 1.0, NEVER, left)
+    agent.link.wait_until_up(agent.io, left, NEVER)
 
 
 @pytest.mark.parametrize("ping_after", [0.0, 0.02, NEVER])
