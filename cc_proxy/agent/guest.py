@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 from cc_proxy.agent import kernel
 from cc_proxy.agent.errors import Refused
@@ -124,12 +125,19 @@ def _mount_all() -> list[tuple[str, OSError]]:
     failed = []
     for kind, target, flags, options in _MOUNTS:
         try:
-            if not os.path.ismount(target):
+            if target not in _mount_points():
                 os.makedirs(target, exist_ok=True)
                 kernel.mount(kind, target, kind, flags, options)
         except OSError as error:
             failed.append((target, error))
     return failed
+
+
+def _mount_points() -> set[str]:
+    try:
+        return {line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()}
+    except FileNotFoundError:
+        return set()
 
 
 def _use_console() -> None:
