@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,8 +20,6 @@ from cc_proxy.agent.processes import Processes
 from cc_proxy.agent.quirks import NO_QUIRKS, Quirks
 from cc_proxy.agent.socketport import SocketPort
 
-log = logging.getLogger(__name__)
-
 #: Seconds that a host gets to read what was sent to it before the power went off.
 _LAST_READ = 1.0
 
@@ -37,7 +34,7 @@ class Place:
     #: None if the process has other children than the agent's.
     orphans: Orphans | None = None
     #: Called with the reason when a command is answered with ERROR.
-    on_refused: Callable[[str], None] = log.info
+    on_refused: Callable[[str], None] = lambda _reason: None
 
 
 class Agent:
@@ -124,13 +121,11 @@ class Agent:
         self.close()
 
     def _boot(self) -> None:
-        log.info("up")
         self._server.boot()
         self._io.set_reading(True)
 
     def _power_off(self) -> None:
         """End once the host has taken what was sent to it, or has had the time to."""
-        log.info("power off")
         self._loop.call_later(_LAST_READ, self._loop.stop)
         self._ctl.when_drained(lambda: self._io.when_drained(self._loop.stop))
 

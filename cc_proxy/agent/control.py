@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 from cc_proxy.agent import commands
@@ -13,8 +12,6 @@ from cc_proxy.agent.ports import Port
 from cc_proxy.agent.quirks import Quirks
 from cc_proxy.hyperstart.codes import Code, describe
 from cc_proxy.hyperstart.control import ControlMessage, encode
-
-log = logging.getLogger(__name__)
 
 _EVENT = b'{"container":"","process":"","event":"finished","status":0}'
 

@@ -33,6 +33,8 @@ _MOUNTS = (
 _LINKS = (("fd", "self/fd"), ("stdin", "self/fd/0"), ("stdout", "self/fd/1"), ("stderr", "self/fd/2"))
 _CONSOLE = "/dev/console"
 _SHARE = "/run/cc-proxy/shared"
+#: The number of that kind of virtio device. Without one the kernel would complain of each pod.
+_VIRTIO_FS = 26
 #: Linux takes no longer name.
 _LONGEST_HOSTNAME = 64
 
@@ -52,11 +54,13 @@ class Guest(Machine):
         """Give the machine its name, and mount what is shared."""
         if hostname:
             socket.sethostname(hostname.encode()[:_LONGEST_HOSTNAME].decode(errors="ignore"))
-        if share:
+        if share and _has_device(_VIRTIO_FS):
             os.makedirs(_SHARE, 0o700, exist_ok=True)
-            with suppress(OSError):  # nothing is shared, which is no fault
+            try:
                 kernel.mount(share, _SHARE, "virtiofs")
                 self._shares = True
+            except OSError as error:
+                self._say(f"nothing is shared as {share!r}: {error.strerror}")
 
     def end_pod(self) -> None:
         """Let go of what is shared: the next pod may have another."""
@@ -131,6 +135,12 @@ def _mount_all() -> list[tuple[str, OSError]]:
         except OSError as error:
             failed.append((target, error))
     return failed
+
+
+def _has_device(number: int) -> bool:
+    """Whether the machine has a virtio device of a kind."""
+    kinds = Path("/sys/bus/virtio/devices").glob("*/device")
+    return any(int(file.read_text(), 16) == number for file in kinds)
 
 
 def _mount_points() -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import stat
@@ -21,8 +20,6 @@ from cc_proxy.agent.processes import Processes
 from cc_proxy.agent.quirks import Quirks
 from cc_proxy.agent.spawn import spawn
 from cc_proxy.hyperstart.control import HEADER, MAX_MESSAGE
-
-log = logging.getLogger(__name__)
 
 #: What VERSION is answered with.
 PROTOCOL_VERSION = 4242
@@ -179,7 +176,6 @@ class Pod:
         if not self._containers:
             self._alive = False
             self._machine.end_pod()
-            log.info("pod finished")
             self.on_finished()
 
     def _report(self, seq: int, status: int) -> None:

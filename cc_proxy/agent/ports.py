@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -10,8 +9,6 @@ from typing import Protocol
 
 from cc_proxy.agent.loop import HANG_UP, NOTHING_ELSE, READ, WRITE, Loop, Turn
 from cc_proxy.linux.fds import Piece
-
-log = logging.getLogger(__name__)
 
 _READ_SIZE = 64 * 1024
 

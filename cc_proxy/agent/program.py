@@ -17,7 +17,6 @@ from cc_proxy.agent.orphans import Orphans
 from cc_proxy.agent.quirks import NO_QUIRKS, Quirks
 from cc_proxy.agent.virtioport import VirtioPort, find_ports
 from cc_proxy.log.printable import printable
-from cc_proxy.log.ratelimit import BURST, PER_SECOND
 from cc_proxy.tokens import TokenBucket
 
 EXIT_POWER_OFF = 0
@@ -27,6 +26,8 @@ EXIT_MISUSE = 2
 
 #: Characters; a command may name a program that is longer.
 _LONGEST_REASON = 500
+#: Refusals that are told of at once, and in each second from then on.
+_BURST, _PER_SECOND = 100, 2.0
 
 _STOPPING = frozenset({signal.SIGTERM, signal.SIGINT})
 # Popen gives these back to its children by itself.
@@ -97,12 +98,12 @@ class _Refusals:
     """Says why commands are refused, at a bounded rate: stderr may be a file, and on a small disk."""
 
     def __init__(self) -> None:
-        self._bucket = TokenBucket(BURST)
+        self._bucket = TokenBucket(_BURST)
 
     def __call__(self, reason: str) -> None:
         now = time.monotonic()
-        if self._bucket.has(1, PER_SECOND, now):
-            self._bucket.take(1, PER_SECOND, now)
+        if self._bucket.has(1, _PER_SECOND, now):
+            self._bucket.take(1, _PER_SECOND, now)
             _say(printable(reason)[:_LONGEST_REASON])
 
 

@@ -1,6 +1,5 @@
 """A port as the hypervisor shows it to hosts: an AF_UNIX socket that serves one of them at a time."""
 
-import logging
 import socket
 from collections.abc import Sequence
 
@@ -8,8 +7,6 @@ from cc_proxy.agent.loop import READ, Loop, Turn
 from cc_proxy.agent.ports import Port
 from cc_proxy.agent.socketfile import SocketFile
 from cc_proxy.linux.fds import Piece, close_stream, send_pieces
-
-log = logging.getLogger(__name__)
 
 #: Seconds until a connection is tried to be taken again that the process has no fd left for.
 _ACCEPT_AGAIN = 0.1
@@ -42,8 +39,7 @@ class SocketPort(Port):
         self._loop.forget(self._file.sock.fileno())
         try:
             self._peer, _ = self._file.sock.accept()
-        except OSError as error:
-            log.info("cannot take a connection", extra={"socket": self._file.path, "error": str(error)})
+        except OSError:
             self._loop.call_later(_ACCEPT_AGAIN, self._await_host)
             return
         self._peer.setblocking(False)

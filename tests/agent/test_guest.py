@@ -29,9 +29,11 @@ MACHINE = """
 set -e
 mount --bind /tmp /tmp
 mount -t tmpfs none /sys
-mkdir -p /sys/fs/cgroup /sys/class/virtio-ports/vport0p1 /sys/class/virtio-ports/vport0p2
+mkdir -p /sys/fs/cgroup /sys/bus/virtio/devices/virtio1
+mkdir -p /sys/class/virtio-ports/vport0p1 /sys/class/virtio-ports/vport0p2
 echo sh.hyper.channel.0 >/sys/class/virtio-ports/vport0p1/name
 echo sh.hyper.channel.1 >/sys/class/virtio-ports/vport0p2/name
+echo 0x001a >/sys/bus/virtio/devices/virtio1/device
 mount -t tmpfs none /mnt
 touch /mnt/vport0p1 /mnt/vport0p2
 mount --bind "$1" /mnt/vport0p1
