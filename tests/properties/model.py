@@ -19,11 +19,12 @@ from tests.wire.support import (
     FRAME,
     MARKER,
     OK,
+    PING,
     WAIT,
+    Command,
     FakeVm,
     RawClient,
     Stream,
-    at_end,
     command,
     error_of,
     frame,
@@ -179,7 +180,7 @@ class Vm:
     """A VM that is up, with an agent that handles what it is sent when the test says so."""
 
     def __init__(
-        self, container: str, fake: FakeVm, witness: RawClient, *, paced: bool, may_pause: bool
+        self, container: str, fake: FakeVm, witness: RawClient, *, paced: bool, may_pause: bool, booted: bool
     ) -> None:
         never_wait_long(fake.io)
         self.container = container
@@ -188,7 +189,7 @@ class Vm:
         self.paced = paced
         self.may_pause = may_pause  # while the spool is full the daemon does not see what it says
         self.alive = True
-        self.next_seq = 1
+        self.next_seq = 1 if booted else 0  # 0: to be seen with the first session
         self.sessions: list[Session] = []
         self.late: list[int] = []  # codes of the answers it has yet to give, all of them too late
         self.markers: list[int] = []  # that it has yet to send back
@@ -258,7 +259,7 @@ class Vm:
         """A process is started on its streams."""
         process = {"stdio": session.seqs.start, "stderr": session.seqs.stop - 1}
         self.witness.hyper("execcmd", json.dumps({"container": self.container, "process": process}))
-        self.fake.read_command()
+        self.read_command()
         self.fake.ctl.sendall(b"".join(map(command, [*self.late, ACK])))
         self.late = []
         assert self.witness.receive() == OK
@@ -303,10 +304,31 @@ class Vm:
         """Send markers back, the oldest first."""
         for seq in self.markers[:count]:
             for session in self.sessions:
-                if session.seqs.start == seq & 0xFFFF_FFFF:
+                if session.seqs.start == seq & (1 << 53) - 1:
                     session.held = 0
             self.queue(seq)
         del self.markers[:count]
+
+    # Commands -------------------------------------------------------------------------------------------
+
+    def read_command(self) -> Command:
+        """A client's. The daemon's own pings before it are answered."""
+        while (taken := self.fake.read_command()) == Command(PING, b""):
+            self._acknowledge_ping()
+        return taken
+
+    def answer_pings(self) -> None:
+        """The daemon asks whether stdin is handled, on a channel on which nobody else asks anything now."""
+        while select.select([self.fake.ctl], [], [], 0)[0]:
+            assert self.fake.read_command() == Command(PING, b"")
+            self._acknowledge_ping()
+
+    def _acknowledge_ping(self) -> None:
+        """Everything that was taken in by now is handled."""
+        for session in self.sessions:
+            session.held = 0
+        self.fake.ctl.sendall(b"".join(map(command, [*self.late, ACK])))
+        self.late = []
 
     # The end --------------------------------------------------------------------------------------------
 
@@ -331,7 +353,8 @@ class Vm:
                 assert select.select([self.fake.io], [], [], WAIT)[0], "the daemon does not hang up"
         if how in {"bad frame", "bad message", "io"}:
             with suppress(ConnectionResetError):  # it has not even read the message
-                assert at_end(self.fake.ctl)
+                while self.fake.ctl.recv(_SCRATCH):
+                    pass  # its pings
 
     def close(self) -> None:
         self.witness.close_all()
@@ -354,6 +377,7 @@ def settle(vms: list[Vm], sessions: list[Session]) -> None:
             vm.echo()
             vm.flush()
             assert vm.handle(), "the daemon hung up"
+            vm.answer_pings()
         for session in sessions:
             session.push(_SCRATCH)
             session.read()
@@ -364,7 +388,7 @@ def settle(vms: list[Vm], sessions: list[Session]) -> None:
 
 
 def _wait_for_something(vms: list[Vm], sessions: list[Session], seconds: float) -> None:
-    reading = [vm.fake.io for vm in vms if vm.alive]
+    reading = [channel for vm in vms if vm.alive for channel in (vm.fake.io, vm.fake.ctl)]
     reading += [session.stream.sock for session in sessions if not session.closed]
     sending = [session for session in sessions if session.queue and session.started and not session.over]
     writing = [session.stream.sock for session in sending]
