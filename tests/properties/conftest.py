@@ -14,7 +14,7 @@ settings.register_profile(
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=100,
+    max_examples=160,
     suppress_health_check=_SLOW_IS_FINE,
 )
 settings.register_profile("long", deadline=None, max_examples=10_000, suppress_health_check=_SLOW_IS_FINE)

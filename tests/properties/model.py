@@ -189,6 +189,7 @@ class Vm:
         self.paced = paced
         self.may_pause = may_pause  # while the spool is full the daemon does not see what it says
         self.alive = True
+        self.echoes = True  # whether markers come back
         self.next_seq = 1 if booted else 0  # 0: to be seen with the first session
         self.sessions: list[Session] = []
         self.late: list[int] = []  # codes of the answers it has yet to give, all of them too late
@@ -301,7 +302,9 @@ class Vm:
         assert session.said.begins_with(session.got) or session.may_end
 
     def echo(self, count: int = 1 << 40) -> None:
-        """Send markers back, the oldest first."""
+        """Send markers back, the oldest first; or lose them, as if there were no room for them."""
+        if not self.echoes:
+            self.markers = []
         for seq in self.markers[:count]:
             for session in self.sessions:
                 if session.seqs.start == seq & (1 << 53) - 1:

@@ -111,15 +111,21 @@ class World(RuleBasedStateMachine):
         number = next(numbers)
         return (b"%d," % number * (size // 2 + 1))[:size]
 
-    @initialize(streams=st.lists(st.integers(1, 2), max_size=4))
-    def begin(self, streams: list[int]) -> None:
+    @initialize(
+        how=st.sampled_from(["at once", "in pieces"]),
+        streams=st.lists(st.integers(1, 2), max_size=4),
+        early=st.sampled_from([0, 0, 1]),
+    )
+    def begin(self, how: str, streams: list[int], early: int) -> None:
         """Two VMs with a few sessions, since an empty daemon has little to get wrong."""
         self.connect()
         self.connect()
         for number, container in enumerate(IDS[:2]):
-            self.hello(number, container, "at once")
+            self.hello(number, container, how)
         for number, count in enumerate(streams):
             self.ask(number, [(f"allocate {count}", "")], cut=0)
+        for session in self.unstarted[early:]:
+            session.vm.start(session)
 
     # Clients --------------------------------------------------------------------------------------------
 
@@ -182,6 +188,7 @@ class World(RuleBasedStateMachine):
         client.vm = Vm(
             container, fake, witness, paced=self.paced, may_pause=self.small_spool, booted=self.booted
         )
+        client.vm.echoes = self.booted or how == "at once"
         self.vms.append(client.vm)
         self.registered[container] = client.vm
 
