@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cc_proxy.api import Client, Frame, FrameParser, encode_frame
+from tests.agent.host import until
 from tests.ctl.fake_proxy import FakeProcess, FakeProxy
 
 README = Path(__file__).parent.parent / "README.md"
@@ -94,6 +95,47 @@ def test_stdin_arrives_whole_while_others_stream(proxy: Proxy) -> None:
             assert out[:64].decode() == hashlib.sha256(data).hexdigest()
         noisy.terminate()
         noisy.communicate(timeout=20)
+
+
+@contextlib.contextmanager
+def pod_like_hyperstart(proxy: Proxy, directory: Path, name: str) -> Iterator[None]:
+    """A pod whose agent loses what hyperstart loses."""
+    ctl, io_path = str(directory / "ctl"), str(directory / "io")
+    with proxy.start("agent", "--ctl", ctl, "--io", io_path) as agent:
+        assert agent.stderr
+        assert b"listens" in agent.stderr.readline()
+        with proxy.start("run", "--ctl", ctl, "--io", io_path, "--id", name, "--", *STAYS) as process:
+            try:
+                assert process.stdout
+                assert process.stdout.readline() == b"up\n"
+                yield
+            finally:
+                process.terminate()
+                process.communicate(timeout=20)
+                agent.communicate(timeout=20)
+
+
+@pytest.mark.parametrize("floods", [False, True])
+def test_stdin_arrives_whole_at_an_agent_like_hyperstart(
+    proxy: Proxy, tmp_sock_dir: Path, tmp_path: Path, floods: bool
+) -> None:
+    # No more than a pipe holds: what comes while it is full is lost, and nobody can help that.
+    data, copy = hashlib.shake_128(b"stdin").digest(60_000), tmp_path / "copy"
+    with pod_like_hyperstart(proxy, tmp_sock_dir, "p"), contextlib.ExitStack() as stack:
+        if floods:
+            endless = ("exec", "p", "--", "sh", "-c", "echo up >&2; exec yes")
+            noisy = stack.enter_context(proxy.start(*endless, stdout=subprocess.DEVNULL))
+            stack.callback(noisy.terminate)
+            assert noisy.stderr
+            assert noisy.stderr.readline() == b"up\n"
+        process = stack.enter_context(proxy.start("exec", "-i", "p", "--", "sh", "-c", f"cat >{copy}"))
+        stack.callback(process.terminate)
+        assert process.stdin
+        process.stdin.write(data)
+        process.stdin.close()
+        # Its end is not reported while output floods.
+        until(lambda: copy.exists() and copy.stat().st_size == len(data))
+        assert copy.read_bytes() == data
 
 
 def test_stdin_in_frames_of_8192_bytes_ends_with_shut_wr_while_output_flows(proxy: Proxy) -> None:
