@@ -6,7 +6,8 @@ limits, and runs the containers' processes as processes of this host.
     with Agent("/tmp/vm.ctl", "/tmp/vm.io") as agent:
         agent.serve()
 
-`run_agent` is the same as a whole program. `Quirks` makes it a worse VM than it has to be.
+`run_agent` is the same as a whole program. `lossless` makes it a better VM than one with hyperstart, `Quirks`
+a worse one. `python3 -m cc_proxy.agent --guest` is the agent in a VM, as its first process.
 """
 
 from cc_proxy.agent.agent import Agent
