@@ -34,7 +34,7 @@ demo: $(READY) ## watch the proxy at work, from the first connection to the last
 .PHONY: test
 test: $(TOX) ## run every gate: lint, types, the tests on each Python there is, some fuzzing, wheel, package
 	@$(TOX) run-parallel -q --parallel auto \
-		-e $(subst $(space),$(comma),$(pythons)),package,systemd,fuzz,types,lint,wheel $(discover)
+		-e $(subst $(space),$(comma),$(pythons)),package,systemd,guest,fuzz,types,lint,wheel $(discover)
 
 .PHONY: unit
 unit: $(READY) ## run the tests of the pure parts and of single units; less than a minute
@@ -68,10 +68,14 @@ fuzz: $(READY) requirements/fuzz.txt ## fuzz every decoder and the request loop,
 docs: $(TOOLS) ## make the man pages and the completion of bash, zsh and fish, in build/docs
 	@$(VENV)/bin/python packaging/docs.py build/docs
 
+.PHONY: guest
+guest: $(READY) ## make a kernel and an initramfs for `cc-proxyctl run --vm`, in build/guest
+	@packaging/guest/build $(VENV)/bin/python
+
 .PHONY: release deb rpm
 release: $(TOOLS) ## make the archives that packages are built from: sources, docs, vendored sources
 	@packaging/release $(VENV)/bin/python
-deb: release ## build the Debian package, in build/deb; needs its build dependencies
+deb: release ## build the Debian packages, in build/deb; needs its build dependencies
 	@packaging/deb
 rpm: release ## build the RPM, in build/rpm; needs rpmbuild
 	@packaging/rpm/build

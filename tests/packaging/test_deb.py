@@ -23,6 +23,7 @@ SETTINGS = "/etc/cc-proxy/cc-proxy.toml"
 COMPLETIONS = {
     f"/usr/share/zsh/vendor-completions/_{name}": "root:root 644" for name in ("cc-proxy", "cc-proxyctl")
 }
+GUEST = {f"/usr/lib/cc-proxy/guest/{name}": "root:root 644" for name in ("initramfs", "vmlinuz")}
 NOT_IN_DEBIAN = ("msgspec", "selectors2.py")
 ARCHIVE = r"http://(deb|security)\.debian\.org/debian(-security)?$"
 
@@ -32,10 +33,12 @@ pytestmark = [pytest.mark.package, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def packages(release: None, share: Path) -> None:
-    """In the system's /srv: the package, and a newer one that has other default settings."""
+    """In the system's /srv: both packages, and a newer one that has other default settings."""
     build("packaging/deb")
     (built,) = (ROOT / "build" / "deb").glob("cc-proxy_*.deb")
     shutil.copy(built, share / "cc-proxy.deb")
+    (guest,) = (ROOT / "build" / "deb").glob("cc-proxy-guest_*.deb")
+    shutil.copy(guest, share / "cc-proxy-guest.deb")
     make_newer(built, share)
 
 
@@ -98,6 +101,18 @@ def test_installed_it_runs(box: Box) -> None:
     assert runs_a_process(box)
     assert "VM registered" in box.log("-t", "cc-proxy")
     assert box.output("ps", "-o", "user=", "-p", main_pid(box)) == "cc-proxy"
+
+
+def test_the_guest_is_a_package_of_its_own(box: Box) -> None:
+    assert found(box, GUEST) == {}
+    box.run("dpkg", "--install", "/srv/cc-proxy-guest.deb")
+    assert found(box, GUEST) == GUEST
+    assert box.output("dpkg", "--verify", "cc-proxy-guest") == ""
+    licences = box.output("ls", "/usr/share/doc/cc-proxy-guest/licences").split()
+    bill = json.loads(box.output("cat", "/usr/share/doc/cc-proxy-guest/sbom.spdx.json"))
+    assert {f"licences/{name}" for name in licences} == {each["licenseComments"] for each in bill["packages"]}
+    box.run("dpkg", "--purge", "cc-proxy-guest")
+    assert found(box, GUEST) == {}
 
 
 def test_socket_starts_it(box: Box) -> None:
