@@ -4,41 +4,24 @@ Every setting has a default; conf/cc-proxy.toml says what each is for. A file is
 it takes effect.
 """
 
-import errno
 import os
-import re
-import stat
-import tomllib
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
 import msgspec
 from msgspec import Meta
 
+from cc_proxy import settingsfile
 from cc_proxy.access import Access
 from cc_proxy.api.transport import DEFAULT_SOCKET
 from cc_proxy.linux.socketfile import MAX_SOCKET_PATH
 from cc_proxy.log.levels import LogFormat, LogLevel
-from cc_proxy.log.printable import printable
+from cc_proxy.settingsfile import SettingsError, Table
 
 #: Read if it exists and no other file is named.
 DEFAULT_FILE = "/etc/cc-proxy/cc-proxy.toml"
 
-#: Longest file that is read, in characters: many times longer than any real one.
-_MOST_READ = 1024 * 1024
-
 _CHOICES: dict[str, tuple[str, ...]] = {"log.level": get_args(LogLevel), "log.format": get_args(LogFormat)}
-
-#: msgspec's names of types, in TOML's words.
-_TYPES = {
-    "int": "an integer",
-    "float": "a number",
-    "str": "a string",
-    "bool": "true or false",
-    "array": "an array",
-    "object": "a table",
-    "null": "nothing",
-}
 
 _Path = Annotated[str, Meta(pattern=r"^/[^\x00]*$", description="an absolute path")]
 _Seconds = Annotated[float, Meta(gt=0, le=86_400)]
@@ -46,22 +29,14 @@ _Bytes = Annotated[int, Meta(ge=0, le=2**50)]
 _Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 
 
-class SettingsError(Exception):
-    """A settings file cannot be used; the text names the file, the key and what was expected."""
-
-
-class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Common shape of the tables: immutable, and strict about unknown keys."""
-
-
-class LogSettings(_Table, frozen=True):
+class LogSettings(Table, frozen=True):
     """What is logged, and in which format."""
 
     level: LogLevel = "info"
     format: LogFormat = "auto"
 
 
-class VmSettings(_Table, frozen=True):
+class VmSettings(Table, frozen=True):
     """How long a VM may take for what it does. In seconds."""
 
     ready_timeout: _Seconds = 30.0
@@ -70,7 +45,7 @@ class VmSettings(_Table, frozen=True):
     bye_linger: Annotated[float, Meta(ge=0, le=86_400)] = 10.0
 
 
-class StdinSettings(_Table, frozen=True):
+class StdinSettings(Table, frozen=True):
     """How stdin is paced (docs/protocol.md, the agent's stdin)."""
 
     #: Bytes of payload that a process may be sent before its agent acknowledges them; 0: no pacing.
@@ -79,7 +54,7 @@ class StdinSettings(_Table, frozen=True):
     echo_timeout: _Seconds = 0.1
 
 
-class SpoolSettings(_Table, frozen=True):
+class SpoolSettings(Table, frozen=True):
     """Where output waits for clients that do not read it."""
 
     directory: _Path = "/var/tmp"  # noqa: S108 - files there are made without a name
@@ -88,7 +63,7 @@ class SpoolSettings(_Table, frozen=True):
     total_limit: _Bytes = 1024 * 1024 * 1024
 
 
-class UserLimits(_Table, frozen=True):
+class UserLimits(Table, frozen=True):
     """How much one user may have at once. For root only the totals apply."""
 
     connections: _Count = 1_024
@@ -100,7 +75,7 @@ class UserLimits(_Table, frozen=True):
     request_rate: _Count = 100
 
 
-class Limits(_Table, frozen=True):
+class Limits(Table, frozen=True):
     """How much there may be at once, for all users together."""
 
     connections: _Count = 16_384
@@ -116,7 +91,7 @@ class Limits(_Table, frozen=True):
     message_timeout: _Seconds = 30.0
 
 
-class Settings(_Table, frozen=True):
+class Settings(Table, frozen=True):
     """Everything that can be set."""
 
     socket_path: _Path = DEFAULT_SOCKET
@@ -181,21 +156,11 @@ def _flatten(table: msgspec.Struct, prefix: str = "") -> dict[str, Any]:
 
 def parse(text: str, source: str) -> Settings:
     """Return the settings that a TOML text describes. Raises `SettingsError`, naming `source` and the key."""
-    try:
-        settings = msgspec.convert(tomllib.loads(text), Settings, dec_hook=_resolve)
-    except msgspec.ValidationError as error:
-        raise SettingsError(f"{source}: {printable(_explain(str(error)))}") from None
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, and an int of thousands of digits
-        raise SettingsError(f"{source}: not valid TOML: {printable(str(error))}") from None
+    settings = settingsfile.decode(text, source, Settings, _CHOICES)
     size = len(settings.socket_path.encode())
     if size > MAX_SOCKET_PATH:
         raise SettingsError(f"{source}: socket_path: {size} bytes, expected {MAX_SOCKET_PATH} at most")
     return settings
-
-
-def _resolve(kind: type[Any], given: Any) -> Any:
-    """Turn the name or number of a user or group into a `UserId` or `GroupId`."""
-    return kind.resolve(given)
 
 
 def load(path: str | None = None) -> Settings:
@@ -203,27 +168,8 @@ def load(path: str | None = None) -> Settings:
 
     Raises `SettingsError` if the file cannot be read or has a mistake.
     """
-    try:
-        with open(path or DEFAULT_FILE, encoding="utf-8", opener=_open_regular) as file:
-            text = file.read(_MOST_READ + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        if path is None and isinstance(error, FileNotFoundError):
-            return Settings()
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise SettingsError(f"{path or DEFAULT_FILE}: cannot be read: {reason}") from None
-    if len(text) > _MOST_READ:
-        raise SettingsError(f"{path or DEFAULT_FILE}: longer than {_MOST_READ} characters")
-    return parse(text, path or DEFAULT_FILE)
-
-
-def _open_regular(path: str, flags: int) -> int:
-    """Open a regular file only: opening anything else may block or have an effect. Raises `OSError`."""
-    fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISREG(mode):
-        return fd
-    os.close(fd)
-    raise OSError(errno.EINVAL, "Is a directory" if stat.S_ISDIR(mode) else "not a regular file")
+    text = settingsfile.read(path or DEFAULT_FILE, optional=path is None)
+    return Settings() if text is None else parse(text, path or DEFAULT_FILE)
 
 
 def file_read(path: str | None = None) -> str:
@@ -231,25 +177,3 @@ def file_read(path: str | None = None) -> str:
     if path is None and not os.path.exists(DEFAULT_FILE):
         return ""
     return os.path.abspath(path or DEFAULT_FILE)
-
-
-def _explain(error: str) -> str:
-    """Turn msgspec's ``what - at `$.table.key` `` into `table.key: what`, in the words of TOML."""
-    if " - at `$" not in error:
-        return _in_words(error)
-    what, _, where = error.rpartition(" - at `$")
-    key = where.strip("`").lstrip(".").partition("[")[0]
-    if key in _CHOICES and what.startswith("Invalid enum value"):
-        got = what.removeprefix("Invalid enum value")
-        what = f"expected one of {', '.join(_CHOICES[key])}, got{got}"
-    elif "regex" in what:
-        what = "expected an absolute path"
-    else:
-        what = _in_words(what)
-    return f"{key}: {what}" if key else what
-
-
-def _in_words(what: str) -> str:
-    """Turn ``Expected `int` >= 1, got `str` `` into the words of TOML."""
-    what = what.replace("Object contains unknown field", "unknown setting").replace("Expected", "expected")
-    return re.sub(r"`(\w+)`(?=[ ,]|$)", lambda name: _TYPES.get(name[1], name[0]), what)

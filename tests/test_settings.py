@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from cc_proxy import settings
-from cc_proxy.settings import LiveSettings, Settings, SettingsError, load, parse
+from cc_proxy.settings import LiveSettings, Settings, load, parse
+from cc_proxy.settingsfile import SettingsError
 
 FILE = "/etc/here.toml"
 LEVELS = ["error", "warning", "info", "debug", "io", "console"]

@@ -22,7 +22,8 @@ from cc_proxy.proxy.clients.listener import Listener, ListenError
 from cc_proxy.proxy.daemon import Host
 from cc_proxy.proxy.streams.spool import check_directory
 from cc_proxy.proxy.vms.connector import Connector
-from cc_proxy.settings import Settings, SettingsError
+from cc_proxy.settings import Settings
+from cc_proxy.settingsfile import SettingsError
 
 LOG_LEVEL_VARIABLE = "CC_PROXY_LOG_LEVEL"
 

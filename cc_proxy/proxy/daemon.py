@@ -24,7 +24,8 @@ from cc_proxy.proxy.clients.status import About
 from cc_proxy.proxy.vms.connector import Connector
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.proxy.watchdog import Watchdog
-from cc_proxy.settings import LiveSettings, Reload, Settings, SettingsError
+from cc_proxy.settings import LiveSettings, Reload, Settings
+from cc_proxy.settingsfile import SettingsError
 
 #: Seconds that what is in flight gets to finish when the daemon stops.
 STOP_TIMEOUT = 5.0

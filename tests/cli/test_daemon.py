@@ -15,7 +15,8 @@ from cc_proxy import __version__, settings
 from cc_proxy.cli import daemon as cli
 from cc_proxy.cli.daemon import build_parser, choose_settings, main
 from cc_proxy.log.levels import LEVELS
-from cc_proxy.settings import Settings, SettingsError
+from cc_proxy.settings import Settings
+from cc_proxy.settingsfile import SettingsError
 from tests.wire.support import WAIT, wait_until
 
 CHECKOUT = Path(__file__).parent.parent.parent

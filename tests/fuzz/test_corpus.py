@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cc_proxy import settings
+from cc_proxy import settingsfile
 from cc_proxy.agent.inbound import HostFrames
 from cc_proxy.api import fdpassing
 from cc_proxy.api.errors import ProtocolError
@@ -80,7 +80,7 @@ def test_no_fuzzer_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         ("pacing", StdinWindow, "_seq", 1 << 63),
         ("requests", handlers, "MAX_RESPONSE", 1 << 20),
         ("requests", connection, "TAG", b"G"),
-        ("settings", settings, "printable", str),
+        ("settings", settingsfile, "printable", str),
         ("status", overview, "printable", str),
         ("stdin", frames, "MAX_TO_AGENT", 4_097),
     ],

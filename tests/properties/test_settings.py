@@ -10,7 +10,8 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cc_proxy.settings import SettingsError, parse
+from cc_proxy.settings import parse
+from cc_proxy.settingsfile import SettingsError
 
 FILE = "/etc/here.toml"
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from cc_proxy.settings import LiveSettings, Settings, SettingsError, parse
+from cc_proxy.settings import LiveSettings, Settings, parse
+from cc_proxy.settingsfile import SettingsError
 from tests.fuzz.choices import Choices
 
 _FILE = "/etc/here.toml"
