@@ -21,12 +21,13 @@ from cc_proxy.cli import ctl, daemon
 from cc_proxy.ctl.commands import COMMANDS
 
 HERE = Path(__file__).parent
-CONF = HERE.parent / "conf" / "cc-proxy.toml"
+CONF = HERE.parent / "conf"
 
 SUMMARIES = {
     "cc-proxy": "share the channels of virtual machine containers among their clients",
     "cc-proxyctl": "talk to cc-proxy by hand",
     "cc-proxy.toml": "settings of cc-proxy",
+    "cc-proxy-guest.toml": "settings of the virtual machines that cc-proxyctl starts",
 }
 COMPLETED = {"FILE": shtab.FILE, "PATH": shtab.FILE, "DIR": shtab.DIRECTORY}
 #: The name that each shell expects of the file for a program.
@@ -50,7 +51,8 @@ def files() -> Iterator[tuple[str, str]]:
         yield f"{program}.{section}", program_page(build(), section)
         for shell, name in COMPLETION_FILES.items():
             yield name.format(program), completion(build(), shell)
-    yield "cc-proxy.toml.5", settings_page(CONF.read_text())
+    for name, file in (("cc-proxy.toml", "cc-proxy.toml"), ("cc-proxy-guest.toml", "guest.toml")):
+        yield f"{name}.5", settings_page(name, (CONF / file).read_text())
 
 
 def program_page(parser: argparse.ArgumentParser, section: int) -> str:
@@ -87,11 +89,11 @@ def completion(parser: argparse.ArgumentParser, shell: str) -> str:
     return str(shtab.complete(parser, shell))
 
 
-def settings_page(toml: str) -> str:
-    """Return the man page of the settings, made from the comments in the file that is shipped."""
+def settings_page(name: str, toml: str) -> str:
+    """Return the man page of a file of settings, made from the comments in the one that is shipped."""
     about, *blocks = re.split(r"\n{2,}", toml.strip())
-    name = "cc-proxy.toml"
-    page = [f'.TH CC\\-PROXY.TOML "5" "{_date()}" "cc\\-proxy {cc_proxy.__version__}" "cc\\-proxy"']
+    title = _escaped(name.upper())
+    page = [f'.TH {title} "5" "{_date()}" "cc\\-proxy {cc_proxy.__version__}" "cc\\-proxy"']
     page += [".SH NAME", f"{_escaped(name)} \\- {SUMMARIES[name]}", ".SH DESCRIPTION"]
     page += [_prose(line) for line in about.splitlines()]
     page += [".SH SETTINGS"]

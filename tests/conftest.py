@@ -12,7 +12,7 @@ import pytest
 
 from cc_proxy.log.levels import logger
 
-pytest_plugins = ["tests.connector", "tests.leaks", "tests.locks"]
+pytest_plugins = ["tests.connector", "tests.guest.image", "tests.leaks", "tests.locks"]
 
 
 @pytest.fixture

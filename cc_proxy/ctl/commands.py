@@ -18,6 +18,8 @@ from cc_proxy.ctl.parser import (
 )
 from cc_proxy.ctl.run import execute, run
 from cc_proxy.ctl.status import log_level, status
+from cc_proxy.ctl.vm.arguments import add_vm_settings
+from cc_proxy.ctl.vm.commands import Action, vm
 from cc_proxy.hyperstart.codes import COMMANDS as HYPER_COMMANDS
 from cc_proxy.log.levels import LogLevel
 
@@ -30,11 +32,20 @@ the process's pipe (64 KiB) or terminal (4 KiB) is full. The exit status is the 
 
 def _add_local(parser: ArgumentParser) -> None:
     parser.add_argument("--local", action="store_true", help="start an embedded agent, and use it as the VM")
+    parser.add_argument("--vm", action="store_true", help="start a VM under QEMU, and end it afterwards")
     add_sockets(parser, required=False)
 
 
 def _add_new_id(parser: ArgumentParser) -> None:
     parser.add_argument("--id", metavar="ID", type=new_id, help="the container id (default: a random one)")
+
+
+def _add_vm_action(parser: ArgumentParser) -> None:
+    parser.add_argument("action", metavar="start|stop", choices=get_args(Action), help="what to do")
+
+
+def _add_vm_id(parser: ArgumentParser) -> None:
+    parser.add_argument("id", metavar="ID", type=new_id, help="the container id of the VM")
 
 
 def _add_hyper_command(parser: ArgumentParser) -> None:
@@ -92,11 +103,12 @@ within 5 seconds ends cc-proxyctl and the pod, whatever the process does."""
             "run --local -ti -- sh",
             "run --ctl /run/vm1/ctl.sock --io /run/vm1/io.sock --id web -e PORT=80 -- httpd -f",
             "run --local -i -- wc -c < /etc/services",
+            "run --vm --memory 512 -- uname -a",
         ),
-        arguments=(_add_local, add_console, _add_new_id, add_timeout, add_process),
+        arguments=(_add_local, add_console, _add_new_id, add_timeout, add_vm_settings, add_process),
         read=options.RunOptions.of,
         do=run,
-        usage="cc-proxyctl run (--local | --ctl PATH --io PATH) [--console PATH] [--id ID]\n"
+        usage="cc-proxyctl run (--local | --vm | --ctl PATH --io PATH) [--console PATH] [--id ID]\n"
         f"                       {_PROCESS_OPTIONS}\n"
         "                       -- CMD [ARG]...",
     ),
@@ -116,6 +128,18 @@ running too. `exec ID -- kill PID` ends such a process."""
         read=options.ExecOptions.of,
         do=execute,
         usage=f"cc-proxyctl exec {_PROCESS_OPTIONS}\n                        ID -- CMD [ARG]...",
+    ),
+    Subcommand(
+        name="vm",
+        summary="start a VM that stays, or stop it",
+        description="""\
+`start` starts a VM under QEMU, registers it, and starts a pod in it, whose first process does
+nothing: `exec` runs others. The VM stays until `stop`, whoever else ends. `stop` destroys the pod,
+unregisters the VM and ends QEMU. Both are for the user who started it.""",
+        examples=("vm start web", "vm start web --memory 1024 --cpus 2", "vm stop web"),
+        arguments=(_add_vm_action, _add_vm_id, add_timeout, add_vm_settings),
+        read=options.VmOptions.of,
+        do=vm,
     ),
     Subcommand(
         name="hello",

@@ -15,6 +15,21 @@ from cc_proxy.ctl.errors import Misuse
 
 #: The environment variable with the path of the proxy's socket, unless the command line gives one.
 SOCKET_VARIABLE = "CC_PROXY_SOCKET"
+#: The environment variable with the path of the settings of VMs, unless the command line gives one.
+GUEST_VARIABLE = "CC_PROXY_GUEST"
+#: The options that override settings of VMs, by the names of these.
+VM_OPTIONS = {
+    "qemu": "--qemu",
+    "machine": "--machine",
+    "accelerator": "--accelerator",
+    "memory": "--memory",
+    "cpus": "--cpus",
+    "kernel": "--kernel",
+    "image": "--image",
+    "append": "--append",
+    "arguments": "--qemu-arg",
+    "boot_timeout": "--boot-timeout",
+}
 
 _ID_BYTES = 6
 
@@ -68,25 +83,79 @@ class ProcessOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class GuestOptions:
+    """What kind of VM to start."""
+
+    #: A file of settings; None for the default one.
+    file: str | None
+    #: Settings that the command line has, by their names.
+    overrides: Mapping[str, object]
+
+    @classmethod
+    def of(cls, args: Namespace) -> Self:
+        given = {name: getattr(args, name) for name in VM_OPTIONS}
+        overrides = {name: value for name, value in given.items() if value is not None}
+        return cls(args.guest or os.environ.get(GUEST_VARIABLE) or None, overrides)
+
+    @staticmethod
+    def refuse(args: Namespace) -> None:
+        """Raise `Misuse` if the command line says anything about a VM."""
+        for name, option in {"guest": "--guest", **VM_OPTIONS}.items():
+            if getattr(args, name) is not None:
+                raise Misuse(f"{option} is about a VM that is to be started")
+
+
+@dataclass(frozen=True, slots=True)
 class RunOptions:
     """`run`."""
 
     proxy: ProxyOptions
     container_id: str
     #: None to use an embedded agent.
-    vm: VmSockets | None
+    vm: VmSockets | GuestOptions | None
     console: str
     process: ProcessOptions
 
     @classmethod
     def of(cls, args: Namespace) -> Self:
-        if args.local and (args.ctl or args.io):
-            raise Misuse("--local starts an agent with sockets of its own: no --ctl and --io")
-        if not args.local and not (args.ctl and args.io):
-            raise Misuse("run needs --local, or both --ctl and --io")
         container_id = os.urandom(_ID_BYTES).hex() if args.id is None else args.id
-        vm = None if args.local else VmSockets.of(args)
-        return cls(ProxyOptions.of(args), container_id, vm, _console(args), ProcessOptions.of(args))
+        return cls(
+            ProxyOptions.of(args), container_id, _vm_to_run(args), _console(args), ProcessOptions.of(args)
+        )
+
+
+def _vm_to_run(args: Namespace) -> VmSockets | GuestOptions | None:
+    if not args.vm:
+        GuestOptions.refuse(args)
+    if (args.local or args.vm) and (args.ctl or args.io):
+        raise Misuse("--local and --vm have sockets of their own: no --ctl and --io")
+    if args.local and args.vm:
+        raise Misuse("--local starts an agent, --vm a VM: one of them")
+    if args.vm:
+        if args.console:
+            raise Misuse("--vm has a console of its own: no --console")
+        return GuestOptions.of(args)
+    if args.local:
+        return None
+    if not (args.ctl and args.io):
+        raise Misuse("run needs --local, --vm, or both --ctl and --io")
+    return VmSockets.of(args)
+
+
+@dataclass(frozen=True, slots=True)
+class VmOptions:
+    """`vm`."""
+
+    proxy: ProxyOptions
+    action: str
+    container_id: str
+    guest: GuestOptions
+
+    @classmethod
+    def of(cls, args: Namespace) -> Self:
+        if args.action != "start":
+            GuestOptions.refuse(args)
+        return cls(ProxyOptions.of(args), args.action, args.id, GuestOptions.of(args))
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,14 @@ class TemporaryPod:
         if self._registered:
             self._unregister()
 
+    def adopt(self) -> None:
+        """Take a VM and a pod that are there already as this one's, to be undone."""
+        self._registered = self._started = self._answered = True
+
+    def keep(self) -> None:
+        """Have both go on when the context ends."""
+        self._registered = self._started = False
+
     def register(self, client: Client, vm: VmSockets) -> None:
         """Say hello. A first signal waits for the answer, which tells what has to be undone."""
         try:

@@ -11,6 +11,8 @@ from cc_proxy.ctl.local import local_agent
 from cc_proxy.ctl.pod import TemporaryPod
 from cc_proxy.ctl.requests import ExecCmd, HyperProcess, NewContainer
 from cc_proxy.ctl.signals import Signals
+from cc_proxy.ctl.vm.lifetime import virtual_machine
+from cc_proxy.ctl.vm.settings import choose
 
 
 def run(asked: options.RunOptions) -> int:
@@ -25,7 +27,7 @@ def run(asked: options.RunOptions) -> int:
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
         client = stack.enter_context(connect(asked.proxy, signals))
-        vm = asked.vm or stack.enter_context(local_agent(signals, container_id, asked.console))
+        vm = _vm(asked, signals, stack)
         pod = stack.enter_context(TemporaryPod(asked.proxy, container_id, signals))
         pod.register(client, vm)
         pod.start(client)
@@ -33,6 +35,18 @@ def run(asked: options.RunOptions) -> int:
         status = attendance.run(new_container, passes_signals=terminal is None)
         pod.busy = False
         return status
+
+
+def _vm(asked: options.RunOptions, signals: Signals, stack: ExitStack) -> options.VmSockets:
+    """Return the VM to use; one that is started ends with the stack."""
+    match asked.vm:
+        case options.VmSockets():
+            return asked.vm
+        case options.GuestOptions():
+            settings = choose(asked.vm)
+            return stack.enter_context(virtual_machine(signals, settings, asked.container_id)).sockets
+        case None:
+            return stack.enter_context(local_agent(signals, asked.container_id, asked.console))
 
 
 def execute(asked: options.ExecOptions) -> int:

@@ -25,7 +25,19 @@ from tests.ctl.window import Window
 from tests.wire.daemon import Daemon
 
 LOCAL = ("run", "--local", "--")
-READS_ON = ("run", "--local", "--id", "pod", "-i", "--")
+
+
+def reads_on(kind: str) -> tuple[str, ...]:
+    return "run", kind, "--id", "pod", "-i", "--"
+
+
+@pytest.fixture(params=["--local", pytest.param("--vm", marks=[pytest.mark.guest, pytest.mark.timeout(300)])])
+def kind(request: pytest.FixtureRequest) -> str:
+    """What `run` is to start: an agent, or a VM with an agent in it."""
+    chosen: str = request.param
+    if chosen == "--vm":
+        request.getfixturevalue("use_guest")
+    return chosen
 
 
 @pytest.fixture(scope="module")
@@ -62,34 +74,34 @@ def outcome(
     return output, errors, child.returncode
 
 
-def test_run(socket_path: str) -> None:
+def test_run(socket_path: str, kind: str) -> None:
     shell = "echo out; echo err >&2; exit 9"
-    assert outcome(socket_path, *LOCAL, "sh", "-c", shell) == (b"out\n", b"err\n", 9)
+    assert outcome(socket_path, "run", kind, "--", "sh", "-c", shell) == (b"out\n", b"err\n", 9)
 
 
-def test_run_in_this_process(socket_path: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["--socket-path", socket_path, *LOCAL, "sh", "-c", "echo hello; exit 4"]) == 4
+def test_run_in_this_process(socket_path: str, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--socket-path", socket_path, "run", kind, "--", "sh", "-c", "echo hello; exit 4"]) == 4
     assert capfd.readouterr() == ("hello\n", "")
 
 
-def test_what_the_process_is_given(socket_path: str) -> None:
-    process = ["run", "--local", "-e", "A=b c", "-w", "/usr", "--", "sh", "-c", 'echo "$A"; pwd; cat']
+def test_what_the_process_is_given(socket_path: str, kind: str) -> None:
+    process = ["run", kind, "-e", "A=b c", "-w", "/usr", "--", "sh", "-c", 'echo "$A"; pwd; cat']
     assert outcome(socket_path, *process, stdin=b"not for it") == (b"b c\n/usr\n", b"", 0)
 
 
-def test_10_mib_out(socket_path: str) -> None:
-    output, errors, status = outcome(socket_path, *LOCAL, "head", "-c", "10485760", "/dev/zero")
+def test_10_mib_out(socket_path: str, kind: str) -> None:
+    output, errors, status = outcome(socket_path, "run", kind, "--", "head", "-c", "10485760", "/dev/zero")
     assert output == bytes(10485760)
     assert (errors, status) == (b"", 0)
 
 
-def test_there_and_back(socket_path: str) -> None:
+def test_there_and_back(socket_path: str, kind: str) -> None:
     data = os.urandom(60_000)  # an agent may lose what a pipe cannot hold and the process does not read yet
-    assert outcome(socket_path, *READS_ON, "cat", stdin=data) == (data, b"", 0)
+    assert outcome(socket_path, *reads_on(kind), "cat", stdin=data) == (data, b"", 0)
 
 
-def test_what_is_not_there_cannot_be_started(socket_path: str) -> None:
-    output, errors, status = outcome(socket_path, *LOCAL, "no/such/thing")
+def test_what_is_not_there_cannot_be_started(socket_path: str, kind: str) -> None:
+    output, errors, status = outcome(socket_path, "run", kind, "--", "no/such/thing")
     assert (output, status) == (b"", 127)
     assert errors == (
         b"cc-proxyctl: cannot start 'no/such/thing': ERROR received from Hyperstart "
@@ -106,15 +118,15 @@ def test_what_is_not_there_cannot_be_started(socket_path: str) -> None:
     ],
 )
 def test_the_agent_says_why_it_starts_nothing(
-    socket_path: str, capfd: pytest.CaptureFixture[str], options: list[str], why: str
+    socket_path: str, kind: str, capfd: pytest.CaptureFixture[str], options: list[str], why: str
 ) -> None:
-    assert main(["--socket-path", socket_path, "run", "--local", *options, "--", "true"]) == 127
+    assert main(["--socket-path", socket_path, "run", kind, *options, "--", "true"]) == 127
     refusal = "cannot start 'true': ERROR received from Hyperstart"
     assert error_line(capfd) == f"{refusal} (cc-proxy agent: newcontainer: {why})"
 
 
-def test_an_agent_says_it_to_exec_too(socket_path: str, capfd: pytest.CaptureFixture[str]) -> None:
-    with popen_piped(socket_path, *READS_ON, "sh", "-c", "echo ready; cat") as pod:
+def test_an_agent_says_it_to_exec_too(socket_path: str, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with popen_piped(socket_path, *reads_on(kind), "sh", "-c", "echo ready; cat") as pod:
         assert pod.stdin is not None
         assert pod.stdout is not None
         assert pod.stdout.readline() == b"ready\n"
@@ -127,24 +139,24 @@ def test_an_agent_says_it_to_exec_too(socket_path: str, capfd: pytest.CaptureFix
         assert pod.wait() == 0
 
 
-def test_no_stdin_is_lost_while_a_process_does_not_read(socket_path: str) -> None:
+def test_no_stdin_is_lost_while_a_process_does_not_read(socket_path: str, kind: str) -> None:
     data = os.urandom(300_000)
-    output, errors, status = outcome(socket_path, *READS_ON, "sh", "-c", "sleep 1; cat", stdin=data)
+    output, errors, status = outcome(socket_path, *reads_on(kind), "sh", "-c", "sleep 1; cat", stdin=data)
     assert (output == data, errors, status) == (True, b"", 0)
 
 
-def test_head(socket_path: str) -> None:
+def test_head(socket_path: str, kind: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        assert outcome(socket_path, *LOCAL, "yes", stdout=writer) == (None, b"", 141)
+        assert outcome(socket_path, "run", kind, "--", "yes", stdout=writer) == (None, b"", 141)
     finally:
         os.close(writer)
 
 
-def test_a_signal_reaches_the_process(socket_path: str) -> None:
+def test_a_signal_reaches_the_process(socket_path: str, kind: str) -> None:
     shell = 'trap "echo got it; exit 3" TERM; echo ready; while :; do sleep 0.02; done'
-    with popen_piped(socket_path, *LOCAL, "sh", "-c", shell) as child:
+    with popen_piped(socket_path, "run", kind, "--", "sh", "-c", shell) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"ready\n"
         child.terminate()
@@ -153,8 +165,8 @@ def test_a_signal_reaches_the_process(socket_path: str) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_that_kills_the_process(socket_path: str, signum: signal.Signals) -> None:
-    with popen_piped(socket_path, *LOCAL, "sh", "-c", "echo ready; exec sleep 1000") as child:
+def test_a_signal_that_kills_the_process(socket_path: str, kind: str, signum: signal.Signals) -> None:
+    with popen_piped(socket_path, "run", kind, "--", "sh", "-c", "echo ready; exec sleep 1000") as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"ready\n"
         child.send_signal(signum)
@@ -163,29 +175,27 @@ def test_a_signal_that_kills_the_process(socket_path: str, signum: signal.Signal
 
 @pytest.mark.parametrize(("hangs_up", "status"), [(False, 128 + signal.SIGTERM), (True, 128 + signal.SIGHUP)])
 def test_a_shell_in_a_terminal_ends_with_its_client(
-    socket_path: str, window: Window, hangs_up: bool, status: int
+    socket_path: str, kind: str, window: Window, hangs_up: bool, status: int
 ) -> None:
-    with popen_piped(socket_path, *READS_ON, "sh", "-c", "echo $$; cat") as pod:
+    with popen_piped(socket_path, *reads_on(kind), "sh", "-c", "echo $$; cat") as pod:
         assert pod.stdin is not None
         assert pod.stdout is not None
         pod.stdout.readline()
         with window.start(socket_path, "exec", "-ti", "pod", "sh", "-c", "echo $$; exec sh") as child:
-            shell = os.pidfd_open(int(read_until(window.user, b"\r\n")))
+            shell = int(read_until(window.user, b"\r\n"))
             read_until(window.user, b"# " if os.geteuid() == 0 else b"$ ")
             if hangs_up:
                 window.hang_up()
             else:
                 child.terminate()
             assert child.wait() == status
-            poll = select.poll()
-            poll.register(shell, select.POLLIN)
-            assert poll.poll(20_000)
-            os.close(shell)
+            waits = f"while kill -0 {shell} 2> /dev/null; do sleep 0.05; done"
+            assert outcome(socket_path, "exec", "pod", "--", "sh", "-c", waits) == (b"", b"", 0)
         pod.stdin.close()
 
 
-def test_exec(socket_path: str, capfd: pytest.CaptureFixture[str]) -> None:
-    with popen_piped(socket_path, *READS_ON, "cat") as pod:
+def test_exec(socket_path: str, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with popen_piped(socket_path, *reads_on(kind), "cat") as pod:
         assert pod.stdin is not None
         assert pod.stdout is not None
         pod.stdin.write(b"ready\n")
@@ -196,8 +206,12 @@ def test_exec(socket_path: str, capfd: pytest.CaptureFixture[str]) -> None:
         assert outcome(socket_path, "exec", "pod", "no/such")[2] == 127
         assert main(["--socket-path", socket_path, "ping", "pod"]) == 0
         assert re.fullmatch(r"pod: the VM answered in .* ms\n", capfd.readouterr().out)
-        assert main(["--socket-path", socket_path, *READS_ON, "cat"]) == 125
-        assert error_line(capfd).startswith("pod: container already registered (choose another id, ")
+        assert main(["--socket-path", socket_path, *reads_on(kind), "cat"]) == 125
+        taken = {
+            "--local": "pod: container already registered (choose another id, ",
+            "--vm": "pod: a VM with this id runs already (`cc-proxyctl vm stop pod` ends it)",
+        }
+        assert error_line(capfd).startswith(taken[kind])
         kill = '{"container": "pod", "signal": 1}'
         assert main(["--socket-path", socket_path, "hyper", "pod", "killcontainer", kill]) == 0
         assert pod.wait() == 0  # hyperstart's status of what a signal has ended
@@ -205,28 +219,30 @@ def test_exec(socket_path: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert error_line(capfd).startswith("unknown containerID: pod (")
 
 
-def test_a_terminal(socket_path: str, window: Window) -> None:
+def test_a_terminal(socket_path: str, kind: str, window: Window) -> None:
     before = window.mode()
     shell = (
         'stty size; test -t 0 -a -t 1 -a -t 2 && echo "$TERM"; stty -echo; echo ready; read -r line; exit 6'
     )
-    with window.start(socket_path, "run", "--local", "-ti", "--", "sh", "-c", shell) as child:
-        assert read_until(window.user, b"ready\r\n") == b"24 80\r\nxterm\r\nready\r\n"
+    with window.start(socket_path, "run", kind, "-ti", "--", "sh", "-c", shell) as child:
+        *progress, said = read_until(window.user, b"ready\r\n").split(b"\r\x1b[K")
+        assert said == b"24 80\r\nxterm\r\nready\r\n"
+        assert bool(progress) == (kind == "--vm")
         os.write(window.user, b"typed\r")
         assert child.wait() == 6
     assert window.mode() == before
 
 
-def test_a_terminal_that_hangs_up(socket_path: str, window: Window) -> None:
+def test_a_terminal_that_hangs_up(socket_path: str, kind: str, window: Window) -> None:
     shell = 'trap "" TERM HUP; echo ready; while :; do sleep 1; done'
-    with window.start(socket_path, "run", "--local", "-ti", "--", "sh", "-c", shell) as child:
+    with window.start(socket_path, "run", kind, "-ti", "--", "sh", "-c", shell) as child:
         read_until(window.user, b"ready\r\n")
         window.hang_up()
         assert child.wait() == 129
 
 
-def test_the_agent_goes_away(socket_path: str) -> None:
-    with popen_piped(socket_path, *READS_ON, "sh", "-c", "echo ready; cat") as child:
+def test_the_agent_goes_away(socket_path: str, kind: str) -> None:
+    with popen_piped(socket_path, *reads_on(kind), "sh", "-c", "echo ready; cat") as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"ready\n"
         os.kill(agent_of(child.pid), signal.SIGKILL)
@@ -237,9 +253,9 @@ def test_the_agent_goes_away(socket_path: str) -> None:
         assert re.match(which + rb"(:|; its last error:) the VM hung up", child.stderr.read())
 
 
-def test_the_agent_does_not_outlive_a_command_that_is_killed(socket_path: str) -> None:
+def test_the_agent_does_not_outlive_a_command_that_is_killed(socket_path: str, kind: str) -> None:
     """And clears up after both: nothing stays."""
-    with popen_piped(socket_path, *READS_ON, "sh", "-c", "echo ready; cat") as child:
+    with popen_piped(socket_path, *reads_on(kind), "sh", "-c", "echo ready; cat") as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"ready\n"
         agent = os.pidfd_open(agent_of(child.pid))

@@ -8,6 +8,7 @@ from tests.packaging.box import Box
 FILES = {
     "/etc/cc-proxy": "root:root 755",
     "/etc/cc-proxy/cc-proxy.toml": "root:root 644",
+    "/etc/cc-proxy/guest.toml": "root:root 644",
     "/usr/bin/cc-proxyctl": "root:root 755",
     "/usr/sbin/cc-proxy": "root:root 755",
     "/usr/lib/cc-proxy/cc_proxy/__init__.py": "root:root 644",
@@ -25,7 +26,7 @@ FILES = {
     "/run/cc-oci-runtime": "root:cc-proxy 750",
 }
 UNITS = ("cc-proxy.socket", "cc-proxy.service")
-MAN_PAGES = {"cc-proxy": "8", "cc-proxyctl": "1", "cc-proxy.toml": "5"}
+MAN_PAGES = {"cc-proxy": "8", "cc-proxyctl": "1", "cc-proxy.toml": "5", "cc-proxy-guest.toml": "5"}
 
 
 def found(box: Box, paths: dict[str, str]) -> dict[str, str]:

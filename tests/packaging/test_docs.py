@@ -24,7 +24,7 @@ from tests.test_settings import DEFAULTS
 
 DOCS = Path(__file__).parent.parent.parent / "packaging" / "docs.py"
 PARSERS = {"cc-proxy.8": daemon.build_parser, "cc-proxyctl.1": ctl.build_parser}
-PAGES = [*PARSERS, "cc-proxy.toml.5"]
+PAGES = [*PARSERS, "cc-proxy.toml.5", "cc-proxy-guest.toml.5"]
 SHELLS = {"bash": "{}.bash", "zsh": "_{}", "fish": "{}.fish"}
 
 

@@ -20,6 +20,7 @@ MORE_FILES = {
     "/usr/share/licenses/cc-proxy-1.0.0/LICENSE.msgspec": "root:root 644",
     "/usr/share/licenses/cc-proxy-1.0.0/LICENSE.selectors2": "root:root 644",
     "/usr/share/man/man1/cc-proxyctl.1": "root:root 644",
+    "/usr/share/man/man5/cc-proxy-guest.toml.5": "root:root 644",
     "/usr/share/man/man5/cc-proxy.toml.5": "root:root 644",
     "/usr/share/man/man8/cc-proxy.8": "root:root 644",
     "/usr/share/zsh/site-functions/_cc-proxy": "root:root 644",

@@ -1,0 +1,146 @@
+"""The private directory of a VM: one for each id of a user's, locked for as long as somebody owns the VM."""
+
+import fcntl
+import hashlib
+import os
+import select
+import shutil
+import signal
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+from cc_proxy.ctl.agentlog import DIRECTORY_PREFIX, log_name, parent
+from cc_proxy.ctl.errors import Failure, reason
+from cc_proxy.ctl.vm.command import SOCKETS
+from cc_proxy.linux.socketfile import locked
+
+_PREFIX = f"{DIRECTORY_PREFIX}vm-"
+_NAME_LENGTH = 12
+_OWNER = "owner"
+#: Seconds that an owner has to end its VM, more than it gives QEMU.
+_PATIENCE = 10.0
+_NO_ROOM = "the directory named by TMPDIR, or else /run or XDG_RUNTIME_DIR, needs some room"
+
+
+class InUse(Exception):
+    """Somebody owns the VM with that id."""
+
+
+class VmDirectory:
+    """A directory that this process has the lock of, as does a process that it passes `lock` to.
+
+    `log` and `errors` are the paths of what the guest, and QEMU, say.
+    """
+
+    def __init__(self, path: str, lock: int, log: str) -> None:
+        self.path = path
+        self.lock = lock
+        self.log = os.path.join(path, log)
+        self.errors = os.path.join(path, "qemu.log")
+
+    def socket_path(self, name: str) -> str:
+        """Return the path of one of the VM's sockets."""
+        return os.path.join(self.path, name)
+
+    @classmethod
+    def make(cls, container_id: str) -> Self:
+        """Make the directory for a VM, and remove those that nobody owns any more.
+
+        Raises `InUse`, or `Failure` if it cannot be made.
+        """
+        path = directory_of(container_id)
+        try:
+            with locked(parent()):
+                _remove_stale()
+                try:
+                    os.mkdir(path, 0o700)
+                except FileExistsError:
+                    raise InUse(path) from None
+                return cls(path, _lock(path), log_name(container_id))
+        except OSError as error:
+            raise Failure(f"{path}: {reason(error)}", hint=_NO_ROOM) from None
+
+    def listen(self) -> dict[str, socket.socket]:
+        """Return the sockets of the VM, by their names. Raises `Failure`, and then none is left open."""
+        listeners: dict[str, socket.socket] = {}
+        try:
+            for name in SOCKETS:
+                listeners[name] = socket.socket(socket.AF_UNIX)
+                listeners[name].bind(self.socket_path(name))
+                listeners[name].listen(1)
+        except OSError as error:
+            for listener in listeners.values():
+                listener.close()
+            raise Failure(f"{self.path}: {reason(error)}", hint=_NO_ROOM) from None
+        return listeners
+
+    def leave_to(self, pid: int) -> None:
+        """Leave the lock to the process that it was passed to, and note which that is."""
+        Path(self.path, _OWNER).write_text(f"{pid}\n")
+        self._unlock()
+
+    def remove(self) -> None:
+        """Remove it. No matter if that has been done."""
+        self._unlock()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _unlock(self) -> None:
+        if self.lock >= 0:
+            os.close(self.lock)
+            self.lock = -1
+
+
+def directory_of(container_id: str) -> str:
+    """Return the path of the directory for an id, which may be long and have any characters."""
+    digest = hashlib.sha256(f"{os.geteuid()} {container_id}".encode()).hexdigest()
+    return os.path.join(parent(), _PREFIX + digest[:_NAME_LENGTH])
+
+
+def is_owned(path: str) -> bool:
+    """Whether there is such a directory, and somebody owns its VM."""
+    try:
+        os.close(_lock(path))
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
+def end_owner(path: str) -> None:
+    """Have the owner of a VM end it, if there is one, and wait until nothing is left. Raises `Failure`."""
+    try:
+        owner = os.pidfd_open(int(Path(path, _OWNER).read_text()))
+    except (OSError, ValueError):
+        return
+    try:
+        # Whoever has that pid, it is the owner's if there still is one.
+        if is_owned(path):
+            signal.pidfd_send_signal(owner, signal.SIGTERM)
+            poll = select.poll()
+            poll.register(owner, select.POLLIN)
+            if not poll.poll(_PATIENCE * 1000):
+                raise Failure(f"the VM does not end within {_PATIENCE:.0f} s")
+    finally:
+        os.close(owner)
+
+
+def _lock(path: str) -> int:
+    """Lock a directory. Raises `BlockingIOError` if somebody has, `OSError`."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _remove_stale() -> None:
+    """Remove what is left of VMs of this user's whose owner was killed, as was who had started it."""
+    for path in Path(parent()).glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            if path.lstat().st_uid == os.geteuid() and not is_owned(str(path)):
+                shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,74 @@
+"""What a VM is made of: read from a TOML file, overridden by the command line.
+
+Every setting has a default; conf/guest.toml says what each is for.
+"""
+
+import os
+from typing import Annotated, Literal, get_args
+
+import msgspec
+from msgspec import Meta
+
+from cc_proxy import settingsfile
+from cc_proxy.ctl.errors import Failure
+from cc_proxy.ctl.options import GuestOptions
+from cc_proxy.settingsfile import SettingsError, Table
+
+#: Read if it exists and no other file is named.
+DEFAULT_FILE = "/etc/cc-proxy/guest.toml"
+
+Machine = Literal["auto", "microvm", "q35", "pc"]
+Accelerator = Literal["auto", "kvm", "tcg"]
+_CHOICES = {"machine": get_args(Machine), "accelerator": get_args(Accelerator)}
+
+#: Where the package cc-proxy-guest has them.
+_GUEST = "/usr/lib/cc-proxy/guest"
+_Text = Annotated[str, Meta(pattern=r"^[^\x00]*$")]
+_Path = Annotated[str, Meta(pattern=r"^[^\x00]+$")]
+
+
+class VmSettings(Table, frozen=True):
+    """How QEMU is started."""
+
+    qemu: _Path = "qemu-system-x86_64"
+    machine: Machine = "auto"
+    accelerator: Accelerator = "auto"
+    #: MiB.
+    memory: Annotated[int, Meta(ge=1, le=2**24)] = 256
+    cpus: Annotated[int, Meta(ge=1, le=1_024)] = 1
+    kernel: _Path = f"{_GUEST}/vmlinuz"
+    image: _Path = f"{_GUEST}/initramfs"
+    #: Added to the kernel's command line.
+    append: _Text = ""
+    #: Added to QEMU's.
+    arguments: tuple[_Text, ...] = ()
+    #: Seconds.
+    boot_timeout: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
+
+
+def parse(text: str, source: str) -> VmSettings:
+    """Return the settings that a TOML text describes. Raises `SettingsError`, naming `source` and the key.
+
+    Paths of kernel and image are relative to where `source` is.
+    """
+    settings = settingsfile.decode(text, source, VmSettings, _CHOICES)
+    here = os.path.dirname(os.path.abspath(source))
+    kernel, image = os.path.join(here, settings.kernel), os.path.join(here, settings.image)
+    return msgspec.structs.replace(settings, kernel=kernel, image=image)
+
+
+def load(path: str | None = None) -> VmSettings:
+    """Read `path`, or the default file if that exists, or take the defaults.
+
+    Raises `SettingsError` if the file cannot be read or has a mistake.
+    """
+    text = settingsfile.read(path or DEFAULT_FILE, optional=path is None)
+    return VmSettings() if text is None else parse(text, path or DEFAULT_FILE)
+
+
+def choose(asked: GuestOptions) -> VmSettings:
+    """Return the settings of the file, overridden by the command line. Raises `Failure`."""
+    try:
+        return msgspec.structs.replace(load(asked.file), **asked.overrides)
+    except SettingsError as error:
+        raise Failure(str(error)) from None

@@ -1,0 +1,113 @@
+"""`vm start` and `vm stop`, with a stand-in for QEMU and for the proxy."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.ctl.fake_proxy import FakeProxy
+from tests.ctl.running import ctl, popen_piped
+from tests.ctl.test_single import error_line
+from tests.ctl.vm.processes import children_of, ended, wait_until
+
+START = ("vm", "start", "web", "--append")
+BOOTS = "starts boots"
+UNKNOWN = "unknown containerID: web"
+
+
+@pytest.fixture(autouse=True)
+def used(settings: Path) -> None:
+    """All of them use the stand-in."""
+
+
+def start(proxy: FakeProxy, steps: str = BOOTS) -> tuple[bytes, bytes, int]:
+    """In a process of its own: what it starts is not to be this one's child."""
+    with popen_piped(proxy.path, *START, steps) as child:
+        output, errors = child.communicate()
+    return output, errors, child.returncode
+
+
+def owner_of(directories: Path) -> int:
+    (file,) = directories.glob("*/owner")
+    return int(file.read_text())
+
+
+def test_it_stays_until_it_is_stopped(
+    proxy: FakeProxy, directories: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert start(proxy) == (b"web: the VM is up\n", b"", 0)
+    assert proxy.names == ["hello", "startpod", "allocateIO", "newcontainer"]
+    owner = owner_of(directories)
+    (qemu,) = children_of(owner)
+    assert ctl(proxy, "vm", "stop", "web") == 0
+    assert proxy.names[4:] == ["attach", "attach", "destroypod", "bye"]
+    assert ended(owner, qemu)
+    assert list(directories.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_it_is_stopped_without_a_proxy_too(
+    tmp_sock_dir: Path, directories: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with FakeProxy(tmp_sock_dir / "another") as proxy:
+        start(proxy)
+    owner = owner_of(directories)
+    assert ctl(proxy, "vm", "stop", "web") == 0
+    assert ended(owner)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_one_that_the_proxy_has_forgotten_is_stopped(proxy: FakeProxy, directories: Path) -> None:
+    start(proxy)
+    owner = owner_of(directories)
+    proxy.refused["attach"] = UNKNOWN
+    assert ctl(proxy, "vm", "stop", "web") == 0
+    assert ended(owner)
+
+
+def test_one_that_was_never_started(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
+    proxy.refused["attach"] = UNKNOWN
+    assert ctl(proxy, "vm", "stop", "web") == 125
+    assert error_line(capfd).startswith(UNKNOWN)
+
+
+def test_one_that_runs_already(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
+    start(proxy)
+    runs = "web: a VM with this id runs already (`cc-proxyctl vm stop web` ends it)"
+    assert ctl(proxy, *START, BOOTS) == 125
+    assert error_line(capfd) == runs
+    assert ctl(proxy, "vm", "stop", "web") == 0
+
+
+@pytest.mark.parametrize("request_", ["hello", "startpod", "newcontainer"])
+def test_nothing_is_left_of_one_that_is_refused(proxy: FakeProxy, directories: Path, request_: str) -> None:
+    proxy.refused[request_] = "no"
+    assert start(proxy) == (b"", b"cc-proxyctl: no\n", 125)
+    assert list(directories.iterdir()) == []
+    assert ("bye" in proxy.names) == (request_ != "hello")
+
+
+def test_a_qemu_that_is_killed_leaves_nothing(proxy: FakeProxy, directories: Path) -> None:
+    start(proxy)
+    owner = owner_of(directories)
+    os.kill(children_of(owner)[0], signal.SIGKILL)
+    wait_until(lambda: ended(owner))
+    assert list(directories.iterdir()) == []
+
+
+def test_an_owner_that_is_killed_takes_qemu_along(proxy: FakeProxy, directories: Path) -> None:
+    start(proxy)
+    owner = owner_of(directories)
+    (qemu,) = children_of(owner)
+    os.kill(owner, signal.SIGKILL)
+    wait_until(lambda: ended(owner, qemu))
+    assert start(proxy)[2] == 0  # the id is free, and what was left is gone
+    assert ctl(proxy, "vm", "stop", "web") == 0
+
+
+def test_only_start_has_settings(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
+    assert ctl(proxy, "vm", "stop", "web", "--cpus", "2") == 2
+    assert error_line(capfd) == "--cpus is about a VM that is to be started"
