@@ -11,8 +11,8 @@ a worse one. `python3 -m cc_proxy.agent --guest` is the agent in a VM, as its fi
 """
 
 from cc_proxy.agent.agent import Agent
-from cc_proxy.agent.errors import ListenError, Panic
+from cc_proxy.agent.errors import CannotListen, Panic
 from cc_proxy.agent.program import run_agent
 from cc_proxy.agent.quirks import Quirks
 
-__all__ = ["Agent", "ListenError", "Panic", "Quirks", "run_agent"]
+__all__ = ["Agent", "CannotListen", "Panic", "Quirks", "run_agent"]

@@ -10,7 +10,7 @@ _PASSWD_FIELDS, _GROUP_FIELDS = 7, 4
 
 
 @dataclass(frozen=True, slots=True)
-class User:
+class Account:
     """One user, and the group that is theirs."""
 
     name: str
@@ -21,29 +21,29 @@ class User:
 class Accounts(Protocol):
     """Where users and groups are looked up. What is not found is None."""
 
-    def user(self, name: str) -> User | None:
+    def user(self, name: str) -> Account | None:
         """Return a user by name."""
 
-    def user_by_id(self, uid: int) -> User | None:
+    def user_by_id(self, uid: int) -> Account | None:
         """Return a user by number."""
 
     def group(self, name: str) -> int | None:
         """Return the number of a group."""
 
-    def groups_of(self, user: User, gid: int) -> list[int]:
+    def groups_of(self, user: Account, gid: int) -> list[int]:
         """Return all groups of a user whose first group is `gid`."""
 
 
 class SystemAccounts:
     """Those that this system knows, from wherever."""
 
-    def user(self, name: str) -> User | None:
+    def user(self, name: str) -> Account | None:
         try:
             return _user_of(pwd.getpwnam(name))
         except KeyError:
             return None
 
-    def user_by_id(self, uid: int) -> User | None:
+    def user_by_id(self, uid: int) -> Account | None:
         try:
             return _user_of(pwd.getpwuid(uid))
         except KeyError:
@@ -55,7 +55,7 @@ class SystemAccounts:
         except KeyError:
             return None
 
-    def groups_of(self, user: User, gid: int) -> list[int]:
+    def groups_of(self, user: Account, gid: int) -> list[int]:
         return os.getgrouplist(user.name, gid)
 
 
@@ -65,19 +65,19 @@ class FileAccounts:
     def __init__(self, root: str) -> None:
         users = _lines(os.path.join(root, "etc/passwd"), _PASSWD_FIELDS)
         groups = _lines(os.path.join(root, "etc/group"), _GROUP_FIELDS)
-        self._users = [User(user[0], int(user[2]), int(user[3])) for user in users if _are_ids(*user[2:4])]
+        self._users = [Account(user[0], int(user[2]), int(user[3])) for user in users if _are_ids(*user[2:4])]
         self._groups = [(name, int(gid), members) for name, _, gid, members in groups if _are_ids(gid)]
 
-    def user(self, name: str) -> User | None:
+    def user(self, name: str) -> Account | None:
         return next((user for user in self._users if user.name == name), None)
 
-    def user_by_id(self, uid: int) -> User | None:
+    def user_by_id(self, uid: int) -> Account | None:
         return next((user for user in self._users if user.uid == uid), None)
 
     def group(self, name: str) -> int | None:
         return next((gid for known, gid, _ in self._groups if known == name), None)
 
-    def groups_of(self, user: User, gid: int) -> list[int]:
+    def groups_of(self, user: Account, gid: int) -> list[int]:
         return [gid, *(other for _, other, members in self._groups if user.name in members.split(","))]
 
 
@@ -86,8 +86,8 @@ def accounts_in(root: str | None) -> Accounts:
     return SystemAccounts() if root is None else FileAccounts(root)
 
 
-def _user_of(entry: pwd.struct_passwd) -> User:
-    return User(entry.pw_name, entry.pw_uid, entry.pw_gid)
+def _user_of(entry: pwd.struct_passwd) -> Account:
+    return Account(entry.pw_name, entry.pw_uid, entry.pw_gid)
 
 
 def _lines(path: str, fields: int) -> list[list[str]]:

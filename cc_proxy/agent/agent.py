@@ -12,7 +12,7 @@ from typing import Self
 from cc_proxy.agent.control import CommandServer
 from cc_proxy.agent.iochannel import IoChannel
 from cc_proxy.agent.loop import Loop, Turn
-from cc_proxy.agent.machine import Machine
+from cc_proxy.agent.machine import ThisMachine
 from cc_proxy.agent.orphans import Orphans
 from cc_proxy.agent.pod import Pod
 from cc_proxy.agent.ports import Port
@@ -30,7 +30,7 @@ class Place:
 
     #: Makes a port of the loop, a path, and the turn of what happens there. Raises `ListenError`.
     port: Callable[[Loop, str, Turn], Port] = SocketPort
-    machine: Machine = field(default_factory=Machine)
+    machine: ThisMachine = field(default_factory=ThisMachine)
     #: None if the process has other children than the agent's.
     orphans: Orphans | None = None
     #: Called with the reason when a command is answered with ERROR.

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from cc_proxy.agent.errors import Refused
+from cc_proxy.agent.errors import CommandRefused
 from cc_proxy.hyperstart.codes import Code
 
 _NOT_EMPTY = Meta(min_length=1)
@@ -152,12 +152,12 @@ _DECODERS: dict[int, msgspec.json.Decoder[Command]] = {
 
 
 def decode(code: int, payload: bytes) -> Command:
-    """Return the command that a control message is. Raises `Refused` if it is none, or is not right."""
+    """Return the command that a control message is. Raises `CommandRefused` if it is none, or wrong."""
     if code in _BARE:
         return _BARE[code]
     if code not in _DECODERS:
-        raise Refused("not a command for this agent")
+        raise CommandRefused("not a command for this agent")
     try:
         return _DECODERS[code].decode(payload)
     except (ValueError, RecursionError) as error:
-        raise Refused(str(error)) from None
+        raise CommandRefused(str(error)) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cc_proxy.agent import commands
-from cc_proxy.agent.errors import Refused
+from cc_proxy.agent.errors import CommandRefused
 from cc_proxy.agent.inbound import ControlReceiver, next_message
 from cc_proxy.agent.pod import Pod
 from cc_proxy.agent.ports import Port
@@ -82,7 +82,7 @@ class CommandServer:
                 self._pod.destroy(self._destroyed)
                 return
             answer = encode(Code.ACK, self._pod.carry_out(command))
-        except Refused as error:
+        except CommandRefused as error:
             self._on_refused(f"{describe(message.code)}: {error}")
             answer = encode(Code.ERROR)
         self._answer(answer)

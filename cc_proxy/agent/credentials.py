@@ -4,15 +4,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cc_proxy.agent.accounts import Accounts, User, accounts_in
+from cc_proxy.agent.accounts import Account, Accounts, accounts_in
 from cc_proxy.agent.commands import ProcessSpec
-from cc_proxy.agent.errors import Refused
+from cc_proxy.agent.errors import CommandRefused
 
 _MAX_ID = 2**32 - 2
 
 
 @dataclass(frozen=True, slots=True)
-class Credentials:
+class Identity:
     """What a child has to become before it runs its program."""
 
     uid: int
@@ -26,11 +26,11 @@ class Credentials:
         os.setuid(self.uid)
 
 
-def resolve(spec: ProcessSpec, root: str | None = None) -> Credentials | None:
+def resolve(spec: ProcessSpec, root: str | None = None) -> Identity | None:
     """Return whom a process is to run as; None for this agent itself. `root` is its root directory, if it has
     another one.
 
-    Raises `Refused` for names nobody has, and for anybody else if the agent is not root.
+    Raises `CommandRefused` for names nobody has, and for anybody else if the agent is not root.
     """
     if not (spec.user or spec.group or spec.additional_groups):
         return None
@@ -42,7 +42,7 @@ def resolve(spec: ProcessSpec, root: str | None = None) -> Credentials | None:
     additional = [_group(accounts, group) for group in spec.additional_groups]
     member_of = accounts.groups_of(user, gid) if user else [gid]
     if os.geteuid() == 0:
-        return Credentials(uid, gid, tuple(dict.fromkeys([*member_of, *additional])))
+        return Identity(uid, gid, tuple(dict.fromkeys([*member_of, *additional])))
     _check_own(uid, gid, additional)
     return None
 
@@ -50,17 +50,17 @@ def resolve(spec: ProcessSpec, root: str | None = None) -> Credentials | None:
 def _check_own(uid: int, gid: int, groups: Sequence[int]) -> None:
     own = {os.getgid(), *os.getgroups()}
     if uid != os.getuid() or gid != os.getgid() or not own.issuperset(groups):
-        raise Refused("an agent that is not root can run processes only as itself")
+        raise CommandRefused("an agent that is not root can run processes only as itself")
 
 
-def _user(accounts: Accounts, name: str) -> tuple[int, User | None]:
+def _user(accounts: Accounts, name: str) -> tuple[int, Account | None]:
     """Return the uid, and the user if there is one: numbers do without."""
     number = _number(name)
     user = accounts.user(name) if number is None else accounts.user_by_id(number)
     if user is not None:
         return user.uid, user
     if number is None:
-        raise Refused(f"no user {name!r}")
+        raise CommandRefused(f"no user {name!r}")
     return number, None
 
 
@@ -68,7 +68,7 @@ def _group(accounts: Accounts, name: str) -> int:
     number = _number(name)
     gid = accounts.group(name) if number is None else number
     if gid is None:
-        raise Refused(f"no group {name!r}")
+        raise CommandRefused(f"no group {name!r}")
     return gid
 
 
@@ -77,5 +77,5 @@ def _number(name: str) -> int | None:
     if not (name.isascii() and name.isdecimal()):
         return None
     if int(name) > _MAX_ID:
-        raise Refused(f"{name} is not an id")
+        raise CommandRefused(f"{name} is not an id")
     return int(name)

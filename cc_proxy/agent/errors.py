@@ -1,11 +1,11 @@
 """What can go wrong in the agent."""
 
 
-class Refused(Exception):
+class CommandRefused(Exception):
     """A command that is answered with ERROR. The text is for the log: on the wire ERROR is empty."""
 
 
-class MissingBinary(Refused):
+class MissingBinary(CommandRefused):
     """There is no such program."""
 
 
@@ -13,5 +13,5 @@ class Panic(Exception):
     """What would end the real agent, and its VM with it: both sockets see end of file, all processes die."""
 
 
-class ListenError(Exception):
+class CannotListen(Exception):
     """A socket cannot be put where it was asked for; the text names the path and the reason."""

@@ -11,9 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from cc_proxy.agent import kernel
-from cc_proxy.agent.errors import Refused
+from cc_proxy.agent.errors import CommandRefused
 from cc_proxy.agent.kernel import BIND, NODEV, NOEXEC, NOSUID, REC
-from cc_proxy.agent.machine import Machine
+from cc_proxy.agent.machine import ThisMachine
 
 #: How the hypervisor calls the ports of the two channels.
 PORTS = ("sh.hyper.channel.0", "sh.hyper.channel.1")
@@ -39,7 +39,7 @@ _VIRTIO_FS = 26
 _LONGEST_HOSTNAME = 64
 
 
-class Guest(Machine):
+class Guest(ThisMachine):
     """A virtual machine: a pod gives it a name, and may bring the roots of its containers.
 
     Those are in a directory that the hypervisor shares by virtiofs. Without one, containers have the files
@@ -74,7 +74,7 @@ class Guest(Machine):
             return None
         root = os.path.realpath(f"{_SHARE}/{image}/{rootfs}")
         if not os.path.isdir(root):
-            raise Refused(f"no directory {image}/{rootfs} is shared")
+            raise CommandRefused(f"no directory {image}/{rootfs} is shared")
         for kind, where, flags in (("proc", "proc", 0), ("sysfs", "sys", 0), ("/dev", "dev", BIND | REC)):
             target = os.path.join(root, where)
             try:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from cc_proxy.agent.inbound import HostFrames
 from cc_proxy.agent.ports import Port
-from cc_proxy.agent.process import Stdin
+from cc_proxy.agent.process import ProcessStdin
 from cc_proxy.agent.processes import Processes
 from cc_proxy.agent.quirks import Quirks
 from cc_proxy.api.frames import FRAME_HEADER, MAX_FRAME, Frame, encode_frame
@@ -34,7 +34,7 @@ class IoChannel:
         self._port = port
         self._processes = processes
         self._frames = HostFrames(MAX_FRAME if lossless else MAX_TO_AGENT)
-        self._full: set[Stdin] = set()
+        self._full: set[ProcessStdin] = set()
         self._answers_to_drop = sys.maxsize if quirks.no_echo else quirks.drop_echoes
 
     def announce(self) -> None:
@@ -76,7 +76,7 @@ class IoChannel:
         """Let the host have what waits for it now."""
         self._port.flush()
 
-    def set_full(self, stdin: Stdin, full: bool) -> None:
+    def set_full(self, stdin: ProcessStdin, full: bool) -> None:
         """Take note of whether more than enough waits for a process."""
         (self._full.add if full else self._full.discard)(stdin)
         self._set_reading()

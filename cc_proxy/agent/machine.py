@@ -1,7 +1,7 @@
 """What a pod finds around it: this host, of which nothing is changed."""
 
 
-class Machine:
+class ThisMachine:
     """The host of an agent that stands in for a VM: a pod gets its files, its name, its users.
 
     `Guest` is the one that is a VM indeed.

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 from cc_proxy.agent import commands
 from cc_proxy.agent.commands import Command, ProcessSpec
-from cc_proxy.agent.errors import MissingBinary, Panic, Refused
+from cc_proxy.agent.errors import CommandRefused, MissingBinary, Panic
 from cc_proxy.agent.loop import Loop
-from cc_proxy.agent.machine import Machine
-from cc_proxy.agent.process import Channel, Process
+from cc_proxy.agent.machine import ThisMachine
+from cc_proxy.agent.process import FrameChannel, Process
 from cc_proxy.agent.processes import Processes
 from cc_proxy.agent.quirks import Quirks
 from cc_proxy.agent.spawn import spawn
@@ -49,7 +49,7 @@ class Pod:
     """
 
     def __init__(
-        self, loop: Loop, channel: Channel, processes: Processes, machine: Machine, quirks: Quirks
+        self, loop: Loop, channel: FrameChannel, processes: Processes, machine: ThisMachine, quirks: Quirks
     ) -> None:
         self._loop = loop
         self._channel = channel
@@ -65,7 +65,7 @@ class Pod:
     def carry_out(self, command: Command) -> bytes:
         """Carry out a command; returns what its ACK carries.
 
-        Raises `Refused` for an ERROR, and nothing has changed then. `DestroyPod` is not for here.
+        Raises `CommandRefused` for an ERROR, and nothing has changed then. `DestroyPod` is not for here.
         """
         match command:
             case commands.StartPod():
@@ -101,20 +101,20 @@ class Pod:
 
     def _start(self, command: commands.StartPod) -> None:
         if self._alive:
-            raise Refused("there is a pod already")
+            raise CommandRefused("there is a pod already")
         if command.containers:
-            raise Refused("containers have to be started by newcontainer")
+            raise CommandRefused("containers have to be started by newcontainer")
         self._machine.start_pod(command.hostname, command.share_dir)
         self._alive = True
 
     def _new_container(self, command: commands.NewContainer) -> None:
         self._check_alive()
         if command.id in self._containers:
-            raise Refused(f"there is a container {command.id} already")
+            raise CommandRefused(f"there is a container {command.id} already")
         container = _Container(command.id, self._machine.make_root(command.image, command.rootfs))
         try:
             container.first = self._run(command.process, container)
-        except Refused as error:
+        except CommandRefused as error:
             self._machine.remove_root(container.root)
             if isinstance(error, MissingBinary) and self._quirks.panic_on_missing_binary:
                 raise Panic(str(error)) from None
@@ -148,7 +148,7 @@ class Pod:
         try:
             return _content(os.path.join(root or "/", command.file.lstrip("/")))
         except (OSError, ValueError) as error:
-            raise Refused(f"{command.file}: {error}") from None
+            raise CommandRefused(f"{command.file}: {error}") from None
 
     # Processes ---------------------------------------------------------------------------------------
 
@@ -192,18 +192,18 @@ class Pod:
 
     def _check_alive(self) -> None:
         if not self._alive:
-            raise Refused("there is no pod")
+            raise CommandRefused("there is no pod")
 
     def _container(self, name: str) -> _Container:
         if name not in self._containers:
-            raise Refused(f"no container {name}")
+            raise CommandRefused(f"no container {name}")
         return self._containers[name]
 
 
 def _signal_all(processes: Iterable[Process], number: int) -> None:
     """Send a signal to the groups of processes, as far as that is permitted."""
     for process in processes:
-        with suppress(Refused):
+        with suppress(CommandRefused):
             process.signal(number, group=True)
 
 

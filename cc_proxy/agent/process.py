@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from cc_proxy.agent.errors import Refused
+from cc_proxy.agent.errors import CommandRefused
 from cc_proxy.agent.inbound import STDIN_SIZE, StdinBuffer
 from cc_proxy.agent.loop import READ, WRITE, Loop, Turn
 from cc_proxy.agent.spawn import Child, set_size
@@ -22,7 +22,7 @@ from cc_proxy.hyperstart.pacing import LOSSLESS_WINDOW
 _ROUND_TRIP, _LOADING = 0.004, 0.1
 
 
-class Channel(Protocol):
+class FrameChannel(Protocol):
     """What a process needs of the I/O channel."""
 
     #: Whether nothing that the host sends may be lost.
@@ -51,17 +51,17 @@ class Channel(Protocol):
     def flush(self) -> None:
         """Let the host have what waits for it now."""
 
-    def set_full(self, stdin: Stdin, full: bool) -> None:
+    def set_full(self, stdin: ProcessStdin, full: bool) -> None:
         """Called when more waits for a process than a host may send at once, and when that is over."""
 
 
-class Stdin:
+class ProcessStdin:
     """The way into a process: what it does not take at once waits.
 
     The real agent keeps 512 bytes, and writes them in the round after they came.
     """
 
-    def __init__(self, loop: Loop, channel: Channel, fd: int, terminal: bool) -> None:
+    def __init__(self, loop: Loop, channel: FrameChannel, fd: int, terminal: bool) -> None:
         self._loop = loop
         self._channel = channel
         self._fd: int | None = fd
@@ -167,11 +167,11 @@ class Process:
     """
 
     def __init__(
-        self, loop: Loop, channel: Channel, seq: int, child: Child, on_gone: Callable[[Process], None]
+        self, loop: Loop, channel: FrameChannel, seq: int, child: Child, on_gone: Callable[[Process], None]
     ) -> None:
         self.seq = seq
         self.terminal = child.terminal
-        self.stdin = Stdin(loop, channel, child.stdin, child.terminal)
+        self.stdin = ProcessStdin(loop, channel, child.stdin, child.terminal)
         self._loop = loop
         self._channel = channel
         self._popen = child.popen
@@ -188,25 +188,25 @@ class Process:
         return self._popen.pid
 
     def signal(self, number: int, *, group: bool = False) -> None:
-        """Send a signal to it, or to its whole process group. Raises `Refused` if that is not permitted."""
+        """Send a signal to it, or to its process group. Raises `CommandRefused` if that is not permitted."""
         if self._popen.returncode is not None:
             return  # its number is anybody's now
         try:
             (os.killpg if group else os.kill)(self.pid, number)
         except OSError as error:
-            raise Refused(f"signal {number}: {error.strerror}") from None
+            raise CommandRefused(f"signal {number}: {error.strerror}") from None
 
     def resize(self, rows: int, columns: int) -> None:
-        """Set the size of its terminal. Raises `Refused` if it has none."""
+        """Set the size of its terminal. Raises `CommandRefused` if it has none."""
         if not self.terminal:
-            raise Refused(f"stream {self.seq} is no terminal")
+            raise CommandRefused(f"stream {self.seq} is no terminal")
         for fd, seq in self._outputs.items():
             if seq == self.seq:
                 set_size(fd, rows, columns)
 
     def kill(self) -> None:
         """End it and its group at once; nothing of it is sent any more, and `on_gone` is not called."""
-        with contextlib.suppress(Refused):  # it may have become somebody else, who is not waited for
+        with contextlib.suppress(CommandRefused):  # it may have become somebody else, who is not waited for
             self.signal(signal.SIGKILL, group=True)
             self._popen.wait()
         self.stdin.close()

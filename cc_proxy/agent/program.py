@@ -12,7 +12,7 @@ from types import FrameType
 
 from cc_proxy.agent import guest
 from cc_proxy.agent.agent import Agent, Place
-from cc_proxy.agent.errors import ListenError, Panic
+from cc_proxy.agent.errors import CannotListen, Panic
 from cc_proxy.agent.orphans import Orphans
 from cc_proxy.agent.quirks import NO_QUIRKS, Quirks
 from cc_proxy.agent.virtioport import VirtioPort, find_ports
@@ -69,7 +69,7 @@ def _serve_guest() -> None:
     place = Place(VirtioPort, guest.Guest(_say), Orphans(), _Refusals())
     try:
         ctl, io = find_ports(guest.PORTS)
-    except ListenError as error:
+    except CannotListen as error:
         _say(str(error))
         return
     _run(lambda: Agent(ctl, io, lossless=True, place=place), place, lambda: _say("serves its two ports"))
@@ -80,7 +80,7 @@ def _run(make: Callable[[], Agent], place: Place, on_listening: Callable[[], Non
     held_back = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
         agent = make()
-    except ListenError as error:
+    except CannotListen as error:
         return _fail(str(error), EXIT_NO_SOCKET)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held_back)

@@ -4,7 +4,7 @@ import contextlib
 import os
 import socket
 
-from cc_proxy.agent.errors import ListenError
+from cc_proxy.agent.errors import CannotListen
 from cc_proxy.linux.socketfile import MAX_SOCKET_PATH, Identity, identity, locked, remove_stale
 
 # One peer is served at a time; the others wait here, connected and never answered.
@@ -14,7 +14,7 @@ _BACKLOG = 16
 class SocketFile:
     """A listening, non-blocking AF_UNIX stream socket.
 
-    A file that a dead process left is replaced. Raises `ListenError` if the path is too long or in use, or
+    A file that a dead process left is replaced. Raises `CannotListen` if the path is too long or in use, or
     cannot be had.
     """
 
@@ -22,7 +22,7 @@ class SocketFile:
         self.path = path
         size = len(os.fsencode(path))
         if size > MAX_SOCKET_PATH:
-            raise ListenError(
+            raise CannotListen(
                 f"{path}: a path of {size} bytes is too long for a socket ({MAX_SOCKET_PATH} at most)"
             )
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -30,7 +30,7 @@ class SocketFile:
             self._identity = self._bind()
         except OSError as error:
             self.sock.close()
-            raise ListenError(f"{path}: {error.strerror}") from None
+            raise CannotListen(f"{path}: {error.strerror}") from None
         except BaseException:
             self.sock.close()
             raise

@@ -13,8 +13,8 @@ from functools import partial
 from typing import NamedTuple
 
 from cc_proxy.agent.commands import EnvVar, ProcessSpec, Rlimit
-from cc_proxy.agent.credentials import Credentials, resolve
-from cc_proxy.agent.errors import MissingBinary, Refused
+from cc_proxy.agent.credentials import Identity, resolve
+from cc_proxy.agent.errors import CommandRefused, MissingBinary
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _WINSIZE = struct.Struct("HHHH")
@@ -40,11 +40,11 @@ class Child:
 def spawn(spec: ProcessSpec, root: str | None = None) -> Child:
     """Start a process in a session of its own, with `root` as its root directory if one is given.
 
-    Raises `MissingBinary`, or `Refused` for whatever else stands in the way; no process is left then.
+    Raises `MissingBinary`, or `CommandRefused` for whatever else stands in the way; no process is left then.
     """
     workdir = spec.workdir or "/"
     if not os.path.isdir((root or "") + workdir):
-        raise Refused(f"no directory {workdir!r}")
+        raise CommandRefused(f"no directory {workdir!r}")
     with ExitStack() as ours, ExitStack() as theirs:
         try:
             return _connected(spec, _Surroundings(root, workdir, resolve(spec, root)), _Fds(ours, theirs))
@@ -52,7 +52,7 @@ def spawn(spec: ProcessSpec, root: str | None = None) -> Child:
             raise MissingBinary(f"no program {spec.args[0]!r}") from None
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise Refused(f"{spec.args[0]!r}: {reason}") from None
+            raise CommandRefused(f"{spec.args[0]!r}: {reason}") from None
 
 
 def set_size(terminal: int, rows: int, columns: int) -> None:
@@ -65,7 +65,7 @@ class _Surroundings(NamedTuple):
 
     root: str | None
     workdir: str
-    credentials: Credentials | None
+    credentials: Identity | None
 
 
 class _Fds:
@@ -144,7 +144,7 @@ def _pidfd(popen: subprocess.Popen[bytes]) -> int:
         raise
 
 
-def _prepare_terminal(terminal: int, spec: ProcessSpec, credentials: Credentials | None) -> None:
+def _prepare_terminal(terminal: int, spec: ProcessSpec, credentials: Identity | None) -> None:
     if spec.rows or spec.columns:
         set_size(terminal, spec.rows, spec.columns)
     if credentials is not None:
@@ -191,7 +191,7 @@ def _limit_setter(limit: Rlimit) -> Callable[[], None]:
     name = "RLIMIT_" + limit.type.upper().removeprefix("RLIMIT_")
     kind = getattr(resource, name, None)
     if not isinstance(kind, int):
-        raise Refused(f"no resource limit {limit.type!r}")
+        raise CommandRefused(f"no resource limit {limit.type!r}")
     return partial(resource.setrlimit, kind, (_limit(limit.soft), _limit(limit.hard)))
 
 

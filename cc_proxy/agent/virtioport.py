@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cc_proxy.agent.errors import ListenError
+from cc_proxy.agent.errors import CannotListen
 from cc_proxy.agent.loop import HANG_UP, ONCE, WRITE, Loop, Turn
 from cc_proxy.agent.ports import Port
 from cc_proxy.linux.fds import Piece, cut
@@ -26,7 +26,7 @@ def find_ports(
 ) -> list[str]:
     """Return the paths of the ports with these names, without udev.
 
-    Raises `ListenError` if one is not there after so many seconds.
+    Raises `CannotListen` if one is not there after so many seconds.
     """
     deadline = time.monotonic() + patience
     while True:
@@ -36,7 +36,7 @@ def find_ports(
             return [str(found[name]) for name in names]
         if time.monotonic() >= deadline:
             there = ", ".join(sorted(filter(None, found))) or "none at all"
-            raise ListenError(
+            raise CannotListen(
                 f"no virtio-serial port is called {missing[0]} (there are: {there}): give the hypervisor "
                 f"a virtserialport with name={missing[0]}"
             )
@@ -44,7 +44,7 @@ def find_ports(
 
 
 class VirtioPort(Port):
-    """The port that is the device at `path`. Raises `ListenError` if it cannot be had: it has one user only.
+    """The port that is the device at `path`. Raises `CannotListen` if it cannot be had: it has one user only.
 
     While no host is there it is always readable and hung up, so it is watched for changes only. A host that
     goes and another that comes in one round of the loop are taken for one.
@@ -55,7 +55,7 @@ class VirtioPort(Port):
         try:
             self._fd: int | None = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
         except OSError as error:
-            raise ListenError(f"{path}: {error.strerror}") from None
+            raise CannotListen(f"{path}: {error.strerror}") from None
 
     def close(self) -> None:
         """Let go of the port. No matter if that has been done."""

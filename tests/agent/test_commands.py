@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cc_proxy.agent import commands, credentials
-from cc_proxy.agent.errors import Refused
+from cc_proxy.agent.errors import CommandRefused
 from cc_proxy.api.frames import Frame
 from cc_proxy.hyperstart.codes import Code
 from tests.agent.conftest import MakeAgent
@@ -425,7 +425,7 @@ def test_whom_root_may_run_processes_as(monkeypatch: pytest.MonkeyPatch) -> None
     assert (own.uid, own.gid) == (user.pw_uid, user.pw_gid)
     group = grp.getgrall()[-1]
     more = credentials.resolve(spec(user="54321", group=group.gr_name, additional_groups=["54322", "54322"]))
-    assert more == credentials.Credentials(54321, group.gr_gid, (group.gr_gid, 54322))
+    assert more == credentials.Identity(54321, group.gr_gid, (group.gr_gid, 54322))
 
 
 def test_who_is_not_root_runs_processes_as_himself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,5 +433,5 @@ def test_who_is_not_root_runs_processes_as_himself(monkeypatch: pytest.MonkeyPat
     own = spec(user=str(os.getuid()), group=str(os.getgid()), additional_groups=[str(os.getgid())])
     assert credentials.resolve(own) is None
     for other in ({"user": "54322"}, {"group": "54322"}, {"additional_groups": ["54322"]}):
-        with pytest.raises(Refused):
+        with pytest.raises(CommandRefused):
             credentials.resolve(spec(**other))

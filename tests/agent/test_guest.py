@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cc_proxy.agent.accounts import FileAccounts, User
+from cc_proxy.agent.accounts import Account, FileAccounts
 from cc_proxy.agent.program import run_guest
 from cc_proxy.api.frames import FRAME_HEADER, Frame
 from cc_proxy.hyperstart.codes import Code
@@ -216,7 +216,7 @@ def test_usage() -> None:
 
 def test_accounts_in_files(share: Path) -> None:
     accounts = FileAccounts(str(share / "i/rootfs"))
-    somebody = User("somebody", 1234, 5678)
+    somebody = Account("somebody", 1234, 5678)
     assert accounts.user("somebody") == accounts.user_by_id(1234) == somebody
     assert accounts.user("wrong") is accounts.user_by_id(0) is None
     assert (accounts.group("others"), accounts.group("more")) == (77, None)

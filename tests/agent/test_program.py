@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cc_proxy.agent import Agent, ListenError, Quirks, run_agent
+from cc_proxy.agent import Agent, CannotListen, Quirks, run_agent
 from cc_proxy.hyperstart.codes import Code
 from tests.agent.host import Channel, Host, children_of, connected, process, state_of, until
 from tests.agent.running import AgentProgram
@@ -194,7 +194,7 @@ def test_a_path_in_use(program: AgentProgram, tmp_sock_dir: Path, capsys: pytest
 
 
 def test_one_path_for_both(tmp_sock_dir: Path) -> None:
-    with pytest.raises(ListenError):
+    with pytest.raises(CannotListen):
         Agent(tmp_sock_dir / "a", tmp_sock_dir / "a")
     assert os.listdir(tmp_sock_dir) == []
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cc_proxy.agent import Agent, ListenError
+from cc_proxy.agent import Agent, CannotListen
 from cc_proxy.agent.agent import Place
 from cc_proxy.agent.virtioport import VirtioPort, find_ports
 from cc_proxy.api.frames import FRAME_HEADER, encode_frame
@@ -81,7 +81,7 @@ def cpu_time(thread: threading.Thread) -> float:
 
 
 def test_device_that_is_not_there(tmp_path: Path) -> None:
-    with closing(Terminal()) as io, pytest.raises(ListenError, match="no/such: No such file or directory"):
+    with closing(Terminal()) as io, pytest.raises(CannotListen, match="no/such: No such file or directory"):
         Agent("no/such", io.path, place=Place(VirtioPort))
 
 
@@ -109,7 +109,7 @@ def test_ports_are_waited_for(tmp_path: Path) -> None:
 def test_missing_port_is_named_and_those_that_are_there(tmp_path: Path, names: list[str], there: str) -> None:
     for number, name in enumerate(names):
         make_port(tmp_path, f"vport0p{number}", name)
-    with pytest.raises(ListenError) as raised:
+    with pytest.raises(CannotListen) as raised:
         find_ports(["a", "b"], 0, tmp_path)
     missing = "b" if "a" in names else "a"
     assert str(raised.value) == (

@@ -1,13 +1,13 @@
 """What the embedded agent reads: commands, and frames of stdin.
 
-`Refused` may be raised for a command that is none, `Panic` for what the real agent would not survive either:
-a message over its buffer.
+`CommandRefused` may be raised for a command that is none, `Panic` for what the real agent would not survive
+either: a message over its buffer.
 """
 
 from __future__ import annotations
 
 from cc_proxy.agent.commands import decode
-from cc_proxy.agent.errors import Panic, Refused
+from cc_proxy.agent.errors import CommandRefused, Panic
 from cc_proxy.agent.inbound import ControlReceiver, HostFrames
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import MAX_COMMAND, encode
@@ -52,7 +52,7 @@ def _check_commands(stream: bytes, choices: Choices) -> None:
             message = receiver.receive_data(stream[:size])
             if message is not None:
                 decode(message.code, message.payload)
-        except Refused as error:
+        except CommandRefused as error:
             assert str(error)
         except Panic:
             return
