@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,12 @@ import pytest
 from cc_proxy.log.levels import logger
 
 pytest_plugins = ["tests.connector", "tests.guest.image", "tests.leaks", "tests.locks"]
+
+
+def pytest_configure() -> None:
+    """Undo what nohup or a background job has done: programs that are tested would inherit it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
