@@ -12,7 +12,7 @@ from cc_proxy.ctl.pod import TemporaryPod
 from cc_proxy.ctl.requests import NewContainer, hyper_process
 from cc_proxy.ctl.signals import Signals
 from cc_proxy.ctl.stdio import show
-from cc_proxy.ctl.vm.directory import directory_of, end_owner, is_owned
+from cc_proxy.ctl.vm.directory import directory_of, end_owner, is_owned, remove_stale
 from cc_proxy.ctl.vm.lifetime import virtual_machine
 from cc_proxy.ctl.vm.settings import choose
 
@@ -65,4 +65,5 @@ def _stop(asked: VmOptions) -> int:
                 pod.adopt()
         with signals.may_interrupt():
             end_owner(directory)
+    remove_stale()
     return 0

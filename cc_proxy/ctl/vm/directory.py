@@ -138,8 +138,16 @@ def _lock(path: str) -> int:
     return fd
 
 
+def remove_stale() -> None:
+    """Remove what is left of VMs of this user's whose owner was killed, as was who had started it.
+
+    Others that make directories meanwhile are locked out; `VmDirectory.make` does it itself.
+    """
+    with locked(parent()):
+        _remove_stale()
+
+
 def _remove_stale() -> None:
-    """Remove what is left of VMs of this user's whose owner was killed, as was who had started it."""
     for path in Path(parent()).glob(f"{_PREFIX}*"):
         with suppress(OSError):
             if path.lstat().st_uid == os.geteuid() and not is_owned(str(path)):

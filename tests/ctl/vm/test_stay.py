@@ -108,6 +108,15 @@ def test_an_owner_that_is_killed_takes_qemu_along(proxy: FakeProxy, directories:
     assert ctl(proxy, "vm", "stop", "web") == 0
 
 
+def test_what_a_killed_owner_leaves_is_removed(proxy: FakeProxy, directories: Path) -> None:
+    start(proxy)
+    owner = owner_of(directories)
+    os.kill(owner, signal.SIGKILL)
+    wait_until(lambda: ended(owner))
+    assert ctl(proxy, "vm", "stop", "web") == 0
+    assert list(directories.iterdir()) == []
+
+
 def test_only_start_has_settings(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
     assert ctl(proxy, "vm", "stop", "web", "--cpus", "2") == 2
     assert error_line(capfd) == "--cpus is about a VM that is to be started"

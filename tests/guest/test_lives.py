@@ -1,0 +1,140 @@
+"""How VMs begin and end."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cc_proxy.ctl.vm import keeper
+from cc_proxy.ctl.vm.directory import directory_of
+from tests.ctl.running import CHECKOUT
+from tests.ctl.vm.processes import ended, wait_until
+from tests.guest.stage import TABLES, WAIT, Stage, owner_of, qemu_of, vm
+from tests.users import ALICE, give, needs_root
+from tests.wire.daemon import Daemon
+
+ENDED = "the VM ended before it was ready"
+
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(200)]
+
+
+def test_ten_vms_at_once(stage: Stage) -> None:
+    children = [stage.start("run", "--vm", "--id", f"vm{n}", "--", "hostname") for n in range(10)]
+    outcomes = [(*child.communicate(timeout=WAIT), child.returncode) for child in children]
+    assert outcomes == [(f"vm{n}\n".encode(), b"", 0) for n in range(10)]
+
+
+@pytest.mark.parametrize("machine", ["q35", "pc"])
+def test_machines(stage: Stage, machine: str) -> None:
+    options = ("--machine", machine, "--memory", "200", "--cpus", "2", "--append", "loglevel=5")
+    shell = "nproc; grep -c loglevel=5 /proc/cmdline; awk '/MemTotal/ { print ($2 < 204800) }' /proc/meminfo"
+    assert stage.run("run", "--vm", *options, "--", "sh", "-c", shell) == (b"2\n1\n1\n", b"", 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--append", "rdinit=/no"], "the VM ended before it was ready: Kernel panic - not syncing: "),
+        (
+            ["--memory", "96"],
+            "the VM ended before it was ready: Kernel panic - not syncing: System is deadlocked",
+        ),
+        (
+            ["--qemu-arg=-set", "--qemu-arg=device.ctl.name=x"],
+            "the VM ended before it was ready: cc-proxy agent: no",
+        ),
+        (["--qemu-arg=-nonsense"], "QEMU failed: qemu-system-x86_64: -nonsense: invalid option"),
+        (["--memory", "16000000"], "QEMU failed: qemu-system-x86_64: cannot set up guest memory"),
+    ],
+)
+def test_guests_that_do_not_boot(stage: Stage, options: list[str], complaint: str) -> None:
+    output, errors, status = stage.run("run", "--vm", *options, "--", "true")
+    assert (output, status) == (b"", 125)
+    assert errors.decode().startswith(f"cc-proxyctl: {complaint}")
+    assert errors.count(b"\n") == 1
+
+
+def test_an_image_without_an_agent(stage: Stage, tmp_path: Path) -> None:
+    subprocess.run("echo nothing | gzip > image", shell=True, cwd=tmp_path, check=True)  # noqa: S602
+    _, errors, status = stage.run("run", "--vm", "--image", f"{tmp_path}/image", "--", "true")
+    assert status == 125
+    assert (
+        b"the VM ended before it was ready: Kernel panic - not syncing: VFS: Unable to mount root" in errors
+    )
+
+
+@pytest.mark.parametrize("victim", ["QEMU", "its owner"])
+def test_a_vm_that_is_killed(stage: Stage, victim: str) -> None:
+    with vm(stage, "pod"), stage.start("exec", "-i", "pod", "--", "sh", "-c", "echo ready; cat") as child:
+        assert child.stdout
+        assert child.stdout.readline() == b"ready\n"
+        qemu, owner = qemu_of("pod"), owner_of("pod")
+        os.kill(qemu if victim == "QEMU" else owner, signal.SIGKILL)
+        _, errors = child.communicate(timeout=WAIT)
+        assert child.returncode == 125
+        assert re.match(rb"cc-proxyctl: the VM (was lost|has gone) before 'sh' had ended", errors)
+        wait_until(lambda: ended(qemu, owner))
+        if victim == "its owner":
+            stage.run("vm", "stop", "pod")
+
+
+def test_a_panic_says_why(stage: Stage) -> None:
+    _, errors, status = stage.run("run", "--vm", "--", "sh", "-c", "echo c > /proc/sysrq-trigger")
+    assert status == 125
+    assert b"(Kernel panic - not syncing: sysrq triggered crash)" in errors
+
+
+def test_a_daemon_that_restarts_finds_the_vm_again(environment: Path, tmp_sock_dir: Path) -> None:
+    with Daemon.configured(tmp_sock_dir, TABLES) as first, vm(Stage(first), "pod"):
+        first.kill()
+        with Daemon.configured(tmp_sock_dir, TABLES) as second:
+            stage = Stage(second)
+            where = directory_of("pod")
+            sockets = [f"--{name}={where}/{name}" for name in ("ctl", "io", "console")]
+            assert stage.run("hello", "pod", *sockets) == (b"", b"", 0)
+            assert stage.works("pod")
+            assert stage.run("vm", "stop", "pod") == (b"", b"", 0)
+
+
+#: Runs a command as a user without any rights, though only root may be able to read the code.
+AS_ALICE = f"""
+import os, sys
+from cc_proxy.cli.ctl import build_parser, main
+from cc_proxy.ctl.vm import keeper
+build_parser()  # which imports what it needs
+keeper.__file__, sys.executable = sys.argv[1], "/usr/bin/python3"
+os.setgroups([])
+os.setresgid({ALICE.gid}, {ALICE.gid}, {ALICE.gid})
+os.setresuid({ALICE.uid}, {ALICE.uid}, {ALICE.uid})
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@needs_root
+def test_anybody_may_start_one(guest: Path, open_dir: Path) -> None:
+    if not os.path.exists("/usr/bin/python3"):
+        pytest.skip("there is no /usr/bin/python3, which another user could run")
+    mine = open_dir / "alice"
+    mine.mkdir()
+    for file in (guest / "vmlinuz", guest / "initramfs", Path(keeper.__file__)):
+        shutil.copy(file, mine)
+        (mine / file.name).chmod(0o644)
+    give(mine, ALICE)
+    tables = f"{TABLES}[access]\nusers = [{ALICE.uid}]\n"
+    with Daemon.configured(open_dir, tables) as daemon:
+        command = ["--socket-path", str(daemon.socket_path), "run", "--vm", "--accelerator=tcg"]
+        command += [f"--kernel={mine}/vmlinuz", f"--image={mine}/initramfs", "--boot-timeout=150"]
+        environment = os.environ | {"TMPDIR": str(mine), "CC_PROXY_GUEST": ""}
+        arguments = [sys.executable, "-c", AS_ALICE, f"{mine}/keeper.py", *command, "--", "id", "-u"]
+        result = subprocess.run(arguments, check=False, capture_output=True, env=environment, cwd=CHECKOUT)
+        assert result.stderr.decode() == ""
+        assert (result.stdout, result.returncode) == (b"0\n", 0)
+        assert not list(mine.glob("cc-proxyctl-*"))
+        daemon.check()
