@@ -56,10 +56,14 @@ class Turns(Generic[AWaiter]):
             if waiter in self._queue:
                 self._queue.remove(waiter)
                 return False
-        return True  # it came at the last moment
+        # It came at the last moment, and whoever passes it on may still be at work for the waiter.
+        return waiter.turn.acquire()
 
     def next(self) -> AWaiter | None:
-        """Return whose turn it is now; after None it is nobody's. Requires the turn."""
+        """Return whose turn it is now; after None it is nobody's. Requires the turn.
+
+        The caller keeps it until it releases `turn`. If it gives the turn to nobody, it calls this again.
+        """
         with self._lock:
             if self._queue:
                 return self._queue.popleft()
