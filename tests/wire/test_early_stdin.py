@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from tests.wire.daemon import Pod, Wire
-from tests.wire.support import ACK, ERROR, OK, RawClient, Stream, error_of, frame, read_exact
+from tests.wire.support import ACK, ERROR, OK, RawClient, Stream, error_of, frame, is_silent, read_exact
 
 
 def commands(pod: Pod, stream: Stream) -> dict[str, str]:
@@ -63,6 +63,17 @@ def test_command_that_is_refused_starts_no_process(wire: Wire) -> None:
     assert pod.vm.read_frame() == (stream.base, b"in")
     pod.start(early)
     assert pod.vm.read_frame() == (early.base, b"early")
+
+
+def test_command_that_is_not_sent_starts_no_process(wire: Wire) -> None:
+    pod = wire.pod()
+    stream, other = pod.client.allocate(), pod.open()
+    pod.client.hyper("execcmd", json.dumps({"process": {"stdio": stream.base, "args": ["x" * 10_240]}}))
+    assert "message too long" in error_of(pod.client.receive())
+    pod.vm.send_frame(stream.base)
+    pod.vm.send_frame(other.base, b"that has been read")
+    other.read_frame()
+    assert is_silent(stream.sock)
 
 
 def test_empty_frame_before_there_is_a_process_is_no_end_of_file(wire: Wire) -> None:

@@ -99,6 +99,9 @@ class Vm:
 
     def command(self, name: Code, payload: bytes) -> ControlMessage:
         """Have the agent carry out a command; returns its ACK. Raises `VmError`."""
+        length = HEADER.size + len(payload)
+        if length > MAX_COMMAND:
+            raise VmError(f"message too long {length}")
         pump, stdio = self._pump, stdio_seqs(payload) if name in STARTS else []
         if not pump or not stdio:
             return self._command(name, payload)
@@ -111,9 +114,6 @@ class Vm:
         return self._command(name, payload, open_stdin)
 
     def _command(self, name: Code, payload: bytes, on_answer: OnAnswer = ignore) -> ControlMessage:
-        length = HEADER.size + len(payload)
-        if length > MAX_COMMAND:
-            raise VmError(f"message too long {length}")
         control = self._control
         if control is None or self._state not in (State.UP, State.LEAVING):
             raise VmError(self._gone())
