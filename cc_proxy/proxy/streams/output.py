@@ -101,11 +101,12 @@ class Output:
         """Find the whole frames there. Nearly always that is one batch; each is to be delivered at once."""
         owners = self._routes.owners
         batch = gather(buffer, view, start, stop, owners)
-        while self._routes.silent and (first := self._first_word(batch, buffer, start)):
-            seq, pos = first
+        first_words = self._first_words(batch, buffer, start)
+        for seq, pos in first_words:
             yield self._count(gather(buffer, view, start, pos, owners), view[start:pos])
             self._routes.start(seq)
             start = pos
+        if first_words:
             batch = gather(buffer, view, start, stop, owners)
         yield self._count(batch, view[start : batch.stop])
 
@@ -117,20 +118,21 @@ class Output:
             dump_frames(self._vm, "output", (frames,))
         return batch
 
-    def _first_word(self, batch: Batch[Session], buffer: Buffer, start: int) -> tuple[int, int] | None:
-        """Find output of a process that nobody is known to have started; returns its seq, and where it is.
+    def _first_words(self, batch: Batch[Session], buffer: Buffer, start: int) -> list[tuple[int, int]]:
+        """Find output of processes that nobody is known to have started: the seqs, and where each begins.
 
         An empty frame is none.
         """
         silent = self._routes.silent
         said = {seq for seq, length in batch.strays if length > HEADER_SIZE and seq in silent}
-        if not said:
-            return None
-        seq, length = FRAME_HEADER.unpack_from(buffer, start)
-        while seq not in said or length == HEADER_SIZE:
-            start += length
+        found = []
+        while said:
             seq, length = FRAME_HEADER.unpack_from(buffer, start)
-        return seq, start
+            if seq in said and length > HEADER_SIZE:
+                said.remove(seq)
+                found.append((seq, start))
+            start += length
+        return found
 
     def _deliver(self, batch: Batch[Session]) -> None:
         """Pass on frames."""

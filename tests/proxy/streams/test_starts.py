@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -103,6 +104,16 @@ def test_two_processes_speak_for_the_first_time_in_one_read(bench: Bench) -> Non
     )
     assert read_now(other.sock) == frame(other.base, b"x") + frame(other.base)
     assert read_now(one.sock) == frame(one.base, b"y")
+
+
+def test_many_processes_speak_for_the_first_time_in_one_read_at_little_cost(bench: Bench) -> None:
+    streams = [allocate(bench) for _ in range(300)]
+    words = b"".join(frame(stream.base, b"x") for stream in streams)
+    noise = frame(99_999) + frame(99_998, b"no row of like frames")
+    begun = time.process_time()
+    bench.say(words + noise * 3_000)
+    assert time.process_time() - begun < 0.3
+    assert [read_now(stream.sock) for stream in streams] == [frame(stream.base, b"x") for stream in streams]
 
 
 def test_process_that_ends_before_its_command_is_known_to_be_acknowledged(bench: Bench) -> None:
