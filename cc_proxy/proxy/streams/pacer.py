@@ -110,12 +110,18 @@ class Pacer:
             yield self._look_at
 
     def put_off(self, now: float) -> None:
-        """The VM is not read: no marker can have come back, so their time begins anew."""
+        """No marker can have come back: their time begins anew."""
         self.asked = dict.fromkeys(self.asked, now + self._echo_timeout)
 
     def run_timers(self, now: float) -> list[bytes]:
-        """Return markers to send again, as they did not come back in time."""
+        """Return markers to send again, as they did not come back in time.
+
+        There are none while the VM stands still: it would find all of them once it goes on.
+        """
         markers = []
+        if self.asked and now >= next(iter(self.asked.values())) and untaken(self._io):
+            self.put_off(now)
+            self._prepare_round(now)
         while self.asked:
             session, ask_at = next(iter(self.asked.items()))
             if now < ask_at:
