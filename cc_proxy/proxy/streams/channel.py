@@ -125,7 +125,7 @@ class Channel:
     def _timed(self) -> bool:
         if self._output.waiting or self._pacer.asked or self._stdin.blocked:
             return True
-        return self._finish_at is not None
+        return bool(self._stdin.orphans) or self._finish_at is not None
 
     def _timeout(self) -> float | None:
         """Requires that something is `_timed`."""

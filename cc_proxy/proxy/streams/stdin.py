@@ -21,6 +21,9 @@ _MOST_SHARES = 2
 _LEAST_READ = 16 * 1024
 #: Seconds between two looks, while the VM takes nothing, for clients that are gone meanwhile.
 _LOOK_INTERVAL = 1.0
+#: Seconds that what a client has sent waits for its process after the client has gone. By then a command that
+#: was on its way has its answer.
+_KEPT = 60.0
 
 
 class Stdin:
@@ -45,6 +48,8 @@ class Stdin:
         self._buffer = new_buffer(_BUFFER_SIZE)
         self._view = memoryview(self._buffer)
         self._sessions: dict[int, Session] = {}  # by fd
+        #: Clients that have gone before their process was started, in that order: until when each is kept.
+        self.orphans: dict[Session, float] = {}
         self._left_out: list[int] = []  # fds that were ready when the buffer was full, in their order
         self._to_vm: Sequence[Piece] = ()
         self._stalled_at = 0.0
@@ -78,12 +83,14 @@ class Stdin:
 
     def open(self, session: Session) -> None:
         """Begin to read a client: its process has been started."""
+        self.orphans.pop(session, None)
         self.resume(session)
 
     def forget(self, session: Session) -> None:
         """The session is to be closed."""
         self._sessions.pop(session.fd, None)
         self._pacer.forget(session)
+        self.orphans.pop(session, None)
         self._clients.remove(session.fd)
 
     def read_clients(self, ready: list[tuple[int, int]]) -> None:
@@ -123,12 +130,20 @@ class Stdin:
 
     def moments(self) -> Iterator[float]:
         """Yield when `run_timers` has something to do."""
-        return iter([self._look_at]) if self._to_vm else self._pacer.moments()
+        if self._to_vm:
+            yield self._look_at
+            return
+        yield from self._pacer.moments()
+        yield from list(self.orphans.values())[:1]
 
     def run_timers(self, now: float) -> None:
-        """Ask again where a marker did not come back; give up clients that are gone while nobody is read."""
+        """Ask again where a marker did not come back; give up clients that are gone while nobody is read, or
+        whose process is not started.
+        """
         if not self._to_vm:
             self._send(self._pacer.run_timers(now))
+            for session in [orphan for orphan, until in self.orphans.items() if now >= until]:
+                self._drop(session, "closed by its client, and its process was not started")
         elif now >= self._look_at:
             self._look_at = now + _LOOK_INTERVAL
             self._give_up_gone()
@@ -191,9 +206,11 @@ class Stdin:
         """The client has closed its fd, while it was not being read."""
         if not session.stdin_open:
             self._drop(session, "closed by its client")
-        elif session in self._pacer.asked or (not session.is_started and session.unread):
-            # What it sent last is still to be read, when there is room for it, or a process.
+        elif session in self._pacer.asked:
+            self._clients.remove(session.fd)  # what it sent last is read when there is room for it
+        elif not session.is_started and session.unread:
             self._clients.remove(session.fd)
+            self.orphans[session] = time.monotonic() + _KEPT
         elif not session.is_started:
             self._drop(session, "closed by its client")
         # Else its marker has come back since it was looked at, in the same turn: it is being read again.

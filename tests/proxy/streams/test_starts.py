@@ -146,6 +146,20 @@ def test_what_a_client_has_sent_is_its_processes_though_it_has_gone(bench: Bench
     assert bench.frames() == [Frame(stream.base, b"early"), Frame(stream.base, b"")]
 
 
+def test_client_that_has_gone_and_whose_process_is_not_started_is_let_go_after_a_while(bench: Bench) -> None:
+    streams = [allocate(bench) for _ in range(2)]
+    for stream in streams:
+        stream.send()
+        stream.close()
+        bench.pass_time(59)
+    assert bench.streams().sessions == 2
+    bench.pass_time(1)
+    assert bench.streams().sessions == 1
+    bench.channel.open_stdin([stream.base for stream in streams])
+    assert bench.frames() == [Frame(streams[1].base, b"")]
+    assert bench.streams().sessions == 0
+
+
 def test_client_that_has_gone_and_whose_process_is_never_started_takes_no_turns(bench: Bench) -> None:
     stream = allocate(bench)
     stream.send(b"early")
