@@ -16,14 +16,13 @@ from cc_proxy.access import Access
 from cc_proxy.api.transport import DEFAULT_SOCKET
 from cc_proxy.linux.socketfile import MAX_SOCKET_PATH
 from cc_proxy.log.levels import LogFormat, LogLevel
-from cc_proxy.settingsfile import SettingsError, Table
+from cc_proxy.settingsfile import AbsolutePath, SettingsError, Table
 
 #: Read if it exists and no other file is named.
 DEFAULT_FILE = "/etc/cc-proxy/cc-proxy.toml"
 
 _CHOICES: dict[str, tuple[str, ...]] = {"log.level": get_args(LogLevel), "log.format": get_args(LogFormat)}
 
-_Path = Annotated[str, Meta(pattern=r"^/[^\x00]*$", description="an absolute path")]
 _Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 _Bytes = Annotated[int, Meta(ge=0, le=2**50)]
 _Count = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -57,7 +56,7 @@ class StdinSettings(Table, frozen=True):
 class SpoolSettings(Table, frozen=True):
     """Where output waits for clients that do not read it."""
 
-    directory: _Path = "/var/tmp"  # noqa: S108 - files there are made without a name
+    directory: AbsolutePath = "/var/tmp"  # noqa: S108 - files there are made without a name
     session_limit: _Bytes = 64 * 1024 * 1024
     user_limit: _Bytes = 512 * 1024 * 1024
     total_limit: _Bytes = 1024 * 1024 * 1024
@@ -94,7 +93,7 @@ class Limits(Table, frozen=True):
 class Settings(Table, frozen=True):
     """Everything that can be set."""
 
-    socket_path: _Path = DEFAULT_SOCKET
+    socket_path: AbsolutePath = DEFAULT_SOCKET
     access: Access = msgspec.field(default_factory=Access)
     log: LogSettings = LogSettings()
     vm: VmSettings = VmSettings()

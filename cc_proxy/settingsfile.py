@@ -5,9 +5,10 @@ import os
 import re
 import stat
 import tomllib
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from cc_proxy.log.printable import printable
 
@@ -24,6 +25,21 @@ _TYPES = {
     "object": "a table",
     "null": "nothing",
 }
+
+_ABSOLUTE_PATH = r"^/[^\x00]*$"
+_PATH = r"^[^\x00]+$"
+_TEXT = r"^[^\x00]*$"
+#: What has to match these, in words.
+_PATTERNS = {
+    _ABSOLUTE_PATH: "an absolute path",
+    _PATH: "a path",
+    _TEXT: "a string without NUL characters",
+}
+
+#: Types of settings that the system takes: no NUL can be in them.
+AbsolutePath = Annotated[str, Meta(pattern=_ABSOLUTE_PATH)]
+Path = Annotated[str, Meta(pattern=_PATH)]
+Text = Annotated[str, Meta(pattern=_TEXT)]
 
 #: What a setting may be, by its name, of those that have a choice of words.
 Choices = dict[str, tuple[str, ...]]
@@ -91,8 +107,8 @@ def _explain(error: str, choices: Choices) -> str:
     if key in choices and what.startswith("Invalid enum value"):
         got = what.removeprefix("Invalid enum value")
         what = f"expected one of {', '.join(choices[key])}, got{got}"
-    elif "regex" in what:
-        what = "expected an absolute path"
+    elif " regex " in what:
+        what = "expected " + next(words for pattern, words in _PATTERNS.items() if repr(pattern) in what)
     else:
         what = _in_words(what)
     return f"{key}: {what}" if key else what

@@ -2,14 +2,14 @@
 
 import argparse
 from argparse import ArgumentParser
+from collections.abc import Callable
 from typing import get_args
 
 from cc_proxy.ctl.options import GUEST_VARIABLE
 from cc_proxy.ctl.parser import seconds, text
-from cc_proxy.ctl.vm.settings import DEFAULT_FILE, Accelerator, Machine, VmSettings
+from cc_proxy.ctl.vm.settings import DEFAULT_FILE, MOST_CPUS, MOST_MEMORY, Accelerator, Machine, VmSettings
 
 _DEFAULTS = VmSettings()
-_MOST = 2**24
 
 
 def add_vm_settings(parser: ArgumentParser) -> None:
@@ -24,8 +24,13 @@ def add_vm_settings(parser: ArgumentParser) -> None:
     )
     add("--machine", choices=get_args(Machine), help="the machine (auto: microvm with KVM, pc without)")
     add("--accelerator", choices=get_args(Accelerator), help="auto: KVM if it works, else emulation (tcg)")
-    add("--memory", metavar="MIB", type=_count, help=f"MiB of memory (default: {_DEFAULTS.memory})")
-    add("--cpus", metavar="N", type=_count, help=f"number of CPUs (default: {_DEFAULTS.cpus})")
+    add(
+        "--memory",
+        metavar="MIB",
+        type=_count(MOST_MEMORY),
+        help=f"MiB of memory (default: {_DEFAULTS.memory})",
+    )
+    add("--cpus", metavar="N", type=_count(MOST_CPUS), help=f"number of CPUs (default: {_DEFAULTS.cpus})")
     add("--kernel", metavar="PATH", type=text, help=f"the kernel (default: {_DEFAULTS.kernel})")
     add(
         "--image",
@@ -45,7 +50,12 @@ def add_vm_settings(parser: ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _count(value: str) -> int:
-    if not (value.isascii() and value.isdecimal() and 0 < int(value) <= _MOST):
-        raise argparse.ArgumentTypeError(f"'{value}' is not a number from 1 to {_MOST}")
-    return int(value)
+def _count(most: int) -> Callable[[str], int]:
+    """Return a function that parses a number of at most so many."""
+
+    def parse(value: str) -> int:
+        if not (value.isascii() and value.isdecimal() and 0 < int(value) <= most):
+            raise argparse.ArgumentTypeError(f"'{value}' is not a number from 1 to {most}")
+        return int(value)
+
+    return parse

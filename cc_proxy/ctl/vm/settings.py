@@ -12,7 +12,7 @@ from msgspec import Meta
 from cc_proxy import settingsfile
 from cc_proxy.ctl.errors import Failure
 from cc_proxy.ctl.options import GuestOptions
-from cc_proxy.settingsfile import SettingsError, Table
+from cc_proxy.settingsfile import Path, SettingsError, Table, Text
 
 #: Read if it exists and no other file is named.
 DEFAULT_FILE = "/etc/cc-proxy/guest.toml"
@@ -23,25 +23,26 @@ _CHOICES = {"machine": get_args(Machine), "accelerator": get_args(Accelerator)}
 
 #: Where the package cc-proxy-guest has them.
 _GUEST = "/usr/lib/cc-proxy/guest"
-_Text = Annotated[str, Meta(pattern=r"^[^\x00]*$")]
-_Path = Annotated[str, Meta(pattern=r"^[^\x00]+$")]
+#: The most that there may be, in MiB.
+MOST_MEMORY = 2**24
+MOST_CPUS = 1024
 
 
 class VmSettings(Table, frozen=True):
     """How QEMU is started."""
 
-    qemu: _Path = "qemu-system-x86_64"
+    qemu: Path = "qemu-system-x86_64"
     machine: Machine = "auto"
     accelerator: Accelerator = "auto"
     #: MiB.
-    memory: Annotated[int, Meta(ge=1, le=2**24)] = 256
-    cpus: Annotated[int, Meta(ge=1, le=1_024)] = 1
-    kernel: _Path = f"{_GUEST}/vmlinuz"
-    image: _Path = f"{_GUEST}/initramfs"
+    memory: Annotated[int, Meta(ge=1, le=MOST_MEMORY)] = 256
+    cpus: Annotated[int, Meta(ge=1, le=MOST_CPUS)] = 1
+    kernel: Path = f"{_GUEST}/vmlinuz"
+    image: Path = f"{_GUEST}/initramfs"
     #: Added to the kernel's command line.
-    append: _Text = ""
+    append: Text = ""
     #: Added to QEMU's.
-    arguments: tuple[_Text, ...] = ()
+    arguments: tuple[Text, ...] = ()
     #: Seconds.
     boot_timeout: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
 

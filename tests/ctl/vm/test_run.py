@@ -315,7 +315,10 @@ def test_options_that_do_not_go_together(
     assert error_line(capfd) == complaint
 
 
-@pytest.mark.parametrize("memory", ["0", "-1", "1G", "99999999999"])
-def test_amounts(proxy: FakeProxy, capfd: pytest.CaptureFixture[str], memory: str) -> None:
-    assert ctl(proxy, *RUN, BOOTS, f"--memory={memory}", "--", "x") == 2
-    assert f"argument --memory: '{memory}' is not a number from 1 to" in capfd.readouterr().err
+@pytest.mark.parametrize("amount", ["0", "-1", "1G", "99999999999"])
+@pytest.mark.parametrize(("option", "most"), [("--memory", 16_777_216), ("--cpus", 1_024)])
+def test_amounts(
+    proxy: FakeProxy, capfd: pytest.CaptureFixture[str], option: str, most: int, amount: str
+) -> None:
+    assert ctl(proxy, *RUN, BOOTS, f"{option}={amount}", "--", "x") == 2
+    assert f"argument {option}: '{amount}' is not a number from 1 to {most}\n" in capfd.readouterr().err

@@ -37,6 +37,10 @@ def test_each_setting_has_an_option() -> None:
         ('machine = "virt"', "machine: expected one of auto, microvm, q35, pc, got 'virt'"),
         ("disk = 1", "unknown setting `disk`"),
         ("boot_timeout = 0", "boot_timeout: expected a number > 0.0"),
+        ('image = ""', "image: expected a path"),
+        ('kernel = "a\\u0000"', "kernel: expected a path"),
+        ('append = "\\u0000"', "append: expected a string without NUL characters"),
+        ('arguments = ["-s", "\\u0000"]', "arguments: expected a string without NUL characters"),
         ("=", "not valid TOML"),
     ],
 )
