@@ -108,7 +108,8 @@ within 5 seconds ends cc-proxyctl and the pod, whatever the process does."""
         arguments=(_add_local, add_console, _add_new_id, add_timeout, add_vm_settings, add_process),
         read=options.RunOptions.of,
         do=run,
-        usage="cc-proxyctl run (--local | --vm | --ctl PATH --io PATH) [--console PATH] [--id ID]\n"
+        usage="cc-proxyctl run (--local | --vm [VM OPTION]... | --ctl PATH --io PATH)\n"
+        "                       [--console PATH] [--id ID]\n"
         f"                       {_PROCESS_OPTIONS}\n"
         "                       -- CMD [ARG]...",
     ),
@@ -134,17 +135,22 @@ running too. `exec ID -- kill PID` ends such a process."""
         summary="start a VM that stays, or stop it",
         description="""\
 `start` starts a VM under QEMU, registers it, and starts a pod in it, whose first process does
-nothing: `exec` runs others. The VM stays until `stop`, whoever else ends. `stop` destroys the pod,
-unregisters the VM and ends QEMU. Both are for the user who started it.""",
+nothing: `exec` runs others. The VM runs until it is stopped, even if the proxy ends before. `stop`
+destroys the pod, unregisters the VM and ends QEMU; it is for the user who started the VM.""",
         examples=("vm start web", "vm start web --memory 1024 --cpus 2", "vm stop web"),
         arguments=(_add_vm_action, _add_vm_id, add_timeout, add_vm_settings),
         read=options.VmOptions.of,
         do=vm,
+        usage="cc-proxyctl vm start [VM OPTION]... [--timeout S] ID\n"
+        "       cc-proxyctl vm stop [--timeout S] ID",
     ),
     Subcommand(
         name="hello",
         summary="register a VM",
-        description="Have the proxy connect to a VM, wait until it is ready, and register it.",
+        description="""\
+Have the proxy connect to a VM, wait until it is ready, and register it. The VM may still be
+starting: the proxy waits for its sockets and its agent for as long as its setting
+vm.ready_timeout says, 30 seconds by default.""",
         examples=("hello web --ctl /run/vm1/ctl.sock --io /run/vm1/io.sock",),
         arguments=(add_id, add_sockets, add_console, add_timeout),
         read=options.HelloOptions.of,
@@ -205,8 +211,9 @@ This changes nothing.""",
     Subcommand(
         name="agent",
         summary="stand in for a VM: run processes on this machine",
-        description="Listen on two sockets, as a VM with its agent does, and run processes on this machine. "
-        "It ends, and removes its sockets, when its pod is destroyed; after `bye` alone it keeps running.",
+        description="""\
+Listen on two sockets, as a VM with its agent does, and run processes on this machine. It ends, and
+removes its sockets, when its pod is destroyed; after `bye` alone it keeps running.""",
         examples=("agent --ctl /tmp/ctl.sock --io /tmp/io.sock",),
         arguments=(add_sockets, _add_ready_fd, _add_remove, _add_lossless),
         read=options.AgentOptions.of,

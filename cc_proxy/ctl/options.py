@@ -99,10 +99,10 @@ class GuestOptions:
 
     @staticmethod
     def refuse(args: Namespace) -> None:
-        """Raise `Misuse` if the command line says anything about a VM."""
+        """Raise `Misuse` if the command line says how to start a VM."""
         for name, option in {"guest": "--guest", **VM_OPTIONS}.items():
             if getattr(args, name) is not None:
-                raise Misuse(f"{option} is about a VM that is to be started")
+                raise Misuse(f"{option} says how to start a VM: it goes with `run --vm` or `vm start`")
 
 
 @dataclass(frozen=True, slots=True)

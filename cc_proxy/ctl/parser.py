@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import cc_proxy
 from cc_proxy.api import DEFAULT_SOCKET
 from cc_proxy.api.status import LONGEST_TEXT
-from cc_proxy.ctl.options import SOCKET_VARIABLE
+from cc_proxy.ctl.options import GUEST_VARIABLE, SOCKET_VARIABLE
 
 #: In seconds. Longer than the daemon's own deadlines, whose errors say more.
 DEFAULT_TIMEOUT = 120.0
@@ -19,6 +19,7 @@ _LARGEST_FD = 2**31 - 1
 _STATUSES = f"""\
 environment:
   {SOCKET_VARIABLE}  the proxy's socket, unless --socket-path names it
+  {GUEST_VARIABLE}   the settings of VMs that are started, unless --guest names them
 
 exit status:
   run and exec exit with the process's own status. Apart from that:
@@ -184,7 +185,7 @@ def new_id(value: str) -> str:
     """Check the id of a new container. Several commands for the agent must carry it, so it has a limit."""
     if len(value) > LONGEST_TEXT:
         raise argparse.ArgumentTypeError(
-            f"a container id of {len(value)} characters; `status` shows {LONGEST_TEXT} at most"
+            f"a container id has at most {LONGEST_TEXT} characters, this one has {len(value)}"
         )
     return container_id(value)
 
@@ -196,7 +197,9 @@ def seconds(value: str) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number <= _LONGEST_TIMEOUT:
-        raise argparse.ArgumentTypeError(f"'{value}' is not a number of seconds up to {_LONGEST_TIMEOUT:.0f}")
+        raise argparse.ArgumentTypeError(
+            f"'{value}' is not a number of seconds: more than 0, and at most {_LONGEST_TIMEOUT:.0f}"
+        )
     return number
 
 

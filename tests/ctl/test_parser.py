@@ -163,7 +163,10 @@ def test_the_socket(
         (["bye"], "required: ID"),
         (["bye", ""], "argument ID: a container id has at least one character"),
         (["run", "--local", "--id=", "true"], "argument --id: a container id has at least one character"),
-        (["run", "--local", "--id", "x" * 5000, "true"], "argument --id: a container id of 5000 characters;"),
+        (
+            ["run", "--local", "--id", "x" * 5000, "true"],
+            "a container id has at most 256 characters, this one has 5000",
+        ),
         (["agent", "--ctl", "c", "--io", "i", "--ready-fd", "-1"], "'-1' is not the number of an fd"),
         (["agent", "--ctl", "c", "--io", "i", "--ready-fd", "9" * 20], "is not the number of an fd"),
         (["agent", "--ctl", "c", "--io", "i", "--ready-fd", "x"], "'x' is not the number of an fd"),
@@ -188,6 +191,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert [command.name for command in COMMANDS if f"\n    {command.name} " not in printed] == []
     assert "CC_PROXY_SOCKET" in printed
+    assert "CC_PROXY_GUEST" in printed
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)

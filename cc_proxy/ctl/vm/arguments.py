@@ -14,7 +14,7 @@ _DEFAULTS = VmSettings()
 
 def add_vm_settings(parser: ArgumentParser) -> None:
     """Add one for each setting, and one for their file."""
-    group = parser.add_argument_group("a VM to be started", f"Each overrides a setting in {DEFAULT_FILE}.")
+    group = parser.add_argument_group(f"VM options, each of which overrides a setting in {DEFAULT_FILE}")
     add = group.add_argument
     add(
         "--guest",

@@ -304,8 +304,14 @@ def test_what_was_left_is_removed(proxy: FakeProxy, directories: Path) -> None:
             "--local and --vm have sockets of their own: no --ctl and --io",
         ),
         (["--vm", "--console", "/c"], "--vm has a console of its own: no --console"),
-        (["--local", "--memory", "1"], "--memory is about a VM that is to be started"),
-        (["--local", "--qemu-arg=-s"], "--qemu-arg is about a VM that is to be started"),
+        (
+            ["--local", "--memory", "1"],
+            "--memory says how to start a VM: it goes with `run --vm` or `vm start`",
+        ),
+        (
+            ["--local", "--qemu-arg=-s"],
+            "--qemu-arg says how to start a VM: it goes with `run --vm` or `vm start`",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(

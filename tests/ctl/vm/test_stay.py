@@ -119,4 +119,4 @@ def test_what_a_killed_owner_leaves_is_removed(proxy: FakeProxy, directories: Pa
 
 def test_only_start_has_settings(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
     assert ctl(proxy, "vm", "stop", "web", "--cpus", "2") == 2
-    assert error_line(capfd) == "--cpus is about a VM that is to be started"
+    assert error_line(capfd) == "--cpus says how to start a VM: it goes with `run --vm` or `vm start`"
