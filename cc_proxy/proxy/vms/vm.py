@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from cc_proxy.api.payloads import Hello
 from cc_proxy.api.status import Streams
 from cc_proxy.hyperstart.codes import Code
-from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage, OnAnswer, ignore
+from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage, OnAnswer
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.hyperstart.stdio import STARTS, stdio_seqs
 from cc_proxy.linux.fds import check_passable, refuse_rights
@@ -103,17 +103,18 @@ class Vm:
         if length > MAX_COMMAND:
             raise VmError(f"message too long {length}")
         pump, stdio = self._pump, stdio_seqs(payload) if name in STARTS else []
-        if not pump or not stdio:
-            return self._command(name, payload)
 
-        def open_stdin(answer: ControlMessage) -> None:
-            if answer.code == Code.ACK:
+        def answered(answer: ControlMessage) -> None:
+            if answer.code == Code.ERROR:
+                self._keep_on(name)
+            elif pump and stdio:
                 pump.open_stdin(stdio)
 
-        pump.expect_processes(stdio)
-        return self._command(name, payload, open_stdin)
+        if pump and stdio:
+            pump.expect_processes(stdio)
+        return self._command(name, payload, answered)
 
-    def _command(self, name: Code, payload: bytes, on_answer: OnAnswer = ignore) -> ControlMessage:
+    def _command(self, name: Code, payload: bytes, on_answer: OnAnswer) -> ControlMessage:
         control = self._control
         if control is None or self._state not in (State.UP, State.LEAVING):
             raise VmError(self._gone())
@@ -136,7 +137,6 @@ class Vm:
             self.lose("internal error in its control channel")
             raise VmError(self._gone()) from None
         if answer.code == Code.ERROR:
-            self._keep_on(name)
             said = answer.payload.decode(errors="replace")
             refusal = "ERROR received from Hyperstart" + (f": {said}" if said else "")
             self.trouble = Trouble(f"{name.hyper_name}: {refusal}", time.monotonic())

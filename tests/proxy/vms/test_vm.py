@@ -11,7 +11,7 @@ import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import msgspec
@@ -145,6 +145,25 @@ def test_end_of_a_vm_that_has_refused_to_power_off_is_not_what_was_asked_for(
     life.wait_for(State.GONE)
     assert life.vm.failed != accepted_before
     assert ("VM lost" in logged.at(logging.WARNING)) != accepted_before
+
+
+def test_end_of_a_vm_that_refused_to_power_off_too_late_is_not_what_was_asked_for(
+    tmp_sock_dir: Path, space: SpoolSpace, logged: Logged
+) -> None:
+    limits = VmSettings(command_timeout=0.05)
+    with closing(Life(tmp_sock_dir, space, msgspec.structs.replace(SETTINGS, vm=limits))) as life:
+        life.start()
+        with pytest.raises(VmError, match="no answer from the VM"):
+            life.vm.command(Code.DESTROY_POD, b"")
+        life.agent.read_command()
+        life.agent.say(ERROR)
+        control = life.vm.control
+        assert control
+        wait_until(lambda: control.unanswered == 0, "the answer is taken")
+        life.agent.close()
+        life.wait_for(State.GONE)
+        assert life.vm.failed
+        assert "VM lost" in logged.at(logging.WARNING)
 
 
 def test_session_that_there_is_no_memory_for_leaves_nothing(
