@@ -9,13 +9,17 @@ from cc_proxy.api.status import VmStatus, shorten
 from cc_proxy.ctl.errors import Failure, reason
 from cc_proxy.ctl.options import SOCKET_VARIABLE, ProxyOptions
 from cc_proxy.ctl.signals import Signals
+from cc_proxy.linux.socketfile import MAX_SOCKET_PATH
 
 #: Seconds that asking why something went wrong may take.
 _PATIENCE = 2.0
 
 _SEE_LOG = "cc-proxy's log says why"
 _NOBODY_LISTENS = f"start cc-proxy, or name its socket with --socket-path or {SOCKET_VARIABLE}"
+#: Python's own error for a path that is too long, the only one without a number.
+_TOO_LONG = None
 _NEXT_STEPS = {
+    _TOO_LONG: f"a socket's path has at most {MAX_SOCKET_PATH} bytes",
     errno.ENOENT: _NOBODY_LISTENS,
     errno.ECONNREFUSED: _NOBODY_LISTENS,
     errno.EACCES: "the socket is for its owner and group: become root, or a member of the group",
@@ -32,7 +36,7 @@ def connect(proxy: ProxyOptions, signals: Signals | None = None) -> Client:
         with interruptible:
             return Client(proxy.socket_path, timeout=proxy.timeout)
     except OSError as error:
-        hint = _NEXT_STEPS.get(error.errno or 0, "")
+        hint = _NEXT_STEPS.get(error.errno, "")
         text = f"cannot reach cc-proxy at {proxy.socket_path}: {reason(error)}"
         raise Failure(text, hint=hint) from None
 

@@ -107,7 +107,10 @@ class TemporaryPod:
             except Refused:
                 # After an answered hello a refusal only means that somebody else has unregistered the VM.
                 if not self._answered:
-                    say(f"{self._container_id} may be registered yet: hello was not waited for")
+                    say(
+                        f"{self._container_id} may still become registered: "
+                        "the answer to its hello was not waited for"
+                    )
             except (ProxyError, OSError, Interrupted) as error:
                 say(f"{self._container_id} may still be registered: {explain(error)}")
 

@@ -6,10 +6,11 @@ import time
 
 import msgspec
 
-from cc_proxy.api import Hyper
+from cc_proxy.api import Hyper, Refused
 from cc_proxy.ctl import options
+from cc_proxy.ctl.agentlog import AgentLog
 from cc_proxy.ctl.connection import connect
-from cc_proxy.ctl.errors import Misuse
+from cc_proxy.ctl.errors import Failure, Misuse, says_why
 from cc_proxy.ctl.stdio import show
 
 _STDIN = "-"
@@ -38,7 +39,13 @@ def hyper(asked: options.HyperOptions) -> int:
     data = None if asked.data is None else _json(asked.data)
     with connect(asked.proxy) as client:
         client.attach(asked.container_id)
-        client.request(Hyper(asked.name) if data is None else Hyper(asked.name, msgspec.Raw(data)))
+        log = AgentLog(asked.container_id)
+        try:
+            client.request(Hyper(asked.name) if data is None else Hyper(asked.name, msgspec.Raw(data)))
+        except Refused as refusal:
+            if says_why(refusal) or not (why := log.reason(asked.name)):
+                raise
+            raise Failure(str(refusal), hint=why) from None
     return 0
 
 

@@ -260,7 +260,7 @@ def test_a_hello_that_is_not_answered(proxy: FakeProxy, capfd: pytest.CaptureFix
     assert ctl(proxy, *RUN, "--timeout", "0.05", "x") == 125
     assert proxy.names == ["hello", "bye"]
     assert capfd.readouterr().err.splitlines() == [
-        "cc-proxyctl: pod may be registered yet: hello was not waited for",
+        "cc-proxyctl: pod may still become registered: the answer to its hello was not waited for",
         f"cc-proxyctl: {proxy.path} has not answered hello in time {GIVE_IT_TIME}",
     ]
 
@@ -358,7 +358,7 @@ def test_a_second_signal_during_hello_does_not_wait(
     proxy.refused["bye"] = "unknown containerID: pod"
     assert ctl(proxy, *RUN, "x") in (130, 143)
     assert proxy.names == ["hello", "bye"]
-    assert error_line(capfd) == "pod may be registered yet: hello was not waited for"
+    assert error_line(capfd) == "pod may still become registered: the answer to its hello was not waited for"
 
 
 def test_a_signal_during_newcontainer_is_the_processs(proxy: FakeProxy) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from cc_proxy.api import ProtocolError, TimedOut
 from cc_proxy.cli.ctl import main
+from cc_proxy.ctl.agentlog import log_name
 from cc_proxy.ctl.errors import explain, say
 from tests.ctl.fake_proxy import ERROR, FakeProxy
 from tests.ctl.running import ctl, interrupt
@@ -183,7 +184,7 @@ def test_texts_that_do_not_help_by_themselves(
 
 def test_a_socket_path_that_is_too_long(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--socket-path", "/" + "x" * 200, "bye", "ID"]) == 125
-    assert error_line(capfd).endswith("x: AF_UNIX path too long")
+    assert error_line(capfd).endswith("x: AF_UNIX path too long (a socket's path has at most 107 bytes)")
 
 
 def test_a_proxy_that_hangs_up(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +204,27 @@ def test_the_agents_own_error(proxy: FakeProxy, capfd: pytest.CaptureFixture[str
     proxy.refused["testcmd"] = ERROR
     assert ctl(proxy, "hyper", "ID", "testcmd") == 125
     assert error_line(capfd) == f"{ERROR} (the agent does not say why; the VM's console may)"
+
+
+def test_an_embedded_agent_says_why_it_refuses(
+    proxy: FakeProxy,
+    tmp_sock_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_sock_dir))
+    log = tmp_sock_dir / "cc-proxyctl-x" / log_name("ID")
+    log.parent.mkdir()
+    log.write_text("cc-proxy agent: testcmd: an earlier reason\n")
+
+    def complain() -> None:
+        with log.open("a") as file:
+            file.write("cc-proxy agent: testcmd: no such thing\n")
+
+    proxy.when_asked["testcmd"] = complain
+    proxy.refused["testcmd"] = ERROR
+    assert ctl(proxy, "hyper", "ID", "testcmd") == 125
+    assert error_line(capfd) == f"{ERROR} (cc-proxy agent: testcmd: no such thing)"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ _ARCHIVES = {
 _MOST_READ = 1024
 
 _GET_QEMU = "install it (Debian: apt-get install qemu-system-x86), or name another: --qemu"
-_GET_GUEST = "install cc-proxy-guest, or name another: --{0}"
+_GET_GUEST = "install cc-proxy-guest, or run `make guest` in a checkout, or name another: --{0}"
 #: What to do where KVM does not work.
 WITHOUT_KVM = "do without KVM: --accelerator tcg"
 _GET_RIGHTS = f"become root or a member of its group, or {WITHOUT_KVM}"
