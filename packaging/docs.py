@@ -1,6 +1,6 @@
 """Makes the man pages, and the completion of bash, zsh and fish: docs.py DIRECTORY.
 
-The options come from the parsers of the two programs, the settings from conf/cc-proxy.toml, and the other
+The options come from the parsers of the two programs, the settings from the files in conf, and the other
 sections, written by hand, from packaging/man. Needs argparse-manpage, shtab, and the package itself.
 """
 
