@@ -148,7 +148,8 @@ class Pod:
         try:
             return _content(os.path.join(root or "/", command.file.lstrip("/")))
         except (OSError, ValueError) as error:
-            raise CommandRefused(f"{command.file}: {error}") from None
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise CommandRefused(f"{command.file}: {reason}") from None
 
     # Processes ---------------------------------------------------------------------------------------
 

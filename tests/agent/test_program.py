@@ -80,6 +80,8 @@ def test_each_refusal_has_a_line_that_says_why(program: AgentProgram) -> None:
         host.refused(Code.NEW_CONTAINER, {"id": "c", "process": process("true", workdir="/no/such")})
         host.refused(Code.KILL_CONTAINER, {"container": "x", "signal": 9})
         host.refused(Code.GET_POD)
+        host.start("cat")
+        host.refused(Code.READ_FILE, {"container": "c", "file": "/no/such"})
         host.ok(Code.DESTROY_POD)
     _, said = program.wait()
     assert said.splitlines() == [
@@ -88,6 +90,7 @@ def test_each_refusal_has_a_line_that_says_why(program: AgentProgram) -> None:
         "cc-proxy agent: newcontainer: no directory '/no/such'",
         "cc-proxy agent: killcontainer: no container x",
         "cc-proxy agent: getpod: not a command for this agent",
+        "cc-proxy agent: readfile: /no/such: No such file or directory",
     ]
 
 
