@@ -222,9 +222,10 @@ def test_a_signal_ends_a_vm_that_boots(proxy: FakeProxy, directories: Path) -> N
     assert proxy.names == []
 
 
-def test_who_insists_does_not_wait_for_a_qemu_that_does_not_end(proxy: FakeProxy) -> None:
-    with start(proxy, "starts deaf") as child:
+def test_who_insists_does_not_wait_for_a_qemu_that_does_not_end(proxy: FakeProxy, directories: Path) -> None:
+    with start(proxy, "starts deaf says:deaf") as child:
         pids = owner_and_qemu(child)
+        wait_until(lambda: any(log.stat().st_size for log in directories.glob("*/*.log")))
         began = time.monotonic()
         for _ in range(3):
             child.terminate()
