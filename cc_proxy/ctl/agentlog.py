@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +12,8 @@ DIRECTORY_PREFIX = "cc-proxyctl-"
 _LONGEST_PARENT = 70
 #: Bytes that are looked at.
 _READ_SIZE = 64 * 1024
+#: Seconds to wait for a line, and between two looks.
+_PATIENCE, _INTERVAL = 0.5, 0.01
 
 
 def parent() -> str:
@@ -41,13 +44,23 @@ class AgentLog:
                     self._logs[path] = status.st_size
 
     def reason(self, command: str) -> str:
-        """Return what was said last about a command; nothing if nothing was."""
+        """Return what was said last about a command; nothing if nothing was.
+
+        What a VM says comes by its console, which may be slower than the answer.
+        """
+        deadline = time.monotonic() + _PATIENCE
+        while not (said := self._last_line(f" {command}: ")) and self._logs and time.monotonic() < deadline:
+            time.sleep(_INTERVAL)
+        return said
+
+    def _last_line(self, mark: str) -> str:
         lines = [line for path, size in self._logs.items() for line in _lines(path, size)]
-        return next((line for line in reversed(lines) if f" {command}: " in line), "")
+        return next((line for line in reversed(lines) if mark in line), "")
 
 
 def _lines(path: Path, offset: int) -> list[str]:
+    """Return the lines that have come after the offset, whole ones."""
     with suppress(OSError), path.open("rb") as log:
         log.seek(offset)
-        return log.read(_READ_SIZE).decode(errors="replace").splitlines()
+        return log.read(_READ_SIZE).decode(errors="replace").rpartition("\n")[0].splitlines()
     return []

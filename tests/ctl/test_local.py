@@ -31,7 +31,10 @@ def reads_on(kind: str) -> tuple[str, ...]:
     return "run", kind, "--id", "pod", "-i", "--"
 
 
-@pytest.fixture(params=["--local", pytest.param("--vm", marks=[pytest.mark.guest, pytest.mark.timeout(300)])])
+GUEST = [pytest.mark.guest, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(params=["--local", pytest.param("--vm", marks=GUEST)])
 def kind(request: pytest.FixtureRequest) -> str:
     """What `run` is to start: an agent, or a VM with an agent in it."""
     chosen: str = request.param
@@ -118,9 +121,9 @@ def test_what_is_not_there_cannot_be_started(socket_path: str, kind: str) -> Non
     ],
 )
 def test_the_agent_says_why_it_starts_nothing(
-    socket_path: str, kind: str, capfd: pytest.CaptureFixture[str], options: list[str], why: str
+    socket_path: str, capfd: pytest.CaptureFixture[str], options: list[str], why: str
 ) -> None:
-    assert main(["--socket-path", socket_path, "run", kind, *options, "--", "true"]) == 127
+    assert main(["--socket-path", socket_path, "run", "--local", *options, "--", "true"]) == 127
     refusal = "cannot start 'true': ERROR received from Hyperstart"
     assert error_line(capfd) == f"{refusal} (cc-proxy agent: newcontainer: {why})"
 
@@ -164,7 +167,16 @@ def test_a_signal_reaches_the_process(socket_path: str, kind: str) -> None:
         assert child.returncode == 3
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("kind", "signum"),
+    [
+        ("--local", signal.SIGINT),
+        ("--local", signal.SIGTERM),
+        ("--local", signal.SIGHUP),
+        pytest.param("--vm", signal.SIGTERM, marks=GUEST),
+    ],
+    indirect=["kind"],
+)
 def test_a_signal_that_kills_the_process(socket_path: str, kind: str, signum: signal.Signals) -> None:
     with popen_piped(socket_path, "run", kind, "--", "sh", "-c", "echo ready; exec sleep 1000") as child:
         assert child.stdout is not None
