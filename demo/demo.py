@@ -1,19 +1,24 @@
 """Shows the proxy at work: a daemon, VMs, processes in them, and what goes in and comes out.
 
-All is real except the virtual machines: the embedded agent stands in for them and runs their processes.
-Needs no privileges, and leaves nothing behind.
+All is real except the virtual machines: the embedded agent stands in for them and runs their processes. Where
+there is QEMU, the last one is real too. Needs no privileges, and leaves nothing behind.
 """
 
 import hashlib
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 MIB = 1024 * 1024
+CHECKOUT = Path(__file__).parent.parent
+GUEST = CHECKOUT / "build" / "guest" / "guest.toml"
 CTL = [sys.executable, "-m", "cc_proxy.cli.ctl"]
 
 
@@ -32,6 +37,7 @@ def main() -> int:
                 a_lot_out(sock)
                 a_lot_in(sock)
                 when_it_fails(sock)
+                a_real_vm(sock)
             check("the daemon stopped, its socket is gone", not sock.exists(), True)
         except DemoError as error:
             print(f"\nFAILED: {error}", file=sys.stderr)
@@ -58,9 +64,12 @@ def daemon(sock: Path) -> Iterator[None]:
     check("exit status of the daemon on SIGTERM", status, 0)
 
 
-def start(sock: Path, *arguments: str) -> "subprocess.Popen[bytes]":
+def start(
+    sock: Path, *arguments: str, environment: Mapping[str, str] = MappingProxyType({})
+) -> "subprocess.Popen[bytes]":
     pipe = subprocess.PIPE
-    return subprocess.Popen([*CTL, "--socket-path", sock, *arguments], stdin=pipe, stdout=pipe, stderr=pipe)
+    command = [*CTL, "--socket-path", sock, *arguments]
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=os.environ | environment)
 
 
 def show(*arguments: str) -> None:
@@ -135,6 +144,33 @@ def when_it_fails(sock: Path) -> None:
     _, err = process.communicate(timeout=20)
     print(f"  stderr: {err.decode().strip()}")
     check("exit status", process.returncode, 125)
+
+
+def a_real_vm(sock: Path) -> None:
+    arguments = ["run", "--vm", "-i", "--", "sh", "-c", "uname -sr; sha256sum"]
+    show(*arguments)
+    if not shutil.which("qemu-system-x86_64"):
+        print("  left out, there is no QEMU: apt-get install qemu-system-x86")
+        return
+    if not GUEST.exists() and (problem := make_guest()):
+        print(f"  left out, no guest can be made here (`make guest`): {problem}")
+        return
+    data = hashlib.shake_128(b"cc-proxy").digest(MIB)
+    process = start(sock, *arguments, environment={"CC_PROXY_GUEST": str(GUEST)})
+    out, err = process.communicate(data, timeout=120)
+    print("".join(f"  {line}\n" for line in err.decode().splitlines()), end="")
+    check("exit status", process.returncode, 0)
+    kernel, digest = out.decode().splitlines()
+    print(f"  its kernel: {kernel}")
+    check("SHA-256 of 1 MiB of stdin, as the VM saw it", digest[:64], hashlib.sha256(data).hexdigest())
+
+
+def make_guest() -> str:
+    """Make the guest that the VM boots; returns why not, if it cannot be made."""
+    print("  (make guest, the first time)")
+    build = [CHECKOUT / "packaging" / "guest" / "build", sys.executable]
+    result = subprocess.run(build, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return (result.stdout.splitlines() or [""])[-1] if result.returncode else ""
 
 
 if __name__ == "__main__":

@@ -103,10 +103,10 @@ def test_a_vm_that_is_lost_says_why(proxy: FakeProxy, capfd: pytest.CaptureFixtu
     ("option", "value", "complaint"),
     [
         ("--qemu", "no-such-qemu", "no-such-qemu: no such program (install it (Debian: apt-get install"),
-        ("--kernel", "/no/such", "/no/such: No such file or directory (install cc-proxy-guest, or name"),
-        ("--kernel", "/etc/passwd", "/etc/passwd: not a Linux kernel (install cc-proxy-guest, or name"),
-        ("--image", "/no/such", "/no/such: No such file or directory (install cc-proxy-guest, or name"),
-        ("--image", "/etc/passwd", "/etc/passwd: not an initramfs (install cc-proxy-guest, or name"),
+        ("--kernel", "/no/such", "/no/such: No such file or directory (install cc-proxy-guest, or run `make"),
+        ("--kernel", "/etc/passwd", "/etc/passwd: not a Linux kernel (install cc-proxy-guest, or run `make"),
+        ("--image", "/no/such", "/no/such: No such file or directory (install cc-proxy-guest, or run `make"),
+        ("--image", "/etc/passwd", "/etc/passwd: not an initramfs (install cc-proxy-guest, or run `make"),
         ("--guest", "/no/such", "/no/such: cannot be read: No such file or directory"),
     ],
 )
