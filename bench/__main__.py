@@ -47,6 +47,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--only", nargs="+", default=[], metavar="ROW",
         help="measure these rows; shell patterns like 'down-*' are understood, --list has the names",
     )  # fmt: skip
+    parser.add_argument(
+        "--vm", action="store_true",
+        help="measure a real VM under QEMU in place of all that, with the proxy and without it",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the rows and exit")
     parser.add_argument(
         "--json", type=Path, default=_DEFAULT_JSON, metavar="FILE", help="all figures (default: %(default)s)"
@@ -74,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(f"{row.key:20} {row.group}: {row.title}", highlight=False)
         return 0
     try:
+        if options.vm:
+            _measure_vm(options, console)
+            return 0
         results = Results.load(options.source) if options.source else _measure(rows, options, console)
     except (BenchError, ResultsError) as error:
         console.print(f"bench: FAILED: {error}", style="bold red", markup=False, highlight=False)
@@ -83,6 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     _show(results, options, console)
     return 0
+
+
+def _measure_vm(options: argparse.Namespace, console: Console) -> None:
+    from bench import guest  # noqa: PLC0415 - it needs what no other benchmark does
+
+    guest.main(options.rounds or 3, options.picture, console)
 
 
 def _show(results: Results, options: argparse.Namespace, console: Console) -> None:
