@@ -30,10 +30,11 @@ class QemuFailed(Failure):
 class Boot:
     """Waits for one VM to boot."""
 
-    def __init__(self, machine: Machine, note: str) -> None:
-        """`note` is said once the guest runs."""
+    def __init__(self, machine: Machine, note: str, advice: str) -> None:
+        """`note` is said once the guest runs; `advice` is what to do if it is never ready."""
         self._machine = machine
         self._note = note
+        self._advice = advice
         self._runs = False
         self._shut_down = False
         self._closed_ports = set(PORTS)
@@ -56,7 +57,7 @@ class Boot:
                 if age > seconds:
                     words = self._machine.last_words()
                     text = f"the VM is not ready after {seconds:g} s: {words}"
-                    raise Failure(text, hint=f"{_LOOK}; or wait longer: --boot-timeout")
+                    raise Failure(text, hint=self._advice or f"{_LOOK}; or wait longer: --boot-timeout")
                 if self._runs:
                     progress.show(f"the VM boots: {age:.0f} s")
 

@@ -54,7 +54,14 @@ def _booted(
     machine = Machine(directory, settings, accelerator)
     try:
         with signals.may_interrupt():
-            Boot(machine, note).wait(settings.boot_timeout)
+            Boot(machine, note, _advice(settings, accelerator)).wait(settings.boot_timeout)
         yield machine
     finally:
         machine.end(signals)
+
+
+def _advice(settings: VmSettings, accelerator: str) -> str:
+    """Return what to do about a VM that hangs while it boots, where its kind makes that likely."""
+    if accelerator == "kvm":
+        return f"{WITHOUT_KVM}; or wait longer: --boot-timeout"
+    return "microvm may hang without KVM: --machine pc" if settings.machine == "microvm" else ""

@@ -188,6 +188,25 @@ def test_a_kvm_that_does_not_work(
     assert (status, error_line(capfd)) == expected[accelerator]
 
 
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        (["--accelerator", "kvm"], "do without KVM: --accelerator tcg; or wait longer: --boot-timeout"),
+        (["--machine", "microvm"], "microvm may hang without KVM: --machine pc"),
+    ],
+)
+def test_a_kind_of_vm_that_is_known_to_hang(
+    proxy: FakeProxy,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    hint: str,
+) -> None:
+    kvm(monkeypatch, "/dev/null")
+    assert ctl(proxy, *RUN, "starts", *options, "--boot-timeout", "0.3", "--", "x") == 125
+    assert error_line(capfd) == f"the VM is not ready after 0.3 s: its console says nothing ({hint})"
+
+
 def test_what_has_nothing_to_do_with_kvm_is_not_laid_to_its_charge(
     proxy: FakeProxy, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
