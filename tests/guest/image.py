@@ -32,9 +32,14 @@ def guest() -> Path:
 
 
 @pytest.fixture(scope="session")
-def vm_settings(guest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Settings for VMs that run on any machine, however slow it is."""
+def qemu() -> None:
+    """There is a hypervisor."""
     require(QEMU)
+
+
+@pytest.fixture(scope="session")
+def vm_settings(qemu: None, guest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Settings for VMs that run on any machine, however slow it is."""
     file = tmp_path_factory.mktemp("guest") / "guest.toml"
     file.write_text(
         f'kernel = "{guest}/vmlinuz"\nimage = "{guest}/initramfs"\naccelerator = "tcg"\nboot_timeout = 150\n'
