@@ -168,6 +168,13 @@ def test_sockets_that_a_vm_has_are_refused_at_once_and_the_answer_names_it(
     assert pod.client.allocate().base == 1
 
 
+def test_one_socket_for_both_channels_is_refused_at_once(wire: Wire) -> None:
+    client, vm, container = wire.client(), wire.vm(), wire.new_id()
+    error = error_of(client.ask("hello", hello_data(container, vm) | {"ioSerial": str(vm.ctl_path)}))
+    assert error == f"ioSerial: cannot connect to {vm.ctl_path}: it is the VM's other channel too"
+    assert not wire.is_registered(container)
+
+
 def test_sockets_are_taken_while_a_hello_waits_for_ready(wire: Wire) -> None:
     first, second, vm, container = wire.client(), wire.client(), wire.vm(), wire.new_id()
     first.hello(container, vm)

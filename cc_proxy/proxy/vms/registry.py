@@ -134,6 +134,8 @@ class Registry:
         connected there. One that lingers after bye does not count: it will let go soon.
         """
         with self._lock:
+            if peer in vm.peers:
+                return "it is the VM's other channel too"
             holders = (
                 other
                 for other in self._vms
