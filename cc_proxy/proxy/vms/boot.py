@@ -101,8 +101,8 @@ class Boot:
             return self._control.wait_until_up(
                 io, deadline.remaining(), limits.ready_ping_after, console, is_here
             )
-        except NoAnswer:
-            cause = f"no READY from the VM in {limits.ready_timeout:g} s"
+        except NoAnswer as error:
+            cause = f"{error} in {limits.ready_timeout:g} s"
         except ControlLost as error:
             cause = str(error)
         lines = console.last_lines() if console else ""

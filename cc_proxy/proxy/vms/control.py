@@ -1,7 +1,6 @@
 """The control channel's socket: one transaction at a time, each within a deadline."""
 
 import contextlib
-import errno
 import functools
 import os
 import select
@@ -60,9 +59,8 @@ class Transaction(Waiter):
 class ControlLink:
     """Owner of the control channel's socket.
 
-    A command is carried out by the thread that asks for it: it writes, then reads until the answer is there.
-    With the answer it passes the turn on, and sends the next command first: while the next thread wakes up,
-    the agent is at work already.
+    A thread carries out its own command: it writes, then reads until the answer is there. Then it sends the
+    next command and passes the turn on, so the agent is at work while the next thread wakes up.
 
     Between commands nobody reads, so an epoll instance with the socket in it (`fileno`) becomes readable when
     the agent has said something or hung up; the pump then calls `read`.
@@ -84,6 +82,7 @@ class ControlLink:
         self._waiting: dict[int, Transaction] = {}
         self._unsolicited = select.epoll()
         self._unsolicited.register(sock, 0)
+        self._watched_for = 0
 
     # Any thread -------------------------------------------------------------------------------------------
 
@@ -113,7 +112,7 @@ class ControlLink:
                 self._read_what_is_there()  # READY may have come in time, while this process was stopped
                 if self._is_up():
                     break
-                raise NoAnswer(f"no READY from the VM in {timeout:g} s")
+                raise NoAnswer("no READY from the VM")
             if not self._channel.is_quizzed and now >= ping_after:
                 self._channel.ask(Quiz())
             if not still_wanted():
@@ -125,7 +124,7 @@ class ControlLink:
                 raise ControlLost("the VM hung up its I/O channel")
             if console and console.fileno() in ready and not console.read():
                 up.unregister(console)
-        self._unsolicited.modify(self._sock, select.EPOLLIN)
+        self._watch_unsolicited(True)
         return self._channel.ready
 
     def _is_up(self) -> bool:
@@ -191,11 +190,8 @@ class ControlLink:
         The socket stays open until `close`.
         """
         self._end = cause or self._end
-        try:
+        with contextlib.suppress(OSError):  # the VM has hung up, or it is closed
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError as error:
-            if error.errno not in (errno.ENOTCONN, errno.EBADF):
-                raise
 
     def _pass_turn(self) -> None:
         """Send the next command, and let the thread that waits for it go on. Requires the turn."""
@@ -203,6 +199,9 @@ class ControlLink:
             with contextlib.suppress(ControlLost, NotSent):  # its own thread finds out why
                 self._send(transaction)
             if transaction.on_refusal is None:
+                self._watch_unsolicited(
+                    False
+                )  # the pump has watched, if it is the pump that passes the turn on
                 transaction.turn.release()
                 return
             if transaction.command:
@@ -211,10 +210,12 @@ class ControlLink:
                 transaction.on_refusal()
 
     def _watch_unsolicited(self, watched: bool) -> None:
-        if not self._unsolicited.closed:
-            # The agent may not have taken all of a posted command: the pump sends the rest.
-            writing = select.EPOLLOUT if self._channel.outgoing else 0
-            self._unsolicited.modify(self._sock, select.EPOLLIN | writing if watched else 0)
+        # The agent may not have taken all of a posted command: the pump sends the rest.
+        writing = select.EPOLLOUT if self._channel.outgoing else 0
+        events = select.EPOLLIN | writing if watched else 0
+        if events != self._watched_for and not self._unsolicited.closed:
+            self._watched_for = events
+            self._unsolicited.modify(self._sock, events)
 
     # Pump thread ------------------------------------------------------------------------------------------
 
@@ -321,11 +322,10 @@ class ControlLink:
             raise ControlLost(f"control channel: {os.strerror(error.errno or 0)}") from None
 
     def _has_read(self, flags: int) -> bool:
-        try:
+        with contextlib.suppress(BlockingIOError):
             self._read(flags)
-        except BlockingIOError:
-            return False
-        return True
+            return True
+        return False
 
     def _read(self, flags: int) -> None:
         size = max(_READ_SIZE, min(self._channel.missing, _LONG_READ))
