@@ -19,7 +19,8 @@ pytest_plugins = ["tests.connector", "tests.guest.image", "tests.leaks", "tests.
 def pytest_configure() -> None:
     """Undo what nohup or a background job has done: programs that are tested would inherit it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture
