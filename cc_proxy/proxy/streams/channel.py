@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable
 
 from cc_proxy.api.status import Streams
-from cc_proxy.hyperstart.pacing import FIRST_MARKER
 from cc_proxy.linux.fds import close_stream
 from cc_proxy.linux.selector import NOTHING_ELSE, READ, WRITE
 from cc_proxy.log import faults
@@ -63,17 +62,16 @@ class Channel:
         self._sessions: set[Session] = set()
         self._mailbox = mailbox
         self._pacing = pacing
-        self._routes = Routes(self._on_start)
+        self._routes = Routes(self._resume)
+        self._pacer = Pacer(io, self._routes.owners, pacing.echo_timeout, self._acknowledge, self._resume)
         self._watch = Watch(self._on_writable)
         with contextlib.ExitStack() as undo:
             undo.callback(self._watch.close)
             # A client that knew its seqs before the VM sent this has its session in the mailbox by now, which
             # it may not have had before the read: so calls are made between reading and delivering, too.
             self._output = Output(
-                self._vm, io, self._watch.others, self._routes, mailbox.make_calls, self._on_stray
+                self._vm, io, self._watch.others, self._routes, mailbox.make_calls, self._pacer.echo
             )
-            self._pacer = Pacer(io, self._routes.owners, pacing.echo_timeout, self._acknowledge)
-            self._pacer.on_room = self._on_room
             self._stdin = Stdin(self._vm, io, self._watch.clients, self._pacer, self._drop)
             self._watch.add_io(self._io_fd, self._on_io)
             self._watch.add(mailbox.fileno(), lambda _events: mailbox.receive())
@@ -218,13 +216,6 @@ class Channel:
         if not self._io_open and not session.waits:
             self._drop(session, "all is delivered")
 
-    def _on_stray(self, seq: int, size: int) -> bool:
-        """A frame that nobody owns; returns whether it was a marker of ours that came back."""
-        if seq < FIRST_MARKER:
-            return False
-        self._pacer.echo(seq, size)
-        return True
-
     # Sessions ---------------------------------------------------------------------------------------------
 
     def add(self, session: Session) -> None:
@@ -249,12 +240,10 @@ class Channel:
         for seq in seqs:
             self._routes.start(seq)
 
-    def _on_start(self, session: Session) -> None:
+    def _resume(self, session: Session) -> None:
+        """Read a client: its process has been started, or its stdin has room again."""
         if self._io_open:
-            self._watch_client(session, self._stdin.open)
-
-    def _on_room(self, session: Session) -> None:
-        self._watch_client(session, self._stdin.resume)
+            self._watch_client(session, self._stdin.resume)
 
     def _watch_client(self, session: Session, watch: Callable[[Session], None]) -> None:
         try:

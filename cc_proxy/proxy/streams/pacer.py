@@ -41,8 +41,12 @@ class Pacer:
         owners: Mapping[int, Session],
         echo_timeout: float,
         acknowledge: Acknowledge,
+        on_room: Callable[[Session], None],
     ) -> None:
-        """`echo_timeout` is how long a marker is waited for, in seconds."""
+        """`echo_timeout` is how long a marker is waited for, in seconds.
+
+        `on_room` is called with each session that may be read again.
+        """
         self._io = io
         self._owners = owners
         self._echo_timeout = echo_timeout
@@ -56,11 +60,10 @@ class Pacer:
         self._markers: dict[Session, int] = {}  # for those in `asked`: which of `frames` the marker was
         self._handled = 0  # how many of `frames` the agent is known to have handled
         self._echoes_in_a_row = _MARKERS_TO_TRUST
-        #: Frames that were sent to the agent, markers included.
-        self.frames = 0
+        #: Frames that were sent to the agent, and the markers among them.
+        self.frames = self.markers = 0
         self._is_lossless = False
-        #: Called with each session that may be read again.
-        self.on_room: Callable[[Session], None] = lambda _session: None
+        self._on_room = on_room
 
     def room(self, window: StdinWindow) -> int:
         """Return how many bytes of payload may be sent now to the stream that has this window."""
@@ -71,17 +74,21 @@ class Pacer:
     def sent(self, session: Session, payload_bytes: int) -> bytes | None:
         """Count what was sent. Returns a marker if one has to be sent behind it.
 
-        The session is not to be read then, until `on_room` is called.
+        The session is not to be read then, until `on_room` is called with it.
         """
         marker = session.window.sent(payload_bytes) if session.window else None
         if marker:
             now = time.monotonic()
             self.asked[session] = now + self._echo_timeout
-            self.frames += 1
+            self._count_marker()
             self._markers[session] = self.frames
             if self._echoes_in_a_row < _MARKERS_TO_TRUST:
                 self._prepare_round(now)
         return marker
+
+    def _count_marker(self) -> None:
+        self.frames += 1
+        self.markers += 1
 
     def forget(self, session: Session) -> None:
         """The session is to be closed."""
@@ -90,8 +97,10 @@ class Pacer:
         if self._round:
             self._round.discard(session)
 
-    def echo(self, seq: int, size: int = 0) -> None:
-        """A marker came back, with `size` bytes of payload."""
+    def echo(self, seq: int, size: int) -> bool:
+        """A frame came that nobody owns, with `size` bytes of payload; returns whether it may be a marker."""
+        if seq < FIRST_MARKER:
+            return False
         session = self._owners.get(marked_stream(seq))
         if seq == FIRST_MARKER and size == len(LOSSLESS):
             self._be_lossless()
@@ -102,6 +111,7 @@ class Pacer:
             # Frames are handled in their order. A copy of the marker may have been later than this one.
             self._handled = max(self._handled, self._markers.get(session, 0))
             self._let_go_on(session)
+        return True
 
     def moments(self) -> Iterator[float]:
         """Yield when `run_timers` has something to do."""
@@ -130,7 +140,7 @@ class Pacer:
             self.asked[session] = now + self._echo_timeout
             if session.window:
                 markers.append(session.window.ask_again())
-                self.frames += 1
+                self._count_marker()
             self._prepare_round(now)
         # Not before the markers are sent: they are data that the VM has to take.
         if not markers and self._look_at is not None and now >= self._look_at:
@@ -182,7 +192,7 @@ class Pacer:
                 self._round.discard(session)
             if not self.asked:
                 self._look_at = None
-            self.on_room(session)
+            self._on_room(session)
 
     def _be_lossless(self) -> None:
         if not self._is_lossless:

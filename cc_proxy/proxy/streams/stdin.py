@@ -56,10 +56,15 @@ class Stdin:
         self._look_at = 0.0  # for clients that are gone, while the VM takes nothing
         #: Whether slices of the buffer still wait for the VM, so that no client can be read.
         self.blocked = False
-        #: Bytes and frames of stdin, as the agent gets them: a long frame of a client's is several.
-        self.bytes = self.frames = 0
+        #: Bytes of stdin, as the agent gets them.
+        self.bytes = 0
         #: Why the VM takes nothing any more.
         self.error: str | None = None
+
+    @property
+    def frames(self) -> int:
+        """Frames of stdin, as the agent gets them: a long frame of a client's is several."""
+        return self._pacer.frames - self._pacer.markers
 
     @property
     def held(self) -> int:
@@ -77,14 +82,9 @@ class Stdin:
         return len(self._pacer.asked)
 
     def add(self, session: Session) -> None:
-        """Take over a client. It is read once its stdin is open."""
-        self._clients.add(session.fd, READ if session.is_started else NOTHING_ELSE)
+        """Take over a client. It is read once its process has been started (`resume`)."""
+        self._clients.add(session.fd, NOTHING_ELSE)
         self._sessions[session.fd] = session
-
-    def open(self, session: Session) -> None:
-        """Begin to read a client: its process has been started."""
-        self.orphans.pop(session, None)
-        self.resume(session)
 
     def forget(self, session: Session) -> None:
         """The session is to be closed."""
@@ -161,7 +161,6 @@ class Stdin:
         splitter = session.splitter
         before, frames = splitter.payload_bytes, splitter.frames
         good = splitter.split(self._buffer, self._view, start, start + size)
-        self.frames += splitter.frames - frames
         self._pacer.frames += splitter.frames - frames
         self.bytes += sum(map(len, good))
         if logger.isEnabledFor(IO):
@@ -185,7 +184,6 @@ class Stdin:
         session.stdin_open = False
         if not said and (session.splitter.payload_bytes or not gone):
             pieces.append(end := encode_frame(session.seqs.start))
-            self.frames += 1
             self._pacer.frames += 1
             self.bytes += len(end)
         if gone:
@@ -217,6 +215,7 @@ class Stdin:
 
     def resume(self, session: Session) -> None:
         """Read a client again, or for the first time."""
+        self.orphans.pop(session, None)
         if not session.stdin_open:
             return  # it has sent its last
         if self._clients.watches(session.fd):

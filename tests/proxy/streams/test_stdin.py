@@ -44,16 +44,16 @@ class Bench:
         self.clients = Selector()
         #: What asks the agent on the control channel, by what it calls back.
         self.rounds: list[Callable[[bool], None]] = []
-        self.pacer = Pacer(
-            self.io, self._owners, ECHO_TIMEOUT, lambda _commands, done: self.rounds.append(done)
-        )
+        self.pacer = Pacer(self.io, self._owners, ECHO_TIMEOUT, self._ask, self.resume)
         self.stdin = Stdin("vm", self.io, self.clients, self.pacer, self.drop)
-        self.pacer.on_room = self.stdin.resume
         for end in (self.io, self.agent, self.clients):
             self._stack.callback(end.close)
 
     def _ask(self, _commands: int, call_back: Callable[[bool], None]) -> None:
         self.rounds.append(call_back)
+
+    def resume(self, session: Session) -> None:
+        self.stdin.resume(session)
 
     def drop(self, session: Session, reason: str) -> None:
         """What the pump does about it."""
@@ -74,6 +74,7 @@ class Bench:
         self._stack.callback(session.close)
         session.is_started = True
         self.stdin.add(session)
+        self.resume(session)
         return session, far
 
     def asked(self) -> bool:
@@ -121,7 +122,7 @@ class Bench:
         session, client = self.open()
         client.sendall(frame(session.seqs.start, bytes(WINDOW)))
         (marker,) = markers_of(self.turn())
-        self.pacer.echo(marker)
+        self.pacer.echo(marker, 0)
         self.turn()
         self.drop(session, "all is sent")
 
@@ -223,7 +224,7 @@ def test_no_more_than_a_window_is_on_its_way(bench: Bench) -> None:
         if unechoed and (rng.random() < 0.5 or not bench.clients.poll(0)):
             echo = unechoed.pop(rng.randrange(len(unechoed)))
             kept[echo & 0xFFFF] = 0
-            bench.pacer.echo(echo)
+            bench.pacer.echo(echo, 0)
     assert taken == sent
     assert bench.dropped == []
 
@@ -241,7 +242,7 @@ def test_windows_of_any_size_let_everything_through(bench: Bench, window: int) -
         assert len(data_of(frames, base)) <= window
         taken += [frame for frame in frames if frame.seq == base]
         for seq in markers_of(frames):
-            bench.pacer.echo(seq)
+            bench.pacer.echo(seq, 0)
     assert data_of(taken, base) == data
 
 
@@ -255,7 +256,7 @@ def test_while_a_marker_is_on_its_way_that_client_waits_and_others_do_not(bench:
     other_client.sendall(frame(other.seqs.start, b"2"))
     assert bench.turns() == [(other.seqs.start, b"2")]
     assert bench.asked()
-    bench.pacer.echo(MARKER + session.seqs.start)
+    bench.pacer.echo(MARKER + session.seqs.start, 0)
     assert not bench.asked()
     assert data_of(bench.turns(), session.seqs.start) == bytes(500)
 
@@ -265,7 +266,7 @@ def test_marker_that_does_not_come_back_is_asked_for_again(bench: Bench) -> None
     base = session.seqs.start
     client.sendall(frame(base, bytes(2_000)))
     (first,) = markers_of(bench.turns())
-    bench.pacer.echo(first)
+    bench.pacer.echo(first, 0)
     (second,) = markers_of(bench.turns())
     assert list(bench.stdin.moments()) == [1_000.0 + ECHO_TIMEOUT]
     assert bench.pass_time(ECHO_TIMEOUT - 0.1) == []
@@ -277,15 +278,15 @@ def test_marker_that_does_not_come_back_is_asked_for_again(bench: Bench) -> None
         seqs.append(seq)
         assert bench.turns() == [], "the window is shut as long as that"
     assert len(set(seqs)) == 1, "whichever comes back says that there is room"
-    bench.pacer.echo(second)
+    bench.pacer.echo(second, 0)
     frames = bench.turns()
     assert data_of(frames, base)
     (third,) = markers_of(frames)
     for late in seqs:
-        bench.pacer.echo(late)
+        bench.pacer.echo(late, 0)
         assert bench.asked()
         assert bench.turns() == []
-    bench.pacer.echo(third)
+    bench.pacer.echo(third, 0)
     assert data_of(bench.turns(), base)
 
 
@@ -302,7 +303,7 @@ def test_agent_that_always_takes_longer_than_it_is_waited_for(bench: Bench, logg
         echoes += markers_of(frames)
         frames = bench.pass_time(ECHO_TIMEOUT)
         if len(echoes) > 2:
-            bench.pacer.echo(echoes.pop(0))
+            bench.pacer.echo(echoes.pop(0), 0)
         frames += bench.turns()
         taken += data_of(frames, base)
     assert taken == data
@@ -319,7 +320,7 @@ def test_markers_of_many_sessions_are_asked_for_again_each_in_its_time(bench: Be
     assert list(bench.stdin.moments()) == [1_000 + ECHO_TIMEOUT]
     asked = [[seq & 0xFFFF for seq, _ in bench.pass_time(1)] for _ in range(16)]
     assert [bases for bases in asked if bases] == [[bases[0]], [bases[1]], [bases[2]]]
-    bench.pacer.echo(MARKER + bases[0])
+    bench.pacer.echo(MARKER + bases[0], 0)
     again = [[seq & 0xFFFF for seq, _ in bench.pass_time(1)] for _ in range(6)]
     assert [bases for bases in again if bases] == [[bases[1]], [bases[2]]]
 
@@ -344,15 +345,15 @@ def test_late_echoes_of_an_agent_that_answered_commands_make_no_room(bench: Benc
     markers = markers_of(bench.turns())
     markers += markers_of(bench.echo_nothing())
     assert len(markers) > 3
-    bench.pacer.echo(markers[0])
+    bench.pacer.echo(markers[0], 0)
     client.sendall(frame(base, bytes(5_000)))
     frames = bench.turns()
     for late in markers[1:]:
-        bench.pacer.echo(late)
+        bench.pacer.echo(late, 0)
         frames += bench.turns()
     assert len(data_of(frames, base)) <= WINDOW
     (marker,) = markers_of(frames)
-    bench.pacer.echo(marker)
+    bench.pacer.echo(marker, 0)
     assert data_of(bench.turns(), base)
 
 
@@ -365,12 +366,12 @@ def test_echo_that_nobody_waits_for_is_no_matter(bench: Bench, gone: bool) -> No
     if gone:
         bench.drop(session, "for a reason")
     else:
-        bench.pacer.echo(marker)
+        bench.pacer.echo(marker, 0)
         unpaced, _ = bench.open(0)
-        bench.pacer.echo(MARKER + unpaced.seqs.start)
-        bench.pacer.echo(MARKER + unpaced.seqs.start + 1)
+        bench.pacer.echo(MARKER + unpaced.seqs.start, 0)
+        bench.pacer.echo(MARKER + unpaced.seqs.start + 1, 0)
     for seq in (marker, MARKER, MARKER + base + 1, MARKER + 999, 2**64 - 1):
-        bench.pacer.echo(seq)
+        bench.pacer.echo(seq, 0)
     assert not bench.asked()
     assert bench.pass_time(100 * ECHO_TIMEOUT) == []
 
@@ -432,7 +433,7 @@ def test_the_end_of_stdin_in_the_middle_of_a_frame(bench: Bench, how: str, rest:
     while markers := markers_of(frames):
         frames = [taken for taken in frames if taken.seq not in markers]
         for marker in markers:
-            bench.pacer.echo(marker)
+            bench.pacer.echo(marker, 0)
         frames += bench.turns()
     assert data_of(frames, base) == bytes(100 + rest)
     assert frames[-1] == (base, b"")
@@ -475,7 +476,7 @@ def test_stdin_that_waits_for_its_marker_comes_before_its_end(bench: Bench, how:
     echoes = 0
     while markers := markers_of(frames)[echoes:]:
         for marker in markers:
-            bench.pacer.echo(marker)
+            bench.pacer.echo(marker, 0)
         echoes += len(markers)
         frames += bench.turns()
     frames = [taken for taken in frames if taken.seq == base]
@@ -491,13 +492,13 @@ def test_hang_up_seen_just_before_the_marker_came_back_costs_no_stdin(bench: Ben
     *before, marker = bench.turn()
     far.close()
     seen = bench.clients.poll(0)
-    bench.pacer.echo(marker.seq)
+    bench.pacer.echo(marker.seq, 0)
     bench.stdin.read_clients(seen)
     after = bench.arrived()
     while not bench.dropped:
         after += bench.turn()
         if bench.asked():
-            bench.pacer.echo(after.pop().seq)
+            bench.pacer.echo(after.pop().seq, 0)
     assert sum(len(taken.payload) for taken in before + after) == 1_000
     assert after[-1] == (session.seqs.start, b"")
 
@@ -754,7 +755,7 @@ class Whims:
         if not is_silent(self._bench.agent):
             self.agent_reads()
         if self._echoes and self._rng.random() < 0.5:
-            self._bench.pacer.echo(self._echoes.pop(0))
+            self._bench.pacer.echo(self._echoes.pop(0), 0)
 
 
 @pytest.mark.parametrize("seed", range(5))
