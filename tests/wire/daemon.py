@@ -8,8 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -323,3 +323,19 @@ class Wire:
 
     def close(self) -> None:
         self._stack.close()
+
+
+@contextmanager
+def own_daemon(
+    directory: Path, tables: str = PATIENT, *, prefix: Sequence[str] = (), check: bool = False
+) -> Iterator[Wire]:
+    """A daemon that no other test uses. With `check` it has to end as it began, and with 0."""
+    with Daemon.configured(directory, tables, prefix=prefix) as daemon:
+        wire = Wire(daemon, directory)
+        try:
+            yield wire
+        finally:
+            wire.close()
+        if check:
+            daemon.check()
+            assert daemon.stop() == 0

@@ -10,12 +10,22 @@ from contextlib import contextmanager
 import pytest
 
 from tests.wire.daemon import Wire
-from tests.wire.support import READY, VERSIONED, WAIT, FakeVm, error_of, hello_data, request, wait_until
+from tests.wire.support import (
+    READY,
+    VERSIONED,
+    WAIT,
+    FakeVm,
+    RawClient,
+    error_of,
+    hello_data,
+    request,
+    wait_until,
+)
 
 
 @contextmanager
-def console(wire: Wire) -> Iterator[tuple[socket.socket, FakeVm]]:
-    """The VM's end of the console of a VM that is registered with a daemon that logs consoles."""
+def booting(wire: Wire) -> Iterator[tuple[socket.socket, FakeVm, RawClient]]:
+    """The VM's end of the console of a VM that has yet to say READY, and the client that waits for it."""
     client, vm, container = wire.client(), wire.vm(), wire.new_id()
     path = str(wire.directory / f"{container}.console")
     with socket.socket(socket.AF_UNIX) as listener:
@@ -24,27 +34,26 @@ def console(wire: Wire) -> Iterator[tuple[socket.socket, FakeVm]]:
         listener.listen()
         client.send(request("hello", hello_data(container, vm) | {"console": path}))
         vm.accept()
-        vm.say(READY)
-        assert client.receive() == VERSIONED
         sock, _ = listener.accept()
     with sock:
         sock.settimeout(WAIT)
+        yield sock, vm, client
+
+
+@contextmanager
+def console(wire: Wire) -> Iterator[tuple[socket.socket, FakeVm]]:
+    """The VM's end of the console of a VM that is registered with a daemon that logs consoles."""
+    with booting(wire) as (sock, vm, client):
+        vm.say(READY)
+        assert client.receive() == VERSIONED
         yield sock, vm
 
 
 def test_guest_that_panics_says_so_in_the_answer_to_hello(brief: Wire) -> None:
     """Whatever the level of the log. What cannot be printed is spelled out."""
-    client, vm, container = brief.client(), brief.vm(), brief.new_id()
-    path = str(brief.directory / f"{container}.console")
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.settimeout(WAIT)
-        listener.bind(path)
-        listener.listen()
-        client.send(request("hello", hello_data(container, vm) | {"console": path}))
-        vm.accept()
-        with listener.accept()[0] as sock:
-            sock.sendall(b"noise\n" * 10_000 + b'\x1b[31mpanic: "\\"\n')
-            error = error_of(client.receive())
+    with booting(brief) as (sock, _, client):
+        sock.sendall(b"noise\n" * 10_000 + b'\x1b[31mpanic: "\\"\n')
+        error = error_of(client.receive())
     assert error.startswith("no READY from the VM in 0.4 s; the console's last lines: ")
     assert error.endswith(r'noise | noise | \x1b[31mpanic: "\"')
     assert error.isprintable()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.wire.daemon import PATIENT, Daemon, Wire
+from tests.wire.daemon import PATIENT, Daemon, Wire, own_daemon
 from tests.wire.support import (
     ACK,
     MIB,
@@ -33,14 +33,8 @@ FD_LIMIT = 48
 def cramped(tmp_sock_dir: Path) -> Iterator[Wire]:
     """A daemon that may have few files open."""
     limited = ["sh", "-c", f'ulimit -n {FD_LIMIT}; exec "$@"', "sh"]
-    with Daemon.configured(tmp_sock_dir, PATIENT, prefix=limited) as daemon:
-        wire = Wire(daemon, tmp_sock_dir)
-        try:
-            yield wire
-        finally:
-            wire.close()
-        daemon.check()
-        assert daemon.stop() == 0
+    with own_daemon(tmp_sock_dir, prefix=limited, check=True) as wire:
+        yield wire
 
 
 def exhaust(wire: Wire, stack: ExitStack) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from tests.hanging import HangingMount
 from tests.users import needs_root
-from tests.wire.daemon import PATIENT, Daemon, Wire, write_config
+from tests.wire.daemon import PATIENT, Daemon, Wire, own_daemon, write_config
 from tests.wire.support import VERSIONED, WAIT, error_of, frame, read_exact, wait_until
 
 # The pump of a VM hangs as soon as a client wants a session.
@@ -78,18 +78,8 @@ def managed(
     variables = [f"NOTIFY_SOCKET={manager.address}"]
     if watchdog:
         variables.append(f"WATCHDOG_USEC={int(watchdog * 1_000_000)}")
-    with running(directory, prefix=["env", *variables, *prefix]) as wire:
+    with own_daemon(directory, prefix=["env", *variables, *prefix]) as wire:
         yield wire
-
-
-@contextmanager
-def running(directory: Path, tables: str = PATIENT, *, prefix: Sequence[str] = ()) -> Iterator[Wire]:
-    with Daemon.configured(directory, tables, prefix=prefix) as daemon:
-        wire = Wire(daemon, directory)
-        try:
-            yield wire
-        finally:
-            wire.close()
 
 
 def events(daemon: Daemon, text: str) -> list[dict[str, object]]:
@@ -150,7 +140,7 @@ def test_disk_that_never_answers_keeps_its_vms_waiting_and_is_no_reason_to_end_a
     spool.mkdir()
     tables = f'{PATIENT}\n[spool]\ndirectory = "{spool}"\n'
     prefix = ["env", f"NOTIFY_SOCKET={manager.address}", "WATCHDOG_USEC=500000"]
-    with running(tmp_sock_dir, tables, prefix=prefix) as wire:
+    with own_daemon(tmp_sock_dir, tables, prefix=prefix) as wire:
         pod, other = wire.pod(), wire.pod()
         slow, quick = pod.open(), other.open()
         sent = frame(slow.base, bytes(10_000)) * 60
@@ -185,7 +175,7 @@ def test_pump_that_hangs_trips_the_watchdog_and_is_named(tmp_sock_dir: Path, man
 
 
 def test_reload_changes_what_can_change_and_names_the_rest(tmp_sock_dir: Path) -> None:
-    with running(tmp_sock_dir) as wire:
+    with own_daemon(tmp_sock_dir) as wire:
         daemon = wire.daemon
         pod = wire.pod()
         configure(
@@ -210,7 +200,7 @@ def test_reload_changes_what_can_change_and_names_the_rest(tmp_sock_dir: Path) -
 
 
 def test_deadlines_change_for_vms_that_are_up(tmp_sock_dir: Path) -> None:
-    with running(tmp_sock_dir) as wire:
+    with own_daemon(tmp_sock_dir) as wire:
         daemon = wire.daemon
         pod = wire.pod()
         configure(daemon, "[vm]\ncommand_timeout = 0.05\n")
@@ -221,7 +211,7 @@ def test_deadlines_change_for_vms_that_are_up(tmp_sock_dir: Path) -> None:
 
 
 def test_connections_limit_changes(tmp_sock_dir: Path) -> None:
-    with running(tmp_sock_dir) as wire:
+    with own_daemon(tmp_sock_dir) as wire:
         daemon = wire.daemon
         pod = wire.pod()
         configure(daemon, "[limits]\nconnections = 1\n")
@@ -259,7 +249,7 @@ def test_file_that_is_gone_keeps_the_old_settings(tmp_sock_dir: Path) -> None:
 
 
 def test_sigusr1_says_what_every_thread_does(tmp_sock_dir: Path) -> None:
-    with running(tmp_sock_dir, PATIENT + '[log]\nlevel = "error"\n') as wire:
+    with own_daemon(tmp_sock_dir, PATIENT + '[log]\nlevel = "error"\n') as wire:
         daemon = wire.daemon
         pod = wire.pod(container="pod")
         for _ in range(20):
@@ -297,7 +287,7 @@ def test_daemon_that_was_stopped_goes_on(tmp_sock_dir: Path, manager: Manager) -
 def test_daemon_whose_log_has_gone_still_ends_with_0(tmp_sock_dir: Path) -> None:
     """As when the journal has been restarted: its end of stderr is closed."""
     prefix = ["bash", "-c", 'exec "$@" 2> >(exec true)', "bash"]
-    with running(tmp_sock_dir, prefix=prefix) as wire:
+    with own_daemon(tmp_sock_dir, prefix=prefix) as wire:
         daemon = wire.daemon
         assert wire.pod().pings()
         wire.close()
@@ -315,7 +305,7 @@ def test_manager_that_takes_nothing_does_not_keep_it_from_ending(
 
 
 def test_settings_that_no_file_has_cost_nothing(tmp_sock_dir: Path) -> None:
-    with running(tmp_sock_dir) as wire:
+    with own_daemon(tmp_sock_dir) as wire:
         pod = wire.pod()
         with (tmp_sock_dir / "cc-proxy.toml").open("r+") as file:
             file.truncate(10**10)

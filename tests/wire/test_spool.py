@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.wire.daemon import PATIENT, Daemon, Wire
+from tests.wire.daemon import PATIENT, Daemon, Wire, own_daemon
 from tests.wire.support import MIB, frame, in_background, read_exact, unread_by_peer, wait_until
 
 COUNT = 800
@@ -21,21 +21,11 @@ def everything(base: int) -> bytes:
     return b"".join(frame(base, b"%08d" % number + CHUNK) for number in range(COUNT))
 
 
-@contextmanager
-def running(directory: Path, spool: str) -> Iterator[Wire]:
-    with Daemon.configured(directory, PATIENT + spool) as daemon:
-        wire = Wire(daemon, directory)
-        try:
-            yield wire
-        finally:
-            wire.close()
-        daemon.check()
-        assert daemon.stop() == 0
-
-
 @pytest.fixture(params=["session_limit = 500_000", "session_limit = 0", "total_limit = 500_000"])
 def tight(request: pytest.FixtureRequest, tmp_sock_dir: Path) -> Iterator[Wire]:
-    with running(tmp_sock_dir, f'[spool]\ndirectory = "{tmp_sock_dir}"\n{request.param}\n') as wire:
+    with own_daemon(
+        tmp_sock_dir, PATIENT + f'[spool]\ndirectory = "{tmp_sock_dir}"\n{request.param}\n', check=True
+    ) as wire:
         yield wire
 
 
@@ -118,7 +108,7 @@ def test_disk_holds_no_more_than_the_limit_for_clients_that_are_always_behind(tm
     """What they have read is given back, too, and `status` tells what is held."""
     limit = 4 * MIB
     spool = f'[spool]\ndirectory = "{tmp_sock_dir}"\nsession_limit = {limit // 2}\ntotal_limit = {limit}\n'
-    with running(tmp_sock_dir, spool) as wire:
+    with own_daemon(tmp_sock_dir, PATIENT + spool, check=True) as wire:
         pods = [wire.pod() for _ in range(4)]
         slow = [pod.client.allocate().sock for pod in pods]
         piece = frame(1, bytes(10_000)) * 50
@@ -149,7 +139,7 @@ def on_disk(daemon: Daemon, directory: Path) -> int:
 def test_directory_that_is_gone_costs_no_byte(tmp_sock_dir: Path) -> None:
     directory = tmp_sock_dir / "spool"
     directory.mkdir()
-    with running(tmp_sock_dir, f'[spool]\ndirectory = "{directory}"\n') as wire:
+    with own_daemon(tmp_sock_dir, PATIENT + f'[spool]\ndirectory = "{directory}"\n', check=True) as wire:
         directory.rmdir()
         pod, other = wire.pod(), wire.pod()
         slow = pod.open()
@@ -164,7 +154,7 @@ def test_directory_that_is_gone_costs_no_byte(tmp_sock_dir: Path) -> None:
 def test_nothing_is_ever_seen_in_the_directory(tmp_sock_dir: Path) -> None:
     directory = tmp_sock_dir / "spool"
     directory.mkdir()
-    with running(tmp_sock_dir, f'[spool]\ndirectory = "{directory}"\n') as wire:
+    with own_daemon(tmp_sock_dir, PATIENT + f'[spool]\ndirectory = "{directory}"\n', check=True) as wire:
         pod = wire.pod()
         pod.open()
         pod.vm.io.sendall(everything(1))

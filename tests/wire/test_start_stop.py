@@ -13,18 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.wire.daemon import HASTY, PATIENT, Daemon, Wire, run_to_end, start, write_config
+from tests.wire.daemon import HASTY, Daemon, Wire, own_daemon, run_to_end, start, write_config
 from tests.wire.support import ACK, OK, WAIT, Stream, error_of, frame, is_silent, refused, request, wait_until
-
-
-@contextmanager
-def running(directory: Path, tables: str = PATIENT) -> Iterator[Wire]:
-    with Daemon.configured(directory, tables) as daemon:
-        wire = Wire(daemon, directory)
-        try:
-            yield wire
-        finally:
-            wire.close()
 
 
 @contextmanager
@@ -84,20 +74,20 @@ def test_directory_that_is_there_is_left_as_it_is(tmp_sock_dir: Path) -> None:
 def test_stale_socket_is_replaced(tmp_sock_dir: Path) -> None:
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(tmp_sock_dir / "proxy.sock"))
-    with running(tmp_sock_dir) as wire:
+    with own_daemon(tmp_sock_dir) as wire:
         assert wire.pod().pings()
 
 
 def test_socket_of_a_daemon_that_was_killed_is_replaced(tmp_sock_dir: Path) -> None:
-    with running(tmp_sock_dir) as wire:
+    with own_daemon(tmp_sock_dir) as wire:
         wire.daemon.kill()
     assert (tmp_sock_dir / "proxy.sock").is_socket()
-    with running(tmp_sock_dir) as wire:
+    with own_daemon(tmp_sock_dir) as wire:
         assert wire.pod().pings()
 
 
 def test_second_daemon_leaves_the_socket_of_a_living_one_alone(tmp_sock_dir: Path) -> None:
-    with running(tmp_sock_dir) as wire:
+    with own_daemon(tmp_sock_dir) as wire:
         inode = wire.daemon.socket_path.stat().st_ino
         pod = wire.pod()
         assert_gives_up(tmp_sock_dir, wire.daemon.socket_path)
@@ -183,7 +173,7 @@ def test_settings_that_are_not_right_are_an_error_that_names_file_and_key(tmp_so
 
 
 def test_socket_that_vanishes_is_made_again_and_everything_goes_on(tmp_sock_dir: Path) -> None:
-    with running(tmp_sock_dir) as wire:
+    with own_daemon(tmp_sock_dir) as wire:
         pod = wire.pod()
         stream = pod.client.allocate()
         wire.daemon.socket_path.unlink()
@@ -203,7 +193,7 @@ def test_socket_that_vanishes_is_made_again_and_everything_goes_on(tmp_sock_dir:
 def test_signal_ends_it_with_status_0_and_removes_its_socket(
     tmp_sock_dir: Path, number: signal.Signals
 ) -> None:
-    with running(tmp_sock_dir) as wire:
+    with own_daemon(tmp_sock_dir) as wire:
         assert wire.daemon.stop(number) == 0
         assert not wire.daemon.socket_path.exists()
         wire.daemon.check_log()
@@ -226,7 +216,7 @@ def test_signal_as_soon_as_the_socket_is_there_removes_it_too(tmp_sock_dir: Path
 
 
 def test_clients_streams_and_vms_do_not_delay_the_end_and_see_it(tmp_sock_dir: Path) -> None:
-    with running(tmp_sock_dir) as wire:
+    with own_daemon(tmp_sock_dir) as wire:
         pods = [wire.pod() for _ in range(3)]
         streams: list[Stream] = [pod.open() for pod in pods]
         idle = [wire.client() for _ in range(20)]
@@ -263,7 +253,7 @@ def terminated(wire: Wire) -> None:
 
 
 def test_what_is_in_flight_may_finish(tmp_sock_dir: Path) -> None:
-    with running(tmp_sock_dir) as wire:
+    with own_daemon(tmp_sock_dir) as wire:
         pod = wire.pod()
         pod.client.hyper("ping")
         pod.vm.read_command()
@@ -277,7 +267,7 @@ def test_what_is_in_flight_may_finish(tmp_sock_dir: Path) -> None:
 
 
 def test_hello_that_waits_for_its_sockets_is_told_that_the_daemon_stops(tmp_sock_dir: Path) -> None:
-    with running(tmp_sock_dir) as wire:
+    with own_daemon(tmp_sock_dir) as wire:
         client, vm = wire.client(), wire.vm()
         vm.io_path.unlink()
         client.hello("pod", vm)
@@ -288,7 +278,7 @@ def test_hello_that_waits_for_its_sockets_is_told_that_the_daemon_stops(tmp_sock
 
 
 def test_nobody_else_is_let_in_meanwhile(tmp_sock_dir: Path) -> None:
-    with running(tmp_sock_dir) as wire:
+    with own_daemon(tmp_sock_dir) as wire:
         pod = wire.pod()
         pod.client.hyper("ping")
         pod.vm.read_command()
@@ -301,7 +291,7 @@ def test_nobody_else_is_let_in_meanwhile(tmp_sock_dir: Path) -> None:
 
 
 def test_requests_that_had_arrived_are_answered(tmp_sock_dir: Path) -> None:
-    with running(tmp_sock_dir) as wire:
+    with own_daemon(tmp_sock_dir) as wire:
         client = wire.client()
         client.send(request("x") * 200)
         assert client.receive() == refused("no payload named 'x'")
@@ -309,7 +299,7 @@ def test_requests_that_had_arrived_are_answered(tmp_sock_dir: Path) -> None:
 
 
 def test_hello_in_flight_does_not_delay_the_end_for_long(tmp_sock_dir: Path) -> None:
-    with running(tmp_sock_dir, HASTY) as wire:
+    with own_daemon(tmp_sock_dir, HASTY) as wire:
         client, vm = wire.client(), wire.vm()
         client.hello("a", vm)
         vm.accept()
@@ -317,7 +307,7 @@ def test_hello_in_flight_does_not_delay_the_end_for_long(tmp_sock_dir: Path) -> 
 
 
 def test_who_still_waits_for_a_vm_at_the_end_is_told_why(tmp_sock_dir: Path) -> None:
-    with running(tmp_sock_dir) as wire:
+    with own_daemon(tmp_sock_dir) as wire:
         pod, asker, late = wire.pod(), wire.client(), wire.vm()
         pod.client.hyper("ping")
         pod.vm.read_command()
@@ -331,7 +321,7 @@ def test_who_still_waits_for_a_vm_at_the_end_is_told_why(tmp_sock_dir: Path) -> 
 def test_commands_without_an_answer_and_clients_that_do_not_read_delay_the_end_by_5_seconds_at_most(
     tmp_sock_dir: Path,
 ) -> None:
-    with running(tmp_sock_dir) as wire:
+    with own_daemon(tmp_sock_dir) as wire:
         pod = wire.pod()
         stream = pod.open()
         pod.vm.io.sendall(frame(1, b"x" * 10_000) * 100)
@@ -348,7 +338,7 @@ def test_commands_without_an_answer_and_clients_that_do_not_read_delay_the_end_b
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_second_signal_does_no_harm(tmp_sock_dir: Path, second: signal.Signals) -> None:
     """Whether it cuts the wait short is open."""
-    with running(tmp_sock_dir) as wire:
+    with own_daemon(tmp_sock_dir) as wire:
         pod = wire.pod()
         pod.client.hyper("ping")
         pod.vm.read_command()
@@ -362,7 +352,7 @@ def test_second_signal_does_no_harm(tmp_sock_dir: Path, second: signal.Signals) 
 
 
 def test_socket_that_somebody_put_in_its_place_is_not_removed(tmp_sock_dir: Path) -> None:
-    with running(tmp_sock_dir) as wire:
+    with own_daemon(tmp_sock_dir) as wire:
         path = wire.daemon.socket_path
         with socket.socket(socket.AF_UNIX) as other:
             other.bind(f"{path}2")
@@ -372,7 +362,7 @@ def test_socket_that_somebody_put_in_its_place_is_not_removed(tmp_sock_dir: Path
 
 
 def test_error_of_a_command_that_the_end_cut_off_is_an_error(tmp_sock_dir: Path) -> None:
-    with running(tmp_sock_dir, HASTY) as wire:
+    with own_daemon(tmp_sock_dir, HASTY) as wire:
         pod = wire.pod()
         pod.client.hyper("destroypod")
         pod.vm.read_command()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.wire.daemon import PATIENT, Daemon, Pod, Wire
+from tests.wire.daemon import PATIENT, Pod, Wire, own_daemon
 from tests.wire.support import OK, PING, error_of, frame, in_background, wait_until
 
 
@@ -18,13 +18,8 @@ from tests.wire.support import OK, PING, error_of, frame, in_background, wait_un
 def tight(tmp_sock_dir: Path) -> Iterator[Wire]:
     """A daemon of its own, whose spool takes little."""
     spool = f'[spool]\ndirectory = "{tmp_sock_dir}"\nsession_limit = {25 * mmap.PAGESIZE}\n'
-    with Daemon.configured(tmp_sock_dir, PATIENT + spool) as daemon:
-        wire = Wire(daemon, tmp_sock_dir)
-        try:
-            yield wire
-        finally:
-            wire.close()
-        daemon.check()
+    with own_daemon(tmp_sock_dir, PATIENT + spool, check=True) as wire:
+        yield wire
 
 
 def status(wire: Wire) -> Any:

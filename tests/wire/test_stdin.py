@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.wire.daemon import PATIENT, Daemon, Pod, Wire
+from tests.wire.daemon import PATIENT, Pod, Wire, own_daemon
 from tests.wire.support import MARKER, OK, Frame, Stream, frame, in_background, is_silent
 
 WINDOW = 512
@@ -292,13 +292,8 @@ def test_agent_that_never_echoes_is_paced_by_commands(hasty: Wire) -> None:
 def restless(tmp_sock_dir: Path) -> Iterator[Wire]:
     """A daemon that asks an agent again at once."""
     tables = PATIENT.replace("echo_timeout = 60", "echo_timeout = 0.001")
-    with Daemon.configured(tmp_sock_dir, tables) as daemon:
-        wire = Wire(daemon, tmp_sock_dir)
-        try:
-            yield wire
-        finally:
-            wire.close()
-        daemon.check()
+    with own_daemon(tmp_sock_dir, tables, check=True) as wire:
+        yield wire
 
 
 def test_agent_that_is_asked_again_and_again_while_it_is_busy_is_sent_stdin_paced(restless: Wire) -> None:
