@@ -55,7 +55,7 @@ class Vms(Generator):
             self._accept(io)
 
     def start(self, processes: int) -> None:
-        """Acknowledge so many commands, of each VM in turn."""
+        """Acknowledge this many commands, taking the VMs in turn."""
         for number in range(processes):
             control = self._controls[number % len(self._controls)]
             receive_some(control)

@@ -26,7 +26,7 @@ def find_ports(
 ) -> list[str]:
     """Return the paths of the ports with these names, without udev.
 
-    Raises `CannotListen` if one is not there after so many seconds.
+    Raises `CannotListen` if one of them is still missing after `patience` seconds.
     """
     deadline = time.monotonic() + patience
     while True:

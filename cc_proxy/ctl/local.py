@@ -52,7 +52,7 @@ def _running_agent(vm: VmSockets, log: Path, signals: Signals) -> Iterator[socke
 
 def _start(vm: VmSockets, log: Path, announce: int) -> subprocess.Popen[bytes]:
     command = ["agent", "--ctl", vm.ctl, "--io", vm.io, "--ready-fd", str(announce)]
-    # Whoever runs a process wants all of its stdin to arrive, not to see how hyperstart loses it.
+    # Users want all of their stdin to arrive. How hyperstart loses some is for tests.
     command += ["--remove", str(log.parent), "--lossless"]
     with log.open("wb") as errors:
         return subprocess.Popen(

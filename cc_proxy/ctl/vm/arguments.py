@@ -51,7 +51,7 @@ def add_vm_settings(parser: ArgumentParser) -> None:
 
 
 def _count(most: int) -> Callable[[str], int]:
-    """Return a function that parses a number of at most so many."""
+    """Return a function that parses a number and refuses one over `most`."""
 
     def parse(value: str) -> int:
         if not (value.isascii() and value.isdecimal() and 0 < int(value) <= most):

@@ -116,7 +116,7 @@ def end_owner(path: str) -> None:
     except (OSError, ValueError):
         return
     try:
-        # Whoever has that pid, it is the owner's if there still is one.
+        # The pid may be another process's by now, but not while the owner holds the lock.
         if is_owned(path):
             signal.pidfd_send_signal(owner, signal.SIGTERM)
             poll = select.poll()
