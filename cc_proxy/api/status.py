@@ -93,8 +93,8 @@ class VmStatus(_Part, frozen=True):
     id: str
     #: The user who said hello.
     uid: int
-    #: `starting`; `up`; `leaving`, after bye; `lost`, while its last output is being delivered; or `gone`, when
-    #: only its id is left.
+    #: `starting`; `up`; `leaving`, after bye; `lost`, while its last output is being delivered; or `gone`,
+    #: when only its id is left.
     state: str
     #: Time since hello.
     age: float

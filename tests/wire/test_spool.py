@@ -139,7 +139,8 @@ def on_disk(daemon: Daemon, directory: Path) -> int:
 def test_directory_that_is_gone_costs_no_byte(tmp_sock_dir: Path) -> None:
     directory = tmp_sock_dir / "spool"
     directory.mkdir()
-    with own_daemon(tmp_sock_dir, PATIENT + f'[spool]\ndirectory = "{directory}"\n', check=True) as wire:
+    spool = f'[spool]\ndirectory = "{directory}"\n'
+    with own_daemon(tmp_sock_dir, PATIENT + spool, check=True) as wire:
         directory.rmdir()
         pod, other = wire.pod(), wire.pod()
         slow = pod.open()
@@ -154,7 +155,8 @@ def test_directory_that_is_gone_costs_no_byte(tmp_sock_dir: Path) -> None:
 def test_nothing_is_ever_seen_in_the_directory(tmp_sock_dir: Path) -> None:
     directory = tmp_sock_dir / "spool"
     directory.mkdir()
-    with own_daemon(tmp_sock_dir, PATIENT + f'[spool]\ndirectory = "{directory}"\n', check=True) as wire:
+    spool = f'[spool]\ndirectory = "{directory}"\n'
+    with own_daemon(tmp_sock_dir, PATIENT + spool, check=True) as wire:
         pod = wire.pod()
         pod.open()
         pod.vm.io.sendall(everything(1))

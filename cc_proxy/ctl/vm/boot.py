@@ -40,7 +40,7 @@ class Boot:
         self._closed_ports = set(PORTS)
 
     def wait(self, seconds: float) -> None:
-        """Wait until the guest's agent has opened its ports. Raises `Failure`, at the latest after `seconds`."""
+        """Wait until the guest's agent has opened its ports. Raises `Failure`, also after `seconds`."""
         try:
             qmp = Qmp(self._machine.qmp_path)
         except OSError:
