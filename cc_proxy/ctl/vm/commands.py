@@ -12,7 +12,7 @@ from cc_proxy.ctl.pod import TemporaryPod
 from cc_proxy.ctl.requests import NewContainer, hyper_process
 from cc_proxy.ctl.signals import Signals
 from cc_proxy.ctl.stdio import show
-from cc_proxy.ctl.vm.directory import directory_of, end_owner, is_owned, remove_stale
+from cc_proxy.ctl.vm.directory import directory_of, end_owner, is_kept, is_owned, remove_stale
 from cc_proxy.ctl.vm.lifetime import virtual_machine
 from cc_proxy.ctl.vm.settings import choose
 
@@ -61,6 +61,9 @@ def _stop(asked: VmOptions) -> int:
             if not is_owned(directory):
                 raise
         else:
+            if not is_kept(directory):
+                hint = f"`cc-proxyctl bye {asked.container_id}` unregisters it"
+                raise Failure(f"{asked.container_id}: no VM that you have started with `vm start`", hint=hint)
             with TemporaryPod(asked.proxy, asked.container_id, signals) as pod:
                 pod.adopt()
         with signals.may_interrupt():

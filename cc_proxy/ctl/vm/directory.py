@@ -109,6 +109,11 @@ def is_owned(path: str) -> bool:
     return False
 
 
+def is_kept(path: str) -> bool:
+    """Whether the VM of a directory was started to stay."""
+    return Path(path, _OWNER).exists()
+
+
 def end_owner(path: str) -> None:
     """Have the owner of a VM end it, if there is one, and wait until nothing is left. Raises `Failure`."""
     try:

@@ -74,6 +74,16 @@ def test_one_that_was_never_started(proxy: FakeProxy, capfd: pytest.CaptureFixtu
     assert error_line(capfd).startswith(UNKNOWN)
 
 
+def test_one_that_others_have_started_is_left_alone(
+    proxy: FakeProxy, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A runtime's container is not to be destroyed by a command that is for VMs of one's own."""
+    assert ctl(proxy, "vm", "stop", "web") == 125
+    wrong = "web: no VM that you have started with `vm start` (`cc-proxyctl bye web` unregisters it)"
+    assert error_line(capfd) == wrong
+    assert proxy.names == ["attach"]
+
+
 def test_one_that_runs_already(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
     start(proxy)
     runs = "web: a VM with this id runs already (`cc-proxyctl vm stop web` ends it)"
