@@ -1,11 +1,11 @@
 """The I/O channel of one VM: frames between it and the clients' fds, step by step (docs/protocol.md, 3 and
 4).
 
-Everything that is ready is read in one piece, taken apart in one walk, and written with one call for each
-receiver. Nothing is copied on the way: what is written are slices of the buffer that was read into. A buffer
-is not read into again while slices of it wait, and that makes the back-pressure between the VM and its
-clients: `Stdin.blocked`, the VM takes nothing and clients are not read; `Output.paused`, a client takes
-nothing and the VM is not read. A client whose stdin waits for its agent's acknowledgement is not read either.
+One call reads everything that is ready, one walk takes it apart, and one call for each receiver writes it.
+Nothing is copied: slices of the buffer are written. While slices of a buffer wait, it is not read into again.
+That is the back-pressure between the VM and its clients: while the VM takes nothing, clients are not read
+(`Stdin.blocked`); while a client takes nothing, the VM is not read (`Output.paused`). A client whose stdin
+waits for the agent's acknowledgement is not read either.
 """
 
 import contextlib
@@ -47,8 +47,7 @@ class Channel:
         mailbox: Mailbox,
         pacing: Pacing,
     ) -> None:
-        """Take over `io`, `control` and `console`. Calls left in `mailbox`, which is not, are made in
-        between.
+        """Take over `io`, `control` and `console`, but not `mailbox`: calls left there are made in between.
 
         Raises `OSError`; the caller keeps everything then.
         """
@@ -67,8 +66,8 @@ class Channel:
         self._watch = Watch(self._on_writable)
         with contextlib.ExitStack() as undo:
             undo.callback(self._watch.close)
-            # A client that knew its seqs before the VM sent this has its session in the mailbox by now, which
-            # it may not have had before the read: so calls are made between reading and delivering, too.
+            # A client may have got its seqs, and the VM may have used them, just before a read. By then the
+            # session is in the mailbox, so calls are made between reading and delivering as well.
             self._output = Output(
                 self._vm, io, self._watch.others, self._routes, mailbox.make_calls, self._pacer.echo
             )
@@ -274,7 +273,7 @@ class Channel:
     # The end ----------------------------------------------------------------------------------------------
 
     def _lose(self, cause: str) -> None:
-        """The VM is of no use any more: deliver what it has sent, then its clients see end of file."""
+        """The VM is lost: deliver what it has sent, then let its clients read end of file."""
         self._owner.lose(cause)
         self.finish_reading()
 
@@ -327,5 +326,5 @@ class Channel:
             last_first.callback(self.abort)
 
     def _let_go(self) -> None:
-        """Undo what refers to this in a circle: or the buffers would stay until a collector comes by."""
+        """Break the reference cycles, or the buffers would stay until the garbage collector runs."""
         del self._output, self._stdin, self._watch, self._pacer, self._routes

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-#: Has the agent carry out so many commands that do nothing, one after the other, and calls back with whether
-#: all were answered. It does not wait itself. It may call back from any thread, at once, later or never.
+#: Sends the agent this many pings, one after the other, and calls back with whether all were answered. It
+#: does not wait. It may call back from any thread, at once, later or never.
 Acknowledge = Callable[[int, Callable[[bool], None]], None]
 
 

@@ -26,7 +26,7 @@ class FramingLost(Exception):
 class Output:
     """Reads the I/O channel and passes frames to the sessions that own them.
 
-    `before_delivery` is called when something was read: it is the last chance to make known who owns it.
+    `before_delivery` is called after each read, as the last chance to add the sessions that own the frames.
     `on_stray` is called with the seq and the payload's size of each frame that nobody owns, and returns
     whether it knows the frame.
     """
@@ -48,17 +48,17 @@ class Output:
         self._on_stray = on_stray
         self._buffer = new_buffer(_BUFFER_SIZE)
         self._view = memoryview(self._buffer)
-        # Where a frame stands in the buffer that has not arrived whole.
+        # Where the buffer has a frame that has not arrived whole.
         self._start = self._stop = 0
-        #: Sessions that are watched, by fd, because something waits for their clients.
+        #: Sessions whose clients have output waiting, by fd. They are watched.
         self.waiting: dict[int, Session] = {}
-        self._look_at = 0.0  # when to look for those of them that take no more
-        # Those of them for which the buffer must be kept, and those of whom that was said in the log.
+        self._look_at = 0.0  # when to look for clients among them that take no more
+        # Those of them that still need the buffer, and those that the log has named for that.
         self._holding: set[Session] = set()
         self._stuck: set[Session] = set()
-        #: Whether slices of the buffer are still waited for, so that the VM cannot be read.
+        #: Whether slices of the buffer still wait, so that the VM cannot be read.
         self.paused = False
-        #: Bytes and whole frames that clients were passed, or have waiting for them.
+        #: Bytes and whole frames for clients, including what still waits for them.
         self.bytes = self.frames = 0
         #: Frames that nobody owned.
         self.strays = 0
@@ -76,7 +76,7 @@ class Output:
             self._stop += size
             self._before_delivery()
             for batch in self._batches(self._buffer, self._view, self._start, self._stop):
-                self._start = batch.stop  # first: what an error stops is not to be delivered twice
+                self._start = batch.stop  # first, so that nothing is delivered twice after an error
                 self._deliver(batch)
                 if batch.error:
                     raise FramingLost(batch.error)
@@ -98,7 +98,7 @@ class Output:
             self._deliver(batch)
 
     def _batches(self, buffer: Buffer, view: memoryview, start: int, stop: int) -> Iterator[Batch[Session]]:
-        """Find the whole frames there. Nearly always that is one batch; each is to be delivered at once."""
+        """Find the whole frames there, nearly always as one batch. Deliver each before taking the next."""
         owners = self._routes.owners
         batch = gather(buffer, view, start, stop, owners)
         first_words = self._first_words(batch, buffer, start)
@@ -119,9 +119,9 @@ class Output:
         return batch
 
     def _first_words(self, batch: Batch[Session], buffer: Buffer, start: int) -> list[tuple[int, int]]:
-        """Find output of processes that nobody is known to have started: the seqs, and where each begins.
+        """Return the seqs whose first output shows that a process has started, and where each begins.
 
-        An empty frame is none.
+        An empty frame is no output.
         """
         silent = self._routes.silent
         said = {seq for seq, length in batch.strays if length > HEADER_SIZE and seq in silent}
@@ -146,7 +146,7 @@ class Output:
                 if session.deliver(pieces):
                     self._settle(session)
             except Exception:
-                # It gets no more, which would come behind a gap, and the others miss nothing.
+                # More output would come after a gap, so this session gets none; the others miss nothing.
                 session.give_up_output()
                 self._deliver_each(slices)
                 raise
@@ -176,7 +176,7 @@ class Output:
                 yield session.patient_until
 
     def run_timers(self, now: float) -> None:
-        """Spool for those who were waited for long enough; give up those who take no more."""
+        """Spool for clients that have had their patience; give up those that take no more."""
         if now >= self._look_at:
             self._look_at = now + _LOOK_INTERVAL
             for session in list(self.waiting.values()):

@@ -1,13 +1,13 @@
-"""Which clients may be read: those whose process's stdin buffer has room, as far as the agent tells.
+"""Which clients may be read: those whose process has room for stdin, as far as the agent tells.
 
-Two things tell that the agent has handled what it was sent (docs/protocol.md, lossless stdin). A marker
-behind it comes back. That is cheap, but an agent whose output buffer is full drops it. So if a marker does
-not come back in time the agent is asked on the control channel: once the VM has taken everything from the
-I/O socket, the agent is to carry out commands that do nothing. In a round of its loop it takes one command
-and then one frame, so that takes one command more than frames may wait for it.
+There are two ways to learn that the agent has handled its stdin (docs/protocol.md, 4). A marker sent after it
+comes back. That is cheap, but an agent whose output buffer is full drops markers. So if one does not come
+back in time, the agent is sent pings on the control channel, once the VM has taken everything from the I/O
+socket. In each round of its loop the agent takes one command and one frame. So one more ping than there may
+be frames waiting proves that all of them are handled.
 
-A lossless agent never drops a marker, and sends it back when the process has taken its stdin: then there is
-nothing to do but wait.
+A lossless agent never drops a marker, and sends it back when the process has taken its stdin. With such an
+agent the pacer just waits.
 """
 
 import functools
@@ -20,12 +20,13 @@ from cc_proxy.linux.fds import untaken
 from cc_proxy.proxy.streams.interfaces import Acknowledge
 from cc_proxy.proxy.streams.session import Session
 
-#: Seconds between two looks whether the VM has taken everything, which nothing announces; doubled each time.
+#: Seconds until the second look whether the VM has taken everything, which nothing announces. Each later
+#: look waits twice as long.
 _LOOK_AGAIN = 0.001
-#: Once commands were faster than a marker they go out together with the next ones, until so many markers in a
-#: row were faster. While output floods, one in ten comes back.
+#: Once pings were faster than a marker, they go out together with the next markers, until this many markers
+#: in a row were faster. While output floods, one in ten markers comes back.
 _MARKERS_TO_TRUST = 8
-#: Frames that may wait in the guest, at most: a virtio-serial port has 128 buffers. Without this bound many
+#: The most frames that can wait in the guest: a virtio-serial port has 128 buffers. Without this limit, many
 #: short stdins, which need no marker, would add up.
 _MOST_QUEUED = 128
 #: Seconds until a lossless agent is asked again, in case its answer was lost on this side.
@@ -53,9 +54,9 @@ class Pacer:
         self._acknowledge = acknowledge
         #: Whose marker is on its way, and when to ask again; who is due first is first.
         self.asked: dict[Session, float] = {}
-        # Whom the commands that are on their way stand for. What they are sent after that needs others.
+        # The sessions that the pings on their way are for. Stdin sent after those pings needs another round.
         self._round: set[Session] | None = None
-        self._look_at: float | None = None  # whether the VM has taken everything, for the next round
+        self._look_at: float | None = None  # when to look whether the VM has taken everything, for a round
         self._look_again = _LOOK_AGAIN
         self._markers: dict[Session, int] = {}  # for those in `asked`: which of `frames` the marker was
         self._handled = 0  # how many of `frames` the agent is known to have handled
@@ -72,7 +73,7 @@ class Pacer:
         return window.room
 
     def sent(self, session: Session, payload_bytes: int) -> bytes | None:
-        """Count what was sent. Returns a marker if one has to be sent behind it.
+        """Count what was sent; returns a marker if one has to be sent after it.
 
         The session is not to be read then, until `on_room` is called with it.
         """
@@ -154,7 +155,7 @@ class Pacer:
             self._look_at, self._look_again = now, _LOOK_AGAIN
 
     def _look(self, now: float) -> None:
-        """Have the commands carried out if the VM has taken all that they are to stand for."""
+        """Send the pings if the VM has taken everything that they are to cover."""
         if untaken(self._io):
             self._look_at = now + self._look_again
             self._look_again = min(2 * self._look_again, max(self._echo_timeout, _LOOK_AGAIN))
@@ -169,12 +170,12 @@ class Pacer:
             )
 
     def _end_round(self, whom: set[Session], sent: int, answered: bool) -> None:
-        """The commands behind `sent` frames were answered, or that is not to be expected any more."""
+        """The pings that cover the first `sent` frames were answered, or will not be."""
         if self._round is not whom:
             return
         self._round = None
         if not answered:
-            return  # silence says nothing: the VM may be paused, or another command be in the way
+            return  # that proves nothing: too many commands may be waiting for their answers
         self._handled = max(self._handled, sent)
         if whom:
             self._echoes_in_a_row = 0

@@ -71,8 +71,8 @@ class Pump:
     def expect_processes(self, seqs: Iterable[int]) -> None:
         """A command is about to be sent that starts processes with these seqs as stdio.
 
-        To be called before it is sent: only from here on an empty frame of the agent's on one of them is its
-        end of file. No matter whose they are, or whether they are anybody's.
+        Call this before it is sent: only from then on does an empty frame on one of them mean end of file.
+        They need not be anybody's.
         """
         self._mailbox.post(lambda: self._channel.expect_processes(seqs))
 

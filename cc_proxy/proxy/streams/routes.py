@@ -18,7 +18,7 @@ class Routes:
         self._on_start = on_start
         #: Who gets the frames of a stream.
         self.owners: dict[int, Session] = {}
-        #: Whose stdio it is that no process is known to be on.
+        #: Sessions by their stdio, while no process is known to be on it.
         self.silent: dict[int, Session] = {}
 
     def add(self, session: Session) -> None:
@@ -28,13 +28,13 @@ class Routes:
         self.owners.update(dict.fromkeys(others, session))
 
     def expect(self, seq: int) -> None:
-        """A process may be on this stdio from now on. No matter whose it is, or whether it is anybody's."""
+        """A process may be on this stdio from now on. It need not be anybody's."""
         session = self.silent.pop(seq, None)
         if session:
             self.owners[seq] = session
 
     def start(self, seq: int) -> None:
-        """A process is on this stdio. No matter if that is known."""
+        """A process is on this stdio. Does nothing if that is known."""
         self.expect(seq)
         session = self.owners.get(seq)
         if session and seq == session.seqs.start and not session.is_started:

@@ -13,11 +13,11 @@ from cc_proxy.linux.fds import Piece, close_stream, cut, is_for_now, receive_int
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.streams.spool import Spool
 
-#: What a socket says whose client has gone.
+#: The errors of a socket whose client has gone.
 _GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
-#: A client whose socket is full is waited for as long as this, in seconds, before its output is spooled.
+#: Seconds to wait for a client whose socket is full, before its output is spooled.
 _PATIENCE = 0.02
-#: Patience that comes back in each second: the most that one client can slow its VM down by.
+#: Seconds of patience that come back each second. One client can slow its VM down by this much at most.
 _PATIENCE_REGAINED = 0.25
 #: Seconds until a spool that was full, or could not be used, is tried again.
 _SPOOL_RETRY = 1.0
@@ -34,11 +34,11 @@ class Whose(NamedTuple):
 class Session:
     """The streams that one `allocateIO` gave out, and the proxy's end of their fd, which it owns.
 
-    Output goes straight to the client while it keeps up. What its socket does not take is `pending`: slices
-    of the pump's buffer, for which the VM's reading has to pause. A client gets a moment to catch up; then
-    pending output moves to the spool, and output that follows goes behind it, until all is through.
+    While the client keeps up, output goes straight to it. What its socket does not take is `pending`: slices
+    of the pump's buffer, which keep the VM from being read. The client gets a moment to catch up. Then
+    pending output moves to the spool, and later output goes behind it, until the client has read everything.
 
-    The pump thread does everything here; others only make sessions.
+    Any thread makes a session; after that only the pump thread uses it.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Session:
         self.splitter = StdinSplitter(seqs.start)
         #: None while stdin is not paced.
         self.window = window
-        #: Output for which the pump's buffer must be kept, in front of all that is read after it.
+        #: Output that still needs the pump's buffer. Everything read later goes behind it.
         self.pending: Sequence[Piece] = ()
         #: When `pending` is to be spilled; None if nothing is pending.
         self.patient_until: float | None = None
@@ -96,7 +96,7 @@ class Session:
     def deliver(self, pieces: Sequence[Piece]) -> bool:
         """Pass output on, behind what waits; returns whether anything waits afterwards.
 
-        If that is `pending`, it has to stay where it is.
+        `pending` output has to stay where it is in the buffer.
         """
         if self.output_gone:
             return False
@@ -169,7 +169,7 @@ class Session:
             self.stuck = ""
 
     def fail(self, error: OSError) -> None:
-        """Output cannot be passed on any more. Unless the client has gone it is to see that."""
+        """Give up output because of an error. A client that is still there sees its stream closed."""
         self.give_up_output()
         if error.errno not in _GONE:
             logger.error(

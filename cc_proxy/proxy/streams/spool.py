@@ -90,8 +90,8 @@ class SpoolSpace:
 class Spool:
     """What waits for one client, in order. Pump thread.
 
-    Files are made as something has to wait and go as soon as it is through, so that a client which stays slow
-    for ever takes little more room than what waits for it. They have no names and vanish with the daemon.
+    Files are made when output has to wait, and closed once it has been read, so a client that is always slow
+    takes little more room than its waiting output. They have no names and vanish with the daemon.
 
     A file is never written to where it was written before, nor is a part of it given back: `sendfile` leaves
     its pages in the socket, and what the client reads is what they hold by then. (ext4 and xfs zero them

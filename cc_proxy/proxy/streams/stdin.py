@@ -15,14 +15,14 @@ from cc_proxy.proxy.streams.pacer import Pacer
 from cc_proxy.proxy.streams.session import Session
 
 _BUFFER_SIZE = 256 * 1024
-#: So many clients share the buffer in a turn, if so many have sent something.
+#: The most clients among which the buffer is divided in one turn.
 _MOST_SHARES = 2
-#: A client is not read any more in a turn when less than this is left of it, or than a part of it.
+#: A turn ends when less of the buffer than this is left.
 _LEAST_READ = 16 * 1024
-#: Seconds between two looks, while the VM takes nothing, for clients that are gone meanwhile.
+#: Seconds between two looks for clients that have gone while the VM takes nothing.
 _LOOK_INTERVAL = 1.0
-#: Seconds that what a client has sent waits for its process after the client has gone. By then a command that
-#: was on its way has its answer.
+#: Seconds that stdin waits for its process after its client has gone. By then every command that was on its
+#: way has its answer.
 _KEPT = 60.0
 
 
@@ -48,9 +48,9 @@ class Stdin:
         self._buffer = new_buffer(_BUFFER_SIZE)
         self._view = memoryview(self._buffer)
         self._sessions: dict[int, Session] = {}  # by fd
-        #: Clients that have gone before their process was started, in that order: until when each is kept.
+        #: Clients that went before their process was started, in that order, and until when each is kept.
         self.orphans: dict[Session, float] = {}
-        self._left_out: list[int] = []  # fds that were ready when the buffer was full, in their order
+        self._left_out: list[int] = []  # fds that were ready, in order, when the buffer was full
         self._to_vm: Sequence[Piece] = ()
         self._stalled_at = 0.0
         self._look_at = 0.0  # for clients that are gone, while the VM takes nothing
@@ -137,9 +137,7 @@ class Stdin:
         yield from list(self.orphans.values())[:1]
 
     def run_timers(self, now: float) -> None:
-        """Ask again where a marker did not come back; give up clients that are gone while nobody is read, or
-        whose process is not started.
-        """
+        """Ask again where a marker did not come back, and give up clients that have gone."""
         if not self._to_vm:
             self._send(self._pacer.run_timers(now))
             for session in [orphan for orphan, until in self.orphans.items() if now >= until]:
