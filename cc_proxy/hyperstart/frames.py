@@ -1,8 +1,7 @@
-"""The I/O channel in batches (docs/protocol.md, 3 and 4). No I/O.
+"""Output of the I/O channel in batches (docs/protocol.md, 3). No I/O.
 
-What arrived in one read is walked once, and comes out as few long slices of the same buffer. `gather` sorts
-what a VM sent by the owners of its streams, and copies no payload. `StdinSplitter` turns what a client sent
-into frames that an agent can take, and moves a little of it within the buffer if frames are too long.
+What arrived in one read is walked once, and comes out as few long slices of the same buffer, sorted by the
+owners of its streams. No payload is copied.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,14 +17,13 @@ from cc_proxy.api.frames import FRAME_HEADER, MAX_FRAME
 HEADER_SIZE = FRAME_HEADER.size
 #: Longest frame that hyperstart reads on a virtio-serial I/O channel. A longer one breaks the channel.
 MAX_TO_AGENT = 4096
-_ROOM = MAX_TO_AGENT - HEADER_SIZE
 #: Longest frame that hyperstart writes: its buffer.
 MAX_FROM_AGENT = 10_240
 
 #: Offset of the total length in a header.
 _LENGTH_AT = 8
 #: Looking for a row of like frames pays only if this many of their size fit into the rest of the buffer.
-_ROW = 32
+ROW = 32
 #: Before the whole row, only the frame this far ahead is compared.
 _GLANCE = 7
 
@@ -123,9 +121,9 @@ def _sort(  # noqa: C901, PLR0915 - one loop; one call for each frame would slow
             break
         if end > stop:
             break
-        if length == last_length and pos >= look_from and stop - pos >= _ROW * length:
-            look_from = pos + _ROW * length
-            count = _alike(buffer, pos, length, stop, 0 if next_seq == seq else _LENGTH_AT)
+        if length == last_length and pos >= look_from and stop - pos >= ROW * length:
+            look_from = pos + ROW * length
+            count = alike(buffer, pos, length, stop, 0 if next_seq == seq else _LENGTH_AT)
             if count > 1:
                 end = pos + length * count
                 if next_seq != seq:
@@ -184,7 +182,7 @@ def _headers(frames: memoryview) -> Iterator[tuple[int, int]]:
         pos += length
 
 
-def _alike(buffer: Buffer, pos: int, length: int, stop: int, first: int = 0) -> int:
+def alike(buffer: Buffer, pos: int, length: int, stop: int, first: int = 0) -> int:
     """Return how many whole frames in a row, from `pos` on, have the same header from byte `first` on.
 
     The headers of frames of one length form a table. Comparing one of its columns takes one call, but
@@ -195,7 +193,7 @@ def _alike(buffer: Buffer, pos: int, length: int, stop: int, first: int = 0) -> 
     ahead = pos + _GLANCE * length
     if buffer[ahead + first : ahead + HEADER_SIZE] != header:
         return 1
-    found, rows = 0, _ROW
+    found, rows = 0, ROW
     while True:
         looked_at = min(rows, (stop - pos) // length)
         alike = _rows_alike(header, buffer, pos + first, length, looked_at)
@@ -212,144 +210,3 @@ def _rows_alike(header: bytes | bytearray, buffer: Buffer, pos: int, length: int
         column = buffer[pos + offset : pos + rows * length : length]
         rows -= len(column.lstrip(header[offset : offset + 1]))
     return rows
-
-
-class StdinSplitter:
-    """Turns what one client sends into frames that its agent can take.
-
-    Frames of up to `MAX_TO_AGENT` bytes that arrive in one piece pass unchanged. The payload of a longer
-    frame, or of one that is still arriving, is passed on in new frames. So nothing is ever kept back but an
-    unfinished header.
-    """
-
-    def __init__(self, io_base: int) -> None:
-        self._io_base = io_base
-        self._full_header = _pack(io_base, MAX_TO_AGENT)
-        self._header = b""
-        self._missing = 0
-        #: Payload bytes handed out so far.
-        self.payload_bytes = 0
-        #: Frames handed out so far. A longer frame of the client's counts as the frames it was split into.
-        self.frames = 0
-        #: Whether the last frame handed out was end of file.
-        self.at_eof = False
-        #: What the client sent that it may not send; nothing is handed out after that.
-        self.error: str | None = None
-
-    def split(self, buffer: Buffer, view: memoryview, start: int, stop: int) -> list[bytes | memoryview]:
-        """Turn `buffer[start:stop]` into pieces to be written to the agent one after the other.
-
-        `view` is a memoryview of `buffer`. This method may change the bytes from `start` to `stop`. A frame
-        on another seq than the client's own, or with a total length under 12, sets `error`; neither that
-        frame nor anything after it is in the pieces. A piece may be empty.
-        """
-        pieces: list[bytes | memoryview] = []
-        pos = self._pass_only_frame(buffer, view, start, stop, pieces)
-        while pos < stop and self.error is None:
-            if self._missing:
-                pos = self._frame_anew(buffer, view, pos, stop, pieces)
-            elif self._header or stop - pos < HEADER_SIZE:
-                pos = self._collect_header(buffer, pos, stop, pieces)
-            else:
-                pos = self._pass_frames(buffer, view, pos, stop, pieces)
-        return pieces
-
-    def _pass_only_frame(
-        self, buffer: Buffer, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
-    ) -> int:
-        """Pass exactly one whole, short frame, as in interactive use."""
-        if not HEADER_SIZE <= stop - start <= MAX_TO_AGENT or self._missing or self._header or self.error:
-            return start
-        if _unpack_from(buffer, start) != (self._io_base, stop - start):
-            return start
-        pieces.append(view[start:stop])
-        self.payload_bytes += stop - start - HEADER_SIZE
-        self.frames += 1
-        self.at_eof = stop - start == HEADER_SIZE
-        return stop
-
-    def _pass_frames(
-        self, buffer: Buffer, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
-    ) -> int:
-        """Pass frames that are whole and short enough; begin the payload of the first that is not."""
-        pos, frames, last_length, begun = start, 0, -1, 0
-        while stop - pos >= HEADER_SIZE:
-            seq, length = _unpack_from(buffer, pos)
-            if length == last_length and stop - pos >= _ROW * length and seq == self._io_base:
-                count = _alike(buffer, pos, length, stop)
-                pos += length * count
-                frames += count
-                continue
-            if not self._allowed(seq, length):
-                break
-            if length > MAX_TO_AGENT or length > stop - pos:
-                begun = HEADER_SIZE
-                self._missing = length - HEADER_SIZE
-                break
-            last_length = length
-            frames += 1
-            pos += length
-        if pos > start:
-            pieces.append(view[start:pos])
-            self.payload_bytes += pos - start - frames * HEADER_SIZE
-            self.frames += frames
-            self.at_eof = last_length == HEADER_SIZE
-        return pos + begun
-
-    def _collect_header(self, buffer: Buffer, pos: int, stop: int, pieces: list[bytes | memoryview]) -> int:
-        taken = min(HEADER_SIZE - len(self._header), stop - pos)
-        self._header += buffer[pos : pos + taken]
-        if len(self._header) == HEADER_SIZE:
-            header, self._header = self._header, b""
-            seq, length = FRAME_HEADER.unpack(header)
-            if self._allowed(seq, length):
-                self._missing = length - HEADER_SIZE
-                if not self._missing:
-                    pieces.append(header)
-                    self.frames += 1
-                    self.at_eof = True
-        return pos + taken
-
-    def _frame_anew(
-        self, buffer: Buffer, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
-    ) -> int:
-        """Put payload into new frames: the rest of a frame that has begun, and long frames that follow it.
-
-        The end of one long frame's payload moves up to the payload of the next, over its header, so that a
-        new header can be written in place before it. A frame of 8 KiB then makes two pieces, not six, at the
-        price of copying some hundred bytes.
-        """
-        begin = pos = start
-        end, joined, full_header = start + self._missing, 0, self._full_header
-        while stop - end >= MAX_TO_AGENT:
-            seq, length = _unpack_from(buffer, end)
-            if seq != self._io_base or length <= MAX_TO_AGENT:
-                break
-            left = end - (end - pos) % _ROOM
-            while pos < left:
-                pieces += (view[begin:pos], full_header)
-                begin = pos
-                pos += _ROOM
-            view[left : end + HEADER_SIZE] = full_header + buffer[left:end]
-            pos = left + MAX_TO_AGENT
-            end += length
-            joined += 1
-        self._missing, end = max(0, end - stop), min(end, stop)
-        while pos < end:
-            size = min(_ROOM, end - pos)
-            pieces += (view[begin:pos], _pack(self._io_base, HEADER_SIZE + size))
-            begin = pos
-            pos += size
-        pieces.append(view[begin:end])
-        payload_bytes = end - start - joined * HEADER_SIZE
-        self.payload_bytes += payload_bytes
-        self.frames += -(-payload_bytes // _ROOM)
-        self.at_eof = False
-        return end
-
-    def _allowed(self, seq: int, length: int) -> bool:
-        if seq != self._io_base:
-            self.error = f"a frame on stream {seq}, which is not this client's"
-        elif length < HEADER_SIZE:
-            self.error = f"a frame with a total length of {length}"
-        return self.error is None

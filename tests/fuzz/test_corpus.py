@@ -13,7 +13,7 @@ from cc_proxy.api import fdpassing
 from cc_proxy.api.errors import ProtocolError
 from cc_proxy.api.messages import MessageParser
 from cc_proxy.ctl import overview
-from cc_proxy.hyperstart import frames
+from cc_proxy.hyperstart import frames, splitter
 from cc_proxy.hyperstart.control import ControlChannel
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.proxy.clients import connection, handlers
@@ -75,14 +75,14 @@ def test_no_fuzzer_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         ("console", LineSplitter, "finish", lambda _: []),
         ("control", ControlChannel, "unanswered", 0),
         ("fds", fdpassing, "TAG", b"?"),
-        ("frames", frames, "_alike", lambda _, pos, length, stop, first=0: (stop - pos) // length),
+        ("frames", frames, "alike", lambda _, pos, length, stop, first=0: (stop - pos) // length),
         ("messages", MessageParser, "missing", 8),
         ("pacing", StdinWindow, "_seq", 1 << 63),
         ("requests", handlers, "MAX_RESPONSE", 1 << 20),
         ("requests", connection, "TAG", b"G"),
         ("settings", settingsfile, "printable", str),
         ("status", overview, "printable", str),
-        ("stdin", frames, "MAX_TO_AGENT", 4_097),
+        ("stdin", splitter, "MAX_TO_AGENT", 4_097),
     ],
 )
 def test_what_is_wrong_is_found(

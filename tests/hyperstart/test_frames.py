@@ -15,9 +15,9 @@ from cc_proxy.hyperstart.frames import (
     MAX_FROM_AGENT,
     MAX_TO_AGENT,
     Batch,
-    StdinSplitter,
     gather,
 )
+from cc_proxy.hyperstart.splitter import StdinSplitter
 from tests.api.support import cpu_seconds, frame, splits
 
 LONGEST = 65_536

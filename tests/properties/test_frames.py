@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from cc_proxy.api.errors import ProtocolError
 from cc_proxy.api.frames import MAX_FRAME, Frame, FrameParser, encode_frame
-from cc_proxy.hyperstart.frames import MAX_TO_AGENT, StdinSplitter, gather
+from cc_proxy.hyperstart.frames import MAX_TO_AGENT, gather
+from cc_proxy.hyperstart.splitter import StdinSplitter
 from tests.properties.support import in_pieces, payloads, stream_of
 from tests.slow import Sorted, StdinReader, decode_slowly, frame, frames_said, sort_slowly
 

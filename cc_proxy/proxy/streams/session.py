@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from cc_proxy.hyperstart.frames import StdinSplitter
 from cc_proxy.hyperstart.pacing import StdinWindow
+from cc_proxy.hyperstart.splitter import StdinSplitter
 from cc_proxy.linux.fds import Piece, close_stream, cut, is_for_now, receive_into, send_pieces, unread
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.streams.spool import Spool

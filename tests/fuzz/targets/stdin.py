@@ -5,7 +5,7 @@ Nothing may be raised: a frame that is not the client's to send is an `error`.
 
 from __future__ import annotations
 
-from cc_proxy.hyperstart.frames import StdinSplitter
+from cc_proxy.hyperstart.splitter import StdinSplitter
 from tests.fuzz.choices import Choices, in_pieces
 from tests.slow import StdinReader, frame, frames_said
 
