@@ -26,6 +26,15 @@ class TokenBucket:
         self._fill(rate, now)
         return self._left >= number
 
+    def left(self, rate: float, now: float) -> float:
+        """Return how many tokens there are; fewer than none if some are owed."""
+        self._fill(rate, now)
+        return self._left
+
+    def restore(self, left: float, now: float) -> None:
+        """Go on with so many tokens."""
+        self._left, self._filled_at = min(self._burst, left), now
+
     def full(self, rate: float, now: float) -> bool:
         """Whether the bucket is full, and so no different from a new one."""
         return self.has(self._burst, rate, now)

@@ -140,6 +140,11 @@ class MessageParser:
         """After `next_text` returned None: whether a message has begun to arrive."""
         return self._pos < len(self._data)
 
+    @property
+    def unread(self) -> bytes:
+        """What has arrived and was not taken."""
+        return bytes(self._data[self._pos :])
+
     def receive_data(self, data: bytes) -> None:
         """Take bytes as they arrived."""
         if self.unfinished:

@@ -137,6 +137,7 @@ class Status(_Part, frozen=True):
 
     version: str
     pid: int
+    #: Of this process.
     uptime: float
     #: Path of the settings file, empty if there is none.
     settings_file: str
@@ -152,6 +153,9 @@ class Status(_Part, frozen=True):
     vm_count: int
     #: VMs that failed, the latest first.
     ended: list[EndedVm]
+    #: How often one process of the daemon has been replaced by the next, VMs and clients staying; 0 from a
+    #: daemon that does not know.
+    replacements: int = 0
 
 
 def count(number: int, thing: str) -> str:

@@ -10,6 +10,8 @@ import msgspec
 
 from cc_proxy import __version__, settings
 from cc_proxy.access import names_others, unknown_names
+from cc_proxy.continuity.format import DaemonState
+from cc_proxy.continuity.inheritance import Inheritance, Nothing
 from cc_proxy.linux import systemd
 from cc_proxy.linux.fds import raise_fd_limit
 from cc_proxy.linux.memory import have_one_arena
@@ -60,14 +62,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     guard_standard_fds()
     options = build_parser().parse_args(argv)
     # Before there is a second thread, in which an unblocked signal would end the process at once.
-    if not options.check_config:
-        daemon.block_signals()
+    if options.check_config:
+        return _check(options)
+    daemon.block_signals()
+    raise_fd_limit()
+    inheritance = Inheritance(notifier := Notifier(), os.getcwd())
+    wrong = ""
     try:
         chosen = choose_settings(options)
-        if options.check_config:
-            return _check(chosen, options.config)
     except SettingsError as error:
-        return _refuse(error)
+        if not (kept := inheritance.settings):
+            return _refuse(error)
+        chosen, wrong = kept, str(error)
     _leave_directory(options)
     have_one_arena()  # before the log's thread, which would get an arena of its own
     connector = Connector()
@@ -77,9 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.start()
     status = EXIT_FAILED
     try:
-        with contextlib.closing(connector):
+        with contextlib.closing(connector), contextlib.closing(inheritance):
+            if wrong:
+                logger.error("settings not read: those from before stay", extra={"error": wrong})
             host = Host(
-                lambda: _read_again(options), lambda: options.config or "", Notifier(), log, connector
+                lambda: _read_again(options),
+                lambda: options.config or "",
+                notifier,
+                log,
+                connector,
+                inheritance,
             )
             status = _run(chosen, host)
     finally:
@@ -88,7 +101,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _check(chosen: Settings, path: str | None) -> int:
+def _check(options: argparse.Namespace) -> int:
+    """Check the settings; returns the exit status."""
+    try:
+        return _check_settings(choose_settings(options), options.config)
+    except SettingsError as error:
+        return _refuse(error)
+
+
+def _check_settings(chosen: Settings, path: str | None) -> int:
     """Print which file's settings are right; returns the exit status.
 
     Raises `SettingsError` if no file can be made in the spool's directory, or a user or group is unknown.
@@ -164,22 +185,37 @@ def _run(chosen: Settings, host: Host) -> int:
     """Serve on the socket that systemd has passed, or on one of our own; returns the exit status."""
     with contextlib.closing(host.notifier):
         try:
-            raise_fd_limit()
             _check_spool(chosen.spool.directory)
-            inherited = systemd.take_listener()
-            listener = Listener(inherited) if inherited else _listen(chosen)
+            state = host.inheritance.wait()
+            if host.inheritance.error:
+                fields = {"error": host.inheritance.error}
+                logger.error("nothing is taken over: all VMs end", extra=fields)
+            listener = _listener(chosen, state)
+        except Nothing as error:
+            logger.error("nothing to take over", extra={"error": str(error)})
+            return EXIT_FAILED
         except (SettingsError, ListenError, ActivationError) as error:
             logger.error("cannot start", extra={"error": str(error)})
             host.notifier.tell(f"STATUS=Cannot start: {error}")
             return EXIT_FAILED if isinstance(error, ListenError) else EX_CONFIG
         try:
-            daemon.serve(listener, chosen, host)
+            daemon.serve(listener, chosen, host, state)
+        except Nothing as error:
+            logger.error("nothing was taken over", extra={"error": str(error)})
+            return EXIT_FAILED
         finally:
             listener.remove()
         return 0
 
 
-def _listen(chosen: Settings) -> Listener:
+def _listener(chosen: Settings, state: DaemonState | None) -> Listener:
+    """Return the socket that the manager has passed, else that of the process before, else one of our own."""
+    if inherited := systemd.take_listener():
+        if state:
+            os.close(state.server.listener.fd.number)
+        return Listener(inherited)
+    if state:
+        return Listener.from_state(state.server.listener)
     return Listener.bind(chosen.socket_path, for_all=names_others(chosen.access))
 
 

@@ -7,11 +7,12 @@ bytes received into answers, which complete their commands, and unsolicited even
 import secrets
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from cc_proxy.hyperstart.codes import Code, describe
+from cc_proxy.hyperstart.state import ControlChannelState, ParserState, QuizState
 
 #: Code and total length.
 HEADER = struct.Struct(">II")
@@ -76,6 +77,17 @@ class ControlParser:
         # A message of which everything that is kept has come, and how much of it is still to be skipped.
         self._begun: ControlMessage | None = None
         self._skip = 0
+
+    def state(self) -> ParserState:
+        """Return where it stands, for `restore`."""
+        begun = (self._begun.code, self._begun.payload) if self._begun else None
+        return ParserState(bytes(self._buffer), begun, self._skip)
+
+    def restore(self, state: ParserState) -> None:
+        """Go on where another one stood."""
+        self._buffer += state.buffer
+        self._begun = ControlMessage(*state.begun) if state.begun else None
+        self._skip = state.skip
 
     def receive_data(self, data: bytes) -> list[ControlMessage]:
         """Take bytes as they arrived, and return the messages they complete.
@@ -145,9 +157,24 @@ class Quiz:
 
     def __init__(self) -> None:
         bits = secrets.randbits(self._LENGTH)
-        self.codes = [Code.VERSION if bits >> at & 1 else Code.PING for at in range(self._LENGTH)]
-        self._expected = [self._VERSION if code is Code.VERSION else b"" for code in self.codes]
+        self._ask(Code.VERSION if bits >> at & 1 else Code.PING for at in range(self._LENGTH))
         self._got: deque[bytes | None] = deque(maxlen=self._LENGTH)
+
+    @classmethod
+    def from_state(cls, state: QuizState) -> Self:
+        """Return one whose questions have been asked by another one."""
+        quiz = cls()
+        quiz._ask(map(Code, state.codes))
+        quiz._got.extend(state.got)
+        return quiz
+
+    def state(self) -> QuizState:
+        """Return where it stands, for `from_state`."""
+        return QuizState(list(map(int, self.codes)), list(self._got))
+
+    def _ask(self, codes: Iterable[Code]) -> None:
+        self.codes = list(codes)
+        self._expected = [self._VERSION if code is Code.VERSION else b"" for code in self.codes]
 
     def receive_answer(self, answer: ControlMessage) -> bool:
         """Take an ACK or ERROR; returns whether it completes the series."""
@@ -173,6 +200,24 @@ class ControlChannel:
         self.ready = False
         #: Whether the agent takes commands: it has said READY, or answered the questions of `ask`.
         self.is_up = False
+
+    def state(self) -> ControlChannelState:
+        """Return where it stands, for `restore`; but for `commands`."""
+        quiz = self._quiz.state() if self._quiz else None
+        return ControlChannelState(self._parser.state(), bytes(self.outgoing), quiz, self.ready, self.is_up)
+
+    def restore(self, state: ControlChannelState, commands: Iterable[Command]) -> None:
+        """Go on where another one stood, with the commands that had no answer there."""
+        self._parser.restore(state.parser)
+        self.outgoing += state.outgoing
+        self._quiz = Quiz.from_state(state.quiz) if state.quiz else None
+        self.ready, self.is_up = state.ready, state.is_up
+        self._unanswered.extend(commands)
+
+    @property
+    def commands(self) -> list[Command]:
+        """The commands that have no answer yet, the oldest first."""
+        return list(self._unanswered)
 
     @property
     def unanswered(self) -> int:

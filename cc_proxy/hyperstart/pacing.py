@@ -7,7 +7,10 @@ the data, is a marker: when it comes back, there is room again.
 A lossless agent keeps more, and says so: a marker comes back with `LOSSLESS` as its payload.
 """
 
+from typing import Self
+
 from cc_proxy.api.frames import encode_frame
+from cc_proxy.hyperstart.state import WindowState
 
 #: Seqs from here on are markers, never streams.
 FIRST_MARKER = 1 << 63
@@ -41,6 +44,18 @@ class StdinWindow:
         self._generation = 0
         #: How often the marker on its way has been sent; 0 if none is.
         self.asked = 0
+
+    @classmethod
+    def from_state(cls, io_base: int, state: WindowState) -> Self:
+        """Return one that goes on where another one of this stream stood."""
+        window = cls(io_base, state.size)
+        window._unacknowledged, window._generation = state.unacknowledged, state.generation
+        window.asked = state.asked
+        return window
+
+    def state(self) -> WindowState:
+        """Return where it stands, for `from_state`."""
+        return WindowState(self._size, self._unacknowledged, self._generation, self.asked)
 
     @property
     def room(self) -> int:

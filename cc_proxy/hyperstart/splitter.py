@@ -2,6 +2,7 @@
 
 from cc_proxy.api.frames import FRAME_HEADER
 from cc_proxy.hyperstart.frames import HEADER_SIZE, MAX_TO_AGENT, ROW, Buffer, alike
+from cc_proxy.hyperstart.state import SplitterState
 
 _ROOM = MAX_TO_AGENT - HEADER_SIZE
 
@@ -30,6 +31,15 @@ class StdinSplitter:
         self.at_eof = False
         #: What the client sent that it may not send; nothing is handed out after that.
         self.error: str | None = None
+
+    def state(self) -> SplitterState:
+        """Return where it stands, for `restore`."""
+        return SplitterState(self._header, self._missing, self.payload_bytes, self.frames, self.at_eof)
+
+    def restore(self, state: SplitterState) -> None:
+        """Go on where another one of this stream stood."""
+        self._header, self._missing = state.header, state.missing
+        self.payload_bytes, self.frames, self.at_eof = state.payload_bytes, state.frames, state.at_eof
 
     def split(self, buffer: Buffer, view: memoryview, start: int, stop: int) -> list[bytes | memoryview]:
         """Turn `buffer[start:stop]` into pieces to be written to the agent one after the other.

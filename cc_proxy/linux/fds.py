@@ -27,6 +27,15 @@ _BREATH = 0.001
 _SO_PASSRIGHTS = 83
 
 
+class Fd:
+    """An open fd as part of a value that is handed over. It owns nothing: whoever takes the value does."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
 def raise_fd_limit() -> int:
     """Raise this process's soft limit of open files to the hard limit; returns that."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

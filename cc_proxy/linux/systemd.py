@@ -1,16 +1,39 @@
 """Talking to the service manager: sd_listen_fds(3) and sd_notify(3)."""
 
 import os
+import select
 import socket
 import time
+from collections.abc import Sequence
 
 _FIRST_FD = 3
 #: Seconds to wait for a manager that does not read its messages.
 _SEND_TIMEOUT = 1.0
+#: Seconds that a manager gets to work on what it was told.
+_BARRIER_TIMEOUT = 5
 
 
 class ActivationError(Exception):
     """The manager passed no single listening AF_UNIX stream socket; the text says what to do."""
+
+
+def take_stored(name: str) -> list[int]:
+    """Return the fds that the manager has stored under a name, which are passed behind the listening socket.
+
+    Removes them from the environment.
+    """
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or name not in names:
+        return []
+    first = names.index(name)
+    if first:
+        os.environ["LISTEN_FDS"], os.environ["LISTEN_FDNAMES"] = str(first), ":".join(names[:first])
+    else:
+        del os.environ["LISTEN_PID"], os.environ["LISTEN_FDS"], os.environ["LISTEN_FDNAMES"]
+    fds = [_FIRST_FD + number for number in range(first, len(names))]
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    return fds
 
 
 def take_listener() -> socket.socket | None:
@@ -76,8 +99,8 @@ class Notifier:
         """Whether there is a manager that wants reports."""
         return self._sock is not None
 
-    def tell(self, *assignments: str, wait: bool = True) -> bool:
-        """Send `NAME=value` assignments; returns whether they were sent.
+    def tell(self, *assignments: str, wait: bool = True, fds: Sequence[int] = ()) -> bool:
+        """Send `NAME=value` assignments, and fds with them; returns whether they were sent.
 
         With `wait`, waits up to a second for a manager that does not read them.
         """
@@ -90,12 +113,34 @@ class Notifier:
             # poll(2) calls an unconnected datagram socket writable, so waiting would spin.
             self._sock.settimeout(_SEND_TIMEOUT if wait else 0.0)
             self._sock.connect(self._address)
-            self._sock.send(text.encode(errors="replace"))
+            if fds:
+                socket.send_fds(self._sock, [text.encode()], fds)
+            else:
+                self._sock.send(text.encode(errors="replace"))
         except (OSError, ValueError) as error:
             self.error = str(error)
             return False
         self.error = ""
         return True
+
+    def store(self, name: str, fds: Sequence[int]) -> bool:
+        """Have the manager keep fds for the next process; returns once it has taken them, or refused.
+
+        False if it could not be told.
+        """
+        if not self.tell("FDSTORE=1", f"FDNAME={name}", fds=fds):
+            return False
+        ours, theirs = os.pipe2(os.O_CLOEXEC)
+        try:
+            told = self.tell("BARRIER=1", fds=[theirs])
+        finally:
+            os.close(theirs)
+        try:
+            poll = select.poll()
+            poll.register(ours, 0)
+            return told and bool(poll.poll(_BARRIER_TIMEOUT * 1000))
+        finally:
+            os.close(ours)
 
     def close(self) -> None:
         """Close the socket."""

@@ -27,6 +27,12 @@ def count(event: str) -> None:
         _counts[event] += 1
 
 
+def restore(counts: dict[str, int]) -> None:
+    """Go on with what the process before has counted. Any thread."""
+    with _lock:
+        _counts.update(counts)
+
+
 def counts() -> dict[str, int]:
     """Return how many errors there were since the process began, by event. Any thread."""
     with _lock:

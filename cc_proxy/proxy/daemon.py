@@ -13,6 +13,9 @@ import msgspec
 
 from cc_proxy.access import look_up_again, names_others, unknown_names
 from cc_proxy.api.status import count
+from cc_proxy.continuity.format import DaemonState
+from cc_proxy.continuity.heirs import Heir, NotReplaced
+from cc_proxy.continuity.inheritance import Inheritance
 from cc_proxy.linux.systemd import Notifier, monotonic_usec
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
@@ -21,6 +24,7 @@ from cc_proxy.log.writing import Logging
 from cc_proxy.proxy.clients.listener import Listener
 from cc_proxy.proxy.clients.server import Server
 from cc_proxy.proxy.clients.status import About
+from cc_proxy.proxy.replacement import hand_over, say_what_was_taken_over, take_over
 from cc_proxy.proxy.vms.connector import Connector
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.proxy.watchdog import Watchdog
@@ -46,7 +50,7 @@ _LOOK_UP_INTERVAL = 30.0
 _MOST_SLICES = 30_000
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
-_SIGNALS = {*_STOP_SIGNALS, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM}
+_SIGNALS = {*_STOP_SIGNALS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM}
 
 
 def block_signals() -> None:
@@ -66,23 +70,52 @@ class Host:
     log: Logging
     #: Started before there were threads; ended by whoever has made it.
     connector: Connector
+    inheritance: Inheritance
 
 
-def serve(listener: Listener, settings: Settings, host: Host) -> None:
-    """Serve clients on a listening socket until SIGTERM or SIGINT. Main thread, after `block_signals`."""
+def serve(listener: Listener, settings: Settings, host: Host, state: DaemonState | None = None) -> None:
+    """Serve clients on a listening socket until SIGTERM or SIGINT. Main thread, after `block_signals`.
+
+    Or until SIGUSR2, once another process goes on with everything. With a `state` this one goes on with that.
+    Raises `Nothing` if the process before does so itself.
+    """
     threading.stack_size(_STACK_SIZE)
     _tune_collector()
     live = LiveSettings(settings)
+    while left := _serve(listener, live, host, state):
+        listener, state = Listener.from_state(left.server.listener), left
+
+
+def _serve(
+    listener: Listener, live: LiveSettings, host: Host, state: DaemonState | None
+) -> DaemonState | None:
+    """Serve; returns what nobody goes on with after all."""
     registry = Registry(live, host.connector, listener.socket.getsockname())
-    with Server(listener, registry, live, About(host.settings_file)) as server:
+    replacements = state.replacements if state else 0
+    with Server(listener, registry, live, About(host.settings_file, replacements)) as server:
+        try:
+            if state:
+                take_over(state, server, registry)
+            if error := host.inheritance.take_over():
+                logger.warning("a restart of cc-proxy ends all VMs", extra={"error": error})
+        except BaseException:
+            if state:
+                listener.hand_over()  # its place in the file system is still that of the process before
+            raise
+        registry.go_on()
         server.start()
+        if state:
+            say_what_was_taken_over(state)
         logger.info("ready", extra={"socket": listener.socket.getsockname()})
-        _warn_of_unknown(settings)
+        _warn_of_unknown(live.current)
         supervisor = Supervisor(live, host, listener, registry, Watchdog(server, registry))
         received = supervisor.run()
+        if supervisor.heir:
+            return hand_over(server, registry, live.current, supervisor.heir, replacements)
         logger.info("stopping", extra={"signal": received.name})
         host.notifier.tell("STOPPING=1", "STATUS=Stopping")
         _stop(server, registry)
+    return None
 
 
 def _tune_collector() -> None:
@@ -114,6 +147,7 @@ class Supervisor:
         self._actions = {
             signal.SIGHUP: self._reload,
             signal.SIGUSR1: log_stacks,
+            signal.SIGUSR2: self._prepare_heir,
             signal.SIGALRM: self._tick,
         }
         self._status = "STATUS=Ready"
@@ -126,15 +160,17 @@ class Supervisor:
         self._looking_up: Future[Settings] | None = None  # the same settings with the names of today
         self._read_again = False  # whether SIGHUP came while they were read
         self._looked_up_at = self._served_at
+        #: Who is to go on after this process; None if nobody is.
+        self.heir: Heir | None = None
 
     def run(self) -> signal.Signals:
-        """Work until a signal says stop; returns that."""
+        """Work until a signal says stop, or that another process is to go on, and one can; returns that."""
         self._tell("READY=1", self._new_status())
         tick = min(_TICK, (self._interval or _TICK) / 2)
         # A timer, because sigtimedwait may return a signal that nobody sent once this process was stopped for
         # longer than it was to wait (CPython does not look whether it was interrupted then).
         signal.setitimer(signal.ITIMER_REAL, tick, tick)
-        while (received := _next_signal()) not in _STOP_SIGNALS:
+        while not self.heir and (received := _next_signal()) not in _STOP_SIGNALS:
             try:
                 self._actions[received]()
             except Exception:  # whatever it is, VMs and their clients can do without
@@ -191,6 +227,16 @@ class Supervisor:
         if self._read_again:
             self._read_again = False
             self._reload()
+
+    def _prepare_heir(self) -> None:
+        """Have another process go on with everything, if there can be one."""
+        heir = self._host.inheritance.heir()
+        try:
+            heir.prepare()
+        except NotReplaced as error:
+            logger.error("not replaced: this process goes on", extra={"error": str(error)})
+        else:
+            self.heir = heir
 
     def _look_up_names(self) -> None:
         """Look up users and groups again that nobody knew, and let them in once somebody does."""
@@ -258,11 +304,12 @@ def _warn_of_unknown(settings: Settings) -> None:
 
 
 def _next_signal() -> signal.Signals:
-    """Wait for a signal and return it: one that says stop first, whatever its number.
+    """Wait for a signal and return it: one that ends this process first, whatever its number.
 
-    The kernel hands out the lowest, and ticks may come as fast as they are dealt with.
+    The kernel hands out the lowest, and ticks may come as fast as they are dealt with. What says that another
+    process is to go on may come together with what says stop.
     """
-    pending = signal.sigpending() & _STOP_SIGNALS
+    pending = signal.sigpending() & {signal.SIGUSR2} or signal.sigpending() & _STOP_SIGNALS
     return signal.Signals(signal.sigwait(pending or _SIGNALS))
 
 

@@ -3,9 +3,11 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
+
+from cc_proxy.proxy.rest import Resting
 
 
 @dataclass(eq=False, slots=True)
@@ -13,6 +15,8 @@ class Waiter:
     """Who waits for a turn. `turn` is locked until it has come."""
 
     turn: threading.Lock = field(default_factory=threading.Lock, init=False)
+    #: Whether a thread waits in line for it, or has.
+    is_in_line: bool = field(default=False, init=False)
 
 
 AWaiter = TypeVar("AWaiter", bound=Waiter)
@@ -28,36 +32,79 @@ class Turns(Generic[AWaiter]):
         self._lock = threading.Lock()
         self._taken = False
         self._queue: deque[AWaiter] = deque()
+        #: Whether nobody gets a turn any more; nobody waits for one then.
+        self.resting = False
+
+    def rest(self) -> None:
+        """Have all threads that wait leave, and their waiters stay in line."""
+        with self._lock:
+            if not self.resting:
+                self.resting = True
+                for waiter in self._queue:
+                    if waiter.is_in_line:
+                        waiter.turn.release()
+
+    @property
+    def waiting(self) -> list[AWaiter]:
+        """Who is in line. Nobody may wait, or have the turn."""
+        return list(self._queue)
+
+    def restore(self, waiters: Iterable[AWaiter]) -> None:
+        """Have waiters in line whose threads have yet to come (`get`). Before anybody else does."""
+        for waiter in waiters:
+            self._line_up(waiter)
+
+    def _line_up(self, waiter: AWaiter) -> None:
+        """Requires _lock, or that nobody else is there."""
+        waiter.is_in_line = True
+        waiter.turn.acquire()
+        self._queue.append(waiter)
 
     def take(self) -> bool:
         """Take the turn if nobody has it; returns whether it was free. Never waits."""
         with self._lock:
-            was_taken, self._taken = self._taken, True
-        return not was_taken
+            return self._take()
+
+    def _take(self) -> bool:
+        """Requires _lock."""
+        if self._taken or self.resting:
+            return False
+        self._taken = True
+        return True
 
     def join(self, waiter: AWaiter) -> bool:
         """Wait in line. Returns whether the caller has the turn now, to pass it on."""
         with self._lock:
             self._queue.append(waiter)
-            was_taken, self._taken = self._taken, True
-        return not was_taken
+            return self._take()
 
     def get(self, waiter: AWaiter, deadline: float) -> bool:
-        """Wait for the turn until `deadline` (`time.monotonic`); returns whether it came."""
+        """Wait for the turn until `deadline` (`time.monotonic`); returns whether it came.
+
+        Raises `Resting`; the waiter stays in line.
+        """
         with self._lock:
-            if not self._taken:
+            if not waiter.is_in_line:  # as it is if it was restored
+                if not self._taken and (self.resting or not self._queue):
+                    self._taken = True
+                    return True
+                self._line_up(waiter)
+            elif not self._taken:
                 self._taken = True
-                return True
-            waiter.turn.acquire()
-            self._queue.append(waiter)
-        if waiter.turn.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                self._queue.popleft().turn.release()
+            if self.resting:
+                raise Resting
+        came = waiter.turn.acquire(timeout=max(0.0, deadline - time.monotonic()))
+        if came and not self.resting:
             return True
         with self._lock:
             if waiter in self._queue:
+                if self.resting:
+                    raise Resting
                 self._queue.remove(waiter)
                 return False
         # It came at the last moment, and whoever passes it on may still be at work for the waiter.
-        return waiter.turn.acquire()
+        return came or waiter.turn.acquire()
 
     def next(self) -> AWaiter | None:
         """Return whose turn it is now; after None it is nobody's. Requires the turn.
@@ -65,7 +112,7 @@ class Turns(Generic[AWaiter]):
         The caller keeps it until it releases `turn`. If it gives the turn to nobody, it calls this again.
         """
         with self._lock:
-            if self._queue:
+            if self._queue and not self.resting:
                 return self._queue.popleft()
             self._on_idle()
             self._taken = False

@@ -52,6 +52,11 @@ class Charge:
         self._thing = thing
         self._number = number
 
+    @property
+    def number(self) -> int:
+        """How many are counted."""
+        return self._number
+
     def give_back(self) -> None:
         """Count it no more."""
         number, self._number = self._number, 0
@@ -103,6 +108,11 @@ class User:
     def charge(self, thing: Thing, number: int = 1) -> Charge:
         """Count some more of something. Raises `LimitReached`, and then nothing is counted."""
         self.count(thing, number)
+        return Charge(self, thing, number)
+
+    def charge_again(self, thing: Thing, number: int = 1) -> Charge:
+        """Count what was counted in the process before, whatever the limits say."""
+        self._users.add(self, thing, number)
         return Charge(self, thing, number)
 
     def count(self, thing: Thing, number: int) -> None:
@@ -174,14 +184,35 @@ class Users:
                     raise LimitReached(f"the limit of {total} {_CALLED[thing]} is reached")
                 if user.uid != ROOT and user.has[thing] + number > each:
                     raise LimitReached(f"the limit of {each} {_CALLED[thing]} for one user is reached")
-            user.has[thing] += number
-            self._total[thing] += number
-            assert user.has[thing] >= 0, f"{-number} {thing} of user {user.uid} are given back too often"
-            if thing in _PRESENCE:
-                self._present[user.uid] += number
-                if not self._present[user.uid]:
-                    del self._present[user.uid]
-                self.several = len(self._present) > 1
+            self._add(user, thing, number)
+
+    def add(self, user: User, thing: Thing, number: int) -> None:
+        """Count more of something for a user, whatever the limits say."""
+        with self._lock:
+            self._add(user, thing, number)
+
+    def _add(self, user: User, thing: Thing, number: int) -> None:
+        """Requires _lock."""
+        user.has[thing] += number
+        self._total[thing] += number
+        assert user.has[thing] >= 0, f"{-number} {thing} of user {user.uid} are given back too often"
+        if thing in _PRESENCE:
+            self._present[user.uid] += number
+            if not self._present[user.uid]:
+                del self._present[user.uid]
+            self.several = len(self._present) > 1
+
+    def state(self) -> dict[int, float]:
+        """Return how many requests each user may make at once, fewer than none if it owes some, by uid."""
+        rate, now = self.request_rate, time.monotonic()
+        with self._lock:
+            return {uid: user.requests.left(rate, now) for uid, user in self._users.items()}
+
+    def restore(self, state: dict[int, float]) -> None:
+        """Go on where the process before stood. Before there are users."""
+        now = time.monotonic()
+        for uid, left in state.items():
+            self.of(uid).requests.restore(left, now)
 
     @property
     def request_rate(self) -> int:

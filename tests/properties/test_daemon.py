@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from tests.properties.model import Client, Session, Vm, close_all, settle
-from tests.wire.daemon import Daemon
+from tests.wire.daemon import Daemon, ManagedDaemon
 from tests.wire.support import (
     ACK,
     ERROR,
@@ -89,6 +89,7 @@ class World(RuleBasedStateMachine):
         self.clients: list[Client] = []
         self.vms: list[Vm] = []  # dead ones included
         self.registered: dict[str, Vm] = {}
+        self.replacements = 1  # they take half a second each
         self.patience = 1  # commands may be left unanswered so often: that takes its time
 
     # What there is --------------------------------------------------------------------------------------
@@ -410,6 +411,14 @@ class World(RuleBasedStateMachine):
 
     # All ------------------------------------------------------------------------------------------------
 
+    @precondition(lambda self: self.replacements)
+    @rule()
+    def replaced(self) -> None:
+        """Another process goes on with everything, wherever it stood."""
+        self.done["replaced"] += 1
+        self.replacements -= 1
+        self.daemon.replace()
+
     @rule()
     def settle(self) -> None:
         """All that was sent arrives, and dead VMs' clients read the end."""
@@ -464,7 +473,9 @@ def run_world(tables: str, directory: Path, done: Counter[str]) -> None:
         base = base.replace("ready_ping_after = 50", "ready_ping_after = 0.001").replace(
             "echo_timeout = 60\n", ""
         )
-    with Daemon.configured(directory, base + tables) as daemon:
+    # Without a service manager the next process is started by the one before; with one, by that.
+    kind = ManagedDaemon if tables == "window = 0" else Daemon.configured
+    with kind(directory, base + tables) as daemon:
 
         class WorldOfThis(World):
             def __init__(self) -> None:

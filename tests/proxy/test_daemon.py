@@ -176,7 +176,9 @@ class Desk:
         monkeypatch.setattr(daemon, "_wake", lambda: self.signals.insert(0, signal.SIGALRM))
         monkeypatch.setattr(signal, "setitimer", lambda *_: None)
         me: Any = self
-        host = Host(self.read_settings, str, cast(Notifier, self.manager), cast(Logging, self.manager), me)
+        host = Host(
+            self.read_settings, str, cast(Notifier, self.manager), cast(Logging, self.manager), me, me
+        )
         self.supervisor = Supervisor(LiveSettings(Settings()), host, me, me, me)
 
     def monotonic(self) -> float:

@@ -89,6 +89,12 @@ class Service:
         self._changed.add(unit)
         self.box.run("systemctl", "daemon-reload")
 
+    def undo(self, unit: str = SERVICE) -> None:
+        """Change a unit back."""
+        self.box.path(_DROP_IN.format(unit)).unlink()
+        self._changed.discard(unit)
+        self.box.run("systemctl", "daemon-reload")
+
     def configure(self, text: str) -> None:
         """Write the settings file until the test ends."""
         self.box.write(SETTINGS, text)

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 from cc_proxy.api.status import shorten
+from tests.wire.successors import Adopted, Manager, adopt_orphans, dialers, reap
 from tests.wire.support import (
     EXECCMD,
     OK,
@@ -92,13 +93,14 @@ def start(
     *,
     prefix: Sequence[str] = (),
     pass_fds: Sequence[int] = (),
+    more: dict[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """For daemons that are to serve. All they say goes into a file, which never blocks them."""
-    with log_path.open("wb") as log:
+    with log_path.open("ab") as log:
         return subprocess.Popen(
             [*prefix, *COMMAND_LINE, *map(str, arguments)],
             cwd=CHECKOUT,
-            env=environment(),
+            env=environment() | (more or {}),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -121,13 +123,29 @@ class Daemon:
         self.socket_path = socket_path
         self.log_path = directory / "log"
         self._checked = 0
-        self.process = start(arguments, self.log_path, prefix=prefix, pass_fds=pass_fds)
+        self._dialers = dialers()  # of others
+        self.process: subprocess.Popen[bytes] | Adopted = self._start(arguments, prefix, pass_fds)
         try:
             self._wait_for_socket()
             self.fds, self.threads = self._at_rest()
         except BaseException:
             self.kill()
             raise
+
+    def _start(
+        self, arguments: Sequence[str | Path], prefix: Sequence[str], pass_fds: Sequence[int]
+    ) -> subprocess.Popen[bytes]:
+        return start(arguments, self.log_path, prefix=prefix, pass_fds=pass_fds)
+
+    def replace(self) -> None:
+        """Have another process go on with everything; returns when it does."""
+        adopt_orphans()
+        before = self.process
+        before.send_signal(signal.SIGUSR2)
+        assert before.wait(WAIT) == 0
+        with closing(self.connect()) as client:
+            self.process = Adopted(json.loads(client.ask("status"))["data"]["pid"])
+        assert self.pid != before.pid
 
     @classmethod
     def configured(cls, directory: Path, tables: str = PATIENT, *, prefix: Sequence[str] = ()) -> Self:
@@ -191,12 +209,13 @@ class Daemon:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+        reap(dialers() - self._dialers)
 
     def _wait_for_socket(self) -> None:
         for _ in range(2000):
             try:
                 assert self._serves()
-            except (FileNotFoundError, ConnectionRefusedError):
+            except (FileNotFoundError, ConnectionError):
                 pass
             else:
                 return
@@ -224,6 +243,42 @@ class Daemon:
 
         wait_until(is_steady, "a daemon at rest")
         return samples[-1]
+
+
+class ManagedDaemon(Daemon):
+    """One that a service manager starts, and starts again."""
+
+    def __init__(self, directory: Path, tables: str = PATIENT, *, most_fds: int = 8) -> None:
+        self.manager = Manager(directory, most_fds)
+        self._arguments: list[str | Path] = [
+            "--config",
+            write_config(directory, directory / "proxy.sock", tables),
+        ]
+        super().__init__(directory, self._arguments, socket_path=directory / "proxy.sock")
+
+    def _start(
+        self, arguments: Sequence[str | Path], prefix: Sequence[str], pass_fds: Sequence[int]
+    ) -> subprocess.Popen[bytes]:
+        manager = self.manager
+        fds = [fd for _, fd in manager.fds]
+        return start(
+            arguments, self.log_path, prefix=manager.prefix(), pass_fds=fds, more=manager.environment
+        )
+
+    def replace(self) -> None:
+        """Have it end, and start it again with what is kept."""
+        self.process.send_signal(signal.SIGUSR2)
+        assert self.process.wait(WAIT) == 0
+        self.start_again()
+
+    def start_again(self) -> None:
+        """Start the next process with what is kept."""
+        self.process = self._start(self._arguments, (), ())
+        self._wait_for_socket()
+
+    def kill(self) -> None:
+        super().kill()
+        self.manager.close()
 
 
 @dataclass

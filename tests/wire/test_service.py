@@ -38,7 +38,10 @@ class Manager:
         self._sock.settimeout(WAIT)
 
     def next(self) -> list[str]:
-        return self._sock.recv(4096).decode().split("\n")
+        """What is said next, but for what only concerns fds, of which this manager keeps none."""
+        while (said := self._sock.recv(4096).decode().split("\n"))[0] in ("FDSTORE=1", "BARRIER=1"):
+            pass
+        return said
 
     def read_all(self) -> None:
         """What has been sent by now."""

@@ -1,6 +1,7 @@
 """One client's connection: passes requests to the handlers, and sends responses (docs/protocol.md, 1)."""
 
 import array
+import contextlib
 import errno
 import os
 import select
@@ -13,10 +14,12 @@ from cc_proxy.api.errors import ProtocolError
 from cc_proxy.api.fdpassing import TAG
 from cc_proxy.api.messages import MessageParser
 from cc_proxy.api.transport import limit_receive, limit_send
-from cc_proxy.linux.fds import is_for_now
+from cc_proxy.linux.fds import Fd, is_for_now
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers, Reply, failure
+from cc_proxy.proxy.clients.state import ConnectionState
+from cc_proxy.proxy.rest import Rest, Resting
 from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.users import Charge, LimitReached
 from cc_proxy.settings import Limits
@@ -32,6 +35,8 @@ _LARGEST_READ = 64 * 1024
 _UNCOUNTED = 4 * 1024
 #: The most bytes in one send. The kernel splits longer ones, and its timeout starts anew with each piece.
 _LARGEST_SEND = 32 * 1024
+#: Seconds after which a thread that waits looks whether it is to come to rest.
+_LOOK_UP = 0.1
 #: A plain int, because converting the enum takes longer than the rest of a send.
 _DONTWAIT = int(socket.MSG_DONTWAIT)
 
@@ -42,6 +47,7 @@ class After(Enum):
     PARK = auto()  # its client is silent
     THREAD = auto()  # what comes next may take time
     END = auto()
+    REST = auto()  # another process goes on with it
 
 
 class Connection:
@@ -53,7 +59,12 @@ class Connection:
     """
 
     def __init__(
-        self, sock: socket.socket, client: ClientInfo, handlers: Handlers, limits: Callable[[], Limits]
+        self,
+        sock: socket.socket,
+        client: ClientInfo,
+        handlers: Handlers,
+        limits: Callable[[], Limits],
+        rest: Rest,
     ) -> None:
         self.client = client
         #: What becomes of it next.
@@ -61,6 +72,8 @@ class Connection:
         self._sock = sock
         self._handlers = handlers
         self._limits = limits
+        self._rest = rest
+        self._deadline: float | None = None  # of the message, or the response, that is unfinished
         self._parser = MessageParser()
         self._spin = Spin()
         # What the parking thread leaves to a worker: a request, and the seconds to wait before answering it;
@@ -88,6 +101,35 @@ class Connection:
     def sock(self) -> socket.socket:
         """The socket. The server closes it."""
         return self._sock
+
+    # Between two processes --------------------------------------------------------------------------------
+
+    def hand_over(self, vm: int | None) -> ConnectionState:
+        """Give up everything as a value, for `restore`. `vm` says which one it is attached to."""
+        return ConnectionState(
+            fd=Fd(self._sock.detach()),
+            number=self.client.number,
+            vm=vm,
+            unread=self._parser.unread,
+            text=self._text,
+            delay=self._delay,
+            unsent=bytes(self._unsent),
+            passed=Fd(self._passed.detach()) if self._passed else None,
+            left=None if self._deadline is None else self._deadline - time.monotonic(),
+            counted=self._charge.number if self._charge else 0,
+        )
+
+    def restore(self, state: ConnectionState) -> None:
+        """Go on where the process before stood; `after` says how. Before any thread serves it."""
+        self._parser.receive_data(state.unread)
+        self._text, self._delay, self._unsent = state.text, state.delay, state.unsent
+        self.client.resumes = state.text is not None
+        self._passed = socket.socket(fileno=state.passed.number) if state.passed else None
+        self._deadline = None if state.left is None else time.monotonic() + state.left
+        if state.counted:
+            self._charge = self.client.user.charge_again("request_bytes", state.counted)
+        begun = state.unread or state.unsent or state.passed or state.text is not None
+        self.after = After.THREAD if begun else After.PARK
 
     # Parking thread ---------------------------------------------------------------------------------------
 
@@ -144,8 +186,8 @@ class Connection:
         self._send_rest()
         if self._text is not None:
             self._answer(self._text)
-            self._text = None
         while not isinstance(text := self._next_text(), After):
+            self._text = text
             self._delay = self.client.user.delay()
             self._answer(text)
             del text  # not to be kept while the client is silent
@@ -153,14 +195,26 @@ class Connection:
 
     def _answer(self, text: bytes) -> None:
         if self._delay:
-            time.sleep(self._delay)
+            self._sleep_for_delay()
+        self._rest.check()
         reply = self._handlers.answer(self.client, text)
+        self._text, self.client.resumes = None, False
         self._uncount()
         if len(reply.message) > _UNCOUNTED:
             reply = self._count(reply)
         if not self._send_at_once(reply):
             self._send_rest()
         self._uncount()
+
+    def _sleep_for_delay(self) -> None:
+        """Raises `Resting`, and what is left of the delay is kept."""
+        until = time.monotonic() + self._delay
+        try:
+            self._rest.sleep(self._delay)
+        except Resting:
+            self._delay = max(0.0, until - time.monotonic())
+            raise
+        self._delay = 0.0
 
     def _next_text(self) -> bytes | After:
         """Return the next request's text.
@@ -193,7 +247,7 @@ class Connection:
     def _finish_text(self) -> bytes | None:
         """Return the text of a message that has begun to arrive; None if the client closes in the middle."""
         parser = self._parser
-        deadline = time.monotonic() + self._limits().message_timeout
+        deadline = self._begin_deadline()
         while (text := parser.next_text()) is None:
             missing = parser.missing
             if missing > _UNCOUNTED and self._charge is None:
@@ -204,8 +258,15 @@ class Connection:
             parser.receive_data(data)
             if parser.missing:
                 self._pace()
+        self._deadline = None
         limit_receive(self._sock, _LINGER)
         return text
+
+    def _begin_deadline(self) -> float:
+        """Return until when a message, or a response, has to be through, if it has just begun."""
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._limits().message_timeout
+        return self._deadline
 
     def _pace(self) -> None:
         """Count a piece of a message like a request, and wait if the user has to.
@@ -214,14 +275,15 @@ class Connection:
         from all others.
         """
         if delay := self.client.user.delay():
-            time.sleep(delay)
+            self._rest.sleep(delay)
 
     def _receive_by(self, deadline: float, size: int) -> bytes:
-        left = deadline - time.monotonic()
         try:
-            if left > 0:
-                limit_receive(self._sock, left)
-                return self._sock.recv(size)
+            while (left := deadline - time.monotonic()) > 0:
+                self._rest.check()
+                limit_receive(self._sock, min(left, _LOOK_UP))
+                with contextlib.suppress(BlockingIOError):
+                    return self._sock.recv(size)
             # The rest may have come in time, while this process was stopped.
             return self._sock.recv(size, _DONTWAIT)
         except BlockingIOError:
@@ -232,7 +294,8 @@ class Connection:
 
         A client that still writes when its connection is closed gets an error for that, and never reads why.
         """
-        deadline = time.monotonic() + self._limits().message_timeout
+        self._deadline = None
+        deadline = self._begin_deadline()
         rest = self._parser.missing
         try:
             self._unsent = failure(why).message
@@ -241,17 +304,21 @@ class Connection:
             while rest and (data := self._receive_by(deadline, min(rest, _LARGEST_READ))):
                 rest -= len(data)
                 self._pace()
-        except (OSError, ProtocolError):
+        except (OSError, ProtocolError, Resting):
             pass  # the client has gone, or takes too long
 
     def _send_rest(self) -> None:
         """Send the rest of a response. Raises `OSError` if the client does not read it in time."""
-        deadline = time.monotonic() + self._limits().message_timeout
+        if not self._unsent and not self._passed:
+            return
+        deadline = self._begin_deadline()
         while (self._unsent or self._passed) and (left := deadline - time.monotonic()) > 0:
-            limit_send(self._sock, left)
+            self._rest.check()
+            limit_send(self._sock, min(left, _LOOK_UP))
             self._send_some(0)
         if self._unsent or self._passed:
             raise TimeoutError(errno.ETIMEDOUT, "a response was not taken in time")
+        self._deadline = None
 
     # Either -----------------------------------------------------------------------------------------------
 
@@ -262,6 +329,9 @@ class Connection:
             self.after = step()
             if self.after is not After.END:
                 return
+        except Resting:
+            self.after = After.REST
+            return
         except ProtocolError as error:
             reason = str(error)
             logger.warning("client broke the protocol", extra={**self.client.fields, "error": reason[:200]})

@@ -56,6 +56,8 @@ class ClientInfo:
     who: Credentials
     user: User
     vm: Vm | None = field(default=None)
+    #: Whether the request that it waits for was begun by the process before.
+    resumes: bool = field(default=False)
     #: Returns whether the client has not hung up. Any thread.
     is_here: Callable[[], bool] = field(default=lambda: True)
 
@@ -139,7 +141,7 @@ class Handlers:
     def answer(self, client: ClientInfo, text: bytes) -> Reply:
         """Carry out the request in a message's text, however long that takes; returns its reply.
 
-        Raises `ProtocolError` if the text is not a JSON object.
+        Raises `ProtocolError` if the text is not a JSON object; `Resting` if it is to be asked once more.
         """
         reply = self._answer(client, text, may_wait=True)
         assert reply
@@ -182,7 +184,7 @@ class Handlers:
     def _hello(self, client: ClientInfo, hello: Hello) -> Reply:
         if not (hello.container_id and hello.ctl_serial and hello.io_serial):
             raise Refusal("malformed hello command")
-        client.vm = self._registry.register(hello, client.who, client.is_here)
+        client.vm = self._registry.register(hello, client.who, client.is_here, client.number)
         return _ATTACHED
 
     def _attach(self, client: ClientInfo, attach: Attach) -> Reply:
@@ -214,8 +216,9 @@ class Handlers:
         if code is None:
             raise Refusal(f"unknown command '{hyper.hyper_name}'")
         data = b"" if isinstance(hyper.data, UnsetType) else bytes(hyper.data)
-        with client.user.charge("commands"):
-            client.vm.command(code, data)
+        charge = client.user.charge_again if client.resumes else client.user.charge
+        with charge("commands"):
+            client.vm.command(code, data, client.number)
         return _DONE
 
     def _status(self, client: ClientInfo, _asked: GetStatus) -> Reply:

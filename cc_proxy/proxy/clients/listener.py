@@ -7,9 +7,10 @@ import socket
 import stat
 from collections.abc import Iterator
 
-from cc_proxy.linux.fds import refuse_rights
+from cc_proxy.linux.fds import Fd, refuse_rights
 from cc_proxy.linux.socketfile import MAX_SOCKET_PATH, Identity, identity, locked, remove_stale
 from cc_proxy.log.levels import logger
+from cc_proxy.proxy.clients.state import ListenerState
 
 #: The most connections that wait to be accepted.
 _BACKLOG = 4096
@@ -49,6 +50,16 @@ class Listener:
     def bind(cls, path: str, *, for_all: bool = False) -> "Listener":
         """Listen at `path`, for the daemon's own group or for all users. Raises `ListenError`."""
         return cls(_listen(path, for_all=for_all), path, for_all=for_all)
+
+    @classmethod
+    def from_state(cls, state: ListenerState) -> "Listener":
+        """Return one that goes on where the process before stood."""
+        return cls(socket.socket(fileno=state.fd.number), state.path, for_all=state.for_all)
+
+    def hand_over(self) -> ListenerState:
+        """Give up the socket, and its place in the file system, as a value for `from_state`."""
+        path, self._path = self._path, None
+        return ListenerState(Fd(self.socket.detach()), path if self.own else None, self._for_all)
 
     def look_after(self) -> None:
         """Check that the socket's file is still there, and log it if not. Never raises.

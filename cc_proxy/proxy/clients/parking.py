@@ -52,14 +52,23 @@ class Parking(Generic[P]):
         """Start the thread. Main thread."""
         self._thread.start()
 
-    def close(self) -> None:
-        """End the thread. Connections that are still parked are the caller's again. Main thread."""
+    def stop(self) -> None:
+        """End the thread: what is parked, and will be, waits until `close`. Main thread."""
         self._closing = True
         if self._thread.ident is not None:
             os.eventfd_write(self._wake, 1)
             self._thread.join()
+
+    def close(self) -> None:
+        """Watch no more; whatever is still parked is the caller's again. Main thread."""
+        self.stop()
         self._epoll.close()
         os.close(self._wake)
+
+    @property
+    def parked(self) -> list[P]:
+        """What waits here. After `stop`."""
+        return list(self._parked.values())
 
     def park(self, connection: P) -> None:
         """Park a connection. The caller must not touch it after that.

@@ -8,6 +8,8 @@ import socketserver
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from cc_proxy.access import may_connect
@@ -20,10 +22,14 @@ from cc_proxy.proxy.clients.connection import After, Connection
 from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers, failure
 from cc_proxy.proxy.clients.listener import Listener
 from cc_proxy.proxy.clients.parking import Parking
+from cc_proxy.proxy.clients.state import ServerState
 from cc_proxy.proxy.clients.status import About
 from cc_proxy.proxy.clients.workers import Workers
+from cc_proxy.proxy.rest import Rest
 from cc_proxy.proxy.users import Charge, LimitReached
 from cc_proxy.proxy.vms.registry import Registry
+from cc_proxy.proxy.vms.state import RegistryState
+from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import Limits, LiveSettings
 
 #: Seconds after which a thread that waits for the GIL asks for it. With CPython's default, 5 ms, each request
@@ -33,6 +39,8 @@ _SWITCH_INTERVAL = 0.001
 _STOP_POLL = 0.25
 #: Seconds to wait after accept(2) has failed, mostly because no fd or memory is left.
 _SHORTAGE_PAUSE = 0.1
+#: Seconds between two looks for hellos that have begun while all come to rest.
+_LOOK_UP = 0.02
 _NO_THREAD = "the daemon cannot start another thread"
 
 
@@ -63,6 +71,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._connections: dict[socket.socket, Charge] = {}
         self._empty = threading.Event()  # set while there are no connections
         self._empty.set()
+        self._registry = registry
+        self._rest = Rest()
+        self._resting: list[Connection] = []  # those whose threads have come to rest; any thread appends
+        self._restored: deque[Connection] = deque()  # until `start`
         self._workers = Workers()
         #: Where silent connections wait.
         self.parking: Parking[Connection] = Parking(self._on_leave)
@@ -77,6 +89,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def start(self) -> None:
         """Start the accept thread and the parking thread."""
         sys.setswitchinterval(_SWITCH_INTERVAL)
+        self._go_on()
         self.parking.start()
         self.turned_at = time.monotonic()
         self._thread.start()
@@ -95,6 +108,64 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self._accept_waiting()
         self.socket.close()
         self._shut_down_connections(socket.SHUT_RD)
+
+    def rest(self, timeout: float) -> bool:
+        """Stop to accept, and have all threads leave what they are at; returns whether they have in time.
+
+        Clients that connect wait in the socket's backlog. `hand_over` is next.
+        """
+        deadline = time.monotonic() + timeout
+        self._stopping.set()
+        self.shutdown()
+        self._thread.join()
+        self.parking.stop()
+        self._rest.begin()
+        self._workers.close()
+        while True:
+            self._registry.rest()  # again and again, for a hello may just have begun
+            if self._workers.join(_LOOK_UP):
+                return True
+            if time.monotonic() >= deadline:
+                return False
+
+    def hand_over(self) -> tuple[ServerState, RegistryState]:
+        """Give up the connections, and the VMs with them, as values for `restore`. After `rest`."""
+        connections = [*self.parking.parked, *self._resting]
+        attached = [each.client.vm for each in connections if each.client.vm]
+        vms, numbers = self._registry.hand_over(attached)
+        state = ServerState(
+            listener=self._listener.hand_over(),
+            connections=[
+                each.hand_over(numbers[each.client.vm] if each.client.vm else None) for each in connections
+            ],
+            next_number=next(self._numbers),
+        )
+        return state, vms
+
+    def restore(self, state: ServerState, vms: Sequence[Vm]) -> None:
+        """Go on with the connections of the process before; `vms` are the registry's. Before `start`."""
+        self._numbers = itertools.count(state.next_number)
+        for each in state.connections:
+            sock = socket.socket(fileno=each.fd.number)
+            sock.setblocking(True)
+            who = Credentials.of_peer(sock)
+            user = self._users.of(who.uid)
+            self._connections[sock] = user.charge_again("connections")
+            client = ClientInfo(each.number, who, user, None if each.vm is None else vms[each.vm])
+            connection = Connection(sock, client, self._handlers, self._limits, self._rest)
+            connection.restore(each)
+            self._restored.append(connection)
+        if self._connections:
+            self._empty.clear()
+
+    def _go_on(self) -> None:
+        """Serve the connections that were restored."""
+        while self._restored:
+            connection = self._restored.popleft()
+            if connection.after is After.PARK:
+                self._park(connection)
+            else:
+                self._on_leave(connection)
 
     def join_connections(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds for all connections to end; returns whether they have."""
@@ -186,7 +257,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 self._empty.clear()
             user.note_connection()
             client = ClientInfo(next(self._numbers), who, user)
-            self._park(Connection(request, client, self._handlers, self._limits))
+            self._park(Connection(request, client, self._handlers, self._limits, self._rest))
         except (LimitReached, OSError) as error:
             self._turn_away(request, who, str(error))
         except RuntimeError:
@@ -231,6 +302,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         try:
             if connection.converse():
                 self._park(connection)
+            elif connection.after is After.REST:
+                self._resting.append(connection)
             else:
                 self._close(connection.sock)
         except Exception:

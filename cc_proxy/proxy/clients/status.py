@@ -40,6 +40,8 @@ class About:
 
     #: Returns the path of the settings file; empty if there is none. Any thread.
     settings_file: Callable[[], str] = str
+    #: How often the daemon has been replaced by another process, its VMs and clients staying.
+    replacements: int = 0
     started: float = field(default_factory=time.monotonic)
 
 
@@ -55,6 +57,7 @@ def describe(about: About, registry: Registry, asker: Credentials, attached: Ite
         version=__version__,
         pid=os.getpid(),
         uptime=time.monotonic() - about.started,
+        replacements=about.replacements,
         settings_file=about.settings_file(),
         log_level=current_level(),
         connections=clients.total(),

@@ -11,19 +11,21 @@ waits for the agent's acknowledgement is not read either.
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from cc_proxy.api.status import Streams
-from cc_proxy.linux.fds import close_stream
+from cc_proxy.linux.fds import Fd, close_stream
 from cc_proxy.linux.selector import NOTHING_ELSE, READ, WRITE
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
+from cc_proxy.proxy.streams.handover import give_up, take_over
 from cc_proxy.proxy.streams.interfaces import Beside, Lost, Owner, Pacing
 from cc_proxy.proxy.streams.mailbox import Mailbox
 from cc_proxy.proxy.streams.output import FramingLost, Output
 from cc_proxy.proxy.streams.pacer import Pacer
 from cc_proxy.proxy.streams.routes import Routes
 from cc_proxy.proxy.streams.session import Session
+from cc_proxy.proxy.streams.state import ChannelState
 from cc_proxy.proxy.streams.stats import describe_streams
 from cc_proxy.proxy.streams.stdin import Stdin
 from cc_proxy.proxy.streams.watch import Ready, Watch
@@ -81,6 +83,31 @@ class Channel:
         self._io_open = True
         self._finish_at: float | None = None
         self._finish_cause = ""
+
+    # Between two processes --------------------------------------------------------------------------------
+
+    def hand_over(self) -> ChannelState:
+        """Give up the I/O socket and the sessions as a value, for `restore`; nothing else is closed by this.
+
+        No thread may drive the channel any more.
+        """
+        finish_in = None if self._finish_at is None else self._finish_at - time.monotonic()
+        streams = give_up(self._sessions, self._routes, self._output, self._stdin, self._pacer)
+        io = Fd(self._io.detach()) if self._io_open else None
+        self._watch.close()
+        self._let_go()
+        return ChannelState(io, finish_in, self._finish_cause, streams)
+
+    def restore(self, state: ChannelState, sessions: Sequence[Session]) -> None:
+        """Go on where another channel of this VM stood. `sessions` are those of the state, in its order.
+
+        Before anybody drives it. Raises `OSError`.
+        """
+        self._sessions.update(sessions)
+        take_over(state.streams, sessions, self._routes, self._output, self._stdin, self._pacer)
+        if state.finish_in is not None:
+            self.finish_by(time.monotonic() + state.finish_in, state.finish_cause)
+        self._watch_io()
 
     # Turn by turn -----------------------------------------------------------------------------------------
 

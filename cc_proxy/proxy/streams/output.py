@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from cc_proxy.api.frames import FRAME_HEADER
 from cc_proxy.hyperstart.frames import HEADER_SIZE, Batch, Buffer, gather
@@ -64,6 +64,20 @@ class Output:
         self.strays = 0
         #: How often the VM had to wait because the spool did not take what a client did not read.
         self.pauses = 0
+
+    @property
+    def unfinished(self) -> bytes:
+        """What has been read of a frame that has not arrived whole."""
+        return bytes(self._view[self._start : self._stop])
+
+    def restore(self, unfinished: bytes, sessions: Iterable[Session]) -> None:
+        """Go on behind what another one had read, with what waited for clients there."""
+        self._stop = len(unfinished)
+        self._view[: self._stop] = unfinished
+        for session in sessions:
+            if session.stuck:
+                self._stuck.add(session)
+            self._settle(session)
 
     def read(self) -> int:
         """Read once and deliver what came; returns how many bytes that was, 0 at end of file.

@@ -13,12 +13,13 @@ agent the pacer just waits.
 import functools
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from cc_proxy.hyperstart.pacing import FIRST_MARKER, LOSSLESS, LOSSLESS_WINDOW, StdinWindow, marked_stream
 from cc_proxy.linux.fds import untaken
 from cc_proxy.proxy.streams.interfaces import Acknowledge
 from cc_proxy.proxy.streams.session import Session
+from cc_proxy.proxy.streams.state import PacerState
 
 #: Seconds until the second look whether the VM has taken everything, which nothing announces. Each later
 #: look waits twice as long.
@@ -71,6 +72,22 @@ class Pacer:
         if self._is_lossless:
             window.widen(LOSSLESS_WINDOW)
         return window.room
+
+    def restore(self, state: PacerState, sessions: Iterable[Session]) -> None:
+        """Go on where another one stood; its markers may still come back, or are asked for again.
+
+        Commands that were on their way stand for nothing any more.
+        """
+        self.frames, self.markers, self._handled = state.frames, state.markers, state.handled
+        self._echoes_in_a_row = state.echoes_in_a_row
+        if state.lossless:
+            self._be_lossless()
+        ask_at = time.monotonic() + self._echo_timeout
+        self.asked = {session: ask_at for session in sessions if session.window and session.window.asked}
+
+    def state(self) -> PacerState:
+        """Return where it stands, for `restore`."""
+        return PacerState(self.frames, self.markers, self._handled, self._echoes_in_a_row, self._is_lossless)
 
     def sent(self, session: Session, payload_bytes: int) -> bytes | None:
         """Count what was sent; returns a marker if one has to be sent after it.

@@ -7,7 +7,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 
@@ -20,6 +20,7 @@ from cc_proxy.proxy.streams.interfaces import Beside, Owner, Pacing
 from cc_proxy.proxy.streams.mailbox import Mailbox
 from cc_proxy.proxy.streams.session import Session
 from cc_proxy.proxy.streams.spool import is_at_disk
+from cc_proxy.proxy.streams.state import ChannelState
 
 
 class Pump:
@@ -50,6 +51,7 @@ class Pump:
         except BaseException:
             self._mailbox.close()
             raise
+        self._resting = False  # set by the pump's thread
         self._probed = False  # set by the watchdog's thread, taken back by the pump's
         name = f"pump {owner.container_id[:32]}"
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -103,6 +105,29 @@ class Pump:
         """End now, whatever waits."""
         self._mailbox.post(self._channel.abort)
 
+    def rest(self) -> None:
+        """End the thread after the turn that it is at, and close nothing. `join` and `hand_over` are next."""
+
+        def leave() -> None:
+            self._resting = True
+
+        self._mailbox.post(leave)
+
+    def hand_over(self) -> ChannelState | None:
+        """Return what the thread would have gone on with; None if all was over. After `rest` and `join`.
+
+        Nobody may leave calls for it any more.
+        """
+        if not self._resting or not self._channel.is_in_use:
+            return None
+        self._mailbox.make_calls()
+        self._mailbox.close()
+        return self._channel.hand_over()
+
+    def restore(self, state: ChannelState, sessions: Sequence[Session]) -> None:
+        """Go on where another pump of this VM stood (`Channel.restore`). Before `start`."""
+        self._channel.restore(state, sessions)
+
     def join(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds for the thread's end; returns whether it has ended."""
         try:
@@ -134,13 +159,15 @@ class Pump:
     # Pump thread ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        self._contain(self._copy)
+        if self._resting and self._channel.is_in_use:
+            return
         with contextlib.ExitStack() as last_first:
             last_first.callback(self._owner.ended)
             last_first.callback(self._contain, self._close)
             # These two have something to do only after an error: what had arrived is still delivered.
             last_first.callback(self._contain, self._copy)
             last_first.callback(self._contain, self._channel.finish_reading)
-            last_first.callback(self._contain, self._copy)
 
     def _contain(self, step: Callable[[], None]) -> None:
         """An error that nobody expected costs this VM."""
@@ -152,7 +179,7 @@ class Pump:
 
     def _copy(self) -> None:
         channel = self._channel
-        while channel.is_in_use:
+        while channel.is_in_use and not self._resting:
             ready = channel.wait()
             with self._one_at_a_time():
                 channel.serve(ready)

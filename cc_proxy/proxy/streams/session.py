@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.hyperstart.splitter import StdinSplitter
-from cc_proxy.linux.fds import Piece, close_stream, cut, is_for_now, receive_into, send_pieces, unread
+from cc_proxy.linux.fds import Fd, Piece, close_stream, cut, is_for_now, receive_into, send_pieces, unread
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.streams.spool import Spool
+from cc_proxy.proxy.streams.state import SessionState
 
 #: The errors of a socket whose client has gone.
 _GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
@@ -75,6 +76,41 @@ class Session:
         self.stdin_open = True
         #: Whether the client cannot take output any more.
         self.output_gone = False
+
+    def hand_over(self, *, expected: bool) -> SessionState:
+        """Give up everything as a value, for `restore`. `expected` is what the routes know of it."""
+        now = time.monotonic()
+        return SessionState(
+            fd=Fd(self._sock.detach()),
+            first_seq=self.seqs.start,
+            seqs=len(self.seqs),
+            uid=self.uid,
+            pid=self.pid,
+            expected=expected,
+            started=self.is_started,
+            stdin_open=self.stdin_open,
+            output_gone=self.output_gone,
+            splitter=self.splitter.state(),
+            window=self.window.state() if self.window else None,
+            pending=b"".join(self.pending),
+            stuck=self.stuck,
+            spool=self._spool.hand_over(),
+            patience=self._patience,
+            patient=None if self.patient_until is None else self.patient_until - now,
+            idle=now - self.idle_since,
+        )
+
+    def restore(self, state: SessionState) -> None:
+        """Go on where another one of these streams stood."""
+        now = time.monotonic()
+        self.splitter.restore(state.splitter)
+        self._spool.restore(state.spool)
+        self.pending = (state.pending,) if state.pending else ()
+        self.stuck = state.stuck
+        self._patience, self._patience_at = state.patience, now - state.idle
+        self.patient_until = None if state.patient is None else now + state.patient
+        self.is_started = state.started
+        self.stdin_open, self.output_gone = state.stdin_open, state.output_gone
 
     # Output -----------------------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cc_proxy.linux.fds import IOV_MAX, Piece, cut
+from cc_proxy.linux.fds import IOV_MAX, Fd, Piece, cut
+from cc_proxy.proxy.streams.state import SpoolFile
 from cc_proxy.settings import LiveSettings, SpoolSettings
 
 #: The most `sendfile` is asked to move at once, so that one client's backlog does not hold up the others.
@@ -74,6 +75,11 @@ class SpoolSpace:
             self._count(taken, uid)
         return taken
 
+    def count(self, size: int, uid: int) -> None:
+        """Count what is held already, whatever the limits say."""
+        with self._lock:
+            self._count(size, uid)
+
     def give_back(self, size: int, uid: int) -> None:
         """Return `size` bytes that were taken for a user."""
         with self._lock:
@@ -104,6 +110,18 @@ class Spool:
         self._files: deque[_File] = deque()
         #: Bytes that wait.
         self.size = 0
+
+    def hand_over(self) -> list[SpoolFile]:
+        """Give up what waits, for `restore`."""
+        files = [SpoolFile(Fd(file.fd), file.size, file.start, file.stop) for file in self._files]
+        self._files.clear()
+        return files
+
+    def restore(self, files: Sequence[SpoolFile]) -> None:
+        """Take over what waited in another one."""
+        self._files.extend(_File(file.fd.number, file.size, file.start, file.stop) for file in files)
+        self.size = sum(file.stop - file.start for file in files)
+        self._space.count(self.held, self._uid)
 
     @property
     def held(self) -> int:

@@ -16,14 +16,7 @@ def describe_streams(sessions: Collection[Session], output: Output, stdin: Stdin
     waiting.sort(key=lambda stream: (not stream.holds_vm, -stream.idle))
     return Streams(
         sessions=len(sessions),
-        traffic=Traffic(
-            bytes_to_clients=output.bytes,
-            bytes_to_vm=stdin.bytes,
-            frames_to_clients=output.frames,
-            frames_to_vm=stdin.frames,
-            stray_frames=output.strays,
-            pauses=output.pauses,
-        ),
+        traffic=traffic_of(output, stdin),
         paused=output.paused,
         waiting=waiting[:MOST_LISTED],
         waiting_sessions=len(waiting),
@@ -32,6 +25,18 @@ def describe_streams(sessions: Collection[Session], output: Output, stdin: Stdin
         stdin_held=stdin.held,
         stdin_stalled=now - stdin.stalled_since if stdin.blocked else 0.0,
         stdin_unacknowledged=stdin.unacknowledged,
+    )
+
+
+def traffic_of(output: Output, stdin: Stdin) -> Traffic:
+    """Return what has passed so far."""
+    return Traffic(
+        bytes_to_clients=output.bytes,
+        bytes_to_vm=stdin.bytes,
+        frames_to_clients=output.frames,
+        frames_to_vm=stdin.frames,
+        stray_frames=output.strays,
+        pauses=output.pauses,
     )
 
 

@@ -67,6 +67,17 @@ class Stdin:
         return self._pacer.frames - self._pacer.markers
 
     @property
+    def to_vm(self) -> bytes:
+        """What waits for the VM to take it."""
+        return b"".join(self._to_vm)
+
+    def restore(self, to_vm: bytes) -> None:
+        """Go on with what waited for the VM in another one."""
+        if to_vm:
+            self._to_vm = (to_vm,)
+            self._block()
+
+    @property
     def held(self) -> int:
         """Bytes that wait for the VM to take them."""
         return sum(map(len, self._to_vm))
@@ -221,6 +232,11 @@ class Stdin:
         else:
             self._clients.add(session.fd, READ)
 
+    def _block(self) -> None:
+        self.blocked = True
+        self._stalled_at = time.monotonic()
+        self._look_at = self._stalled_at + _LOOK_INTERVAL
+
     def _send(self, pieces: Sequence[Piece]) -> None:
         if self._to_vm:
             self._to_vm = [*self._to_vm, *pieces]
@@ -229,9 +245,7 @@ class Stdin:
             return
         try:
             self._to_vm = send_pieces(self._io, pieces)
-            self.blocked = bool(self._to_vm)
-            if self.blocked:
-                self._stalled_at = time.monotonic()
-                self._look_at = self._stalled_at + _LOOK_INTERVAL
+            if self._to_vm:
+                self._block()
         except OSError as error:
             self.error = self.error or f"I/O channel: {os.strerror(error.errno or 0)}"

@@ -5,10 +5,11 @@ import re
 import socket
 from typing import Self
 
-from cc_proxy.linux.fds import unread
+from cc_proxy.linux.fds import Fd, unread
 from cc_proxy.log.levels import CONSOLE, logger
 from cc_proxy.log.printable import printable
 from cc_proxy.proxy.vms.dialer import Connected
+from cc_proxy.proxy.vms.state import ConsoleState
 
 _LONGEST_LINE = 1024
 #: Small, so that a console that floods does not hold up the VM's streams.
@@ -22,8 +23,14 @@ _LINE_END = re.compile(rb"[\r\n]+")
 class LineSplitter:
     """Splits a console's output into lines, and long ones into pieces. No I/O."""
 
-    def __init__(self) -> None:
-        self._rest = b""
+    def __init__(self, rest: bytes = b"") -> None:
+        """`rest` is a line that has begun."""
+        self._rest = rest
+
+    @property
+    def rest(self) -> bytes:
+        """The last line, if it has no end yet."""
+        return self._rest
 
     def receive_data(self, data: bytes) -> list[str]:
         """Take some output; returns the lines that it completes, without empty ones."""
@@ -64,6 +71,19 @@ class Console:
             fields = {"vm": vm, "console": path, "error": connected.console_error}
             logger.warning("console cannot be read", extra=fields)
         return cls(vm, connected.console) if connected.console else None
+
+    @classmethod
+    def from_state(cls, vm: str, state: ConsoleState) -> Self:
+        """Return one that goes on where another one stood."""
+        console = cls(vm, socket.socket(fileno=state.fd.number))
+        console._lines, console._last = LineSplitter(state.line), state.last
+        return console
+
+    def hand_over(self) -> ConsoleState | None:
+        """Give up the socket as a value, for `from_state`; None if it is closed."""
+        if self._sock.fileno() < 0:
+            return None
+        return ConsoleState(Fd(self._sock.detach()), self._lines.rest, self._last)
 
     def fileno(self) -> int:
         """The socket's fd."""

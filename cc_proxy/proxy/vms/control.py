@@ -7,16 +7,19 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Self
 
 from cc_proxy.api.transport import limit_receive
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import Command, ControlChannel, ControlMessage, OnAnswer, Quiz, ignore
 from cc_proxy.linux.fds import is_for_now
+from cc_proxy.proxy.rest import Resting
 from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.streams.interfaces import Beside, Lost
-from cc_proxy.proxy.turns import Turns, Waiter
+from cc_proxy.proxy.turns import Turns
+from cc_proxy.proxy.vms.commands import Posted, Transaction, commands_of, control_state, transactions_of
+from cc_proxy.proxy.vms.state import ControlState
 
 #: The most commands without an answer. After that no more are sent.
 _MOST_UNANSWERED = 64
@@ -25,7 +28,7 @@ _READ_SIZE = 512
 _LONG_READ = 64 * 1024
 #: Enough reads to empty a socket's buffer. A limit, because an agent may never stop sending.
 _MOST_LAST_READS = 512
-#: Seconds between two checks whether anybody still waits for the VM.
+#: Seconds between two checks whether anybody still waits, and is not to come to rest.
 _INTERVAL = 0.1
 _HUNG_UP = "the VM hung up its control channel"
 
@@ -40,20 +43,6 @@ class NoAnswer(Exception):
 
 class NotSent(NoAnswer):
     """The command was not sent, so there is no answer."""
-
-
-@dataclass(eq=False, slots=True)
-class Transaction(Waiter):
-    """A command that waits for its turn, for its answer, or for both."""
-
-    code: Code
-    payload: bytes
-    begun: float
-    on_answer: OnAnswer = ignore
-    #: Called if it cannot be sent. If there is no such call, some thread waits for the transaction.
-    on_refusal: Callable[[], None] | None = None
-    #: What was sent; None if that is still to be done.
-    command: Command | None = None
 
 
 class ControlLink:
@@ -78,11 +67,50 @@ class ControlLink:
         self._posted = 0  # commands that nobody waits for and that have no answer yet
         self._spin = Spin()
         self._end = _HUNG_UP  # the cause to give at end of file; set once at most
-        # By the thread that waits. Each thread adds and removes its own, which is atomic under the GIL.
+        # By the client that waits. Each one's thread adds and removes them, which is atomic under the GIL.
         self._waiting: dict[int, Transaction] = {}
+        self._is_to_close = False  # `close` was called while all came to rest
         self._unsolicited = select.epoll()
         self._unsolicited.register(sock, 0)
         self._watched_for = 0
+
+    # Between two processes --------------------------------------------------------------------------------
+
+    def rest(self) -> None:
+        """Have all who wait here leave with `Resting`, and what they wait for stay. Any thread."""
+        self._turns.rest()
+
+    def hand_over(self) -> ControlState | None:
+        """Give up the socket and all that waits as a value; None if the channel is closed. After `rest`.
+
+        Nobody may use the channel any more.
+        """
+        if self._unsolicited.closed or self._is_to_close:
+            self._shut()
+            return None
+        self._unsolicited.close()
+        return control_state(self._sock, self._channel, self._waiting, self._turns.waiting)
+
+    @classmethod
+    def from_state(
+        cls,
+        state: ControlState,
+        on_event: Callable[[ControlMessage], None],
+        on_start: Callable[[Sequence[int]], None],
+    ) -> Self:
+        """Return one that goes on where another one stood.
+
+        `on_start` gets the seqs of the processes that commands have started. Raises `OSError`.
+        """
+        link = cls(socket.socket(fileno=state.fd.number), on_event)
+        commands = commands_of(state, on_start, Posted(link._count_posted, ignore))
+        link._posted = sum(each.posted for each in state.commands)
+        link._channel.restore(state.channel, commands)
+        link._waiting.update(transactions_of(state, on_start, commands))
+        link._turns.restore(link._waiting.values())
+        if state.channel.is_up:
+            link._watch_unsolicited(True)
+        return link
 
     # Any thread -------------------------------------------------------------------------------------------
 
@@ -131,20 +159,32 @@ class ControlLink:
         return self._channel.is_up
 
     def transact(
-        self, code: Code, payload: bytes, timeout: float, on_answer: OnAnswer = ignore
+        self, code: Code, payload: bytes, timeout: float, on_answer: OnAnswer = ignore, client: int = 0
     ) -> ControlMessage:
         """Send a command and return its ACK or ERROR, of which `on_answer` is told too, however late it is.
 
         `timeout` is in seconds and includes waiting for the commands of others. Raises `NoAnswer` (the
-        command may yet be carried out; its answer will be taken for its own) or `ControlLost`.
+        command may yet be carried out; its answer will be taken for its own) or `ControlLost`; or `Resting`:
+        then the command, as far as it has come, waits for the same `client` to ask for it again. Each client
+        asks for one at a time.
         """
-        thread = threading.get_ident()
-        transaction = Transaction(code, payload, time.monotonic(), on_answer)
-        self._waiting[thread] = transaction
+        client = client or -threading.get_ident()
+        transaction = self._waiting.get(client)
+        if transaction is None:
+            transaction = self._waiting[client] = Transaction(code, payload, time.monotonic(), on_answer)
         try:
-            return self._transact(transaction, timeout)
-        finally:
-            del self._waiting[thread]
+            answer = self._transact(transaction, timeout)
+        except Resting:
+            raise
+        except BaseException:
+            del self._waiting[client]
+            raise
+        del self._waiting[client]
+        return answer
+
+    def is_waited_for_by(self, client: int) -> bool:
+        """Whether a command of this client's has been left to be asked for again."""
+        return client in self._waiting
 
     def post(self, code: Code, on_answer: OnAnswer, on_refusal: Callable[[], None]) -> None:
         """Send a command that nobody waits for, when it is its turn.
@@ -152,13 +192,13 @@ class ControlLink:
         `on_answer` is called by the thread that happens to read the answer, and never if the channel is lost.
         `on_refusal` is called if too many commands are without an answer.
         """
-
-        def answered(answer: ControlMessage) -> None:
-            self._posted -= 1
-            on_answer(answer)
-
-        if self._turns.join(Transaction(code, b"", 0.0, answered, on_refusal)):
+        posted = Posted(self._count_posted, on_answer)
+        if self._turns.join(Transaction(code, b"", 0.0, posted, on_refusal)):
             self._pass_turn()
+
+    def _count_posted(self, more: int) -> None:
+        """Requires the turn."""
+        self._posted += more
 
     def waiting(self) -> list[tuple[Code, float]]:
         """Return the commands that threads wait for, and since when (`time.monotonic`), the oldest first."""
@@ -174,8 +214,10 @@ class ControlLink:
         if not self._turns.get(transaction, deadline):
             raise NotSent(f"no answer in {timeout:g} s: another command was in the way all the time")
         try:
+            if self._turns.resting:
+                raise Resting
+            self._watch_unsolicited(False)
             if transaction.command is None:
-                self._watch_unsolicited(False)
                 self._send(transaction)
             assert transaction.command
             self._await(transaction.command, deadline, timeout)
@@ -197,7 +239,8 @@ class ControlLink:
         """Send the next command, and let the thread that waits for it go on. Requires the turn."""
         while transaction := self._turns.next():
             with contextlib.suppress(ControlLost, NotSent):  # its own thread finds out why
-                self._send(transaction)
+                if transaction.command is None:
+                    self._send(transaction)
             if transaction.on_refusal is None:
                 self._watch_unsolicited(
                     False
@@ -205,7 +248,7 @@ class ControlLink:
                 transaction.turn.release()
                 return
             if transaction.command:
-                self._posted += 1
+                self._count_posted(1)
             else:
                 transaction.on_refusal()
 
@@ -241,11 +284,18 @@ class ControlLink:
     def close(self) -> None:
         """Close the socket, after the threads that use it have found it lost."""
         self.hang_up()
-        self._turns.get(Transaction(Code.PING, b"", 0.0), threading.TIMEOUT_MAX)
+        try:
+            self._turns.get(Transaction(Code.PING, b"", 0.0), threading.TIMEOUT_MAX)
+        except Resting:
+            self._is_to_close = True  # when nobody uses it any more, which `hand_over` is told
+            return
+        self._shut()
+        self._pass_turn()
+
+    def _shut(self) -> None:
         if not self._unsolicited.closed:
             self._unsolicited.close()
             self._sock.close()
-        self._pass_turn()
 
     # Requires the turn ------------------------------------------------------------------------------------
 
@@ -288,12 +338,15 @@ class ControlLink:
         while not command.is_answered():
             if late:
                 raise NoAnswer(f"no answer from the VM in {timeout:g} s")
+            if self._turns.resting:
+                raise Resting
             late = now >= deadline
             try:
                 if late:
                     self._read_what_is_there()
                 else:
-                    self._spin.wait(self._look, functools.partial(self._exchange, deadline - now))
+                    left = min(deadline - now, _INTERVAL)
+                    self._spin.wait(self._look, functools.partial(self._exchange, left))
             except ControlLost as lost:
                 if not command.is_answered():
                     raise

@@ -2,8 +2,9 @@
 
 import functools
 import threading
+import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
 
 from cc_proxy.access import is_admin, may_use
@@ -11,10 +12,12 @@ from cc_proxy.api.payloads import Hello
 from cc_proxy.api.status import MOST_USERS, UserStatus, shorten
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.log.levels import logger
+from cc_proxy.proxy.rest import Resting
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.users import Charge, User, Users
 from cc_proxy.proxy.vms.connector import Connector
 from cc_proxy.proxy.vms.dialer import Dialer, Peer
+from cc_proxy.proxy.vms.state import FailedVmState, HelloState, RegistryState
 from cc_proxy.proxy.vms.states import State, Trouble
 from cc_proxy.proxy.vms.vm import Vm, VmError
 from cc_proxy.settings import LiveSettings
@@ -62,23 +65,104 @@ class Registry:
         self._by_id: dict[str, Vm] = {}  # from the beginning of hello until bye, even if the VM has gone
         self._vms: dict[Vm, list[Charge]] = {}  # VMs that have not gone, and their charges
         self._failed: deque[FailedVm] = deque()  # the latest last
+        # Hellos that came to rest, by their clients' numbers; and who had their ids before. Each client's
+        # thread adds and removes its own: atomic under the GIL.
+        self._hellos: dict[int, Vm] = {}
+        self._before: dict[Vm, Vm] = {}
 
-    def register(self, hello: Hello, client: Credentials, is_here: Callable[[], bool] = lambda: True) -> Vm:
+    # Between two processes --------------------------------------------------------------------------------
+
+    def rest(self) -> None:
+        """Have clients' threads leave with `Resting`. Again until they all have: a hello may just begin."""
+        for vm in self.vms():
+            vm.rest()
+
+    def rest_pumps(self, timeout: float) -> list[Vm]:
+        """End the pumps' threads after their turns; returns those VMs whose have not within the time."""
+        vms, deadline = self.vms(), time.monotonic() + timeout
+        for vm in vms:
+            vm.rest_pump()
+        return [vm for vm in vms if not vm.join(max(0.0, deadline - time.monotonic()))]
+
+    def hand_over(self, attached: Iterable[Vm]) -> tuple[RegistryState, dict[Vm, int]]:
+        """Give up all VMs as a value, for `restore`, and those that clients are attached to.
+
+        Returns also where each VM is in that. Nobody may use any of them any more.
+        """
+        vms = list(dict.fromkeys([*self._vms, *self._by_id.values(), *attached, *self._before.values()]))
+        numbers = {vm: number for number, vm in enumerate(vms)}
+        state = RegistryState(
+            vms=[vm.hand_over() for vm in vms],
+            by_id={container_id: numbers[vm] for container_id, vm in self._by_id.items()},
+            hellos=[
+                HelloState(client, numbers[vm], numbers[self._before[vm]] if vm in self._before else None)
+                for client, vm in self._hellos.items()
+            ],
+            failed=[
+                FailedVmState(each.container_id, each.owner, each.trouble.state()) for each in self._failed
+            ],
+        )
+        return state, numbers
+
+    def restore(self, state: RegistryState) -> list[Vm]:
+        """Go on with the VMs of the process before; returns all, in their order. Raises `OSError`.
+
+        Before anybody else does anything here; `go_on` is next.
+        """
+        vms = [
+            Vm(each.container_id, each.owner, self._live, self._space, self._on_change) for each in state.vms
+        ]
+        for vm, before in zip(vms, state.vms, strict=True):
+            vm.restore(before, self.users)
+            if vm.state is not State.GONE:
+                user = self.users.of(vm.owner)
+                id_charge = user.charge_again("request_bytes", len(vm.container_id))
+                self._vms[vm] = [user.charge_again("vms"), id_charge]
+        self._by_id = {container_id: vms[number] for container_id, number in state.by_id.items()}
+        for hello in state.hellos:
+            self._hellos[hello.client] = vms[hello.vm]
+            if hello.before is not None:
+                self._before[vms[hello.vm]] = vms[hello.before]
+        self._failed.extend(
+            FailedVm(each.container_id, each.owner, Trouble.from_state(each.trouble)) for each in state.failed
+        )
+        return vms
+
+    def go_on(self) -> None:
+        """Start the pumps of the VMs that were restored."""
+        for vm in self.vms():
+            vm.go_on()
+
+    # Any thread -------------------------------------------------------------------------------------------
+
+    def register(
+        self, hello: Hello, client: Credentials, is_here: Callable[[], bool] = lambda: True, number: int = 0
+    ) -> Vm:
         """Register the VM behind two sockets for a client; returns once the VM is up.
 
         The id is taken from the beginning, and free again if this fails. While sockets do not exist yet, this
         tries again for as long as `is_here` says that the client still waits. If the client has gone by the
-        time the VM is up, the VM is let go as after bye. Raises `RegistryError`, `LimitReached` or `VmError`.
+        time the VM is up, the VM is let go as after bye. Raises `RegistryError`, `LimitReached` or `VmError`;
+        or `Resting`: then the client with the same `number` is to say it again.
         """
         user = self.users.of(client.uid)
-        vm = Vm(hello.container_id, client.uid, self._live, self._space, self._on_change)
-        before = self._enter(vm, client, user)
+        vm = self._hellos.pop(number, None)
+        if vm is None:
+            vm = Vm(hello.container_id, client.uid, self._live, self._space, self._on_change)
+            before = self._enter(vm, client, user)
+        else:
+            before = self._before.pop(vm, None)
         try:
             claim = functools.partial(self._claim, vm, client)
             vm.start(hello, Dialer(client, self._connector, self._own_address, is_here, claim), user)
             if not is_here():  # nobody is told that it is registered, so nobody would say bye
                 self.unregister(hello.container_id, client)
                 raise VmError("nobody waits for it any more")
+        except Resting:
+            self._hellos[number] = vm
+            if before:
+                self._before[vm] = before
+            raise
         except BaseException as error:
             self._leave_to(before)
             if isinstance(error, VmError):

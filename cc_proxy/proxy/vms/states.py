@@ -1,7 +1,10 @@
 """Where a VM is in its life, where it can get from there, and what went wrong."""
 
+import time
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import NamedTuple, Self
+
+from cc_proxy.proxy.vms.state import TroubleState
 
 
 class State(Enum):
@@ -29,3 +32,12 @@ class Trouble(NamedTuple):
 
     text: str
     at: float
+
+    @classmethod
+    def from_state(cls, state: TroubleState) -> Self:
+        """Return what the process before knew."""
+        return cls(state.text, time.monotonic() - state.age)
+
+    def state(self) -> TroubleState:
+        """Return it as a value, for `from_state`."""
+        return TroubleState(self.text, time.monotonic() - self.at)

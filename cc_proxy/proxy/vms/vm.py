@@ -5,26 +5,31 @@ import functools
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from cc_proxy.api.payloads import Hello
 from cc_proxy.api.status import Streams
 from cc_proxy.hyperstart.codes import Code
-from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage, OnAnswer
+from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage, OnAnswer, ignore
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.hyperstart.stdio import STARTS, stdio_seqs
 from cc_proxy.linux.fds import check_passable, refuse_rights
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
+from cc_proxy.proxy.rest import Resting
 from cc_proxy.proxy.streams.interfaces import Pacing
 from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.session import Session, Whose
 from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
-from cc_proxy.proxy.users import User
-from cc_proxy.proxy.vms.boot import Boot, NotReady
+from cc_proxy.proxy.streams.state import ChannelState, SessionState
+from cc_proxy.proxy.users import User, Users
+from cc_proxy.proxy.vms.boot import Boot, NotReady, note_event
+from cc_proxy.proxy.vms.commands import Started
+from cc_proxy.proxy.vms.console import Console
 from cc_proxy.proxy.vms.control import ControlLink, ControlLost, NoAnswer, NotSent
 from cc_proxy.proxy.vms.dialer import Dialer, Peer
+from cc_proxy.proxy.vms.state import BootState, VmState
 from cc_proxy.proxy.vms.states import MOVES, State, Trouble
 from cc_proxy.settings import LiveSettings
 
@@ -70,6 +75,8 @@ class Vm:
         self._boot: Boot | None = None
         self._control: ControlLink | None = None
         self._pump: Pump | None = None
+        self._console: Console | None = None  # the pump's; to be asked for its state
+        self._booting: BootState | None = None  # how far the process before came with hello
         self._stopping = False  # whether the daemon stops; set once
         # Guards what follows against changes by two threads; reading one of them takes no lock. Innermost.
         self._lock = threading.Lock()
@@ -78,15 +85,104 @@ class Vm:
         self._ends = 0  # commands on their way that power it off
         self._next_seq = 1
 
+    # Between two processes --------------------------------------------------------------------------------
+
+    def rest(self) -> None:
+        """Have clients' threads leave with `Resting`. Any thread; again, if a hello may just have begun."""
+        boot, control = self._boot, self._control
+        if boot:
+            boot.rest()
+        if control:
+            control.rest()
+
+    def rest_pump(self) -> None:
+        """Have the pump's thread end after its turn, and close nothing."""
+        pump = self._pump
+        if pump:
+            pump.rest()
+
+    def hand_over(self) -> VmState:
+        """Give up everything as a value, for `restore`. Nobody may use it any more."""
+        now = time.monotonic()
+        starting, pump = self._state is State.STARTING, self._pump
+        channel = pump.hand_over() if pump else None
+        boot = self._boot.hand_over() if starting and self._boot else None
+        return VmState(
+            container_id=self.container_id,
+            owner=self.owner,
+            age=now - self.created,
+            state=self._state.name if channel or starting else State.GONE.name,
+            cause=self._cause,
+            trouble=self.trouble.state() if self.trouble else None,
+            failed=self.failed,
+            came_up=self.came_up,
+            ends=self._ends,
+            next_seq=self._next_seq,
+            peers=sorted(self.peers),
+            boot=boot,
+            control=self._control.hand_over() if channel and self._control else None,
+            console=self._console.hand_over() if channel and self._console else None,
+            channel=channel,
+        )
+
+    def restore(self, state: VmState, users: Users) -> None:
+        """Go on where the process before stood. Before anybody knows it. Raises `OSError`."""
+        self.created = time.monotonic() - state.age
+        self.trouble = Trouble.from_state(state.trouble) if state.trouble else None
+        self.failed, self.came_up = state.failed, state.came_up
+        self.peers = set(state.peers)
+        self._state, self._cause, self._ends = State[state.state], state.cause, state.ends
+        self._next_seq, self._booting = state.next_seq, state.boot
+        if state.channel:
+            self._restore_pump(state, state.channel, users)
+
+    def _restore_pump(self, state: VmState, channel: ChannelState, users: Users) -> None:
+        # What has hung up stands for what is closed already.
+        io = socket.socket(fileno=channel.io.number) if channel.io else _hung_up()
+        on_event = functools.partial(note_event, self.container_id)
+        if state.control:
+            control = ControlLink.from_state(state.control, on_event, self._open_stdin)
+        else:
+            control = ControlLink(_hung_up(), on_event)
+        console = Console.from_state(self.container_id, state.console) if state.console else None
+        self._pump = self._make_pump(io, control, console, users.of(self.owner))
+        sessions = [self._restored(each, users.of(each.uid)) for each in channel.streams.sessions]
+        self._pump.restore(channel, sessions)
+
+    def _restored(self, state: SessionState, user: User) -> Session:
+        seqs = range(state.first_seq, state.first_seq + state.seqs)
+        window = StdinWindow.from_state(seqs.start, state.window) if state.window else None
+        who = Whose(self.container_id, state.uid, state.pid)
+        charge = user.charge_again("sessions")
+        sock = socket.socket(fileno=state.fd.number)
+        session = Session(seqs, sock, who, Spool(self._space, state.uid), window, charge.give_back)
+        session.restore(state)
+        return session
+
+    def go_on(self) -> None:
+        """Start the thread of a pump that has been restored."""
+        pump = self._pump
+        if pump:
+            try:
+                pump.start()
+            except RuntimeError as error:
+                self.lose(f"the daemon is short of resources: {error}")
+                self.ended()
+
     # A client's thread ------------------------------------------------------------------------------------
 
     def start(self, hello: Hello, dialer: Dialer, user: User) -> None:
-        """Connect to the VM and wait until it is ready. Raises `VmError`; nothing is left open then."""
+        """Connect to the VM and wait until it is ready. Raises `VmError`; nothing is left open then.
+
+        Raises `Resting`, and then `hand_over` has how far it came.
+        """
         try:
             pump = self._connect(hello, dialer, user)
             pump.start()
             if not self._move(State.UP):
                 raise VmError(self._gone())
+        except Resting:
+            raise
         except BaseException as error:
             self._fail(str(error))
             self.abort()
@@ -97,31 +193,41 @@ class Vm:
                 raise VmError(f"the daemon is short of resources: {error}") from None
             raise
 
-    def command(self, name: Code, payload: bytes) -> ControlMessage:
-        """Have the agent carry out a command; returns its ACK. Raises `VmError`."""
+    def command(self, name: Code, payload: bytes, client: int = 0) -> ControlMessage:
+        """Have the agent carry out a command; returns its ACK. Raises `VmError`.
+
+        Raises `Resting`, and then the same `client` is to ask for it again.
+        """
         length = HEADER.size + len(payload)
         if length > MAX_COMMAND:
             raise VmError(f"message too long {length}")
         pump, stdio = self._pump, stdio_seqs(payload) if name in STARTS else []
-
-        def answered(answer: ControlMessage) -> None:
-            if answer.code == Code.ERROR:
-                self._keep_on(name)
-            elif pump and stdio:
-                pump.open_stdin(stdio)
-
+        on_answer: OnAnswer = self._power_off_answered if name is Code.DESTROY_POD else ignore
         if pump and stdio:
             pump.expect_processes(stdio)
-        return self._command(name, payload, answered)
+            on_answer = Started(stdio, self._open_stdin)
+        return self._command(name, payload, client, on_answer)
 
-    def _command(self, name: Code, payload: bytes, on_answer: OnAnswer) -> ControlMessage:
+    def _open_stdin(self, seqs: Sequence[int]) -> None:
+        pump = self._pump
+        if pump:
+            pump.open_stdin(seqs)
+
+    def _power_off_answered(self, answer: ControlMessage) -> None:
+        if answer.code == Code.ERROR:
+            self._keep_on(Code.DESTROY_POD)
+
+    def _command(self, name: Code, payload: bytes, client: int, on_answer: OnAnswer) -> ControlMessage:
         control = self._control
         if control is None or self._state not in (State.UP, State.LEAVING):
             raise VmError(self._gone())
-        if name is Code.DESTROY_POD:
+        if name is Code.DESTROY_POD and not control.is_waited_for_by(client):
             self._expect_end(1)
+        timeout = self._live.current.vm.command_timeout
         try:
-            answer = control.transact(name, payload, self._live.current.vm.command_timeout, on_answer)
+            answer = control.transact(name, payload, timeout, on_answer, client)
+        except Resting:
+            raise
         except NoAnswer as error:
             if isinstance(error, NotSent):
                 self._keep_on(name)
@@ -180,14 +286,23 @@ class Vm:
 
     def _connect(self, hello: Hello, dialer: Dialer, user: User) -> Pump:
         """Connect to the VM and return its pump, not yet started. Raises the same as `Boot.run`."""
-        self._boot = Boot(hello, self._live.current.vm)
+        self._boot = boot = Boot(hello, self._live.current.vm)
+        if self._booting:
+            boot.restore(self._booting)
+            self._booting = None
         with contextlib.ExitStack() as undo:
-            ready = undo.enter_context(self._boot.run(dialer))
-            self._control, self._next_seq = ready.control, ready.first_seq
-            pacing = Pacing(self._live.current.stdin.echo_timeout, self._acknowledge)
-            self._pump = Pump(self, ready.io, ready.control, ready.console, user.one_batch, pacing)
+            ready = undo.enter_context(boot.run(dialer))
+            self._next_seq = ready.first_seq
+            self._pump = self._make_pump(ready.io, ready.control, ready.console, user)
             undo.pop_all()
         return self._pump
+
+    def _make_pump(
+        self, io: socket.socket, control: ControlLink, console: Console | None, user: User
+    ) -> Pump:
+        self._control, self._console = control, console
+        pacing = Pacing(self._live.current.stdin.echo_timeout, self._acknowledge)
+        return Pump(self, io, control, console, user.one_batch, pacing)
 
     def _acknowledge(self, pings: int, done: Callable[[bool], None]) -> None:
         """Have the agent answer so many pings, one at a time, so that no command waits for more than one."""
@@ -301,6 +416,13 @@ class Vm:
 
     def _gone(self) -> str:
         return f"VM gone: {self._cause or 'it was unregistered'}"
+
+
+def _hung_up() -> socket.socket:
+    """Return a socket whose peer has hung up."""
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    return ours
 
 
 def _session_pair() -> tuple[socket.socket, socket.socket]:

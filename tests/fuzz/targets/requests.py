@@ -27,6 +27,7 @@ from cc_proxy.log.levels import CONSOLE, logger
 from cc_proxy.log.writing import _Json, _Text
 from cc_proxy.proxy.clients.connection import After, Connection
 from cc_proxy.proxy.clients.handlers import MAX_RESPONSE, ClientInfo, Handlers
+from cc_proxy.proxy.rest import Rest
 from cc_proxy.proxy.vms.connector import Connector
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.settings import LiveSettings, Settings, SpoolSettings, VmSettings
@@ -144,7 +145,7 @@ def _client(house: _House, number: int, stream: bytes, cuts: Iterator[int]) -> N
         far.shutdown(socket.SHUT_WR)
         who = Credentials.of_peer(served)
         client = ClientInfo(number, who, house.registry.users.of(who.uid))
-        connection = Connection(served, client, house.handlers, lambda: house.live.current.limits)
+        connection = Connection(served, client, house.handlers, lambda: house.live.current.limits, Rest())
         connection.converse()
         assert connection.after is After.END
         served.shutdown(socket.SHUT_WR)

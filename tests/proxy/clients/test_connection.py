@@ -19,6 +19,7 @@ from cc_proxy.api.messages import MessageParser
 from cc_proxy.api.payloads import Response
 from cc_proxy.proxy.clients import connection as connection_module
 from cc_proxy.proxy.clients.handlers import Handlers, Reply
+from cc_proxy.proxy.rest import Rest
 from cc_proxy.proxy.users import User
 from cc_proxy.settings import Limits
 from tests.clock import Clock
@@ -114,6 +115,7 @@ def test_user_that_asks_for_too_much_waits_and_holds_up_nobody(
     waits, goes_on = threading.Event(), threading.Event()
     clock = Sleeper(waits, goes_on)
     monkeypatch.setattr(connection_module, "time", clock)
+    monkeypatch.setattr(Rest, "sleep", lambda _rest, seconds: clock.sleep(seconds))
     delays = [0.5]
     monkeypatch.setattr(User, "delay", lambda *_: delays.pop() if delays else 0.0)
     slow.send(request("x") * 2)
@@ -134,6 +136,7 @@ def test_message_in_many_pieces_counts_like_many_requests(
     waits, goes_on = threading.Event(), threading.Event()
     clock = Sleeper(waits, goes_on)
     monkeypatch.setattr(connection_module, "time", clock)
+    monkeypatch.setattr(Rest, "sleep", lambda _rest, seconds: clock.sleep(seconds))
     monkeypatch.setattr(User, "delay", lambda *_: 0.5)
     data = message(b'{"id":"x"' + b" " * 2_000 + b"}")
     client.send(data[:-1])

@@ -42,7 +42,7 @@ class FakeVm:
         self.refuses: str | None = None
         self.next_seq = 1
 
-    def command(self, name: Code, payload: bytes) -> ControlMessage:
+    def command(self, name: Code, payload: bytes, client: int) -> ControlMessage:
         if self.refuses is not None:
             raise VmError(self.refuses)
         self.commands.append((name, payload))
@@ -67,7 +67,7 @@ class FakeRegistry:
         self.error: Exception | None = None
         self.is_here: object = None
 
-    def register(self, hello: Hello, client: Credentials, is_here: object) -> FakeVm:
+    def register(self, hello: Hello, client: Credentials, is_here: object, number: int) -> FakeVm:
         self.is_here = is_here
         if self.error:
             raise self.error

@@ -1,0 +1,74 @@
+"""The daemon as a whole from one process to the next. Main thread."""
+
+import contextlib
+import time
+
+import msgspec
+
+from cc_proxy import __version__
+from cc_proxy.continuity.format import DaemonState, encode, encode_settings
+from cc_proxy.continuity.heirs import Heir, NotReplaced
+from cc_proxy.log import faults
+from cc_proxy.log.levels import LEVELS, current_level, logger, set_level
+from cc_proxy.proxy.clients.server import Server
+from cc_proxy.proxy.vms.registry import Registry
+from cc_proxy.settings import Settings
+
+#: Seconds that clients' threads get to come to rest, and the pumps after them.
+_TIMEOUT = 3.0
+
+
+def hand_over(
+    server: Server, registry: Registry, settings: Settings, heir: Heir, replacements: int
+) -> DaemonState | None:
+    """Have `heir` go on with everything. Returns what it does not go on with, if it does not."""
+    if not server.rest(_TIMEOUT):
+        logger.error("not handed over: connections whose threads hang")
+    rested_at = time.monotonic()
+    for vm in registry.rest_pumps(_TIMEOUT):
+        logger.error("not handed over: its pump hangs", extra={"vm": vm.container_id})
+    users = registry.users.state()
+    connections, vms = server.hand_over()
+    level = current_level()
+    state = DaemonState(
+        program=__version__,
+        rested_at=rested_at,
+        settings=encode_settings(settings),
+        log_level=None if level == settings.log.level else level,
+        replacements=replacements + 1,
+        faults=faults.counts(),
+        users=users,
+        registry=vms,
+        server=connections,
+    )
+    with contextlib.closing(heir):
+        try:
+            heir.hand_over(*encode(state))
+        except NotReplaced as error:
+            logger.error("not replaced: this process goes on", extra={"error": str(error)})
+            return msgspec.structs.replace(state, replacements=replacements)
+    logger.info("replaced: another process goes on")
+    return None
+
+
+def take_over(state: DaemonState, server: Server, registry: Registry) -> None:
+    """Go on with everything, but for the threads, which are to be started. Raises `OSError`."""
+    registry.users.restore(state.users)
+    server.restore(state.server, registry.restore(state.registry))
+    faults.restore(state.faults)
+    for level in LEVELS:
+        if level == state.log_level:
+            set_level(level)
+
+
+def say_what_was_taken_over(state: DaemonState) -> None:
+    """Log it, and how long it took."""
+    channels = [vm.channel for vm in state.registry.vms if vm.channel]
+    fields = {
+        "vms": len(channels),
+        "sessions": sum(len(channel.streams.sessions) for channel in channels),
+        "connections": len(state.server.connections),
+        "from": state.program,
+        "seconds": round(time.monotonic() - state.rested_at, 3),
+    }
+    logger.info("taken over from the process before", extra=fields)

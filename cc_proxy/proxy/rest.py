@@ -1,0 +1,28 @@
+"""Coming to rest: every thread ends where all that it was at is in a value, for another process to go on."""
+
+import threading
+
+
+class Resting(Exception):
+    """What was to be done is left to the next process, as far as it has come."""
+
+
+class Rest:
+    """Whether threads are to come to rest. Any thread."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def begin(self) -> None:
+        """From now on."""
+        self._event.set()
+
+    def check(self) -> None:
+        """Raise `Resting` if it is time to."""
+        if self._event.is_set():
+            raise Resting
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep so long. Raises `Resting` as soon as it is time to."""
+        self._event.wait(seconds)
+        self.check()

@@ -1,0 +1,73 @@
+"""The streams of one VM as values, for another process to go on with.
+
+Times are in seconds, and what is left of them.
+"""
+
+from msgspec import Struct
+
+from cc_proxy.api.status import Traffic
+from cc_proxy.hyperstart.state import SplitterState, WindowState
+from cc_proxy.linux.fds import Fd
+
+
+class SpoolFile(Struct, frozen=True):
+    """A file of a spool: what waits in it stands between `start` and `stop`."""
+
+    fd: Fd
+    size: int
+    start: int
+    stop: int
+
+
+class SessionState(Struct, frozen=True):
+    """`Session`, and how far its process has come (`Routes`)."""
+
+    fd: Fd
+    first_seq: int
+    seqs: int
+    uid: int
+    pid: int
+    expected: bool
+    started: bool
+    stdin_open: bool
+    output_gone: bool
+    splitter: SplitterState
+    window: WindowState | None
+    pending: bytes
+    stuck: str
+    spool: list[SpoolFile]
+    patience: float
+    #: Until what is pending is spilled; None if nothing is.
+    patient: float | None
+    idle: float
+
+
+class PacerState(Struct, frozen=True):
+    """`Pacer`, without the sessions."""
+
+    frames: int
+    markers: int
+    handled: int
+    echoes_in_a_row: int
+    lossless: bool
+
+
+class StreamsState(Struct, frozen=True):
+    """What a channel copies."""
+
+    #: What has been read of an unfinished frame of the VM's, and what the VM has not taken.
+    unfinished: bytes
+    to_vm: bytes
+    sessions: list[SessionState]
+    pacer: PacerState
+    traffic: Traffic
+
+
+class ChannelState(Struct, frozen=True):
+    """`Channel`."""
+
+    #: None if it is closed, and clients have yet to read what had come.
+    io: Fd | None
+    finish_in: float | None
+    finish_cause: str
+    streams: StreamsState

@@ -1,0 +1,111 @@
+"""The VMs as values, for another process to go on with. Times are in seconds, and what is left, or an age."""
+
+from msgspec import Struct
+
+from cc_proxy.hyperstart.state import ControlChannelState
+from cc_proxy.linux.fds import Fd
+from cc_proxy.proxy.streams.state import ChannelState
+
+
+class CommandState(Struct, frozen=True):
+    """A command that has been sent and has no answer yet."""
+
+    code: int
+    #: The seqs of the processes that it starts.
+    starts: list[int]
+    #: Whether the daemon has sent it on its own account.
+    posted: bool
+
+
+class RequestState(Struct, frozen=True):
+    """A command that a client waits for."""
+
+    client: int
+    code: int
+    payload: bytes
+    age: float
+    starts: list[int]
+    #: Which of the commands it is that have been sent; None if that is still to be done.
+    sent: int | None
+
+
+class ControlState(Struct, frozen=True):
+    """`ControlLink`."""
+
+    fd: Fd
+    channel: ControlChannelState
+    commands: list[CommandState]
+    #: In the order of their turns.
+    requests: list[RequestState]
+
+
+class ConsoleState(Struct, frozen=True):
+    """`Console`: `line` is what has come of an unfinished one."""
+
+    fd: Fd
+    line: bytes
+    last: str
+
+
+class BootState(Struct, frozen=True):
+    """`Boot`: a hello that is not answered yet. Without sockets, they are dialled anew."""
+
+    left: float
+    quizzed_in: float
+    io: Fd | None
+    control: ControlState | None
+    console: ConsoleState | None
+
+
+class TroubleState(Struct, frozen=True):
+    """`Trouble`."""
+
+    text: str
+    age: float
+
+
+class VmState(Struct, frozen=True):
+    """`Vm`."""
+
+    container_id: str
+    owner: int
+    age: float
+    state: str
+    cause: str
+    trouble: TroubleState | None
+    failed: bool
+    came_up: bool
+    ends: int
+    next_seq: int
+    peers: list[tuple[str, int]]
+    boot: BootState | None
+    #: None if it is closed.
+    control: ControlState | None
+    console: ConsoleState | None
+    #: None if it never had a pump, or has gone.
+    channel: ChannelState | None
+
+
+class HelloState(Struct, frozen=True):
+    """A hello that is not answered yet: the client, its VM, and the one that had the id before."""
+
+    client: int
+    vm: int
+    before: int | None
+
+
+class FailedVmState(Struct, frozen=True):
+    """`FailedVm`."""
+
+    container_id: str
+    owner: int
+    trouble: TroubleState
+
+
+class RegistryState(Struct, frozen=True):
+    """`Registry`. VMs are known by where they stand in `vms`."""
+
+    vms: list[VmState]
+    by_id: dict[str, int]
+    hellos: list[HelloState]
+    failed: list[FailedVmState]

@@ -1,0 +1,159 @@
+"""How one process of the daemon follows another in tests: started by the one before, or by a manager."""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+from tests.wire.support import WAIT
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+# What a manager does between fork and exec: LISTEN_PID has to be the daemon's own.
+_PASSING = """
+import os, sys
+names, fds, *command = sys.argv[1:]
+if names:
+    given = list(map(int, fds.split(",")))
+    high = [os.dup2(fd, 500 + number) for number, fd in enumerate(given)]
+    for fd in given:
+        os.close(fd)
+    for number, fd in enumerate(high):
+        os.dup2(fd, 3 + number)
+        os.close(fd)
+    os.environ["LISTEN_FDS"] = str(len(names.split(":")))
+    os.environ["LISTEN_FDNAMES"] = names
+    os.environ["LISTEN_PID"] = str(os.getpid())
+os.execv(command[0], command)
+"""
+
+
+def adopt_orphans() -> None:
+    """Be the parent of a process whose own has ended."""
+    assert not ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def dialers() -> set[int]:
+    """The children of this process that connect for a daemon: this one's own, and what daemons have left."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            name, _, fields = entry.read_text().partition("(")[2].rpartition(")")
+            if name == "cc-proxy-dial" and int(fields.split()[1]) == os.getpid():
+                found.add(int(entry.parent.name))
+    return found
+
+
+def reap(pids: set[int]) -> None:
+    """Let go of children that have ended, or are about to."""
+    for pid in pids:
+        os.waitpid(pid, 0)
+
+
+class Adopted:
+    """A process that was started by another one, as if it were a `subprocess.Popen`."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float = WAIT) -> int:
+        if self.poll() is None:
+            fd = os.pidfd_open(self.pid)
+            try:
+                if not select.select([fd], [], [], timeout)[0]:
+                    raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            finally:
+                os.close(fd)
+        status = self.poll()
+        assert status is not None
+        return status
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Manager:
+    """As much of a service manager as keeps fds, and starts the next process with them."""
+
+    def __init__(self, directory: Path, most: int = 8) -> None:
+        self._path = directory / "notify"
+        self._most = most
+        self.fds: list[tuple[str, int]] = []
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._sock.bind(str(self._path))
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"NOTIFY_SOCKET": str(self._path)}
+
+    def prefix(self) -> list[str]:
+        """What to put in front of the daemon's command line, with `pass_fds`, so that it gets the fds."""
+        names, fds = ":".join(name for name, _ in self.fds), ",".join(str(fd) for _, fd in self.fds)
+        return [sys.executable, "-c", _PASSING, names, fds]
+
+    def drop(self) -> None:
+        """Keep nothing any more."""
+        while self.fds:
+            os.close(self.fds.pop()[1])
+
+    def close(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"STOP", str(self._path))
+        self._thread.join(WAIT)
+        self._sock.close()
+        self.drop()
+
+    def _run(self) -> None:
+        while True:
+            text, control, _, _ = self._sock.recvmsg(65_536, socket.CMSG_SPACE(1_024))
+            fds = array.array("i")
+            for _, _, data in control:
+                fds.frombytes(data)
+            if text == b"STOP":
+                return
+            self._serve(dict(line.partition("=")[::2] for line in text.decode().split("\n")), list(fds))
+
+    def _serve(self, said: dict[str, str], fds: Sequence[int]) -> None:
+        if "FDSTOREREMOVE" in said:
+            for name, fd in self.fds:
+                if name == said["FDNAME"]:
+                    os.close(fd)
+            self.fds = [pair for pair in self.fds if pair[0] != said["FDNAME"]]
+        for fd in fds:
+            if "FDSTORE" in said and len(self.fds) < self._most:
+                self.fds.insert(0, (said["FDNAME"], fd))  # the newest first, as systemd has them
+            else:
+                os.close(fd)

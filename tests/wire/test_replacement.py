@@ -1,0 +1,348 @@
+"""One process of the daemon follows another, and neither clients nor VMs notice, wherever they stand."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cc_proxy.continuity.box import Box
+from cc_proxy.continuity.format import VERSION
+from tests.wire.daemon import PATIENT, Daemon, ManagedDaemon, Wire, write_config
+from tests.wire.support import (
+    EXECCMD,
+    MARKER,
+    MIB,
+    OK,
+    READY,
+    VERSIONED,
+    WAIT,
+    at_end,
+    frame,
+    refused,
+    request,
+    wait_until,
+)
+
+Start = Callable[[Path, str], Daemon]
+
+
+@pytest.fixture(params=["started by the one before", "started by a manager"])
+def kind(request: pytest.FixtureRequest) -> Start:
+    """How the next process comes to be."""
+    return Daemon.configured if "before" in request.param else ManagedDaemon
+
+
+@pytest.fixture
+def town(tmp_sock_dir: Path, kind: Start) -> Iterator[Wire]:
+    """A daemon, its VMs and clients."""
+    with kind(tmp_sock_dir, PATIENT) as daemon:
+        wire = Wire(daemon, tmp_sock_dir)
+        try:
+            yield wire
+            wire.close()
+            daemon.check()
+        finally:
+            wire.close()
+
+
+def test_frames_that_are_on_their_way_arrive_once_and_whole(town: Wire) -> None:
+    pod = town.pod()
+    stream = pod.open()
+    down, up = frame(stream.base, b"from the VM"), frame(stream.base, b"from the client")
+    for cut in (1, 8, 11, 12, 15):
+        pod.vm.io.sendall(down[:cut])
+        stream.sock.sendall(up[:cut])
+        town.daemon.replace()
+        pod.vm.io.sendall(down[cut:])
+        stream.sock.sendall(up[cut:])
+        assert stream.read_frame().payload == b"from the VM"
+        got = b""
+        while len(got) < len(b"from the client"):
+            got += pod.vm.read_frame().payload
+        assert got == b"from the client"
+
+
+def test_requests_and_responses_that_are_on_their_way(town: Wire) -> None:
+    pod = town.pod()
+    client = town.attached(pod)
+    asked = request("allocateIO", {"nStreams": 1})
+    client.send(asked[:9])
+    town.daemon.replace()
+    client.send(asked[9:] + asked)
+    assert [client.receive_io().base, client.receive_io().base] == [1, 2]
+
+
+def test_a_response_that_is_not_taken_and_the_fd_behind_it(town: Wire) -> None:
+    """More than the client's socket takes: the rest of a response, or its fd, waits in the daemon."""
+    client = town.attached(town.pod())
+    for _ in range(310):
+        client.send(request("x"))
+    client.send(request("allocateIO", {"nStreams": 1}))
+    town.daemon.replace()
+    for _ in range(310):
+        assert client.receive() == refused("no payload named 'x'")
+    assert client.receive_io().base == 1
+
+
+def test_commands_that_are_not_answered_yet_get_their_own_answers(town: Wire) -> None:
+    pod = town.pod()
+    clients = [pod.client, town.attached(pod), town.attached(pod)]
+    clients[0].hyper("ping", '"0"')
+    assert pod.vm.read_command().payload == b'"0"'
+    for number, client in enumerate(clients[1:], 1):
+        client.hyper("ping", f'"{number}"')
+        wait_until(functools.partial(_waits, town, number + 1), "it waits")
+    town.daemon.replace()
+    pod.vm.say(9)
+    assert clients[0].receive() == OK
+    for number in (1, 2):
+        assert pod.vm.read_command().payload == b'"%d"' % number
+        town.daemon.replace()
+        pod.vm.say(*((9,), (10,))[number - 1])
+        said = clients[number].receive()
+        assert said == (OK if number == 1 else refused("ERROR received from Hyperstart"))
+
+
+def _waits(town: Wire, commands: int) -> bool:
+    client = town.daemon.connect()
+    try:
+        vms = json.loads(client.ask("status"))["data"]["vms"]
+    finally:
+        client.close()
+    return sum(int(vm["waitingCommands"]) for vm in vms) == commands
+
+
+def test_a_process_whose_start_is_acknowledged_later_gets_its_stdin(town: Wire) -> None:
+    pod = town.pod()
+    stream = pod.client.allocate(1)
+    stream.send(b"early")
+    pod.client.hyper("execcmd", json.dumps({"process": {"stdio": stream.base}}))
+    assert pod.vm.read_command().code == EXECCMD
+    town.daemon.replace()
+    pod.vm.say(9)
+    assert pod.client.receive() == OK
+    assert pod.vm.read_frame().payload == b"early"
+
+
+def test_a_hello_that_waits_for_ready(town: Wire) -> None:
+    client, vm = town.client(), town.vm()
+    client.hello("slow", vm)
+    vm.accept()
+    vm.ctl.sendall(bytes([0, 0, 0, 8, 0]))
+    wait_until(lambda: town.is_taken("slow"), "it is connected")
+    for _ in range(2):
+        town.daemon.replace()
+        assert town.is_taken("slow")
+    vm.ctl.sendall(bytes([0, 0, 8]))
+    assert client.receive() == VERSIONED
+    assert client.allocate(1).base == 1
+
+
+def test_a_hello_whose_vm_is_not_there_yet(town: Wire) -> None:
+    client, vm = town.client(), town.vm()
+    for listener in vm.listeners:
+        listener.close()
+    vm.ctl_path.unlink()
+    vm.io_path.unlink()
+    client.hello("late", vm)
+    wait_until(lambda: town.is_taken("late"), "it is looked for")
+    town.daemon.replace()
+    vm.listen_again()
+    vm.accept()
+    vm.say(READY)
+    assert client.receive() == VERSIONED
+
+
+def test_output_that_waits_for_its_client(town: Wire) -> None:
+    """More than the socket takes: it is in the spool, and some in memory."""
+    pod = town.pod()
+    stream = pod.open()
+    payload = os.urandom(10_000)
+    for _ in range(400):
+        pod.vm.io.sendall(frame(stream.base, payload))
+    for _ in range(2):
+        town.daemon.replace()
+        assert stream.read_frame().payload == payload
+    for _ in range(398):
+        assert stream.read_frame().payload == payload
+    wait_until(lambda: not json.loads(pod.client.ask("status"))["data"]["spooled"], "the spool is empty")
+
+
+def test_stdin_that_waits_for_its_process(town: Wire) -> None:
+    pod = town.pod()
+    stream = pod.open()
+    stream.send(bytes(2_000))
+    got = len(pod.vm.read_frame().payload)
+    marker = pod.vm.read_frame().seq
+    while got < 2_000:
+        assert marker >= MARKER
+        town.daemon.replace()
+        pod.vm.io.sendall(frame(marker))
+        got += len(pod.vm.read_frame().payload)
+        if got < 2_000 or got % 512:
+            marker = pod.vm.read_frame().seq
+    assert got == 2_000
+
+
+def test_a_client_that_sends_no_more(town: Wire) -> None:
+    pod = town.pod()
+    stream = pod.open()
+    stream.send(b"last")
+    stream.sock.shutdown(socket.SHUT_WR)
+    assert [pod.vm.read_frame().payload for _ in range(2)] == [b"last", b""]
+    town.daemon.replace()
+    pod.vm.io.sendall(frame(stream.base, b"answer"))
+    assert stream.read_frame().payload == b"answer"
+
+
+def test_a_vm_that_has_gone_keeps_its_id_and_what_its_clients_have_not_read(town: Wire) -> None:
+    pod = town.pod()
+    stream = pod.open()
+    payload = bytes(10_000)
+    for _ in range(400):
+        pod.vm.io.sendall(frame(stream.base, payload))
+    pod.vm.io.close()
+    wait_until(lambda: not town.is_registered(pod.container), "it is lost")
+    town.daemon.replace()
+    for _ in range(400):
+        assert stream.read_frame().payload == payload
+    assert stream.at_end()
+    assert pod.client.attach(pod.container) == VERSIONED
+    town.daemon.replace()
+    assert pod.client.bye(pod.container) == OK
+
+
+def test_what_dies_meanwhile_is_noticed(tmp_sock_dir: Path) -> None:
+    with ManagedDaemon(tmp_sock_dir) as daemon:
+        wire = Wire(daemon, tmp_sock_dir)
+        first, second = wire.pod(), wire.pod()
+        stream = second.open()
+        daemon.process.send_signal(signal.SIGUSR2)
+        assert daemon.process.wait(WAIT) == 0
+        first.vm.ctl.close()
+        first.vm.io.close()
+        stream.close()
+        first.client.close()
+        daemon.start_again()
+        wait_until(lambda: not wire.is_registered(first.container), "the VM is lost")
+        assert second.pings()
+        wait_until(lambda: not _sessions(wire), "the session is closed")
+        wire.close()
+        daemon.check()
+
+
+def _sessions(town: Wire) -> int:
+    client = town.daemon.connect()
+    try:
+        vms = json.loads(client.ask("status"))["data"]["vms"]
+        return sum(vm["streams"]["sessions"] for vm in vms if vm["streams"])
+    finally:
+        client.close()
+
+
+def test_what_is_counted_and_set_stays(town: Wire) -> None:
+    pod = town.pod()
+    pod.open()
+    assert pod.client.ask("logLevel", {"level": "debug"})
+    before = json.loads(pod.client.ask("status"))["data"]
+    town.daemon.replace()
+    after = json.loads(pod.client.ask("status"))["data"]
+    assert after["replacements"] == before["replacements"] + 1
+    for name in ("logLevel", "users", "connections"):
+        assert after[name] == before[name]
+    assert after["vms"][0]["age"] > before["vms"][0]["age"]
+    assert after["vms"][0]["streams"]["traffic"] == before["vms"][0]["streams"]["traffic"]
+
+
+# Bad luck -------------------------------------------------------------------------------------------------
+
+
+def test_a_successor_with_wrong_settings_leaves_the_old_one_serving(tmp_sock_dir: Path) -> None:
+    with Daemon.configured(tmp_sock_dir) as daemon:
+        wire = Wire(daemon, tmp_sock_dir)
+        pod = wire.pod()
+        stream = pod.open()
+        (tmp_sock_dir / "cc-proxy.toml").write_text("[nonsense]\n")
+        daemon.process.send_signal(signal.SIGUSR2)
+        wait_until(lambda: "not replaced: this process goes on" in daemon.log(), "it says so")
+        pod.vm.io.sendall(frame(stream.base, b"on"))
+        assert stream.read_frame().payload == b"on"
+        assert pod.pings()
+        assert daemon.socket_path.exists()
+        write_config(tmp_sock_dir, daemon.socket_path)
+        daemon.replace()
+        assert pod.pings()
+        wire.close()
+
+
+def test_a_manager_that_keeps_too_little(tmp_sock_dir: Path) -> None:
+    with ManagedDaemon(tmp_sock_dir, most_fds=1) as daemon:
+        wire = Wire(daemon, tmp_sock_dir)
+        assert "a restart of cc-proxy ends all VMs" in daemon.log()
+        pod = wire.pod()
+        daemon.process.send_signal(signal.SIGUSR2)
+        wait_until(lambda: "not replaced: this process goes on" in daemon.log(), "it says so")
+        assert pod.pings()
+        wire.close()
+
+
+def test_a_manager_that_drops_everything_meanwhile_costs_what_it_drops(tmp_sock_dir: Path) -> None:
+    with ManagedDaemon(tmp_sock_dir) as daemon:
+        wire = Wire(daemon, tmp_sock_dir)
+        pod = wire.pod()
+        stream = pod.open()
+        daemon.process.send_signal(signal.SIGUSR2)
+        assert daemon.process.wait(WAIT) == 0
+        daemon.manager.drop()
+        assert stream.at_end()
+        assert at_end(pod.vm.io)
+        assert at_end(pod.client.sock)
+        daemon.start_again()
+        assert wire.pod().pings()
+        wire.close()
+
+
+def test_a_process_that_dies_before_it_has_taken_over_costs_nothing(tmp_sock_dir: Path) -> None:
+    """Whatever it has looked at is still there for the next one."""
+    with ManagedDaemon(tmp_sock_dir) as daemon:
+        wire = Wire(daemon, tmp_sock_dir)
+        pod = wire.pod()
+        daemon.process.send_signal(signal.SIGUSR2)
+        assert daemon.process.wait(WAIT) == 0
+        box = Box([socket.socket(fileno=os.dup(fd)) for _, fd in daemon.manager.fds])
+        for _ in range(5):
+            for fd in box.look():
+                os.close(fd)
+        box.close()
+        daemon.start_again()
+        assert pod.pings()
+        wire.close()
+
+
+def test_a_state_of_a_newer_daemon_is_an_end_that_is_logged(tmp_sock_dir: Path) -> None:
+    with ManagedDaemon(tmp_sock_dir) as daemon:
+        wire = Wire(daemon, tmp_sock_dir)
+        pod = wire.pod()
+        daemon.process.send_signal(signal.SIGUSR2)
+        assert daemon.process.wait(WAIT) == 0
+        box = Box([socket.socket(fileno=os.dup(fd)) for _, fd in daemon.manager.fds])
+        memory, *others = box.look()
+        box.close()
+        data = os.pread(memory, MIB, 0)
+        key = b"\xa7version"
+        assert data.count(key + bytes([VERSION])) == 1
+        os.pwrite(memory, data.replace(key + bytes([VERSION]), key + b"\x63"), 0)
+        for fd in (memory, *others):
+            os.close(fd)
+        daemon.start_again()
+        assert "nothing is taken over" in daemon.log()
+        assert at_end(pod.vm.io)
+        assert wire.pod().pings()
+        wire.close()
