@@ -78,7 +78,9 @@ class Adopted:
         if self.poll() is None:
             fd = os.pidfd_open(self.pid)
             try:
-                if not select.select([fd], [], [], timeout)[0]:
+                poll = select.poll()
+                poll.register(fd, select.POLLIN)
+                if not poll.poll(timeout * 1000):
                     raise subprocess.TimeoutExpired(str(self.pid), timeout)
             finally:
                 os.close(fd)
