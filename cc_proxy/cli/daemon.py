@@ -185,7 +185,12 @@ def _run(chosen: Settings, host: Host) -> int:
     """Serve on the socket that systemd has passed, or on one of our own; returns the exit status."""
     with contextlib.closing(host.notifier):
         try:
-            _check_spool(chosen.spool.directory)
+            try:
+                _check_spool(chosen.spool.directory)
+            except SettingsError as error:
+                if not host.inheritance.settings:
+                    raise
+                logger.error("no spool, but VMs to take over", extra={"error": str(error)})
             state = host.inheritance.wait()
             if host.inheritance.error:
                 fields = {"error": host.inheritance.error}
@@ -199,13 +204,12 @@ def _run(chosen: Settings, host: Host) -> int:
             host.notifier.tell(f"STATUS=Cannot start: {error}")
             return EXIT_FAILED if isinstance(error, ListenError) else EX_CONFIG
         try:
-            daemon.serve(listener, chosen, host, state)
+            return daemon.serve(listener, chosen, host, state)
         except Nothing as error:
             logger.error("nothing was taken over", extra={"error": str(error)})
             return EXIT_FAILED
         finally:
             listener.remove()
-        return 0
 
 
 def _listener(chosen: Settings, state: DaemonState | None) -> Listener:

@@ -14,6 +14,8 @@ from cc_proxy.api.errors import TimedOut
 from cc_proxy.continuity.box import Box
 from cc_proxy.linux.systemd import Notifier, take_stored
 
+#: <sysexits.h>; the unit has it mean that another process is to be started.
+EX_TEMPFAIL = 75
 #: What the service manager calls the box's two ends.
 _STORED_AS = "cc-proxy-box"
 #: Names the process that has started this one, and the fds that it has passed.
@@ -33,6 +35,9 @@ class NotReplaced(Exception):
 
 class Heir(Protocol):
     """Whoever goes on with what this process hands over. Main thread."""
+
+    #: What this process has to exit with for that.
+    exit_status: int
 
     def prepare(self) -> None:
         """See to it that there is one. Raises `NotReplaced`."""
@@ -67,6 +72,8 @@ def look_into(box: Box) -> tuple[bytes, list[int]]:
 
 class Store:
     """The service manager: it keeps the box, and starts another process when this one has ended."""
+
+    exit_status = EX_TEMPFAIL
 
     def __init__(self, notifier: Notifier) -> None:
         self._notifier = notifier
@@ -112,6 +119,8 @@ class Store:
 
 class Successor:
     """A process that is started here, with this one's command line."""
+
+    exit_status = 0
 
     def __init__(self, directory: str) -> None:
         """`directory` is where this process was started."""

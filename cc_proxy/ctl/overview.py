@@ -66,7 +66,8 @@ def age(seconds: float) -> str:
 
 
 def _daemon(status: Status) -> Iterator[str]:
-    yield f"cc-proxy {printable(status.version)}, pid {status.pid}, up for {age(status.uptime)}"
+    replaced = f", replaced {count(status.replacements, 'time')}" if status.replacements else ""
+    yield f"cc-proxy {printable(status.version)}, pid {status.pid}, up for {age(status.uptime)}{replaced}"
     settings = printable(status.settings_file) or "the defaults, there is no file"
     yield f"settings: {settings}; log level: {printable(status.log_level)}"
     sessions = sum(vm.streams.sessions for vm in status.vms if vm.streams)

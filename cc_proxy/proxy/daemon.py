@@ -73,23 +73,24 @@ class Host:
     inheritance: Inheritance
 
 
-def serve(listener: Listener, settings: Settings, host: Host, state: DaemonState | None = None) -> None:
+def serve(listener: Listener, settings: Settings, host: Host, state: DaemonState | None = None) -> int:
     """Serve clients on a listening socket until SIGTERM or SIGINT. Main thread, after `block_signals`.
 
     Or until SIGUSR2, once another process goes on with everything. With a `state` this one goes on with that.
-    Raises `Nothing` if the process before does so itself.
+    Returns the exit status. Raises `Nothing` if the process before goes on itself.
     """
     threading.stack_size(_STACK_SIZE)
     _tune_collector()
     live = LiveSettings(settings)
-    while left := _serve(listener, live, host, state):
+    while not isinstance(left := _serve(listener, live, host, state), int):
         listener, state = Listener.from_state(left.server.listener), left
+    return left
 
 
 def _serve(
     listener: Listener, live: LiveSettings, host: Host, state: DaemonState | None
-) -> DaemonState | None:
-    """Serve; returns what nobody goes on with after all."""
+) -> DaemonState | int:
+    """Serve; returns the exit status, or what nobody goes on with after all."""
     registry = Registry(live, host.connector, listener.socket.getsockname())
     replacements = state.replacements if state else 0
     with Server(listener, registry, live, About(host.settings_file, replacements)) as server:
@@ -111,11 +112,12 @@ def _serve(
         supervisor = Supervisor(live, host, listener, registry, Watchdog(server, registry))
         received = supervisor.run()
         if supervisor.heir:
-            return hand_over(server, registry, live.current, supervisor.heir, replacements)
+            left = hand_over(server, registry, live.current, supervisor.heir, replacements)
+            return left or supervisor.heir.exit_status
         logger.info("stopping", extra={"signal": received.name})
         host.notifier.tell("STOPPING=1", "STATUS=Stopping")
         _stop(server, registry)
-    return None
+    return 0
 
 
 def _tune_collector() -> None:

@@ -39,6 +39,7 @@ def pod(service: Service, container: str = "pod") -> Iterator[Pod]:
         fake.close()
         for path in (fake.ctl_path, fake.io_path):
             path.unlink(missing_ok=True)
+        directory.rmdir()
 
 
 def goes_on(pod: Pod, stream: Stream) -> bool:

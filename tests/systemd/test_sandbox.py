@@ -78,7 +78,7 @@ def tried(service: Service) -> dict[str, str]:
     command = f'{sys.executable} /usr/local/lib/probe.py "{codes}"'
     oneshot = "Type=oneshot\nWatchdogSec=0\nRestart=no\nSyslogIdentifier=probe"
     service.drop_in(
-        f"[Service]\n{oneshot}\nStandardOutput=truncate:/run/probe\nExecStart=\nExecStart={command}\n"
+        f"[Service]\n{oneshot}\nStandardOutput=truncate:/run/probe\nExecStart=\nExecStart={command}\nExecStop=\n"
     )
     service.start(SERVICE)
     outcome: dict[str, str] = json.loads(service.box.path("/run/probe").read_text())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from cc_proxy.api.status import shorten
+from cc_proxy.continuity.heirs import EX_TEMPFAIL
 from tests.wire.successors import Adopted, Manager, adopt_orphans, dialers, reap
 from tests.wire.support import (
     EXECCMD,
@@ -267,9 +268,13 @@ class ManagedDaemon(Daemon):
 
     def replace(self) -> None:
         """Have it end, and start it again with what is kept."""
-        self.process.send_signal(signal.SIGUSR2)
-        assert self.process.wait(WAIT) == 0
+        self.leave_all()
         self.start_again()
+
+    def leave_all(self) -> None:
+        """Have it end, and leave all to the next process."""
+        self.process.send_signal(signal.SIGUSR2)
+        assert self.process.wait(WAIT) == EX_TEMPFAIL
 
     def start_again(self) -> None:
         """Start the next process with what is kept."""

@@ -22,7 +22,6 @@ from tests.wire.support import (
     OK,
     READY,
     VERSIONED,
-    WAIT,
     at_end,
     frame,
     refused,
@@ -224,8 +223,7 @@ def test_what_dies_meanwhile_is_noticed(tmp_sock_dir: Path) -> None:
         wire = Wire(daemon, tmp_sock_dir)
         first, second = wire.pod(), wire.pod()
         stream = second.open()
-        daemon.process.send_signal(signal.SIGUSR2)
-        assert daemon.process.wait(WAIT) == 0
+        daemon.leave_all()
         first.vm.ctl.close()
         first.vm.io.close()
         stream.close()
@@ -298,8 +296,7 @@ def test_a_manager_that_drops_everything_meanwhile_costs_what_it_drops(tmp_sock_
         wire = Wire(daemon, tmp_sock_dir)
         pod = wire.pod()
         stream = pod.open()
-        daemon.process.send_signal(signal.SIGUSR2)
-        assert daemon.process.wait(WAIT) == 0
+        daemon.leave_all()
         daemon.manager.drop()
         assert stream.at_end()
         assert at_end(pod.vm.io)
@@ -314,8 +311,7 @@ def test_a_process_that_dies_before_it_has_taken_over_costs_nothing(tmp_sock_dir
     with ManagedDaemon(tmp_sock_dir) as daemon:
         wire = Wire(daemon, tmp_sock_dir)
         pod = wire.pod()
-        daemon.process.send_signal(signal.SIGUSR2)
-        assert daemon.process.wait(WAIT) == 0
+        daemon.leave_all()
         box = Box([socket.socket(fileno=os.dup(fd)) for _, fd in daemon.manager.fds])
         for _ in range(5):
             for fd in box.look():
@@ -330,8 +326,7 @@ def test_a_state_of_a_newer_daemon_is_an_end_that_is_logged(tmp_sock_dir: Path) 
     with ManagedDaemon(tmp_sock_dir) as daemon:
         wire = Wire(daemon, tmp_sock_dir)
         pod = wire.pod()
-        daemon.process.send_signal(signal.SIGUSR2)
-        assert daemon.process.wait(WAIT) == 0
+        daemon.leave_all()
         box = Box([socket.socket(fileno=os.dup(fd)) for _, fd in daemon.manager.fds])
         memory, *others = box.look()
         box.close()
