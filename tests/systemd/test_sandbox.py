@@ -76,7 +76,7 @@ def tried(service: Service) -> dict[str, str]:
     service.box.write("/usr/local/lib/probe.py", PROBE)
     codes = json.dumps([*FORBIDDEN, *ALLOWED]).replace('"', r"\"")
     command = f'{sys.executable} /usr/local/lib/probe.py "{codes}"'
-    oneshot = "Type=oneshot\nWatchdogSec=0\nRestart=no\nSyslogIdentifier=probe"
+    oneshot = "Type=oneshot\nWatchdogSec=0\nRestart=no\nRestartForceExitStatus=\nSyslogIdentifier=probe"
     service.drop_in(
         f"[Service]\n{oneshot}\nStandardOutput=truncate:/run/probe\nExecStart=\nExecStart={command}\nExecStop=\n"
     )
