@@ -16,7 +16,7 @@ from typing import Self
 
 from cc_proxy.api.status import shorten
 from cc_proxy.continuity.heirs import EX_TEMPFAIL
-from tests.wire.successors import Adopted, Manager, adopt_orphans, dialers, reap
+from tests.wire.successors import Adopted, Manager, adopting_orphans, dialers, reap
 from tests.wire.support import (
     EXECCMD,
     OK,
@@ -140,10 +140,10 @@ class Daemon:
 
     def replace(self) -> None:
         """Have another process go on with everything; returns when it does."""
-        adopt_orphans()
         before = self.process
-        before.send_signal(signal.SIGUSR2)
-        assert before.wait(WAIT) == 0
+        with adopting_orphans():
+            before.send_signal(signal.SIGUSR2)
+            assert before.wait(WAIT) == 0
         with closing(self.connect()) as client:
             self.process = Adopted(json.loads(client.ask("status"))["data"]["pid"])
         assert self.pid != before.pid

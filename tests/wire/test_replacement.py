@@ -14,7 +14,7 @@ import pytest
 
 from cc_proxy.continuity.box import Box
 from cc_proxy.continuity.format import VERSION
-from tests.wire.daemon import PATIENT, Daemon, ManagedDaemon, Wire, write_config
+from tests.wire.daemon import PATIENT, Daemon, ManagedDaemon, Pod, Wire, write_config
 from tests.wire.support import (
     EXECCMD,
     MARKER,
@@ -245,12 +245,17 @@ def _sessions(town: Wire) -> int:
         client.close()
 
 
+def _connections(pod: Pod) -> int:
+    return int(json.loads(pod.client.ask("status"))["data"]["connections"])
+
+
 def test_what_is_counted_and_set_stays(town: Wire) -> None:
     pod = town.pod()
     pod.open()
     assert pod.client.ask("logLevel", {"level": "debug"})
     before = json.loads(pod.client.ask("status"))["data"]
     town.daemon.replace()
+    wait_until(lambda: _connections(pod) == before["connections"], "those who looked have left")
     after = json.loads(pod.client.ask("status"))["data"]
     assert after["replacements"] == before["replacements"] + 1
     for name in ("logLevel", "users", "connections"):
