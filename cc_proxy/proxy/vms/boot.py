@@ -121,6 +121,7 @@ class Boot:
         if not self._control or not self._io:
             sockets = undo.enter_context(self._dial(dialer))
             self._control = ControlLink(sockets.ctl, self._note_event)
+            undo.callback(self._control.close)  # before anything else can fail
             self._io, self._quiz_at = sockets.io, Deadline(self._limits.ready_ping_after)
             self._console = Console.open(self._vm, self._hello.console, sockets)
             for channel in (sockets.ctl, sockets.io):
