@@ -11,12 +11,11 @@ waits for the agent's acknowledgement is not read either.
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from cc_proxy.api.status import Streams
 from cc_proxy.linux.fds import Fd, close_stream
 from cc_proxy.linux.selector import NOTHING_ELSE, READ, WRITE
-from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.streams.handover import give_up, take_over
 from cc_proxy.proxy.streams.interfaces import Beside, Lost, Owner, Pacing
@@ -59,12 +58,15 @@ class Channel:
         self._io = io
         self._io_fd = io.fileno()
         self._control = control
-        self._console = console
         self._sessions: set[Session] = set()
-        self._mailbox = mailbox
-        self._pacing = pacing
         self._routes = Routes(self._resume)
-        self._pacer = Pacer(io, self._routes.owners, pacing.echo_timeout, self._acknowledge, self._resume)
+        self._pacer = Pacer(
+            io,
+            self._routes.owners,
+            pacing.echo_timeout,
+            lambda pings, done: pacing.acknowledge(pings, mailbox.forwarded(done)),
+            self._resume,
+        )
         self._watch = Watch(self._on_writable)
         with contextlib.ExitStack() as undo:
             undo.callback(self._watch.close)
@@ -78,7 +80,7 @@ class Channel:
             self._watch.add(mailbox.fileno(), lambda _events: mailbox.receive())
             self._watch.add(control.fileno(), self._on_control)
             if console:
-                self._watch.add(console.fileno(), self._on_console)
+                self._watch.add_console(console, self._vm)
             undo.pop_all()
         self._io_open = True
         self._finish_at: float | None = None
@@ -188,21 +190,6 @@ class Channel:
         except Lost as lost:
             self._lose(str(lost))
 
-    def _on_console(self, _events: int) -> None:
-        try:
-            ended = self._console is not None and not self._console.read()
-        except Exception:  # whatever it is, the VM's streams can do without the console
-            faults.note("console failed", vm=self._vm)
-            ended = True
-        if ended:
-            self._close_console()
-
-    def _close_console(self) -> None:
-        if self._console:
-            self._watch.remove(self._console.fileno())
-            self._console.close()
-            self._console = None
-
     def _on_io(self, events: int) -> None:
         if events == READ and self._io_open and not self._output.paused:
             self._read_vm()  # what there is nearly always
@@ -251,7 +238,7 @@ class Channel:
             return
         self._sessions.add(session)
         self._routes.add(session)
-        self._watch_client(session, self._stdin.add)
+        self._stdin.add(session)
 
     def expect_processes(self, seqs: Iterable[int]) -> None:
         """A command is about to be sent that starts processes with these seqs as stdio.
@@ -269,22 +256,7 @@ class Channel:
     def _resume(self, session: Session) -> None:
         """Read a client: its process has been started, or its stdin has room again."""
         if self._io_open:
-            self._watch_client(session, self._stdin.resume)
-
-    def _watch_client(self, session: Session, watch: Callable[[Session], None]) -> None:
-        try:
-            watch(session)
-        except OSError as error:  # the kernel watches no more fds: that costs this client, and not the VM
-            session.fail(error)
-            self._drop(session, "it cannot be watched")
-
-    def _acknowledge(self, commands: int, done: Callable[[bool], None]) -> None:
-        """Have commands carried out (`Pacing.acknowledge`), and `done` called in this thread."""
-
-        def call_back(answered: bool) -> None:
-            self._mailbox.post(lambda: done(answered))
-
-        self._pacing.acknowledge(commands, call_back)
+            self._stdin.resume(session)
 
     def _drop(self, session: Session, reason: str) -> None:
         """Close a session if it is not closed yet. Output on its streams is nobody's from now on."""
@@ -349,7 +321,7 @@ class Channel:
         with contextlib.ExitStack() as last_first:
             last_first.callback(self._let_go)
             last_first.callback(self._watch.close)
-            last_first.callback(self._close_console)
+            last_first.callback(self._watch.close_console)
             last_first.callback(self.abort)
 
     def _let_go(self) -> None:

@@ -24,6 +24,14 @@ class Mailbox:
             os.eventfd_write(self._fd, 1)
         return True
 
+    def forwarded(self, call: Callable[[bool], None]) -> Callable[[bool], None]:
+        """Return a function for any thread that has the mailbox's thread call `call`."""
+
+        def forward(value: bool) -> None:
+            self.post(lambda: call(value))
+
+        return forward
+
     # The thread whose it is -------------------------------------------------------------------------------
 
     def fileno(self) -> int:

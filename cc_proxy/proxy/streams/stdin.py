@@ -94,8 +94,8 @@ class Stdin:
 
     def add(self, session: Session) -> None:
         """Take over a client. It is read once its process has been started (`resume`)."""
-        self._clients.add(session.fd, NOTHING_ELSE)
         self._sessions[session.fd] = session
+        self._watch(session, NOTHING_ELSE)
 
     def forget(self, session: Session) -> None:
         """The session is to be closed."""
@@ -230,7 +230,14 @@ class Stdin:
         if self._clients.watches(session.fd):
             self._clients.change(session.fd, READ)
         else:
-            self._clients.add(session.fd, READ)
+            self._watch(session, READ)
+
+    def _watch(self, session: Session, events: int) -> None:
+        try:
+            self._clients.add(session.fd, events)
+        except OSError as error:  # the kernel watches no more fds: that costs this client, and not the VM
+            session.fail(error)
+            self._drop(session, "it cannot be watched")
 
     def _block(self) -> None:
         self.blocked = True

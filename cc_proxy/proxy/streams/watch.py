@@ -4,7 +4,9 @@ import contextlib
 from collections.abc import Callable
 
 from cc_proxy.linux.selector import NOTHING_ELSE, READ, Selector
+from cc_proxy.log import faults
 from cc_proxy.proxy.spin import Spin
+from cc_proxy.proxy.streams.interfaces import Beside
 
 #: An fd, and what it is ready for.
 Ready = tuple[int, int]
@@ -26,6 +28,7 @@ class Watch:
         """
         self._on_writable = on_writable
         self._handlers: dict[int, Handler] = {}
+        self._console: Beside | None = None
         self.others = Selector()
         with contextlib.ExitStack() as undo:
             undo.callback(self.others.close)
@@ -51,6 +54,28 @@ class Watch:
         self._handlers[fd] = handler
         self.others.add(fd, NOTHING_ELSE)
         self.clients.add(fd, READ)
+
+    def add_console(self, console: Beside, vm: str) -> None:
+        """Read the console whenever something has come, and close it at its end."""
+        self._console = console
+
+        def on_readable(_events: int) -> None:
+            try:
+                goes_on = console.read()
+            except Exception:  # whatever it is, the VM's streams can do without the console
+                faults.note("console failed", vm=vm)
+                goes_on = False
+            if not goes_on:
+                self.close_console()
+
+        self.add(console.fileno(), on_readable)
+
+    def close_console(self) -> None:
+        """Close the console, if there is one."""
+        console, self._console = self._console, None
+        if console:
+            self.remove(console.fileno())
+            console.close()
 
     def remove(self, fd: int) -> None:
         """Watch `fd` no more; to be called before it is closed. No matter if it was not watched."""
@@ -98,7 +123,7 @@ class Watch:
                 self._on_writable(fd)
 
     def close(self) -> None:
-        """Close both instances; what they watched stays open."""
+        """Close both instances; what they watched stays open, the console too."""
         self._handlers.clear()  # they refer to this in a circle
         self.others.close()
         self.clients.close()
