@@ -16,7 +16,8 @@ from cc_proxy.linux.fds import Fd
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.rest import Resting
 from cc_proxy.proxy.vms.console import Console
-from cc_proxy.proxy.vms.control import ControlLink, ControlLost, NoAnswer
+from cc_proxy.proxy.vms.control import ControlLink, NoAnswer
+from cc_proxy.proxy.vms.control_socket import ControlLost
 from cc_proxy.proxy.vms.dialer import CannotConnect, Connected, Dialer
 from cc_proxy.proxy.vms.state import BootState
 from cc_proxy.settings import VmSettings

@@ -1,8 +1,7 @@
-"""The control channel's socket: one transaction at a time, each within a deadline."""
+"""The control channel: one transaction at a time, each within a deadline."""
 
 import contextlib
 import functools
-import os
 import select
 import socket
 import threading
@@ -10,31 +9,20 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Self
 
-from cc_proxy.api.transport import limit_receive
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import Command, ControlChannel, ControlMessage, OnAnswer, Quiz, ignore
-from cc_proxy.linux.fds import is_for_now
 from cc_proxy.proxy.rest import Resting
 from cc_proxy.proxy.spin import Spin
-from cc_proxy.proxy.streams.interfaces import Beside, Lost
+from cc_proxy.proxy.streams.interfaces import Beside
 from cc_proxy.proxy.turns import Turns
 from cc_proxy.proxy.vms.commands import Posted, Transaction, commands_of, control_state, transactions_of
+from cc_proxy.proxy.vms.control_socket import ControlLost, ControlSocket
 from cc_proxy.proxy.vms.state import ControlState
 
 #: The most commands without an answer. After that no more are sent.
 _MOST_UNANSWERED = 64
-#: Most answers are short. More is read at once of a long message.
-_READ_SIZE = 512
-_LONG_READ = 64 * 1024
-#: Enough reads to empty a socket's buffer. A limit, because an agent may never stop sending.
-_MOST_LAST_READS = 512
 #: Seconds between two checks whether anybody still waits, and is not to come to rest.
 _INTERVAL = 0.1
-_HUNG_UP = "the VM hung up its control channel"
-
-
-class ControlLost(Lost):
-    """The control channel is lost; the text is the cause."""
 
 
 class NoAnswer(Exception):
@@ -46,33 +34,25 @@ class NotSent(NoAnswer):
 
 
 class ControlLink:
-    """Owner of the control channel's socket.
+    """Whose turn it is on the control channel, and what is said there.
 
     A thread carries out its own command: it writes, then reads until the answer is there. Then it sends the
     next command and passes the turn on, so the agent is at work while the next thread wakes up.
 
-    Between commands nobody reads, so an epoll instance with the socket in it (`fileno`) becomes readable when
-    the agent has said something or hung up; the pump then calls `read`.
+    Between commands nobody reads. Then `fileno` is readable when the agent has said something or hung up, and
+    the pump calls `read`.
     """
 
     def __init__(self, sock: socket.socket, on_event: Callable[[ControlMessage], None]) -> None:
         """`on_event` is called with each message of the agent that answers no command."""
-        self._sock = sock
-        self._on_event = on_event
-        self._turns = Turns[Transaction](functools.partial(self._watch_unsolicited, True))
-        # Only the thread that has the turn uses what follows up to _spin, and reads and writes _sock.
-        self._channel = ControlChannel()
-        self._lost: ControlLost | None = None
-        self._receive_ticks = 0
+        # Only the thread that has the turn uses these three, but for what any thread may do with _sock.
+        self._sock = ControlSocket(sock, on_event)
         self._posted = 0  # commands that nobody waits for and that have no answer yet
         self._spin = Spin()
-        self._end = _HUNG_UP  # the cause to give at end of file; set once at most
+        self._turns = Turns[Transaction](functools.partial(self._sock.watch, True))
         # By the client that waits. Each one's thread adds and removes them, which is atomic under the GIL.
         self._waiting: dict[int, Transaction] = {}
         self._is_to_close = False  # `close` was called while all came to rest
-        self._unsolicited = select.epoll()
-        self._unsolicited.register(sock, 0)
-        self._watched_for = 0
 
     # Between two processes --------------------------------------------------------------------------------
 
@@ -85,11 +65,11 @@ class ControlLink:
 
         Nobody may use the channel any more.
         """
-        if self._unsolicited.closed or self._is_to_close:
-            self._shut()
+        if self._sock.is_closed or self._is_to_close:
+            self._sock.close()
             return None
-        self._unsolicited.close()
-        return control_state(self._sock, self._channel, self._waiting, self._turns.waiting)
+        sock = self._sock.give_up()
+        return control_state(sock, self._channel, self._waiting, self._turns.waiting)
 
     @classmethod
     def from_state(
@@ -109,8 +89,12 @@ class ControlLink:
         link._waiting.update(transactions_of(state, on_start, commands))
         link._turns.restore(link._waiting.values())
         if state.channel.is_up:
-            link._watch_unsolicited(True)
+            link._sock.watch(True)
         return link
+
+    @property
+    def _channel(self) -> ControlChannel:
+        return self._sock.channel
 
     # Any thread -------------------------------------------------------------------------------------------
 
@@ -130,14 +114,14 @@ class ControlLink:
         """
         begun = time.monotonic()
         up = select.poll()
-        up.register(self._sock, select.POLLIN)
+        up.register(self._sock.sock, select.POLLIN)
         up.register(io, 0)
         if console:
             up.register(console, select.POLLIN)
         while not self._is_up():
             now = time.monotonic() - begun
             if now >= timeout:
-                self._read_what_is_there()  # READY may have come in time, while this process was stopped
+                self._sock.read_what_is_there()  # READY may have come in time, while this process was stopped
                 if self._is_up():
                     break
                 raise NoAnswer("no READY from the VM")
@@ -146,13 +130,13 @@ class ControlLink:
             if not still_wanted():
                 raise ControlLost("nobody waits for it any more")
             until = timeout if self._channel.is_quizzed else min(ping_after, timeout)
-            self._exchange_when_ready(up, min(until - now, _INTERVAL))
+            self._sock.exchange_when_ready(up, min(until - now, _INTERVAL))
             ready = dict(up.poll(0))
             if io.fileno() in ready:
                 raise ControlLost("the VM hung up its I/O channel")
             if console and console.fileno() in ready and not console.read():
                 up.unregister(console)
-        self._watch_unsolicited(True)
+        self._sock.watch(True)
         return self._channel.ready
 
     def _is_up(self) -> bool:
@@ -216,7 +200,7 @@ class ControlLink:
         try:
             if self._turns.resting:
                 raise Resting
-            self._watch_unsolicited(False)
+            self._sock.watch(False)
             if transaction.command is None:
                 self._send(transaction)
             assert transaction.command
@@ -231,9 +215,7 @@ class ControlLink:
 
         The socket stays open until `close`.
         """
-        self._end = cause or self._end
-        with contextlib.suppress(OSError):  # the VM has hung up, or it is closed
-            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.hang_up(cause)
 
     def _pass_turn(self) -> None:
         """Send the next command, and let the thread that waits for it go on. Requires the turn."""
@@ -242,9 +224,7 @@ class ControlLink:
                 if transaction.command is None:
                     self._send(transaction)
             if transaction.on_refusal is None:
-                self._watch_unsolicited(
-                    False
-                )  # the pump has watched, if it is the pump that passes the turn on
+                self._sock.watch(False)  # the pump has watched, if it is the pump that passes the turn on
                 transaction.turn.release()
                 return
             if transaction.command:
@@ -252,31 +232,21 @@ class ControlLink:
             else:
                 transaction.on_refusal()
 
-    def _watch_unsolicited(self, watched: bool) -> None:
-        # The agent may not have taken all of a posted command: the pump sends the rest.
-        writing = select.EPOLLOUT if self._channel.outgoing else 0
-        events = select.EPOLLIN | writing if watched else 0
-        if events != self._watched_for and not self._unsolicited.closed:
-            self._watched_for = events
-            self._unsolicited.modify(self._sock, events)
-
     # Pump thread ------------------------------------------------------------------------------------------
 
     def fileno(self) -> int:
         """Readable when `read` has something to do."""
-        return self._unsolicited.fileno()
+        return self._sock.fileno()
 
     def read(self) -> bool:
         """Handle what came between commands; returns True. Raises `ControlLost`. Never waits."""
         if not self._turns.take():
-            if self._hung_up():
-                raise ControlLost(self._end)
+            self._sock.check()
             return True
         try:
             if self._channel.outgoing:
-                self._write()
-            with contextlib.suppress(BlockingIOError):
-                self._read(socket.MSG_DONTWAIT)
+                self._sock.write()
+            self._sock.look()
         finally:
             self._pass_turn()
         return True
@@ -289,47 +259,19 @@ class ControlLink:
         except Resting:
             self._is_to_close = True  # when nobody uses it any more, which `hand_over` is told
             return
-        self._shut()
+        self._sock.close()
         self._pass_turn()
-
-    def _shut(self) -> None:
-        if not self._unsolicited.closed:
-            self._unsolicited.close()
-            self._sock.close()
 
     # Requires the turn ------------------------------------------------------------------------------------
 
     def _send(self, transaction: Transaction) -> None:
         """Send a transaction's command, or begin to. Raises `ControlLost` or `NotSent`."""
-        if self._unsolicited.closed:
+        if self._sock.is_closed:
             raise ControlLost("its control channel is closed")
         if self._channel.unanswered >= _MOST_UNANSWERED:
             raise NotSent(f"not sent: the VM has left {self._channel.unanswered} commands unanswered")
         transaction.command = self._channel.send(transaction.code, transaction.payload, transaction.on_answer)
-        self._write()
-
-    def _exchange(self, timeout: float) -> bool:
-        """Wait up to `timeout` seconds for the agent and read once; returns whether it said something."""
-        if self._channel.outgoing:
-            ready = select.poll()
-            ready.register(self._sock)
-            return self._exchange_when_ready(ready, timeout)
-        # One call that both waits and reads, because most of a command's time is spent here.
-        self._limit_receive(timeout)
-        return self._has_read(0)
-
-    def _exchange_when_ready(self, ready: select.poll, timeout: float) -> bool:
-        if self._channel.outgoing:
-            self._write()
-        ready.modify(self._sock, select.POLLIN | (select.POLLOUT if self._channel.outgoing else 0))
-        return bool(ready.poll(int(timeout * 1000) + 1)) and self._has_read(socket.MSG_DONTWAIT)
-
-    def _limit_receive(self, timeout: float) -> None:
-        """Set the timeout of recv(2), rounded up to hundredths of a second, so that it rarely changes."""
-        ticks = int(timeout * 100) + 1
-        if ticks != self._receive_ticks:
-            self._receive_ticks = ticks
-            limit_receive(self._sock, ticks / 100)
+        self._sock.write()
 
     def _await(self, command: Command, deadline: float, timeout: float) -> None:
         """Wait for the answer to a command. Raises `NoAnswer` or `ControlLost`."""
@@ -343,61 +285,13 @@ class ControlLink:
             late = now >= deadline
             try:
                 if late:
-                    self._read_what_is_there()
+                    self._sock.read_what_is_there()
                 else:
                     left = min(deadline - now, _INTERVAL)
-                    self._spin.wait(self._look, functools.partial(self._exchange, left))
+                    self._spin.wait(self._sock.look, functools.partial(self._sock.exchange, left))
             except ControlLost as lost:
                 if not command.is_answered():
                     raise
                 # The answer came before what ended the channel: the next transaction finds that.
-                self._lost = lost
-                self.hang_up()
+                self._sock.lose(lost)
             now = time.monotonic()
-
-    def _look(self) -> bool | None:
-        """Read once, without waiting; returns None if nothing is there."""
-        return self._has_read(socket.MSG_DONTWAIT) or None
-
-    def _read_what_is_there(self) -> None:
-        """Read all that is there: an answer that came in time may be behind events."""
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(_MOST_LAST_READS):
-                self._read(socket.MSG_DONTWAIT)
-
-    def _write(self) -> None:
-        outgoing = self._channel.outgoing
-        try:
-            del outgoing[: self._sock.send(outgoing, socket.MSG_DONTWAIT)]
-        except OSError as error:
-            if is_for_now(error):
-                return
-            raise ControlLost(f"control channel: {os.strerror(error.errno or 0)}") from None
-
-    def _has_read(self, flags: int) -> bool:
-        with contextlib.suppress(BlockingIOError):
-            self._read(flags)
-            return True
-        return False
-
-    def _read(self, flags: int) -> None:
-        size = max(_READ_SIZE, min(self._channel.missing, _LONG_READ))
-        try:
-            data = self._sock.recv(size, flags)
-        except OSError as error:
-            if is_for_now(error):
-                raise BlockingIOError from None
-            raise ControlLost(f"control channel: {os.strerror(error.errno or 0)}") from None
-        if self._lost:
-            raise self._lost
-        if not data:
-            raise ControlLost(self._end)
-        for event in self._channel.receive_data(data):
-            self._on_event(event)
-        if self._channel.error:
-            raise ControlLost(f"control channel: {self._channel.error}")
-
-    def _hung_up(self) -> bool:
-        poll = select.poll()
-        poll.register(self._sock, 0)
-        return bool(poll.poll(0))

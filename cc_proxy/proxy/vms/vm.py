@@ -27,7 +27,8 @@ from cc_proxy.proxy.users import User, Users
 from cc_proxy.proxy.vms.boot import Boot, NotReady, note_event
 from cc_proxy.proxy.vms.commands import Started
 from cc_proxy.proxy.vms.console import Console
-from cc_proxy.proxy.vms.control import ControlLink, ControlLost, NoAnswer, NotSent
+from cc_proxy.proxy.vms.control import ControlLink, NoAnswer, NotSent
+from cc_proxy.proxy.vms.control_socket import ControlLost
 from cc_proxy.proxy.vms.dialer import Dialer, Peer
 from cc_proxy.proxy.vms.state import BootState, VmState
 from cc_proxy.proxy.vms.states import MOVES, State, Trouble

@@ -29,7 +29,7 @@ from cc_proxy.proxy.streams.output import Output
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.streams.stdin import Stdin
 from cc_proxy.proxy.vms.console import Console
-from cc_proxy.proxy.vms.control import ControlLost
+from cc_proxy.proxy.vms.control_socket import ControlLost
 from tests.clock import Clock
 from tests.proxy.conftest import Logged
 from tests.proxy.support import (

@@ -15,7 +15,8 @@ import pytest
 
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import MAX_MESSAGE, ControlMessage
-from cc_proxy.proxy.vms.control import ControlLink, ControlLost, NoAnswer
+from cc_proxy.proxy.vms.control import ControlLink, NoAnswer
+from cc_proxy.proxy.vms.control_socket import ControlLost
 from tests.proxy.support import NEVER, Rig, fill, pair, read_now
 from tests.wire.support import (
     ACK,
@@ -48,9 +49,9 @@ class Agent:
     """The far end, and the link itself."""
 
     def __init__(self) -> None:
-        near, self.sock = pair()
+        self.near, self.sock = pair()
         self.events: queue.SimpleQueue[ControlMessage] = queue.SimpleQueue()
-        self.link = ControlLink(near, self.events.put)
+        self.link = ControlLink(self.near, self.events.put)
         self.io, self.far_io = pair()
         self.results: queue.SimpleQueue[object] = queue.SimpleQueue()
 
@@ -316,9 +317,9 @@ def test_no_more_is_sent_to_an_agent_that_leaves_64_unanswered(agent: Agent) -> 
 
 
 def test_command_goes_out_in_parts_to_an_agent_that_reads_slowly(agent: Agent) -> None:
-    agent.link._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_608)
+    agent.near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_608)
     payload = bytes(range(256)) * 39
-    filled = fill(agent.link._sock)
+    filled = fill(agent.near)
     with agent.asking(payload):
         wait_until(lambda: bool(agent.link._channel.outgoing), "it waits")
         read_exact(agent.sock, filled)
@@ -329,7 +330,7 @@ def test_command_goes_out_in_parts_to_an_agent_that_reads_slowly(agent: Agent) -
 
 
 def test_command_that_was_given_up_half_way_is_sent_whole_before_the_next(agent: Agent) -> None:
-    agent.link._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_608)
+    agent.near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_608)
     first, second = b"1" * 10_000, b"2" * 10_000
     with pytest.raises(NoAnswer):
         agent.transact(first, timeout=0.02)
@@ -343,7 +344,7 @@ def test_command_that_was_given_up_half_way_is_sent_whole_before_the_next(agent:
 
 
 def test_agent_that_talks_but_does_not_read_is_heard(agent: Agent) -> None:
-    fill(agent.link._sock)
+    fill(agent.near)
     with agent.asking(timeout=NEVER):
         agent.say(ASYNC_EVENT, b"while it does not read")
         assert agent.events.get(timeout=WAIT).payload == b"while it does not read"
