@@ -177,3 +177,10 @@ def cut(pieces: Sequence[Piece], start: int, stop: int = sys.maxsize) -> list[Pi
             found.append(memoryview(piece)[begin:end])
         at += len(piece)
     return found
+
+
+def hung_up_socket() -> socket.socket:
+    """Return a socket whose peer has hung up. Raises `OSError`."""
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    return ours

@@ -280,7 +280,7 @@ def test_hello_that_fails_gives_everything_back(
     wait_until(lambda: set(open_fds()) <= before, "fds are given back")
     with closing(FakeVm(tmp_sock_dir, "again")) as vm, in_background(partial(boot, vm)):
         up = registry.register(hello_of(vm), Credentials.own())
-        assert up.state is State.UP
+        assert up.life.state is State.UP
         up.abort()
         assert up.join(WAIT)
 

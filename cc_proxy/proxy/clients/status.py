@@ -87,7 +87,7 @@ def _vm(vm: Vm, clients: int, asked: Future[Streams] | None, deadline: float) ->
     return VmStatus(
         id=shorten(vm.container_id),
         uid=vm.owner,
-        state=vm.state.name.lower(),
+        state=vm.life.state.name.lower(),
         age=now - vm.created,
         clients=clients,
         streams=streams,
@@ -95,7 +95,7 @@ def _vm(vm: Vm, clients: int, asked: Future[Streams] | None, deadline: float) ->
         commands=[WaitingCommand(name=code.hyper_name, age=now - at) for code, at in commands[:MOST_LISTED]],
         waiting_commands=len(commands),
         unanswered=control.unanswered if control else 0,
-        last_error=_error(vm.trouble) if vm.trouble else None,
+        last_error=_error(vm.life.trouble) if vm.life.trouble else None,
     )
 
 

@@ -180,6 +180,20 @@ class ControlLink:
         if self._turns.join(Transaction(code, b"", 0.0, posted, on_refusal)):
             self._pass_turn()
 
+    def acknowledge(self, pings: int, done: Callable[[bool], None]) -> None:
+        """Have the agent answer so many pings, one at a time, so that no command waits for more than one.
+
+        `done` is called like the two of `post`, with whether they were answered.
+        """
+
+        def answered(_answer: ControlMessage) -> None:
+            if pings > 1:
+                self.acknowledge(pings - 1, done)
+            else:
+                done(True)
+
+        self.post(Code.PING, answered, functools.partial(done, False))
+
     def _count_posted(self, more: int) -> None:
         """Requires the turn."""
         self._posted += more

@@ -114,7 +114,7 @@ class Registry:
         ]
         for vm, before in zip(vms, state.vms, strict=True):
             vm.restore(before, self.users)
-            if vm.state is not State.GONE:
+            if vm.life.state is not State.GONE:
                 user = self.users.of(vm.owner)
                 id_charge = user.charge_again("request_bytes", len(vm.container_id))
                 self._vms[vm] = [user.charge_again("vms"), id_charge]
@@ -208,7 +208,7 @@ class Registry:
         It may take over the id of a VM that has gone only if it could also say bye for it: a client that
         attaches by name trusts the name.
         """
-        if before and not (before.is_gone and self._may_use(client, before.owner)):
+        if before and not (before.life.is_gone and self._may_use(client, before.owner)):
             raise _taken(container_id)
 
     def _claim(self, vm: Vm, client: Credentials, peer: Peer) -> str:
@@ -223,7 +223,7 @@ class Registry:
             holders = (
                 other
                 for other in self._vms
-                if other is not vm and peer in other.peers and other.state in (State.STARTING, State.UP)
+                if other is not vm and peer in other.peers and other.life.state in (State.STARTING, State.UP)
             )
             holder = next(holders, None)
             if holder is None:
@@ -237,7 +237,7 @@ class Registry:
         """Return the VM registered under an id, unless it is still starting. Raises `RegistryError`."""
         with self._lock:
             vm = self._by_id.get(container_id)
-        if vm is None or vm.state is State.STARTING or not self._may_use(client, vm.owner):
+        if vm is None or vm.life.state is State.STARTING or not self._may_use(client, vm.owner):
             raise RegistryError(f"unknown containerID: {container_id}")
         return vm
 
@@ -301,17 +301,17 @@ class Registry:
 
     def _on_change(self, vm: Vm, state: State) -> None:
         """A VM has moved to another state. Calls may overlap, and come in any order."""
-        if state is State.UP and vm.state is State.UP:
+        if state is State.UP and vm.life.state is State.UP:
             logger.info("VM registered", extra={"vm": vm.container_id, "uid": vm.owner})
         if state is not State.GONE:
             return
         with self._lock:
             charges = self._vms.pop(vm, [])
-            keeps_id = vm.came_up and len(vm.container_id) <= _LONGEST_KEPT
+            keeps_id = vm.life.came_up and len(vm.container_id) <= _LONGEST_KEPT
             if not keeps_id and self._by_id.get(vm.container_id) is vm:
                 del self._by_id[vm.container_id]
-            if vm.failed and vm.trouble:
-                self._failed.append(FailedVm(vm.container_id[:_LONGEST_KEPT], vm.owner, vm.trouble))
+            if vm.life.failed and vm.life.trouble:
+                self._failed.append(FailedVm(vm.container_id[:_LONGEST_KEPT], vm.owner, vm.life.trouble))
                 _drop_one_over(self._failed, _MOST_FAILED)
             self._forget_gone()
         for charge in charges:
@@ -319,7 +319,7 @@ class Registry:
 
     def _forget_gone(self) -> None:
         """Limit the ids of VMs that have gone to the number of VMs allowed. Requires _lock."""
-        gone = deque(vm for vm in self._by_id.values() if vm.state is State.GONE)
+        gone = deque(vm for vm in self._by_id.values() if vm.life.state is State.GONE)
         if (forgotten := _drop_one_over(gone, self._live.current.limits.vms)) is not None:
             del self._by_id[forgotten.container_id]
 

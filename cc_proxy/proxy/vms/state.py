@@ -64,18 +64,24 @@ class TroubleState(Struct, frozen=True):
     age: float
 
 
-class VmState(Struct, frozen=True):
-    """`Vm`."""
+class LifeState(Struct, frozen=True):
+    """`Life`."""
 
-    container_id: str
-    owner: int
-    age: float
     state: str
     cause: str
     trouble: TroubleState | None
     failed: bool
     came_up: bool
     ends: int
+
+
+class VmState(Struct, frozen=True):
+    """`Vm`."""
+
+    container_id: str
+    owner: int
+    age: float
+    life: LifeState
     next_seq: int
     peers: list[tuple[str, int]]
     boot: BootState | None

@@ -14,7 +14,7 @@ from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage, OnAnswer, ignore
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.hyperstart.stdio import STARTS, stdio_seqs
-from cc_proxy.linux.fds import check_passable, refuse_rights
+from cc_proxy.linux.fds import hung_up_socket
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.rest import Resting
@@ -22,7 +22,7 @@ from cc_proxy.proxy.streams.interfaces import Pacing
 from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.session import Session, Whose
 from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
-from cc_proxy.proxy.streams.state import ChannelState, SessionState
+from cc_proxy.proxy.streams.state import ChannelState
 from cc_proxy.proxy.users import User, Users
 from cc_proxy.proxy.vms.boot import Boot, NotReady, note_event
 from cc_proxy.proxy.vms.commands import Started
@@ -30,11 +30,11 @@ from cc_proxy.proxy.vms.console import Console
 from cc_proxy.proxy.vms.control import ControlLink, NoAnswer, NotSent
 from cc_proxy.proxy.vms.control_socket import ControlLost
 from cc_proxy.proxy.vms.dialer import Dialer, Peer
+from cc_proxy.proxy.vms.sessions import restored_session, session_pair
 from cc_proxy.proxy.vms.state import BootState, VmState
-from cc_proxy.proxy.vms.states import MOVES, State, Trouble
+from cc_proxy.proxy.vms.states import Life, State, Trouble
 from cc_proxy.settings import LiveSettings
 
-_SESSION_SEND_BUFFER = 256 * 1024
 #: The cause of every VM's end once the daemon stops.
 _STOPS = "the daemon stops"
 
@@ -61,36 +61,28 @@ class Vm:
         self.container_id = container_id
         self.owner = owner
         self.created = time.monotonic()
-        #: The last thing that went wrong. Any thread replaces it as a whole.
-        self.trouble: Trouble | None = None
-        #: Whether something went wrong that ended it, or kept it from coming up.
-        self.failed = False
-        #: Whether it was ever up.
-        self.came_up = False
+        #: Where it is in its life, and what went wrong.
+        self.life = Life()
+        self._on_change = on_change
         #: What its channels are connected to. Guarded by the registry's lock.
         self.peers: set[Peer] = set()
         self._live = live
         self._space = space
-        self._on_change = on_change
         # The thread that says hello sets these once; the pump thread drops _pump at its end.
         self._boot: Boot | None = None
-        self._control: ControlLink | None = None
+        #: The control channel, for its figures; None before the VM is up.
+        self.control: ControlLink | None = None
         self._pump: Pump | None = None
         self._console: Console | None = None  # the pump's; to be asked for its state
         self._booting: BootState | None = None  # how far the process before came with hello
-        self._stopping = False  # whether the daemon stops; set once
-        # Guards what follows against changes by two threads; reading one of them takes no lock. Innermost.
-        self._lock = threading.Lock()
-        self._state = State.STARTING
-        self._cause = ""
-        self._ends = 0  # commands on their way that power it off
+        self._lock = threading.Lock()  # guards _next_seq; innermost
         self._next_seq = 1
 
     # Between two processes --------------------------------------------------------------------------------
 
     def rest(self) -> None:
         """Have clients' threads leave with `Resting`. Any thread; again, if a hello may just have begun."""
-        boot, control = self._boot, self._control
+        boot, control = self._boot, self.control
         if boot:
             boot.rest()
         if control:
@@ -105,23 +97,18 @@ class Vm:
     def hand_over(self) -> VmState:
         """Give up everything as a value, for `restore`. Nobody may use it any more."""
         now = time.monotonic()
-        starting, pump = self._state is State.STARTING, self._pump
+        starting, pump = self.life.state is State.STARTING, self._pump
         channel = pump.hand_over() if pump else None
         boot = self._boot.hand_over() if starting and self._boot else None
         return VmState(
             container_id=self.container_id,
             owner=self.owner,
             age=now - self.created,
-            state=self._state.name if channel or starting else State.GONE.name,
-            cause=self._cause,
-            trouble=self.trouble.state() if self.trouble else None,
-            failed=self.failed,
-            came_up=self.came_up,
-            ends=self._ends,
+            life=self.life.hand_over(self.life.state if channel or starting else State.GONE),
             next_seq=self._next_seq,
             peers=sorted(self.peers),
             boot=boot,
-            control=self._control.hand_over() if channel and self._control else None,
+            control=self.control.hand_over() if channel and self.control else None,
             console=self._console.hand_over() if channel and self._console else None,
             channel=channel,
         )
@@ -129,36 +116,27 @@ class Vm:
     def restore(self, state: VmState, users: Users) -> None:
         """Go on where the process before stood. Before anybody knows it. Raises `OSError`."""
         self.created = time.monotonic() - state.age
-        self.trouble = Trouble.from_state(state.trouble) if state.trouble else None
-        self.failed, self.came_up = state.failed, state.came_up
+        self.life.restore(state.life)
         self.peers = set(state.peers)
-        self._state, self._cause, self._ends = State[state.state], state.cause, state.ends
         self._next_seq, self._booting = state.next_seq, state.boot
         if state.channel:
             self._restore_pump(state, state.channel, users)
 
     def _restore_pump(self, state: VmState, channel: ChannelState, users: Users) -> None:
         # What has hung up stands for what is closed already.
-        io = socket.socket(fileno=channel.io.number) if channel.io else _hung_up()
+        io = socket.socket(fileno=channel.io.number) if channel.io else hung_up_socket()
         on_event = functools.partial(note_event, self.container_id)
         if state.control:
             control = ControlLink.from_state(state.control, on_event, self._open_stdin)
         else:
-            control = ControlLink(_hung_up(), on_event)
+            control = ControlLink(hung_up_socket(), on_event)
         console = Console.from_state(self.container_id, state.console) if state.console else None
         self._pump = self._make_pump(io, control, console, users.of(self.owner))
-        sessions = [self._restored(each, users.of(each.uid)) for each in channel.streams.sessions]
+        sessions = [
+            restored_session(each, self.container_id, users.of(each.uid), self._space)
+            for each in channel.streams.sessions
+        ]
         self._pump.restore(channel, sessions)
-
-    def _restored(self, state: SessionState, user: User) -> Session:
-        seqs = range(state.first_seq, state.first_seq + state.seqs)
-        window = StdinWindow.from_state(seqs.start, state.window) if state.window else None
-        who = Whose(self.container_id, state.uid, state.pid)
-        charge = user.charge_again("sessions")
-        sock = socket.socket(fileno=state.fd.number)
-        session = Session(seqs, sock, who, Spool(self._space, state.uid), window, charge.give_back)
-        session.restore(state)
-        return session
 
     def go_on(self) -> None:
         """Start the thread of a pump that has been restored."""
@@ -181,11 +159,11 @@ class Vm:
             pump = self._connect(hello, dialer, user)
             pump.start()
             if not self._move(State.UP):
-                raise VmError(self._gone())
+                raise VmError(self.life.why_gone)
         except Resting:
             raise
         except BaseException as error:
-            self._fail(str(error))
+            self.life.fail(str(error))
             self.abort()
             self._move(State.GONE)
             if isinstance(error, NotReady):
@@ -216,37 +194,37 @@ class Vm:
 
     def _power_off_answered(self, answer: ControlMessage) -> None:
         if answer.code == Code.ERROR:
-            self._keep_on(Code.DESTROY_POD)
+            self.life.expect_end(-1)
 
     def _command(self, name: Code, payload: bytes, client: int, on_answer: OnAnswer) -> ControlMessage:
-        control = self._control
-        if control is None or self._state not in (State.UP, State.LEAVING):
-            raise VmError(self._gone())
+        control = self.control
+        if control is None or not self.life.can_be_used:
+            raise VmError(self.life.why_gone)
         if name is Code.DESTROY_POD and not control.is_waited_for_by(client):
-            self._expect_end(1)
+            self.life.expect_end()
         timeout = self._live.current.vm.command_timeout
         try:
             answer = control.transact(name, payload, timeout, on_answer, client)
         except Resting:
             raise
         except NoAnswer as error:
-            if isinstance(error, NotSent):
-                self._keep_on(name)
+            if isinstance(error, NotSent) and name is Code.DESTROY_POD:
+                self.life.expect_end(-1)
             fields = {"vm": self.container_id, "command": name.hyper_name, "error": str(error)}
             logger.warning("command not answered", extra=fields)
-            self.trouble = Trouble(f"{name.hyper_name}: {error}", time.monotonic())
+            self.life.trouble = Trouble(f"{name.hyper_name}: {error}", time.monotonic())
             raise VmError(str(error)) from None
         except ControlLost as lost:
             self.lose(str(lost))
-            raise VmError(self._gone()) from None
+            raise VmError(self.life.why_gone) from None
         except Exception:  # the channel is in an unknown state now
             faults.note("control channel failed", vm=self.container_id, command=name.hyper_name)
             self.lose("internal error in its control channel")
-            raise VmError(self._gone()) from None
+            raise VmError(self.life.why_gone) from None
         if answer.code == Code.ERROR:
             said = answer.payload.decode(errors="replace")
             refusal = "ERROR received from Hyperstart" + (f": {said}" if said else "")
-            self.trouble = Trouble(f"{name.hyper_name}: {refusal}", time.monotonic())
+            self.life.trouble = Trouble(f"{name.hyper_name}: {refusal}", time.monotonic())
             raise VmError(refusal)
         return answer
 
@@ -257,11 +235,14 @@ class Vm:
         `LimitReached`; no seq is used up then.
         """
         pump = self._pump
-        if pump is None or self._state not in (State.UP, State.LEAVING):
-            raise VmError(self._gone())
+        if pump is None or not self.life.can_be_used:
+            raise VmError(self.life.why_gone)
         with contextlib.ExitStack() as undo:
             charge = undo.enter_context(user.charge("sessions"))
-            ours, theirs = _session_pair()
+            try:
+                ours, theirs = session_pair()
+            except OSError as error:
+                raise VmError(f"the daemon is short of resources: {error.strerror}") from None
             undo.callback(theirs.close)
             undo.callback(ours.close)
             with self._lock:
@@ -272,18 +253,9 @@ class Vm:
             who = Whose(self.container_id, user.uid, pid)
             session = Session(seqs, ours, who, Spool(self._space, user.uid), paced, charge.give_back)
             if not pump.add(session):
-                raise VmError(self._gone())
+                raise VmError(self.life.why_gone)
             undo.pop_all()  # now they are the pump's
         return seqs.start, theirs
-
-    def _expect_end(self, more: int) -> None:
-        with self._lock:
-            self._ends += more
-
-    def _keep_on(self, refused: Code) -> None:
-        """The agent does not carry out a command, so that does not end the VM either."""
-        if refused is Code.DESTROY_POD:
-            self._expect_end(-1)
 
     def _connect(self, hello: Hello, dialer: Dialer, user: User) -> Pump:
         """Connect to the VM and return its pump, not yet started. Raises the same as `Boot.run`."""
@@ -301,21 +273,9 @@ class Vm:
     def _make_pump(
         self, io: socket.socket, control: ControlLink, console: Console | None, user: User
     ) -> Pump:
-        self._control, self._console = control, console
-        pacing = Pacing(self._live.current.stdin.echo_timeout, self._acknowledge)
+        self.control, self._console = control, console
+        pacing = Pacing(self._live.current.stdin.echo_timeout, control.acknowledge)
         return Pump(self, io, control, console, user.one_batch, pacing)
-
-    def _acknowledge(self, pings: int, done: Callable[[bool], None]) -> None:
-        """Have the agent answer so many pings, one at a time, so that no command waits for more than one."""
-
-        def answered(_answer: ControlMessage) -> None:
-            if pings > 1:
-                self._acknowledge(pings - 1, done)
-            else:
-                done(True)
-
-        if self._control:
-            self._control.post(Code.PING, answered, functools.partial(done, False))
 
     # Pump thread ------------------------------------------------------------------------------------------
 
@@ -326,16 +286,6 @@ class Vm:
 
     # Any thread -------------------------------------------------------------------------------------------
 
-    @property
-    def state(self) -> State:
-        """The state, at this moment."""
-        return self._state
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether it was up, and was then lost or powered off without a bye."""
-        return self.came_up and self._state in (State.LOST, State.GONE)
-
     def leave(self) -> None:
         """Bye was said. End when the VM hangs up, or at the end of the linger."""
         pump = self._pump
@@ -344,24 +294,16 @@ class Vm:
 
     def lose(self, cause: str) -> None:
         """The VM is lost because of `cause`. Threads that wait for its answer are told."""
-        with self._lock:
-            self._cause = self._cause or cause
-            expected = self._ends > 0 or self._stopping or self._state is State.LEAVING
-            if not expected and State.LOST in MOVES[self._state]:
-                self._fail(cause)
-        if not self._move(State.LOST):
+        expected = self.life.lose(cause)
+        if expected is None:
             return
+        self._on_change(self, State.LOST)
         if expected:
             logger.info("VM gone", extra={"vm": self.container_id, "reason": cause})
         else:
             logger.warning("VM lost", extra={"vm": self.container_id, "error": cause})
-        if self._control:
-            self._control.hang_up()
-
-    @property
-    def control(self) -> ControlLink | None:
-        """The control channel, for its figures; None before the VM is up."""
-        return self._control
+        if self.control:
+            self.control.hang_up()
 
     def describe(self) -> Future[Streams] | None:
         """Ask for the state of its streams (`Pump.describe`); None while it has no pump."""
@@ -371,7 +313,7 @@ class Vm:
     def stop(self) -> None:
         """The daemon stops. Deliver what the VM has sent by now, and end."""
         pump, boot = self._pump, self._boot
-        self._stopping = True
+        self.life.expect_end()
         if pump:
             pump.finish(_STOPS)
         elif boot:
@@ -399,45 +341,9 @@ class Vm:
         pump = self._pump
         return pump is None or pump.probe()
 
-    def _fail(self, cause: str) -> None:
-        """Record an end that nobody asked for. The first cause counts."""
-        if not self.failed:
-            self.trouble = Trouble(cause, time.monotonic())
-            self.failed = True
-
     def _move(self, to: State) -> bool:
-        """Move to another state; returns False, and changes nothing, if that is not a legal move."""
-        with self._lock:
-            if to not in MOVES[self._state]:
-                return False
-            self._state = to
-            self.came_up = self.came_up or to is State.UP
-        self._on_change(self, to)
-        return True
-
-    def _gone(self) -> str:
-        return f"VM gone: {self._cause or 'it was unregistered'}"
-
-
-def _hung_up() -> socket.socket:
-    """Return a socket whose peer has hung up."""
-    ours, theirs = socket.socketpair()
-    theirs.close()
-    return ours
-
-
-def _session_pair() -> tuple[socket.socket, socket.socket]:
-    """Return both ends of a session's socket pair, ours and then the client's. Raises `VmError`."""
-    with contextlib.ExitStack() as undo:
-        try:
-            pair = socket.socketpair()
-            for end in pair:
-                undo.enter_context(end)
-            refuse_rights(pair[0])
-            for end in pair:
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SESSION_SEND_BUFFER)
-            check_passable(*pair)
-        except OSError as error:
-            raise VmError(f"the daemon is short of resources: {error.strerror}") from None
-        undo.pop_all()
-    return pair
+        """Move to another state if that is legal; returns whether it was."""
+        moved = self.life.move(to)
+        if moved:
+            self._on_change(self, to)
+        return moved

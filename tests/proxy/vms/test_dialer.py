@@ -55,7 +55,7 @@ def refusal(dialer: Dialer, path: Path | str, member: str = "ctlSerial") -> str:
             Path(there).chmod(0o777)
             hello = Hello("vm", str(path), there) if member == "ctlSerial" else Hello("vm", there, str(path))
             with pytest.raises(CannotConnect) as error:
-                dialer.connect(hello, 0.05)
+                dialer.connect(hello, 0.5)
     assert set(open_fds()) <= before
     return str(error.value)
 

@@ -251,7 +251,7 @@ def test_id_is_used_again_while_the_old_vm_lingers(office: Office) -> None:
 def test_lost_vm_keeps_its_id_until_hello_takes_it_over(office: Office, channel: str) -> None:
     vm, agent = office.register("pod")
     getattr(agent, channel).close()
-    wait_until(lambda: vm.is_gone, "it is lost")
+    wait_until(lambda: vm.life.is_gone, "it is lost")
     assert office.registry.get("pod", ME) is vm
     again, _ = office.register("pod")
     assert office.registry.get("pod", ME) is again
@@ -262,7 +262,7 @@ def test_lost_vm_keeps_its_id_until_hello_takes_it_over(office: Office, channel:
 def test_hello_that_fails_leaves_the_id_to_the_vm_that_has_gone(office: Office) -> None:
     vm, agent = office.register("pod")
     agent.hang_up()
-    wait_until(lambda: vm.state is State.GONE, "it has gone")
+    wait_until(lambda: vm.life.state is State.GONE, "it has gone")
     with pytest.raises(VmError, match="not an absolute path"):
         office.registry.register(Hello("pod", "relative", "/x"), ME)
     assert office.registry.get("pod", ME) is vm
@@ -271,13 +271,13 @@ def test_hello_that_fails_leaves_the_id_to_the_vm_that_has_gone(office: Office) 
 def test_vm_whose_client_went_while_it_booted_is_let_go_and_its_id_is_free(office: Office) -> None:
     vm, agent = office.register("pod")
     agent.hang_up()
-    wait_until(lambda: vm.state is State.GONE, "it has gone")
+    wait_until(lambda: vm.life.state is State.GONE, "it has gone")
     with pytest.raises(VmError, match="nobody waits for it any more"):
         office.register("pod", client_goes=True)
     assert office.registry.get("pod", ME) is vm, "a hello that fails changes nothing"
     with pytest.raises(VmError, match="nobody waits for it any more"):
         office.register("another", client_goes=True)
-    assert {vm.state for vm in office.registry.vms()} <= {State.LEAVING}, "unless it was given up before"
+    assert {vm.life.state for vm in office.registry.vms()} <= {State.LEAVING}, "unless it was given up before"
     assert not office.knows("another")
     office.register("another")
 
@@ -301,7 +301,7 @@ def test_vm_that_nobody_waits_for_any_more_is_given_up_at_once(office: Office) -
 def test_id_of_a_vm_that_has_gone_is_free_after_bye(office: Office) -> None:
     vm, agent = office.register("pod")
     agent.hang_up()
-    wait_until(lambda: vm.state is State.GONE, "it has gone")
+    wait_until(lambda: vm.life.state is State.GONE, "it has gone")
     assert office.registry.vms_of(ME) == [vm]
     office.registry.unregister("pod", ME)
     assert not office.knows("pod")
@@ -317,7 +317,7 @@ def test_nobody_else_takes_over_the_id_of_a_vm_that_has_gone(office: Office) -> 
     """A client that attaches by name trusts the name."""
     vm, agent = office.register("pod")
     agent.hang_up()
-    wait_until(lambda: vm.state is State.GONE, "it has gone")
+    wait_until(lambda: vm.life.state is State.GONE, "it has gone")
     other = office.agent()
     with pytest.raises(RegistryError, match="pod: container already registered"):
         office.registry.register(hello("pod", other), STRANGER)
@@ -331,7 +331,7 @@ def test_no_more_ids_are_kept_than_there_may_be_vms(office: Office) -> None:
     for number in range(LIMIT + 2):
         vm, agent = office.register(f"pod{number}")
         agent.hang_up()
-        wait_until(lambda vm=vm: vm.state is State.GONE, "it has gone")  # type: ignore[misc]
+        wait_until(lambda vm=vm: vm.life.state is State.GONE, "it has gone")  # type: ignore[misc]
         wait_until(lambda vm=vm: vm not in office.registry.vms(), "and forgotten as a VM")  # type: ignore[misc]
     known = [number for number in range(LIMIT + 2) if office.knows(f"pod{number}")]
     assert known == list(range(2, LIMIT + 2)), "the oldest are forgotten first"
@@ -358,7 +358,7 @@ def test_vm_that_is_lost_as_it_comes_up_keeps_its_id(office: Office, monkeypatch
     except VmError:  # the end was seen before it was up
         assert not office.knows("pod")
     else:
-        wait_until(lambda: vm.is_gone, "it is lost")
+        wait_until(lambda: vm.life.is_gone, "it is lost")
         assert office.knows("pod")
     wait_until(lambda: office.registry.vms() == [], "it has ended")
 

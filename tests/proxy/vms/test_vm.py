@@ -25,6 +25,7 @@ from cc_proxy.log.levels import CONSOLE, logger
 from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.vms import vm as vm_module
+from cc_proxy.proxy.vms.sessions import session_pair
 from cc_proxy.proxy.vms.states import State
 from cc_proxy.proxy.vms.vm import Vm, VmError
 from cc_proxy.settings import Limits, LiveSettings, Settings, StdinSettings, VmSettings
@@ -82,7 +83,7 @@ class Life:
         return base, client
 
     def wait_for(self, state: State) -> None:
-        wait_until(lambda: self.vm.state is state, str(state))
+        wait_until(lambda: self.vm.life.state is state, str(state))
 
     def close(self) -> None:
         for client in self._clients:
@@ -143,7 +144,7 @@ def test_end_of_a_vm_that_has_refused_to_power_off_is_not_what_was_asked_for(
         life.vm.command(Code.DESTROY_POD, b"")
     life.agent.close()
     life.wait_for(State.GONE)
-    assert life.vm.failed != accepted_before
+    assert life.vm.life.failed != accepted_before
     assert ("VM lost" in logged.at(logging.WARNING)) != accepted_before
 
 
@@ -162,7 +163,7 @@ def test_end_of_a_vm_that_refused_to_power_off_too_late_is_not_what_was_asked_fo
         wait_until(lambda: control.unanswered == 0, "the answer is taken")
         life.agent.close()
         life.wait_for(State.GONE)
-        assert life.vm.failed
+        assert life.vm.life.failed
         assert "VM lost" in logged.at(logging.WARNING)
 
 
@@ -184,56 +185,6 @@ def test_session_that_there_is_no_memory_for_leaves_nothing(
 
 
 # States ---------------------------------------------------------------------------------------------------
-
-LEGAL = {
-    (State.STARTING, State.UP),
-    (State.STARTING, State.LOST),
-    (State.STARTING, State.GONE),
-    (State.UP, State.LEAVING),
-    (State.UP, State.LOST),
-    (State.UP, State.GONE),
-    (State.LEAVING, State.LOST),
-    (State.LEAVING, State.GONE),
-    (State.LOST, State.GONE),
-}
-
-
-@pytest.mark.parametrize("at", list(State))
-def test_moves(space: SpoolSpace, at: State) -> None:
-    """An illegal move changes nothing and tells nobody."""
-    for to in State:
-        told: list[State] = []
-        vm = Vm("pod", ROOT, LiveSettings(SETTINGS), space, lambda vm, state, told=told: told.append(state))  # type: ignore[misc]
-        vm._state = at
-        legal = (at, to) in LEGAL
-        assert vm._move(to) == legal
-        assert vm.state is (to if legal else at)
-        assert told == [to] * legal
-
-
-def test_nothing_is_locked_while_it_tells(space: SpoolSpace) -> None:
-    locked: list[bool] = []
-    vm = Vm("pod", ROOT, LiveSettings(SETTINGS), space, lambda vm, state: locked.append(vm._lock.locked()))
-    vm._move(State.UP)
-    vm.lose("for a reason")
-    assert locked == [False, False]
-
-
-def test_of_many_threads_that_move_it_one_does(space: SpoolSpace) -> None:
-    for _ in range(50):
-        told: list[State] = []
-        vm = Vm("pod", ROOT, LiveSettings(SETTINGS), space, lambda vm, state, told=told: told.append(state))  # type: ignore[misc]
-        vm._state = State.UP
-        barrier = threading.Barrier(4)
-
-        def lose(vm: Vm = vm, barrier: threading.Barrier = barrier) -> None:
-            barrier.wait(WAIT)
-            vm.lose("for a reason")
-
-        with ExitStack() as stack:
-            for _ in range(4):
-                stack.enter_context(in_background(lose))
-        assert told == [State.LOST]
 
 
 def test_from_hello_to_the_end(life: Life) -> None:
@@ -320,7 +271,7 @@ def test_ended_as_it_starts(life: Life) -> None:
         patch.setattr(Pump, "start", start_and_end)
         with pytest.raises(VmError, match="VM gone: the VM hung up its"):
             life.start()
-    assert life.vm.state is State.GONE
+    assert life.vm.life.state is State.GONE
 
 
 # Hello that fails -----------------------------------------------------------------------------------------
@@ -380,7 +331,7 @@ def test_hello_that_fails_leaves_nothing_open(
             stack.enter_context(in_background(lambda: trouble(hasty_life)))
         with pytest.raises(VmError, match=cause):
             hasty_life.vm.start(hasty_life.hello, DIALER, new_user())
-    assert hasty_life.vm.state is State.GONE
+    assert hasty_life.vm.life.state is State.GONE
     assert hasty_life.states == [State.GONE]
     assert threading.active_count() == threads
 
@@ -446,7 +397,7 @@ def test_hello_without_resources_leaves_nothing_open_for_the_garbage_collector(
         gc.collect()
     (cause,) = causes
     assert cause.startswith("the daemon is short of resources: ")
-    assert life.vm.state is State.GONE
+    assert life.vm.life.state is State.GONE
 
 
 def test_console_that_was_open_is_closed_when_hello_fails(
@@ -533,8 +484,8 @@ def test_guest_that_panics_while_it_boots_says_so(life: Life, screen: Screen, ho
     )
     assert str(error.value).startswith(cause)
     assert str(error.value).endswith(f"; the console's last lines: {lines} 1 seconds..")
-    assert life.vm.trouble
-    assert life.vm.trouble.text == str(error.value)
+    assert life.vm.life.trouble
+    assert life.vm.life.trouble.text == str(error.value)
     assert screen.far
     screen.far.close()
     life.agent.hang_up()
@@ -569,7 +520,7 @@ def test_console_that_ends_early_holds_nobody_up(life: Life, screen: Screen, out
 
     with in_background(boot):
         life.vm.start(life.hello, DIALER, new_user())
-    assert life.vm.state is State.UP
+    assert life.vm.life.state is State.UP
 
 
 # Commands and sessions ------------------------------------------------------------------------------------
@@ -604,7 +555,7 @@ def test_command_without_an_answer(hasty_life: Life) -> None:
     hasty_life.start()
     with pytest.raises(VmError, match=r"no answer from the VM in 0\.05 s"):
         hasty_life.vm.command(Code.PING, b"")
-    assert hasty_life.vm.state is State.UP
+    assert hasty_life.vm.life.state is State.UP
     assert hasty_life.agent.read_command().code == PING
     hasty_life.agent.say(ACK)
 
@@ -639,7 +590,7 @@ def test_it_takes_neither_commands_nor_sessions_before_it_is_up(space: SpoolSpac
     vm.stop()
     vm.abort()
     assert vm.join(0)
-    assert vm.state is State.STARTING
+    assert vm.life.state is State.STARTING
 
 
 def test_seqs_are_counted_by_many_threads(life: Life) -> None:
@@ -684,7 +635,7 @@ def test_session_that_cannot_be_made_leaves_nothing(life: Life, monkeypatch: pyt
 def test_client_cannot_pass_fds_over_its_session(life: Life) -> None:
     life.start()
     _, stream = life.open()
-    ours, theirs = vm_module._session_pair()
+    ours, theirs = session_pair()
     with ours, theirs:
         if may_hold_fds(ours):
             pytest.skip("needs Linux 6.16")
@@ -746,7 +697,7 @@ def test_stop_before_it_is_up_ends_hello(life: Life) -> None:
 
     with in_background(stop), pytest.raises(VmError, match="the daemon stops"):
         life.vm.start(life.hello, DIALER, new_user())
-    assert life.vm.state is State.GONE
+    assert life.vm.life.state is State.GONE
 
 
 def test_stop_just_before_its_pump_runs(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
