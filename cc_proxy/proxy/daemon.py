@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -319,14 +320,14 @@ def _stop(server: Server, registry: Registry) -> None:
     """Stop accepting; let requests in flight finish, then what VMs have sent; give up when time is over."""
     deadline = time.monotonic() + STOP_TIMEOUT
     server.stop_accepting()
-    server.join_connections(max(0.0, deadline - _DELIVERY_TIME - time.monotonic()))
+    server.roster.wait_until_empty(max(0.0, deadline - _DELIVERY_TIME - time.monotonic()))
     # Users may have seen to it that all of that took longer.
     deadline = max(deadline, time.monotonic() + _DELIVERY_TIME)
     vms = registry.vms()
     for vm in vms:
         vm.stop()
-    server.join_connections(_LAST_WORDS)
-    server.hang_up()
+    server.roster.wait_until_empty(_LAST_WORDS)
+    server.roster.shut_down(socket.SHUT_RDWR)
     left = [vm.container_id for vm in vms if not vm.join(max(0.0, deadline - time.monotonic()))]
     if left:
         logger.warning("stopped with output undelivered", extra={"vms": left})

@@ -1,6 +1,7 @@
 """Coming to rest: every thread ends where all that it was at is in a value, for another process to go on."""
 
 import threading
+import time
 
 
 class Resting(Exception):
@@ -22,7 +23,7 @@ class Rest:
         if self._event.is_set():
             raise Resting
 
-    def sleep(self, seconds: float) -> None:
-        """Sleep so long. Raises `Resting` as soon as it is time to."""
-        self._event.wait(seconds)
-        self.check()
+    def sleep(self, seconds: float) -> float:
+        """Sleep so long; returns what is left of it as soon as it is time to come to rest."""
+        until = time.monotonic() + seconds
+        return max(0.0, until - time.monotonic()) if self._event.wait(seconds) else 0.0

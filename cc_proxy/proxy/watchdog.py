@@ -46,7 +46,7 @@ class Watchdog:
             stuck.append("the accept thread")
         if not self._server.parking.probe():
             stuck.append("the parking thread")
-        if not self._server.is_free(_LOCK_TIMEOUT):
+        if not self._server.roster.is_free(_LOCK_TIMEOUT):
             stuck.append("the lock of the connections")
         if not self._registry.is_free(_LOCK_TIMEOUT):
             return [*stuck, "the lock of the VMs"]

@@ -66,9 +66,9 @@ class House:
         self._stopped = True
         self.server.stop_accepting()
         try:
-            return self.server.join_connections(seconds)
+            return self.server.roster.wait_until_empty(seconds)
         finally:
-            self.server.hang_up()
+            self.server.roster.shut_down(socket.SHUT_RDWR)
             self.server.server_close()
 
     def close(self) -> None:

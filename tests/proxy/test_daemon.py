@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pwd
 import signal
+import socket
 import threading
 from types import SimpleNamespace
 from typing import Any, cast
@@ -50,12 +51,17 @@ class Stop:
         self.steps.append("stop accepting")
         self.now += self.takes.get("accepted", 0.0)
 
-    def join_connections(self, timeout: float) -> bool:
-        self.steps.append("join connections")
+    @property
+    def roster(self) -> Stop:
+        return self
+
+    def wait_until_empty(self, timeout: float) -> bool:
+        self.steps.append("wait for connections")
         self.begin("connections")
         return self.wait("connections", timeout)
 
-    def hang_up(self) -> None:
+    def shut_down(self, how: int) -> None:
+        assert how == socket.SHUT_RDWR
         self.steps.append("hang up")
 
     def vms(self) -> list[FakeVm]:
@@ -95,11 +101,11 @@ def test_requests_finish_before_vms_are_stopped(monkeypatch: pytest.MonkeyPatch,
     assert run(stop, monkeypatch) == 1.5
     assert stop.steps == [
         "stop accepting",
-        "join connections",
+        "wait for connections",
         "vms",
         "stop vm1",
         "stop vm2",
-        "join connections",
+        "wait for connections",
         "hang up",
         "abort vm1",
         "abort vm2",

@@ -32,7 +32,9 @@ class Parts:
         self.registry = SimpleNamespace(vms=lambda: [self.vm], is_free=lambda timeout: True)
         self.parking = SimpleNamespace(probe=lambda: True)
         self.server = SimpleNamespace(
-            turned_at=time.monotonic() + NEXT, is_free=lambda timeout: True, parking=self.parking
+            turned_at=time.monotonic() + NEXT,
+            roster=SimpleNamespace(is_free=lambda timeout: True),
+            parking=self.parking,
         )
         self.watchdog = Watchdog(cast(Server, self.server), cast(Registry, self.registry))
 
@@ -158,10 +160,10 @@ def test_pump_that_has_not_begun_or_has_ended_is_well(parts: Parts, space: Spool
 
 
 def test_locks_that_are_not_given_back(parts: Parts, logged: Logged) -> None:
-    parts.server.is_free = parts.registry.is_free = lambda timeout: False
+    parts.server.roster.is_free = parts.registry.is_free = lambda timeout: False
     assert not parts.check()
     assert stuck(logged) == [{"stuck": ["the lock of the connections", "the lock of the VMs"]}]
-    parts.server.is_free = parts.registry.is_free = lambda timeout: True
+    parts.server.roster.is_free = parts.registry.is_free = lambda timeout: True
     assert parts.check()
 
 

@@ -72,7 +72,7 @@ def test_connection(tmp_sock_dir: Path) -> None:
         client.send(request("x"))
         assert client.receive() == UNKNOWN
         client.close()
-        wait_until(lambda: not house.server._connections, "it is gone")
+        wait_until(lambda: not len(house.server.roster), "it is gone")
     house.close()
 
 

@@ -182,7 +182,7 @@ def test_refusal_that_fails_too_costs_its_connection_alone(
         assert at_end(client.sock)
     asks(house)
     check_said_once(logged, counted, "connection failed")
-    assert len(house.server._connections) == 1
+    assert len(house.server.roster) == 1
 
 
 def test_connection_that_cannot_be_noted_down_does_not_count(
@@ -192,9 +192,10 @@ def test_connection_that_cannot_be_noted_down_does_not_count(
         __setitem__ = fail
 
     with monkeypatch.context() as patch:
-        patch.setattr(house.server, "_connections", Full())
+        patch.setattr(house.server.roster, "_charges", Full())
         assert at_end(house.connect().sock)
     asks(house)
+    assert house.has("connections") == 1
     check_said_once(logged, counted, "connection failed")
 
 
@@ -208,7 +209,7 @@ def test_error_that_cannot_even_be_logged_leaves_nothing_open(
         assert failed.is_set()
     asks(house)
     assert counted() == {"connection failed": 1}, "said once by whoever could"
-    assert len(house.server._connections) == 1
+    assert len(house.server.roster) == 1
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own socket", "inherited"])
@@ -220,7 +221,7 @@ def test_connections_that_were_accepted_are_served_though_the_end_comes_with_an_
         patch.setattr(Server, "service_actions", fail)
         client = house.connect()
         client.send(request("x"))
-        wait_until(lambda: bool(house.server._connections), "it is accepted")
+        wait_until(lambda: len(house.server.roster) == 1, "it is accepted")
         assert house.stop()
     assert client.receive() == UNKNOWN
     house.close()

@@ -1,6 +1,5 @@
 """One client's connection: passes requests to the handlers, and sends responses (docs/protocol.md, 1)."""
 
-import array
 import contextlib
 import errno
 import os
@@ -11,13 +10,13 @@ from collections.abc import Callable
 from enum import Enum, auto
 
 from cc_proxy.api.errors import ProtocolError
-from cc_proxy.api.fdpassing import TAG
 from cc_proxy.api.messages import MessageParser
 from cc_proxy.api.transport import limit_receive, limit_send
-from cc_proxy.linux.fds import Fd, is_for_now
+from cc_proxy.linux.fds import Fd
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers, Reply, failure
+from cc_proxy.proxy.clients.outgoing import Outgoing
 from cc_proxy.proxy.clients.state import ConnectionState
 from cc_proxy.proxy.rest import Rest, Resting
 from cc_proxy.proxy.spin import Spin
@@ -33,8 +32,6 @@ _LARGEST_READ = 64 * 1024
 #: Longer requests and responses count against `request_bytes` until they are done with. Those of clients in
 #: the field are shorter.
 _UNCOUNTED = 4 * 1024
-#: The most bytes in one send. The kernel splits longer ones, and its timeout starts anew with each piece.
-_LARGEST_SEND = 32 * 1024
 #: Seconds after which a thread that waits looks whether it is to come to rest.
 _LOOK_UP = 0.1
 #: A plain int, because converting the enum takes longer than the rest of a send.
@@ -69,7 +66,8 @@ class Connection:
         self.client = client
         #: What becomes of it next.
         self.after = After.PARK
-        self._sock = sock
+        #: Its socket. The server closes it.
+        self.sock = sock
         self._handlers = handlers
         self._limits = limits
         self._rest = rest
@@ -77,11 +75,10 @@ class Connection:
         self._parser = MessageParser()
         self._spin = Spin()
         # What the parking thread leaves to a worker: a request, and the seconds to wait before answering it;
-        # or the rest of a response, and the socket whose fd is passed after it.
+        # or the rest of a response.
         self._text: bytes | None = None
         self._delay = 0.0
-        self._unsent: bytes | memoryview = b""
-        self._passed: socket.socket | None = None
+        self._outgoing = Outgoing(sock)
         self._charge: Charge | None = None  # for a long request or response
         client.is_here = self._is_here
         handlers.clients.add(client)
@@ -89,32 +86,28 @@ class Connection:
 
     def fileno(self) -> int:
         """The socket's fd."""
-        return self._sock.fileno()
+        return self.sock.fileno()
 
     def _is_here(self) -> bool:
         """Whether the client has not hung up. One that has only shut down its sending may still wait."""
         poll = select.poll()
-        poll.register(self._sock, 0)
+        poll.register(self.sock, 0)
         return not poll.poll(0)
-
-    @property
-    def sock(self) -> socket.socket:
-        """The socket. The server closes it."""
-        return self._sock
 
     # Between two processes --------------------------------------------------------------------------------
 
     def hand_over(self, vm: int | None) -> ConnectionState:
         """Give up everything as a value, for `restore`. `vm` says which one it is attached to."""
+        unsent, passed = self._outgoing.hand_over()
         return ConnectionState(
-            fd=Fd(self._sock.detach()),
+            fd=Fd(self.sock.detach()),
             number=self.client.number,
             vm=vm,
             unread=self._parser.unread,
             text=self._text,
             delay=self._delay,
-            unsent=bytes(self._unsent),
-            passed=Fd(self._passed.detach()) if self._passed else None,
+            unsent=unsent,
+            passed=passed,
             left=None if self._deadline is None else self._deadline - time.monotonic(),
             counted=self._charge.number if self._charge else 0,
         )
@@ -122,29 +115,25 @@ class Connection:
     def restore(self, state: ConnectionState) -> None:
         """Go on where the process before stood; `after` says how. Before any thread serves it."""
         self._parser.receive_data(state.unread)
-        self._text, self._delay, self._unsent = state.text, state.delay, state.unsent
+        self._text, self._delay = state.text, state.delay
         self.client.resumes = state.text is not None
-        self._passed = socket.socket(fileno=state.passed.number) if state.passed else None
+        self._outgoing.restore(state.unsent, state.passed)
         self._deadline = None if state.left is None else time.monotonic() + state.left
         if state.counted:
             self._charge = self.client.user.charge_again("request_bytes", state.counted)
-        begun = state.unread or state.unsent or state.passed or state.text is not None
+        begun = state.unread or not self._outgoing.is_sent() or state.text is not None
         self.after = After.THREAD if begun else After.PARK
 
     # Parking thread ---------------------------------------------------------------------------------------
 
     def on_readable(self) -> bool:
         """Answer what can be answered at once; returns whether the connection stays parked."""
-        self._go_on(self._serve_arrived)
-        return self.after is After.PARK
+        return self._go_on(self._serve_arrived)
 
     def _serve_arrived(self) -> After:
-        try:
-            data = self._sock.recv(_READ_SIZE, _DONTWAIT)
-        except BlockingIOError:
-            return After.PARK
+        data = self._receive(_DONTWAIT)
         if not data:
-            return After.END
+            return After.PARK if data is None else After.END
         self._parser.receive_data(data)
         return self._answer_parsed()
 
@@ -156,7 +145,7 @@ class Connection:
             if reply is None:
                 self._text = text
                 return After.THREAD
-            if not self._send_at_once(reply):
+            if not self._outgoing.begin(reply):
                 return After.THREAD
         return After.THREAD if parser.unfinished else After.PARK
 
@@ -170,7 +159,7 @@ class Connection:
     def _decline(self, why: str) -> After:
         is_request, self._text, self._delay = self._text is not None, None, 0.0
         logger.warning("no thread for a request", extra={**self.client.fields, "error": why})
-        if self._unsent or self._passed or not self._send_at_once(failure(why)) or not is_request:
+        if not self._outgoing.is_sent() or not self._outgoing.begin(failure(why)) or not is_request:
             return After.END
         return self._answer_parsed()
 
@@ -178,11 +167,10 @@ class Connection:
 
     def converse(self) -> bool:
         """Answer requests until the client is silent; returns whether to park the connection again."""
-        self._go_on(self._converse)
-        return self.after is After.PARK
+        return self._go_on(self._converse)
 
     def _converse(self) -> After:
-        limit_receive(self._sock, _LINGER)
+        limit_receive(self.sock, _LINGER)
         self._send_rest()
         if self._text is not None:
             self._answer(self._text)
@@ -195,26 +183,16 @@ class Connection:
 
     def _answer(self, text: bytes) -> None:
         if self._delay:
-            self._sleep_for_delay()
+            self._delay = self._rest.sleep(self._delay)
         self._rest.check()
         reply = self._handlers.answer(self.client, text)
         self._text, self.client.resumes = None, False
         self._uncount()
         if len(reply.message) > _UNCOUNTED:
             reply = self._count(reply)
-        if not self._send_at_once(reply):
+        if not self._outgoing.begin(reply):
             self._send_rest()
         self._uncount()
-
-    def _sleep_for_delay(self) -> None:
-        """Raises `Resting`, and what is left of the delay is kept."""
-        until = time.monotonic() + self._delay
-        try:
-            self._rest.sleep(self._delay)
-        except Resting:
-            self._delay = max(0.0, until - time.monotonic())
-            raise
-        self._delay = 0.0
 
     def _next_text(self) -> bytes | After:
         """Return the next request's text.
@@ -226,21 +204,15 @@ class Connection:
             if parser.unfinished:
                 rest = self._finish_text()
                 return After.END if rest is None else rest
-            data = self._spin.wait(self._look, self._sleep)
+            data = self._spin.wait(lambda: self._receive(_DONTWAIT), lambda: self._receive(0))
             if not data:
                 return After.END if data is not None else After.PARK
             parser.receive_data(data)
         return text
 
-    def _look(self) -> bytes | None:
+    def _receive(self, flags: int) -> bytes | None:
         try:
-            return self._sock.recv(_READ_SIZE, _DONTWAIT)
-        except BlockingIOError:
-            return None
-
-    def _sleep(self) -> bytes | None:
-        try:
-            return self._sock.recv(_READ_SIZE)
+            return self.sock.recv(_READ_SIZE, flags)
         except BlockingIOError:
             return None
 
@@ -259,7 +231,7 @@ class Connection:
             if parser.missing:
                 self._pace()
         self._deadline = None
-        limit_receive(self._sock, _LINGER)
+        limit_receive(self.sock, _LINGER)
         return text
 
     def _begin_deadline(self) -> float:
@@ -276,16 +248,17 @@ class Connection:
         """
         if delay := self.client.user.delay():
             self._rest.sleep(delay)
+            self._rest.check()
 
     def _receive_by(self, deadline: float, size: int) -> bytes:
         try:
             while (left := deadline - time.monotonic()) > 0:
                 self._rest.check()
-                limit_receive(self._sock, min(left, _LOOK_UP))
+                limit_receive(self.sock, min(left, _LOOK_UP))
                 with contextlib.suppress(BlockingIOError):
-                    return self._sock.recv(size)
+                    return self.sock.recv(size)
             # The rest may have come in time, while this process was stopped.
-            return self._sock.recv(size, _DONTWAIT)
+            return self.sock.recv(size, _DONTWAIT)
         except BlockingIOError:
             raise ProtocolError("a message that had begun did not arrive in time") from None
 
@@ -298,9 +271,9 @@ class Connection:
         deadline = self._begin_deadline()
         rest = self._parser.missing
         try:
-            self._unsent = failure(why).message
-            self._send_rest()
-            self._sock.shutdown(socket.SHUT_WR)
+            if not self._outgoing.begin(failure(why)):
+                self._send_rest()
+            self.sock.shutdown(socket.SHUT_WR)
             while rest and (data := self._receive_by(deadline, min(rest, _LARGEST_READ))):
                 rest -= len(data)
                 self._pace()
@@ -309,29 +282,32 @@ class Connection:
 
     def _send_rest(self) -> None:
         """Send the rest of a response. Raises `OSError` if the client does not read it in time."""
-        if not self._unsent and not self._passed:
+        if self._outgoing.is_sent():
             return
         deadline = self._begin_deadline()
-        while (self._unsent or self._passed) and (left := deadline - time.monotonic()) > 0:
+        while not self._outgoing.is_sent() and (left := deadline - time.monotonic()) > 0:
             self._rest.check()
-            limit_send(self._sock, min(left, _LOOK_UP))
-            self._send_some(0)
-        if self._unsent or self._passed:
+            limit_send(self.sock, min(left, _LOOK_UP))
+            self._outgoing.go_on()
+        if not self._outgoing.is_sent():
             raise TimeoutError(errno.ETIMEDOUT, "a response was not taken in time")
         self._deadline = None
 
     # Either -----------------------------------------------------------------------------------------------
 
-    def _go_on(self, step: Callable[[], After]) -> None:
-        """Run a step, which returns what comes next. An error, or the client, may end the connection."""
+    def _go_on(self, step: Callable[[], After]) -> bool:
+        """Run a step, which returns what comes next; returns whether that is to be parked.
+
+        An error, or the client, may end the connection.
+        """
         reason = "closed by the client"
         try:
             self.after = step()
             if self.after is not After.END:
-                return
+                return self.after is After.PARK
         except Resting:
             self.after = After.REST
-            return
+            return False
         except ProtocolError as error:
             reason = str(error)
             logger.warning("client broke the protocol", extra={**self.client.fields, "error": reason[:200]})
@@ -344,41 +320,16 @@ class Connection:
             reason = "internal error"
             faults.note("connection failed", client=self.client.number)
         self.end(reason)
+        return False
 
     def end(self, reason: str) -> None:
         """Give back everything except the socket, which the server closes. For the thread that serves it."""
         self.after = After.END
         self._uncount()
-        self._close_passed()
+        self._outgoing.close()
         self._handlers.clients.discard(self.client)
         self.client.is_here = _gone  # breaks the cycle of references between the two
         logger.debug("client disconnected", extra={"client": self.client.number, "reason": reason})
-
-    def _send_at_once(self, reply: Reply) -> bool:
-        """Send as much of a reply as fits now; returns whether that was all."""
-        self._unsent, self._passed = reply
-        return self._send_some(_DONTWAIT)
-
-    def _send_some(self, flags: int) -> bool:
-        """Send more of a response; returns whether that was the rest."""
-        try:
-            while rest := self._unsent:
-                sent = self._sock.send(rest if flags else rest[:_LARGEST_SEND], flags)
-                self._unsent = memoryview(rest)[sent:] if sent < len(rest) else b""
-            if self._passed:
-                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self._passed.fileno()]))]
-                self._sock.sendmsg([TAG], rights, flags)
-                self._close_passed()
-        except OSError as error:
-            if not is_for_now(error):
-                raise
-            return False
-        return True
-
-    def _close_passed(self) -> None:
-        passed, self._passed = self._passed, None
-        if passed:
-            passed.close()
 
     def _count(self, reply: Reply) -> Reply:
         """Count a long response until it has been read. Returns it, or the refusal to send in its place."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from cc_proxy.access import may_connect
 from cc_proxy.linux.credentials import Credentials
-from cc_proxy.linux.fds import close_stream, holds_fds, may_hold_fds
+from cc_proxy.linux.fds import holds_fds, may_hold_fds
 from cc_proxy.linux.threads import check_room
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
@@ -22,11 +22,12 @@ from cc_proxy.proxy.clients.connection import After, Connection
 from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers, failure
 from cc_proxy.proxy.clients.listener import Listener
 from cc_proxy.proxy.clients.parking import Parking
+from cc_proxy.proxy.clients.roster import Roster
 from cc_proxy.proxy.clients.state import ServerState
 from cc_proxy.proxy.clients.status import About
 from cc_proxy.proxy.clients.workers import Workers
 from cc_proxy.proxy.rest import Rest
-from cc_proxy.proxy.users import Charge, LimitReached
+from cc_proxy.proxy.users import LimitReached
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.proxy.vms.state import RegistryState
 from cc_proxy.proxy.vms.vm import Vm
@@ -67,10 +68,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._users = registry.users
         self._handlers = Handlers(registry, live, about)
         self._numbers = itertools.count(1)
-        self._lock = threading.Lock()  # guards _connections, and setting _empty to match; innermost
-        self._connections: dict[socket.socket, Charge] = {}
-        self._empty = threading.Event()  # set while there are no connections
-        self._empty.set()
+        #: The connections that were accepted.
+        self.roster = Roster()
         self._registry = registry
         self._rest = Rest()
         self._resting: list[Connection] = []  # those whose threads have come to rest; any thread appends
@@ -107,7 +106,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if self._listener.own:
             self._accept_waiting()
         self.socket.close()
-        self._shut_down_connections(socket.SHUT_RD)
+        self.roster.shut_down(socket.SHUT_RD)
 
     def rest(self, timeout: float) -> bool:
         """Stop to accept, and have all threads leave what they are at; returns whether they have in time.
@@ -150,13 +149,11 @@ class Server(socketserver.ThreadingUnixStreamServer):
             sock.setblocking(True)
             who = Credentials.of_peer(sock)
             user = self._users.of(who.uid)
-            self._connections[sock] = user.charge_again("connections")
+            self.roster.add(sock, user.charge_again("connections"))
             client = ClientInfo(each.number, who, user, None if each.vm is None else vms[each.vm])
             connection = Connection(sock, client, self._handlers, self._limits, self._rest)
             connection.restore(each)
             self._restored.append(connection)
-        if self._connections:
-            self._empty.clear()
 
     def _go_on(self) -> None:
         """Serve the connections that were restored."""
@@ -166,14 +163,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 self._park(connection)
             else:
                 self._on_leave(connection)
-
-    def join_connections(self, timeout: float) -> bool:
-        """Wait up to `timeout` seconds for all connections to end; returns whether they have."""
-        return self._empty.wait(timeout)
-
-    def hang_up(self) -> None:
-        """Close the connections that are left."""
-        self._shut_down_connections(socket.SHUT_RDWR)
 
     def server_close(self) -> None:
         """End the threads that are left. To be called last."""
@@ -187,12 +176,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self.socket.shutdown(socket.SHUT_RD)
             while True:
                 self.process_request(*self.socket.accept())
-
-    def _shut_down_connections(self, how: int) -> None:
-        with self._lock:
-            for connection in self._connections:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(how)
 
     # Accept thread ----------------------------------------------------------------------------------------
 
@@ -251,10 +234,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         user = self._users.of(who.uid)
         try:
             check_room()  # for the threads that its requests may need
-            charge = user.charge("connections")
-            with self._lock:
-                self._connections[request] = charge
-                self._empty.clear()
+            self.roster.add(request, user.charge("connections"))
             user.note_connection()
             client = ClientInfo(next(self._numbers), who, user)
             self._park(Connection(request, client, self._handlers, self._limits, self._rest))
@@ -305,46 +285,27 @@ class Server(socketserver.ThreadingUnixStreamServer):
             elif connection.after is After.REST:
                 self._resting.append(connection)
             else:
-                self._close(connection.sock)
+                self.roster.close(connection.sock)
         except Exception:
             self._give_up(connection.sock, connection.client)
 
     def _limits(self) -> Limits:
         return self._live.current.limits
 
-    def is_free(self, timeout: float) -> bool:
-        """Whether its lock can be had within `timeout` seconds."""
-        free = self._lock.acquire(timeout=timeout)
-        if free:
-            self._lock.release()
-        return free
-
     def shutdown_request(self, request: Any) -> None:
         """Close a connection; in another thread if its client can make that take long."""
         if _may_take_long(request):
             with contextlib.suppress(RuntimeError):
-                self._workers.start("close", lambda: self._close(request))
+                self._workers.start("close", lambda: self.roster.close(request))
                 return
-        self._close(request)
-
-    def _close(self, request: socket.socket) -> None:
-        """Close a connection. It counts until that is done."""
-        try:
-            close_stream(request)
-        finally:
-            with self._lock:
-                charge = self._connections.pop(request, None)
-                if not self._connections:
-                    self._empty.set()
-            if charge:
-                charge.give_back()
+        self.roster.close(request)
 
     def _give_up(self, request: socket.socket, client: ClientInfo | None = None) -> None:
         """Close a connection after an unexpected error."""
         try:
             self.handle_error(request, client)
         finally:  # logging takes memory, and there may be none
-            self._close(request)
+            self.roster.close(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         """Log an unexpected error. It ends this connection, and affects no other."""

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from cc_proxy.linux.fds import close_stream, may_hold_fds
+from cc_proxy.proxy.clients import roster as roster_module
 from cc_proxy.proxy.clients import server as server_module
 from cc_proxy.proxy.clients.connection import Connection
 from cc_proxy.proxy.clients.parking import Parking
@@ -268,7 +269,7 @@ class Closing:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun = threading.Semaphore(0)
         self.over = threading.Event()
-        monkeypatch.setattr(server_module, "close_stream", self._close)
+        monkeypatch.setattr(roster_module, "close_stream", self._close)
         for check in ("may_hold_fds", "holds_fds"):
             monkeypatch.setattr(server_module, check, lambda sock: True)
 
@@ -326,7 +327,7 @@ def test_connection_that_cannot_be_closed_in_order_counts_no_more(
     client = house.connect()
     assert client.ask("x") == UNKNOWN
     with monkeypatch.context() as patch:
-        patch.setattr(server_module, "close_stream", fail)
+        patch.setattr(roster_module, "close_stream", fail)
         client.close()
         wait_until(lambda: not house.has("connections"), "it counts no more")
 
@@ -468,7 +469,7 @@ def test_accept_thread_takes_its_turns_while_nobody_connects(house: House) -> No
 
 
 def test_lock_is_free_unless_somebody_holds_it(house: House) -> None:
-    assert house.server.is_free(WAIT)
-    assert not house.server._lock.locked()
-    with house.server._lock:
-        assert not house.server.is_free(0.01)
+    assert house.server.roster.is_free(WAIT)
+    assert not house.server.roster._lock.locked()
+    with house.server.roster._lock:
+        assert not house.server.roster.is_free(0.01)

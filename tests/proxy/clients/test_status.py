@@ -27,7 +27,7 @@ from cc_proxy.linux.credentials import ROOT, Credentials
 from cc_proxy.proxy.clients import status
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.vms.registry import FailedVm, Registry
-from cc_proxy.proxy.vms.states import State
+from cc_proxy.proxy.vms.states import Life, State
 from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import LiveSettings, Settings
 from tests.proxy.support import Rig, frames_of
@@ -64,11 +64,11 @@ class VmOfRig:
     """A VM that is up, with a rig's pump and control channel."""
 
     owner = ROOT
-    state = State.UP
-    trouble = None
 
     def __init__(self, rig: Rig, container_id: str) -> None:
         self.container_id = container_id
+        self.life = Life()
+        self.life.move(State.UP)
         self.created = time.monotonic()
         self.control = rig.control
         self.describe = rig.pump.describe

@@ -1,0 +1,65 @@
+"""Sending one response, and the fd that goes out behind it."""
+
+import array
+import socket
+
+from cc_proxy.api.fdpassing import TAG
+from cc_proxy.linux.fds import Fd, is_for_now
+from cc_proxy.proxy.clients.handlers import Reply
+
+#: The most bytes in one send. The kernel splits longer ones, and its timeout starts anew with each piece.
+_LARGEST_SEND = 32 * 1024
+#: A plain int, because converting the enum takes longer than the rest of a send.
+_DONTWAIT = int(socket.MSG_DONTWAIT)
+
+
+class Outgoing:
+    """What is left to send of a response. Owner of the socket whose fd is passed. One thread."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._unsent: bytes | memoryview = b""
+        self._passed: socket.socket | None = None
+
+    def is_sent(self) -> bool:
+        """Whether nothing is left."""
+        return not self._unsent and not self._passed
+
+    def begin(self, reply: Reply) -> bool:
+        """Send as much of a reply as fits now; returns whether that was all. Raises `OSError`."""
+        self._unsent, self._passed = reply
+        return self._send(_DONTWAIT)
+
+    def go_on(self) -> bool:
+        """Send more, within the socket's timeout; returns whether that was the rest. Raises `OSError`."""
+        return self._send(0)
+
+    def close(self) -> None:
+        """Close the socket whose fd was to be passed."""
+        passed, self._passed = self._passed, None
+        if passed:
+            passed.close()
+
+    def hand_over(self) -> tuple[bytes, Fd | None]:
+        """Give up what is left as a value, for `restore`."""
+        return bytes(self._unsent), Fd(self._passed.detach()) if self._passed else None
+
+    def restore(self, unsent: bytes, passed: Fd | None) -> None:
+        """Go on where the process before stood."""
+        self._unsent = unsent
+        self._passed = socket.socket(fileno=passed.number) if passed else None
+
+    def _send(self, flags: int) -> bool:
+        try:
+            while rest := self._unsent:
+                sent = self._sock.send(rest if flags else rest[:_LARGEST_SEND], flags)
+                self._unsent = memoryview(rest)[sent:] if sent < len(rest) else b""
+            if self._passed:
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self._passed.fileno()]))]
+                self._sock.sendmsg([TAG], rights, flags)
+                self.close()
+        except OSError as error:
+            if not is_for_now(error):
+                raise
+            return False
+        return True
