@@ -119,5 +119,7 @@ def test_one_that_fills_its_memory(stage: Stage, web: str) -> None:
 
 
 def test_the_console_is_in_the_log(stage: Stage, web: str) -> None:
+    """From the beginning, also what was said before the VM was registered."""
+    wait_until(lambda: '"line": "cc-proxy agent: serves its two ports"' in stage.daemon.log())
     assert stage.run("exec", web, "--", "sh", "-c", "echo said on the console > /dev/console")[2] == 0
     wait_until(lambda: '"line": "said on the console"' in stage.daemon.log())

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from cc_proxy.ctl.vm.settings import VmSettings
 
-#: The sockets a VM has, as they are called in its directory, and QEMU's character devices.
+#: The sockets a VM has, as they are called in its directory, and QEMU's character devices. All but the
+#: console's are QEMU's own.
 CTL, IO, CONSOLE, QMP = SOCKETS = ("ctl", "io", "console", "qmp")
 #: The ports of the two channels: their ids, and their names in the guest.
 PORTS = {CTL: "sh.hyper.channel.0", IO: "sh.hyper.channel.1"}
@@ -23,7 +24,7 @@ def qemu_command(
     """Return the command that starts a VM, which waits for `cont` before it boots.
 
     `listeners` are fds of sockets that listen, by the names in `SOCKETS`. What comes from the guest's
-    console goes to the fd `console`, too: QEMU waits while that takes nothing.
+    console goes to the fd `console`.
     """
     machine = _MACHINES[accelerator] if settings.machine == "auto" else settings.machine
     bus = "virtio-serial-device" if machine == "microvm" else "virtio-serial-pci"
@@ -33,8 +34,8 @@ def qemu_command(
     command += ["-kernel", settings.kernel, "-initrd", settings.image]
     command += ["-append", f"{_KERNEL} {settings.append}".rstrip()]
     for name, fd in listeners.items():
-        log = f",logfile=/dev/fd/{console}" if name == CONSOLE else ""
-        command += ["-chardev", f"socket,id={name},fd={fd},server=on,wait=off{log}"]
+        command += ["-chardev", f"socket,id={name},fd={fd},server=on,wait=off"]
+    command += ["-chardev", f"file,id={CONSOLE},path=/dev/fd/{console}"]
     command += ["-mon", f"chardev={QMP},mode=control", "-serial", f"chardev:{CONSOLE}", "-device", bus]
     for port, name in PORTS.items():
         command += ["-device", f"virtserialport,id={port},chardev={port},name={name}"]

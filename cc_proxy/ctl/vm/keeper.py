@@ -1,9 +1,11 @@
-"""Owner of one QEMU, in a process of its own: keeper.py LIFE LOCK CONSOLE LOG PASSED DIRECTORY COMMAND...
+"""Owner of one QEMU, in a process of its own.
+
+keeper.py LIFE LOCK CONSOLE LISTENER LOG PASSED DIRECTORY COMMAND...
 
 QEMU ends with this process. This process ends when QEMU has, or when the peer of the socket LIFE goes away
 (which it may, once it has sent a byte), and removes DIRECTORY. The fd LOCK is kept open meanwhile. What comes
-from the fd CONSOLE goes to the file LOG, which stays short. PASSED are the fds that QEMU gets, separated by
-commas. It runs as a file, without the package, to be small.
+from the fd CONSOLE goes to the file LOG, which stays short, and to whoever connects to the socket LISTENER.
+PASSED are the fds that QEMU gets, separated by commas. It runs as a file, without the package, to be small.
 """
 
 import ctypes
@@ -11,6 +13,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -21,18 +24,62 @@ _PR_SET_PDEATHSIG = 1
 _PATIENCE = 5.0
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _READ_SIZE = 16 * 1024
-#: Bytes of the log, about; then it begins anew.
+#: Bytes of the log, about; then it begins anew. As many wait for somebody to connect.
 _LONGEST_LOG = 64 * 1024
 
 
-def main(life: int, console: int, log: str, passed: list[int], directory: str, command: list[str]) -> None:
+class Console:
+    """What the guest says. The daemon connects only when the guest has booted, and is told all of it."""
+
+    def __init__(self, source: int, listener: int, log: BinaryIO) -> None:
+        """`source` is where it comes from."""
+        self.source = source
+        self.listener = socket.socket(fileno=listener)
+        self._log = log
+        self._peer: socket.socket | None = None
+        self._unsent = b""
+
+    def copy(self) -> bool:
+        """Take what has come; returns whether more may come."""
+        data = os.read(self.source, _READ_SIZE)
+        if os.fstat(self._log.fileno()).st_size > _LONGEST_LOG:
+            self._log.truncate(0)
+        with suppress(OSError):  # no disk space: the log is a help, nothing more
+            self._log.write(data)
+        self._unsent = (self._unsent + data)[-_LONGEST_LOG:]
+        self._send()
+        return bool(data)
+
+    def accept(self) -> None:
+        """Take the next peer. The one before has gone, or has to."""
+        if self._peer:
+            self._peer.close()
+        self._peer, _ = self.listener.accept()
+        self._send()
+
+    def _send(self) -> None:
+        """Send as much as the peer takes now: the guest does not wait for it."""
+        if self._peer is None:
+            return
+        try:
+            sent = self._peer.send(self._unsent, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._peer.close()
+            self._peer = None
+            return
+        self._unsent = self._unsent[sent:]
+
+
+def main(life: int, console: Console, passed: list[int], directory: str, command: list[str]) -> None:
     """Run QEMU until it ends or has to."""
     for number in _STOPPING:
         signal.signal(number, lambda *_: sys.exit())
     try:
         qemu = _start(command, passed)
         try:
-            _wait(life, qemu, console, log)
+            _wait(life, qemu, console)
         finally:
             for number in _STOPPING:
                 signal.signal(number, signal.SIG_IGN)
@@ -56,33 +103,24 @@ def _start(command: list[str], passed: list[int]) -> "subprocess.Popen[bytes]":
     return qemu
 
 
-def _wait(life: int, qemu: "subprocess.Popen[bytes]", console: int, log: str) -> None:
+def _wait(life: int, qemu: "subprocess.Popen[bytes]", console: Console) -> None:
     """Return when QEMU has ended, or LIFE has before anything was said there."""
     ended = os.pidfd_open(qemu.pid)
     poll = select.poll()
-    for fd in (life, ended, console):
+    for fd in (life, ended, console.source, console.listener):
         poll.register(fd, select.POLLIN)
-    with open(log, "ab", 0) as file:
-        while True:
-            ready = [fd for fd, _ in poll.poll()]
-            if console in ready and not _copy(console, file):
-                poll.unregister(console)
-            if life in ready:
-                if not os.read(life, 1):
-                    return
-                poll.unregister(life)
-            if ended in ready:
+    while True:
+        ready = [fd for fd, _ in poll.poll()]
+        if console.listener.fileno() in ready:
+            console.accept()
+        if console.source in ready and not console.copy():
+            poll.unregister(console.source)
+        if life in ready:
+            if not os.read(life, 1):
                 return
-
-
-def _copy(console: int, log: BinaryIO) -> bool:
-    """Copy what has come; returns whether more may."""
-    data = os.read(console, _READ_SIZE)
-    if os.fstat(log.fileno()).st_size > _LONGEST_LOG:
-        log.truncate(0)
-    with suppress(OSError):  # no disk space: the log is a help, nothing more
-        log.write(data)
-    return bool(data)
+            poll.unregister(life)
+        if ended in ready:
+            return
 
 
 def _end(qemu: "subprocess.Popen[bytes]") -> None:
@@ -95,8 +133,9 @@ def _end(qemu: "subprocess.Popen[bytes]") -> None:
 
 
 if __name__ == "__main__":
-    life_fd, lock_fd, console_fd = map(int, sys.argv[1:4])
-    for own in (life_fd, lock_fd, console_fd):
+    life_fd, lock_fd, console_fd, listener_fd = map(int, sys.argv[1:5])
+    for own in (life_fd, lock_fd, console_fd, listener_fd):
         os.set_inheritable(own, False)
-    fds = [int(fd) for fd in sys.argv[5].split(",")]
-    main(life_fd, console_fd, sys.argv[4], fds, sys.argv[6], sys.argv[7:])
+    fds = [int(fd) for fd in sys.argv[6].split(",")]
+    with open(sys.argv[5], "ab", 0) as log_file:
+        main(life_fd, Console(console_fd, listener_fd, log_file), fds, sys.argv[7], sys.argv[8:])

@@ -98,10 +98,10 @@ def _start_owner(
     with ExitStack() as stack:
         listeners = {name: stack.enter_context(each) for name, each in directory.listen().items()}
         console, guests_console = (stack.enter_context(each) for each in _pipe())
+        own = (life.fileno(), directory.lock, console.fileno(), listeners.pop(CONSOLE).fileno())
         fds = {name: listener.fileno() for name, listener in listeners.items()}
         passed = (*fds.values(), guests_console.fileno())
         command = qemu_command(settings, accelerator, fds, guests_console.fileno())
-        own = (life.fileno(), directory.lock, console.fileno())
         arguments = (*map(str, own), directory.log, ",".join(map(str, passed)), directory.path)
         owner = subprocess.Popen(
             # Without site, and without what the environment and the user's directory have.

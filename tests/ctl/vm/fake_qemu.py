@@ -21,7 +21,7 @@ class FakeQemu:
         self.steps = command[command.index("-append") + 1].partition("reboot=t")[2].split()
         fds = {found[1]: int(found[2]) for found in re.finditer(r"socket,id=(\w+),fd=(\d+)", line)}
         self.listener = socket.socket(fileno=fds["qmp"])
-        self.console = os.open(line.partition("logfile=")[2].split()[0], os.O_WRONLY)
+        self.console = os.open(line.partition("id=console,path=")[2].split()[0], os.O_WRONLY)
 
     def run(self) -> None:
         if "deaf" in self.steps:
@@ -58,6 +58,9 @@ class FakeQemu:
 
     def says(self, text: str) -> None:
         os.write(self.console, text.encode() + b"\r\n")
+
+    def says_when_told(self, text: str) -> None:
+        signal.signal(signal.SIGUSR1, lambda *_: self.says(text))
 
     def floods(self, _text: str) -> None:
         for _ in range(1024):

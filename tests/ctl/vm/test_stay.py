@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.ctl.fake_proxy import FakeProxy
 from tests.ctl.running import ctl, popen_piped
 from tests.ctl.test_single import error_line
 from tests.ctl.vm.processes import children_of, ended, wait_until
+from tests.wire.support import WAIT
 
 START = ("vm", "start", "web", "--append")
 BOOTS = "starts boots"
@@ -125,6 +127,22 @@ def test_what_a_killed_owner_leaves_is_removed(proxy: FakeProxy, directories: Pa
     wait_until(lambda: ended(owner))
     assert ctl(proxy, "vm", "stop", "web") == 0
     assert list(directories.iterdir()) == []
+
+
+def test_what_nobody_was_there_for_waits_on_the_console(proxy: FakeProxy, directories: Path) -> None:
+    """The daemon connects when the guest has booted, and a second one when the first has gone."""
+    start(proxy, "starts says:booting boots says-when-told:more")
+    (path,) = directories.glob("*/console")
+    (qemu,) = children_of(owner_of(directories))
+    for said in (b"booting\r\n", b"more\r\n"):
+        with socket.socket(socket.AF_UNIX) as console:
+            console.settimeout(WAIT)
+            console.connect(str(path))
+            assert console.recv(100) == said
+            os.kill(qemu, signal.SIGUSR1)
+            assert console.recv(100) == b"more\r\n"
+        os.kill(qemu, signal.SIGUSR1)
+    assert ctl(proxy, "vm", "stop", "web") == 0
 
 
 def test_only_start_has_settings(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
