@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,9 @@ from cc_proxy.ctl.vm import keeper
 from cc_proxy.ctl.vm.directory import directory_of
 from tests.ctl.running import CHECKOUT
 from tests.ctl.vm.processes import ended, wait_until
-from tests.guest.stage import TABLES, WAIT, Stage, owner_of, qemu_of, vm
+from tests.guest.stage import MIB, TABLES, WAIT, Stage, owner_of, qemu_of, random_bytes, vm
 from tests.users import ALICE, give, needs_root
-from tests.wire.daemon import Daemon
+from tests.wire.daemon import Daemon, ManagedDaemon
 
 ENDED = "the VM ended before it was ready"
 
@@ -101,6 +103,35 @@ def test_a_daemon_that_restarts_finds_the_vm_again(environment: Path, tmp_sock_d
             assert stage.run("hello", "pod", *sockets) == (b"", b"", 0)
             assert stage.works("pod")
             assert stage.run("vm", "stop", "pod") == (b"", b"", 0)
+
+
+def planned(daemon: Daemon) -> None:
+    daemon.replace()
+
+
+@pytest.mark.parametrize("replace", [planned])
+def test_a_daemon_that_is_replaced_while_a_process_streams(
+    environment: Path, tmp_sock_dir: Path, replace: Callable[[Daemon], None]
+) -> None:
+    """Both ways, several times: not a byte is missing, and neither end is told anything."""
+    data, _ = random_bytes(2 * MIB)
+    with ManagedDaemon(tmp_sock_dir, TABLES) as daemon, vm(stage := Stage(daemon), "pod"):
+        shell = "cat; echo that was all >&2; exit 7"
+        with (
+            ThreadPoolExecutor(1) as pool,
+            stage.start("exec", "-i", "pod", "--", "sh", "-c", shell) as child,
+        ):
+            assert child.stdin
+            assert child.stdout
+            assert child.stderr
+            pool.submit(lambda stdin: stdin.write(data) and stdin.close(), child.stdin)
+            for quarter in range(4):
+                begin, end = (len(data) * each // 4 for each in (quarter, quarter + 1))
+                assert child.stdout.read(end - begin) == data[begin:end]
+                replace(daemon)
+            assert (child.stdout.read(), child.stderr.read(), child.wait()) == (b"", b"that was all\n", 7)
+        assert stage.works("pod")
+        daemon.check_log()
 
 
 #: Runs a command as a user without any rights, though only root may be able to read the code.
