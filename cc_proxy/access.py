@@ -44,6 +44,10 @@ class _Id(int):
             pass
         raise ValueError(f"there is no {kind} {given!r}") from None
 
+    def as_given(self) -> int | str:
+        """Return the number, or the name if nobody knows that so far."""
+        return self.unknown or int(self)
+
     @classmethod
     def _not_yet(cls, name: str) -> Self:
         nobody = cls(_NOBODY)
@@ -104,9 +108,9 @@ def unknown_names(access: Access) -> list[str]:
 def look_up_again(access: Access) -> Access:
     """Return the same, with unknown names looked up again. May wait for a name service."""
     return Access(
-        users=tuple(UserId.resolve(user.unknown or int(user)) for user in access.users),
-        groups=tuple(GroupId.resolve(group.unknown or int(group)) for group in access.groups),
-        admins=tuple(GroupId.resolve(group.unknown or int(group)) for group in access.admins),
+        users=tuple(UserId.resolve(user.as_given()) for user in access.users),
+        groups=tuple(GroupId.resolve(group.as_given()) for group in access.groups),
+        admins=tuple(GroupId.resolve(group.as_given()) for group in access.admins),
     )
 
 

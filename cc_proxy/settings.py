@@ -145,11 +145,13 @@ def differences(old: Settings, new: Settings) -> Changes:
 def _flatten(table: msgspec.Struct, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in msgspec.structs.asdict(table).items():
-        flat |= (
-            _flatten(value, f"{prefix}{name}.")
-            if isinstance(value, msgspec.Struct)
-            else {prefix + name: value}
-        )
+        match value:
+            case msgspec.Struct():
+                flat |= _flatten(value, f"{prefix}{name}.")
+            case tuple():  # of users or groups
+                flat[prefix + name] = tuple(each.as_given() for each in value)
+            case _:
+                flat[prefix + name] = value
     return flat
 
 

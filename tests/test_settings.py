@@ -443,6 +443,12 @@ def test_each_setting_changes_or_waits_for_a_restart() -> None:
             assert live.current == new
 
 
+def test_a_user_that_nobody_knows_is_shown_as_it_was_written() -> None:
+    live = LiveSettings(parse('access.users = ["nobody-at-all", 7]', FILE))
+    changed = live.replace(parse('access.users = ["no-other-either", 7]', FILE)).changed
+    assert changed == {"access.users": (("nobody-at-all", 7), ("no-other-either", 7))}
+
+
 def test_what_waits_is_said_each_time_and_what_has_changed_once() -> None:
     live = LiveSettings(Settings())
     new = parse('limits.vms = 5\nspool = { directory = "/other", total_limit = 3 }', FILE)
