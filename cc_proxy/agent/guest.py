@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -68,8 +68,13 @@ class Guest(ThisMachine):
             self._unmount(_SHARE)
             self._shares = False
 
-    def make_root(self, image: str, rootfs: str) -> str | None:
-        """Return the directory of a container's root, with /proc, /sys and /dev in it."""
+    def make_root(self, image: str, rootfs: str, volumes: Sequence[object]) -> str | None:
+        """Return the directory of a container's root, with /proc, /sys and /dev in it.
+
+        Refuses volumes: what a container wrote to one that is not there would be lost.
+        """
+        if volumes:
+            raise CommandRefused("fsmap has to be empty: this agent mounts no volumes")
         if not self._shares:
             return None
         root = os.path.realpath(f"{_SHARE}/{image}/{rootfs}")

@@ -1,5 +1,7 @@
 """What a pod finds around it: this host, of which nothing is changed."""
 
+from collections.abc import Sequence
+
 
 class ThisMachine:
     """The host of an agent that stands in for a VM: a pod gets its files, its name, its users.
@@ -13,10 +15,10 @@ class ThisMachine:
     def end_pod(self) -> None:
         """There is no pod any more, and nothing that runs."""
 
-    def make_root(self, image: str, rootfs: str) -> str | None:
+    def make_root(self, image: str, rootfs: str, volumes: Sequence[object]) -> str | None:
         """Return the directory that a container has as its root; None if it has that of the agent.
 
-        Raises `Refused`.
+        `volumes` are directories of the host's that it wants mounted. Raises `CommandRefused`.
         """
 
     def remove_root(self, root: str | None) -> None:

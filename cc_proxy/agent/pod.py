@@ -111,7 +111,8 @@ class Pod:
         self._check_alive()
         if command.id in self._containers:
             raise CommandRefused(f"there is a container {command.id} already")
-        container = _Container(command.id, self._machine.make_root(command.image, command.rootfs))
+        root = self._machine.make_root(command.image, command.rootfs, command.fsmap)
+        container = _Container(command.id, root)
         try:
             container.first = self._run(command.process, container)
         except CommandRefused as error:

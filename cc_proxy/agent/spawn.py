@@ -42,6 +42,8 @@ def spawn(spec: ProcessSpec, root: str | None = None) -> Child:
 
     Raises `MissingBinary`, or `CommandRefused` for whatever else stands in the way; no process is left then.
     """
+    if not spec.args[0]:  # execvp would try directories of PATH
+        raise MissingBinary("no program ''")
     workdir = spec.workdir or "/"
     if not os.path.isdir((root or "") + workdir):
         raise CommandRefused(f"no directory {workdir!r}")

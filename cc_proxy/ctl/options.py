@@ -77,6 +77,8 @@ class ProcessOptions:
         command = args.cmd[1:] if args.cmd[:1] == ["--"] else args.cmd
         if not command:
             raise Misuse("there is no command to start")
+        if not command[0]:
+            raise Misuse("the command to start is empty: ''")
         user, _, group = args.user.partition(":")
         env = tuple(environment_variables(args.env, os.environ).items())
         return cls(tuple(command), args.terminal, args.interactive, env, args.workdir, user, group)

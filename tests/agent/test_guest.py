@@ -194,9 +194,12 @@ def test_container_has_its_root_from_what_is_shared(share: Path) -> None:
         assert guest.ask(Code.NEW_CONTAINER, no_image).code == Code.ERROR
         no_directory = no_image | {"image": "i", "process": process("true", workdir="/no")}
         assert guest.ask(Code.NEW_CONTAINER, no_directory).code == Code.ERROR
+        volume = {"image": "i", "fsmap": [{"source": "data", "path": "/data", "readOnly": False}]}
+        assert guest.ask(Code.NEW_CONTAINER, no_image | volume).code == Code.ERROR
         assert guest.power_off().splitlines()[1:] == [
             "cc-proxy agent: newcontainer: no directory no/rootfs is shared",
             "cc-proxy agent: newcontainer: no directory '/no'",
+            "cc-proxy agent: newcontainer: fsmap has to be empty: this agent mounts no volumes",
         ]
 
 

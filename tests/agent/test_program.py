@@ -77,6 +77,7 @@ def test_each_refusal_has_a_line_that_says_why(program: AgentProgram) -> None:
     with connected(program.ctl, program.io) as host:
         host.refused(Code.START_POD, b'{"color":"red"}')
         host.refused(Code.NEW_CONTAINER, {"id": "c", "process": process("no\nsuch")})
+        host.refused(Code.NEW_CONTAINER, {"id": "c", "process": process("")})
         host.refused(Code.NEW_CONTAINER, {"id": "c", "process": process("true", workdir="/no/such")})
         host.refused(Code.KILL_CONTAINER, {"container": "x", "signal": 9})
         host.refused(Code.GET_POD)
@@ -87,6 +88,7 @@ def test_each_refusal_has_a_line_that_says_why(program: AgentProgram) -> None:
     assert said.splitlines() == [
         "cc-proxy agent: startpod: Object contains unknown field `color`",
         r"cc-proxy agent: newcontainer: no program 'no\nsuch'",
+        "cc-proxy agent: newcontainer: no program ''",
         "cc-proxy agent: newcontainer: no directory '/no/such'",
         "cc-proxy agent: killcontainer: no container x",
         "cc-proxy agent: getpod: not a command for this agent",

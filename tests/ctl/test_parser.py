@@ -148,6 +148,7 @@ def test_the_socket(
         (LOCAL, "there is no command"),
         ([*LOCAL, "--"], "there is no command"),
         (["exec", "ID"], "there is no command"),
+        ([*LOCAL, "--", "", "x"], "the command to start is empty: ''"),
         (["exec"], "required: ID"),
         ([*LOCAL, "-e", "=1", "true"], "-e =1: a variable needs a name"),
         ([*LOCAL, "--timeout", "0", "true"], "'0' is not a number of seconds"),
