@@ -28,6 +28,9 @@ _PROCESS_NOTES = """
 With -t the process gets this terminal, which must be stdin. Without -t, stdout and stderr stay
 separate. Without -i the process's stdin is empty. With -i, hyperstart drops input that comes while
 the process's pipe (64 KiB) or terminal (4 KiB) is full. The exit status is the process's own."""
+_PATIENCE = """\
+The VM may still be starting: the proxy waits for its sockets and its agent for as long as its
+setting vm.ready_timeout says, 30 seconds by default."""
 
 
 def _add_local(parser: ArgumentParser) -> None:
@@ -96,7 +99,12 @@ Register a VM, start a pod of one process in it, and carry that process's stdio 
 Then destroy the pod and unregister the VM. Signals are passed on to the process, unless it has
 the terminal. The agent reports status 0 for a process that a signal killed. So if the process
 ends with 0 within 5 seconds of signal N, the exit status is 128+N. The third SIGINT or SIGTERM
-within 5 seconds ends cc-proxyctl and the pod, whatever the process does."""
+within 5 seconds ends cc-proxyctl and the pod, whatever the process does.
+
+--ctl and --io name the sockets of a VM that somebody else starts.
+"""
+        + _PATIENCE
+        + "\n"
         + _PROCESS_NOTES,
         examples=(
             "run --local -- echo hello",
@@ -147,10 +155,7 @@ destroys the pod, unregisters the VM and ends QEMU; it is for the user who start
     Subcommand(
         name="hello",
         summary="register a VM",
-        description="""\
-Have the proxy connect to a VM, wait until it is ready, and register it. The VM may still be
-starting: the proxy waits for its sockets and its agent for as long as its setting
-vm.ready_timeout says, 30 seconds by default.""",
+        description="Have the proxy connect to a VM, wait until it is ready, and register it.\n" + _PATIENCE,
         examples=("hello web --ctl /run/vm1/ctl.sock --io /run/vm1/io.sock",),
         arguments=(add_id, add_sockets, add_console, add_timeout),
         read=options.HelloOptions.of,
