@@ -34,6 +34,7 @@ from cc_proxy.api.payloads import (
 from cc_proxy.api.status import (
     EndedVm,
     LastError,
+    Replaced,
     Status,
     Streams,
     Traffic,
@@ -65,6 +66,7 @@ __all__ = [
     "ProtocolError",
     "ProxyError",
     "Refused",
+    "Replaced",
     "Request",
     "Response",
     "SetLogLevel",

@@ -132,6 +132,17 @@ class EndedVm(_Part, frozen=True):
     error: LastError
 
 
+class Replaced(_Part, frozen=True):
+    """How often one process of the daemon has gone on where another ended, its VMs and clients staying."""
+
+    #: Those that were planned: restarts, and upgrades of the package.
+    restarts: int = 0
+    #: Those in which the process before was killed, or failed.
+    crashes: int = 0
+    #: Why this process took over: `restart` or `crash`; empty if it is the first one.
+    last: str = ""
+
+
 class Status(_Part, frozen=True):
     """The daemon and all its VMs."""
 
@@ -153,9 +164,10 @@ class Status(_Part, frozen=True):
     vm_count: int
     #: VMs that failed, the latest first.
     ended: list[EndedVm]
-    #: How often one process of the daemon has been replaced by the next, VMs and clients staying; 0 from a
-    #: daemon that does not know.
-    replacements: int = 0
+    #: Since the first of the processes that have followed each other: no VM is known for longer. 0 from a
+    #: daemon that does not say.
+    known_for: float = 0.0
+    replaced: Replaced = Replaced()
 
 
 def count(number: int, thing: str) -> str:

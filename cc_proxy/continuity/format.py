@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from cc_proxy.api.status import Replaced
 from cc_proxy.linux.fds import Fd
 from cc_proxy.proxy.clients.state import ServerState
 from cc_proxy.proxy.vms.state import RegistryState
@@ -38,8 +39,9 @@ class DaemonState(Struct, frozen=True, kw_only=True):
     #: What was in force, in its own encoding; and the log's level, if that was changed since.
     settings: bytes
     log_level: str | None
-    #: How often the daemon has been replaced, this time included.
-    replacements: int
+    #: When the first process began (CLOCK_MONOTONIC), and how often it was replaced, this time included.
+    known_since: float
+    replaced: Replaced
     #: Errors that nobody expected, by event.
     faults: dict[str, int]
     #: Requests that users may make at once, by uid.

@@ -1,5 +1,7 @@
 """What the process before has left to this one."""
 
+import time
+
 from cc_proxy.continuity.box import Box
 from cc_proxy.continuity.format import DaemonState, Unreadable, decode, decode_settings
 from cc_proxy.continuity.heirs import Heir, Predecessor, Store, Successor, look_into
@@ -23,6 +25,8 @@ class Inheritance:
         self._predecessor = Predecessor.find()
         self._directory = directory
         self._state: DaemonState | None = None
+        #: Seconds that it took to read what was left.
+        self.reading = 0.0
         #: Why what was left cannot be read; empty if it can.
         self.error = ""
         if self._store and self._store.box and not self._store.box.is_empty:
@@ -53,10 +57,12 @@ class Inheritance:
         return self._state
 
     def _read(self, box: Box) -> None:
+        begun = time.monotonic()
         try:
             self._state = decode(*look_into(box))
         except (OSError, Unreadable) as error:
             self.error = str(error)
+        self.reading = time.monotonic() - begun
 
     def take_over(self) -> str:
         """From now on it is this process's. Returns why it can leave nothing to the next one, if it cannot.

@@ -57,7 +57,7 @@ def lost_streams(proxy: ProxyOptions, container_id: str, name: str, began: float
     except OSError:
         return Failure(f"cc-proxy went away {before_the_end}", hint="its log says why")
     age = time.monotonic() - began
-    if status.uptime < age:
+    if max(status.uptime, status.known_for) < age:
         return Failure(f"cc-proxy was restarted {before_the_end}", hint="its log says why")
     vm_id = shorten(container_id)
     for ended in status.ended:

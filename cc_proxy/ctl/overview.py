@@ -66,14 +66,27 @@ def age(seconds: float) -> str:
 
 
 def _daemon(status: Status) -> Iterator[str]:
-    replaced = f", replaced {count(status.replacements, 'time')}" if status.replacements else ""
-    yield f"cc-proxy {printable(status.version)}, pid {status.pid}, up for {age(status.uptime)}{replaced}"
+    yield f"cc-proxy {printable(status.version)}, pid {status.pid}, up for {age(status.uptime)}"
+    if status.replaced.last:
+        yield _replaced(status)
     settings = printable(status.settings_file) or "the defaults, there is no file"
     yield f"settings: {settings}; log level: {printable(status.log_level)}"
     sessions = sum(vm.streams.sessions for vm in status.vms if vm.streams)
     yield (
         f"{count(status.vm_count, 'VM')}, {count(sessions, 'session')}, "
         f"{count(status.connections, 'connection')}; {size(status.spooled)} spooled"
+    )
+
+
+def _replaced(status: Status) -> str:
+    replaced = status.replaced
+    times = [count(replaced.restarts, "restart")] if replaced.restarts else []
+    times += (
+        [f"{replaced.crashes} {'crash' if replaced.crashes == 1 else 'crashes'}"] if replaced.crashes else []
+    )
+    return (
+        f"VMs have been kept for {age(status.known_for)}, through {' and '.join(times)}; "
+        f"this process began after a {printable(replaced.last)}"
     )
 
 

@@ -93,11 +93,13 @@ def _serve(
 ) -> DaemonState | int:
     """Serve; returns the exit status, or what nobody goes on with after all."""
     registry = Registry(live, host.connector, listener.socket.getsockname())
-    replacements = state.replacements if state else 0
-    with Server(listener, registry, live, About(host.settings_file, replacements)) as server:
+    about = About(host.settings_file)
+    if state:
+        about = About(host.settings_file, state.known_since, state.replaced)
+    with Server(listener, registry, live, about) as server:
         try:
             if state:
-                take_over(state, server, registry)
+                reading = host.inheritance.reading + take_over(state, server, registry)
             if error := host.inheritance.take_over():
                 logger.warning("a restart of cc-proxy ends all VMs", extra={"error": error})
         except BaseException:
@@ -107,13 +109,13 @@ def _serve(
         registry.go_on()
         server.start()
         if state:
-            say_what_was_taken_over(state)
+            say_what_was_taken_over(state, reading)
         logger.info("ready", extra={"socket": listener.socket.getsockname()})
         _warn_of_unknown(live.current)
         supervisor = Supervisor(live, host, listener, registry, Watchdog(server, registry))
         received = supervisor.run()
         if supervisor.heir:
-            left = hand_over(server, registry, live.current, supervisor.heir, replacements)
+            left = hand_over(server, registry, live.current, supervisor.heir, about)
             return left or supervisor.heir.exit_status
         logger.info("stopping", extra={"signal": received.name})
         host.notifier.tell("STOPPING=1", "STATUS=Stopping")

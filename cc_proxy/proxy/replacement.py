@@ -3,7 +3,7 @@
 import contextlib
 import time
 
-import msgspec
+from msgspec.structs import replace
 
 from cc_proxy import __version__
 from cc_proxy.continuity.format import DaemonState, encode, encode_settings
@@ -11,6 +11,7 @@ from cc_proxy.continuity.heirs import Heir, NotReplaced
 from cc_proxy.log import faults
 from cc_proxy.log.levels import LEVELS, current_level, logger, set_level
 from cc_proxy.proxy.clients.server import Server
+from cc_proxy.proxy.clients.status import About
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.settings import Settings
 
@@ -19,7 +20,7 @@ _TIMEOUT = 3.0
 
 
 def hand_over(
-    server: Server, registry: Registry, settings: Settings, heir: Heir, replacements: int
+    server: Server, registry: Registry, settings: Settings, heir: Heir, about: About
 ) -> DaemonState | None:
     """Have `heir` go on with everything. Returns what it does not go on with, if it does not."""
     if not server.rest(_TIMEOUT):
@@ -35,7 +36,8 @@ def hand_over(
         rested_at=rested_at,
         settings=encode_settings(settings),
         log_level=None if level == settings.log.level else level,
-        replacements=replacements + 1,
+        known_since=about.known_since,
+        replaced=replace(about.replaced, restarts=about.replaced.restarts + 1, last="restart"),
         faults=faults.counts(),
         users=users,
         registry=vms,
@@ -46,23 +48,28 @@ def hand_over(
             heir.hand_over(*encode(state))
         except NotReplaced as error:
             logger.error("not replaced: this process goes on", extra={"error": str(error)})
-            return msgspec.structs.replace(state, replacements=replacements)
+            return replace(state, replaced=about.replaced, faults={})  # which this process has counted itself
     logger.info("replaced: another process goes on")
     return None
 
 
-def take_over(state: DaemonState, server: Server, registry: Registry) -> None:
-    """Go on with everything, but for the threads, which are to be started. Raises `OSError`."""
+def take_over(state: DaemonState, server: Server, registry: Registry) -> float:
+    """Go on with everything, but for the threads, which are to be started. Raises `OSError`.
+
+    Returns the seconds that took.
+    """
+    begun = time.monotonic()
     registry.users.restore(state.users)
     server.restore(state.server, registry.restore(state.registry))
     faults.restore(state.faults)
     for level in LEVELS:
         if level == state.log_level:
             set_level(level)
+    return time.monotonic() - begun
 
 
-def say_what_was_taken_over(state: DaemonState) -> None:
-    """Log it, and how long it took."""
+def say_what_was_taken_over(state: DaemonState, reading: float) -> None:
+    """Log it, and how long it took: since all came to rest, and `reading` the state alone."""
     channels = [vm.channel for vm in state.registry.vms if vm.channel]
     fields = {
         "vms": len(channels),
@@ -70,5 +77,6 @@ def say_what_was_taken_over(state: DaemonState) -> None:
         "connections": len(state.server.connections),
         "from": state.program,
         "seconds": round(time.monotonic() - state.rested_at, 3),
+        "reading": round(reading, 3),
     }
     logger.info("taken over from the process before", extra=fields)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cc_proxy.api.status import Traffic
+from cc_proxy.api.status import Replaced, Traffic
 from cc_proxy.continuity.format import DaemonState
 from cc_proxy.hyperstart.state import (
     ControlChannelState,
@@ -126,7 +126,8 @@ def example(fds: Iterator[int]) -> DaemonState:
         rested_at=1_000.0,
         settings=b"settings",
         log_level="debug",
-        replacements=1,
+        known_since=500.0,
+        replaced=Replaced(restarts=1, crashes=2, last="restart"),
         faults={"connection failed": 1},
         users={1000: 499.0},
         registry=registry,

@@ -204,8 +204,12 @@ LONG_AGO = LastError(text="an earlier one", age=1000.0)
         ({"vms": [vm("pod", state="lost", last_error=None)]}, "the VM powered off before 'x' had ended"),
         ({"vms": [vm("pod", age=0.0)]}, "somebody said bye for the VM before 'x' had ended"),
         ({"uptime": 0.0}, "cc-proxy was restarted before 'x' had ended (its log says why)"),
+        (
+            {"uptime": 0.0, "known_for": 1000.0, "vms": [vm("pod", state="gone", last_error=NOW)]},
+            "the VM has gone before 'x' had ended; its last error: the VM hung up",
+        ),
     ],
-    ids=["lost", "gone", "neither", "powered off", "powers off", "bye and hello", "restarted"],
+    ids=["lost", "gone", "neither", "powered off", "powers off", "bye and hello", "restarted", "replaced"],
 )
 def test_why_the_streams_ended(
     proxy: FakeProxy, capfd: pytest.CaptureFixture[str], changes: dict[str, Any], said: str

@@ -8,6 +8,7 @@ import pytest
 from cc_proxy.api import (
     EndedVm,
     LastError,
+    Replaced,
     Status,
     Streams,
     Traffic,
@@ -122,6 +123,20 @@ VMs that failed and are gone:
 
 def test_overview() -> None:
     assert overview(STATUS) == OVERVIEW
+
+
+def test_overview_after_replacements() -> None:
+    replaced = Replaced(restarts=1, crashes=2, last="crash")
+    said = overview(msgspec.structs.replace(STATUS, known_for=180_122.0, replaced=replaced)).splitlines()
+    assert said[:2] == [
+        "cc-proxy 1.2, pid 77, up for 1 d 1 h",
+        "VMs have been kept for 2 d 2 h, through 1 restart and 2 crashes; this process began after a crash",
+    ]
+    replaced = Replaced(restarts=12, last="restart")
+    said = overview(msgspec.structs.replace(STATUS, known_for=180_122.0, replaced=replaced)).splitlines()
+    assert (
+        said[1] == "VMs have been kept for 2 d 2 h, through 12 restarts; this process began after a restart"
+    )
 
 
 def test_overview_of_a_daemon_at_rest() -> None:

@@ -251,17 +251,28 @@ def _connections(pod: Pod) -> int:
 
 def test_what_is_counted_and_set_stays(town: Wire) -> None:
     pod = town.pod()
-    pod.open()
+    stream = pod.open()
+    pod.vm.io.sendall(frame(99, b"nobody's") + frame(stream.base, b"out"))
+    stream.send(b"in")
+    assert (stream.read_frame().payload, pod.vm.read_frame().payload) == (b"out", b"in")
     assert pod.client.ask("logLevel", {"level": "debug"})
     before = json.loads(pod.client.ask("status"))["data"]
     town.daemon.replace()
     wait_until(lambda: _connections(pod) == before["connections"], "those who looked have left")
     after = json.loads(pod.client.ask("status"))["data"]
-    assert after["replacements"] == before["replacements"] + 1
+    assert before["replaced"] == {"restarts": 0, "crashes": 0, "last": ""}
+    assert after["replaced"] == {"restarts": 1, "crashes": 0, "last": "restart"}
+    assert after["knownFor"] - after["uptime"] > before["knownFor"]
     for name in ("logLevel", "users", "connections"):
         assert after[name] == before[name]
     assert after["vms"][0]["age"] > before["vms"][0]["age"]
-    assert after["vms"][0]["streams"]["traffic"] == before["vms"][0]["streams"]["traffic"]
+    traffic = after["vms"][0]["streams"]["traffic"]
+    assert traffic == before["vms"][0]["streams"]["traffic"]
+    assert (traffic["framesToClients"], traffic["framesToVm"], traffic["strayFrames"]) == (1, 1, 1)
+    stream.send(b"more")
+    assert pod.vm.read_frame().payload == b"more"
+    traffic = json.loads(pod.client.ask("status"))["data"]["vms"][0]["streams"]["traffic"]
+    assert traffic["framesToVm"] == 2
 
 
 # Bad luck -------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from cc_proxy.api.status import (
     MOST_VMS,
     EndedVm,
     LastError,
+    Replaced,
     Status,
     Streams,
     VmStatus,
@@ -40,8 +41,9 @@ class About:
 
     #: Returns the path of the settings file; empty if there is none. Any thread.
     settings_file: Callable[[], str] = str
-    #: How often the daemon has been replaced by another process, its VMs and clients staying.
-    replacements: int = 0
+    #: When the first of the processes that have followed each other began (`time.monotonic`).
+    known_since: float = field(default_factory=time.monotonic)
+    replaced: Replaced = field(default_factory=Replaced)
     started: float = field(default_factory=time.monotonic)
 
 
@@ -57,7 +59,8 @@ def describe(about: About, registry: Registry, asker: Credentials, attached: Ite
         version=__version__,
         pid=os.getpid(),
         uptime=time.monotonic() - about.started,
-        replacements=about.replacements,
+        known_for=time.monotonic() - about.known_since,
+        replaced=about.replaced,
         settings_file=about.settings_file(),
         log_level=current_level(),
         connections=clients.total(),
