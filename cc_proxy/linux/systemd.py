@@ -128,8 +128,10 @@ class Notifier:
 
         False if it could not be told.
         """
-        if not self.tell("FDSTORE=1", f"FDNAME={name}", fds=fds):
-            return False
+        return self.tell("FDSTORE=1", f"FDNAME={name}", fds=fds) and self.is_heard()
+
+    def is_heard(self) -> bool:
+        """Return once the manager has taken in all that it was told; False if it does not within a time."""
         ours, theirs = os.pipe2(os.O_CLOEXEC)
         try:
             told = self.tell("BARRIER=1", fds=[theirs])

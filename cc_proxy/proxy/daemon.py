@@ -113,7 +113,7 @@ def _serve(
         logger.info("ready", extra={"socket": listener.socket.getsockname()})
         _warn_of_unknown(live.current)
         supervisor = Supervisor(live, host, listener, registry, Watchdog(server, registry))
-        received = supervisor.run()
+        received = supervisor.run(took_over=bool(state))
         if supervisor.heir:
             left = hand_over(server, registry, live.current, supervisor.heir, about)
             return left or supervisor.heir.exit_status
@@ -168,9 +168,12 @@ class Supervisor:
         #: Who is to go on after this process; None if nobody is.
         self.heir: Heir | None = None
 
-    def run(self) -> signal.Signals:
+    def run(self, *, took_over: bool = False) -> signal.Signals:
         """Work until a signal says stop, or that another process is to go on, and one can; returns that."""
+        received = signal.SIGUSR2
         self._tell("READY=1", self._new_status())
+        if took_over and self._is_started_again():
+            self._prepare_heir()
         tick = min(_TICK, (self._interval or _TICK) / 2)
         # A timer, because sigtimedwait may return a signal that nobody sent once this process was stopped for
         # longer than it was to wait (CPython does not look whether it was interrupted then).
@@ -182,6 +185,15 @@ class Supervisor:
                 faults.note("signal not carried out", signal=received.name)
         signal.setitimer(signal.ITIMER_REAL, 0)
         return received
+
+    def _is_started_again(self) -> bool:
+        """Whether the manager had this process end before it knew that it was ready.
+
+        Then it has not run what tells a restart from a stop, and only it knows which it is. So everything is
+        left to it, and it drops that if it is a stop.
+        """
+        notifier = self._host.notifier
+        return notifier.wanted and notifier.is_heard() and bool(signal.sigpending() & _STOP_SIGNALS)
 
     def _tick(self) -> None:
         self._serve_watchdog()

@@ -16,7 +16,7 @@ from typing import Self
 
 from cc_proxy.api.status import shorten
 from cc_proxy.continuity.heirs import EX_TEMPFAIL
-from tests.wire.successors import Adopted, Manager, adopting_orphans, dialers, reap
+from tests.wire.successors import ENDED_FROM_THE_START, Adopted, Manager, adopting_orphans, dialers, reap
 from tests.wire.support import (
     EXECCMD,
     OK,
@@ -263,7 +263,11 @@ class ManagedDaemon(Daemon):
         manager = self.manager
         fds = [fd for _, fd in manager.fds]
         return start(
-            arguments, self.log_path, prefix=manager.prefix(), pass_fds=fds, more=manager.environment
+            arguments,
+            self.log_path,
+            prefix=[*manager.prefix(), *prefix],
+            pass_fds=fds,
+            more=manager.environment,
         )
 
     def replace(self) -> None:
@@ -280,6 +284,11 @@ class ManagedDaemon(Daemon):
         """Start the next process with what is kept."""
         self.process = self._start(self._arguments, (), ())
         self._wait_for_socket()
+
+    def start_and_end(self) -> int:
+        """Start the next process and have it end before it can be ready; returns its exit status."""
+        self.process = self._start(self._arguments, ENDED_FROM_THE_START, ())
+        return self.process.wait(WAIT)
 
     def kill(self) -> None:
         super().kill()

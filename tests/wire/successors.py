@@ -38,6 +38,18 @@ if names:
 os.execv(command[0], command)
 """
 
+#: What a command is put behind so that SIGTERM waits for it until it looks for signals.
+ENDED_FROM_THE_START = (
+    sys.executable,
+    "-c",
+    """
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+os.kill(os.getpid(), signal.SIGTERM)
+os.execv(sys.argv[1], sys.argv[1:])
+""",
+)
+
 
 @contextmanager
 def adopting_orphans() -> Iterator[None]:

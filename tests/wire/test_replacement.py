@@ -9,11 +9,13 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cc_proxy.continuity.box import Box
 from cc_proxy.continuity.format import VERSION
+from cc_proxy.continuity.heirs import EX_TEMPFAIL
 from tests.wire.daemon import PATIENT, Daemon, ManagedDaemon, Pod, Wire, write_config
 from tests.wire.support import (
     EXECCMD,
@@ -245,8 +247,8 @@ def _sessions(town: Wire) -> int:
         client.close()
 
 
-def _connections(pod: Pod) -> int:
-    return int(json.loads(pod.client.ask("status"))["data"]["connections"])
+def _status(pod: Pod) -> Any:
+    return json.loads(pod.client.ask("status"))["data"]
 
 
 def test_what_is_counted_and_set_stays(town: Wire) -> None:
@@ -256,10 +258,10 @@ def test_what_is_counted_and_set_stays(town: Wire) -> None:
     stream.send(b"in")
     assert (stream.read_frame().payload, pod.vm.read_frame().payload) == (b"out", b"in")
     assert pod.client.ask("logLevel", {"level": "debug"})
-    before = json.loads(pod.client.ask("status"))["data"]
+    before = _status(pod)
     town.daemon.replace()
-    wait_until(lambda: _connections(pod) == before["connections"], "those who looked have left")
-    after = json.loads(pod.client.ask("status"))["data"]
+    wait_until(lambda: _status(pod)["users"] == before["users"], "those who looked have left")
+    after = _status(pod)
     assert before["replaced"] == {"restarts": 0, "crashes": 0, "last": ""}
     assert after["replaced"] == {"restarts": 1, "crashes": 0, "last": "restart"}
     assert after["knownFor"] - after["uptime"] > before["knownFor"]
@@ -271,8 +273,7 @@ def test_what_is_counted_and_set_stays(town: Wire) -> None:
     assert (traffic["framesToClients"], traffic["framesToVm"], traffic["strayFrames"]) == (1, 1, 1)
     stream.send(b"more")
     assert pod.vm.read_frame().payload == b"more"
-    traffic = json.loads(pod.client.ask("status"))["data"]["vms"][0]["streams"]["traffic"]
-    assert traffic["framesToVm"] == 2
+    assert _status(pod)["vms"][0]["streams"]["traffic"]["framesToVm"] == 2
 
 
 # Bad luck -------------------------------------------------------------------------------------------------
@@ -334,6 +335,22 @@ def test_a_process_that_dies_before_it_has_taken_over_costs_nothing(tmp_sock_dir
                 os.close(fd)
         box.close()
         daemon.start_again()
+        assert pod.pings()
+        wire.close()
+
+
+def test_a_restart_in_the_middle_of_a_restart(tmp_sock_dir: Path) -> None:
+    """A manager that does not know yet that a process is ready ends it like one that is to stop."""
+    with ManagedDaemon(tmp_sock_dir) as daemon:
+        wire = Wire(daemon, tmp_sock_dir)
+        pod = wire.pod()
+        stream = pod.open()
+        daemon.leave_all()
+        for _ in range(2):
+            assert daemon.start_and_end() == EX_TEMPFAIL
+        daemon.start_again()
+        pod.vm.io.sendall(frame(stream.base, b"on"))
+        assert stream.read_frame().payload == b"on"
         assert pod.pings()
         wire.close()
 
