@@ -38,7 +38,6 @@ STOP_TIMEOUT = 5.0
 _DELIVERY_TIME = 1.0
 #: And so much of that for who still waits for a VM to be told that it is gone.
 _LAST_WORDS = 0.2
-_LAST_JOIN = 1.0
 #: Address space of each thread's stack. Little of it is ever touched, and there may be thousands.
 _STACK_SIZE = 512 * 1024
 #: Seconds between two looks at what the service manager, or the log, is to be told.
@@ -348,6 +347,6 @@ def _stop(server: Server, registry: Registry) -> None:
     for vm in vms:
         vm.abort()
     # What hangs now hangs in the kernel, and ends with the process: all of them together get this long.
-    deadline = time.monotonic() + _LAST_JOIN
+    deadline = time.monotonic() + _DELIVERY_TIME
     for vm in vms:
         vm.join(max(0.0, deadline - time.monotonic()))

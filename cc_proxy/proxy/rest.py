@@ -3,6 +3,9 @@
 import threading
 import time
 
+#: Seconds after which a thread that waits looks whether anybody still wants what it waits for.
+LOOK_UP = 0.1
+
 
 class Resting(Exception):
     """What was to be done is left to the next process, as far as it has come."""

@@ -18,7 +18,7 @@ from cc_proxy.log.levels import logger
 from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers, Reply, failure
 from cc_proxy.proxy.clients.outgoing import Outgoing
 from cc_proxy.proxy.clients.state import ConnectionState
-from cc_proxy.proxy.rest import Rest, Resting
+from cc_proxy.proxy.rest import LOOK_UP, Rest, Resting
 from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.users import Charge, LimitReached
 from cc_proxy.settings import Limits
@@ -32,8 +32,6 @@ _LARGEST_READ = 64 * 1024
 #: Longer requests and responses count against `request_bytes` until they are done with. Those of clients in
 #: the field are shorter.
 _UNCOUNTED = 4 * 1024
-#: Seconds after which a thread that waits looks whether it is to come to rest.
-_LOOK_UP = 0.1
 #: A plain int, because converting the enum takes longer than the rest of a send.
 _DONTWAIT = int(socket.MSG_DONTWAIT)
 
@@ -254,7 +252,7 @@ class Connection:
         try:
             while (left := deadline - time.monotonic()) > 0:
                 self._rest.check()
-                limit_receive(self.sock, min(left, _LOOK_UP))
+                limit_receive(self.sock, min(left, LOOK_UP))
                 with contextlib.suppress(BlockingIOError):
                     return self.sock.recv(size)
             # The rest may have come in time, while this process was stopped.
@@ -287,7 +285,7 @@ class Connection:
         deadline = self._begin_deadline()
         while not self._outgoing.is_sent() and (left := deadline - time.monotonic()) > 0:
             self._rest.check()
-            limit_send(self.sock, min(left, _LOOK_UP))
+            limit_send(self.sock, min(left, LOOK_UP))
             self._outgoing.go_on()
         if not self._outgoing.is_sent():
             raise TimeoutError(errno.ETIMEDOUT, "a response was not taken in time")

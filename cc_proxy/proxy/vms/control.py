@@ -11,7 +11,7 @@ from typing import Self
 
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import Command, ControlChannel, ControlMessage, OnAnswer, Quiz, ignore
-from cc_proxy.proxy.rest import Resting
+from cc_proxy.proxy.rest import LOOK_UP, Resting
 from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.streams.interfaces import Beside
 from cc_proxy.proxy.turns import Turns
@@ -21,8 +21,6 @@ from cc_proxy.proxy.vms.state import ControlState
 
 #: The most commands without an answer. After that no more are sent.
 _MOST_UNANSWERED = 64
-#: Seconds between two checks whether anybody still waits, and is not to come to rest.
-_INTERVAL = 0.1
 
 
 class NoAnswer(Exception):
@@ -130,7 +128,7 @@ class ControlLink:
             if not still_wanted():
                 raise ControlLost("nobody waits for it any more")
             until = timeout if self._channel.is_quizzed else min(ping_after, timeout)
-            self._sock.exchange_when_ready(up, min(until - now, _INTERVAL))
+            self._sock.exchange_when_ready(up, min(until - now, LOOK_UP))
             ready = dict(up.poll(0))
             if io.fileno() in ready:
                 raise ControlLost("the VM hung up its I/O channel")
@@ -301,7 +299,7 @@ class ControlLink:
                 if late:
                     self._sock.read_what_is_there()
                 else:
-                    left = min(deadline - now, _INTERVAL)
+                    left = min(deadline - now, LOOK_UP)
                     self._spin.wait(self._sock.look, functools.partial(self._sock.exchange, left))
             except ControlLost as lost:
                 if not command.is_answered():

@@ -14,6 +14,7 @@ from cc_proxy.api.payloads import Hello
 from cc_proxy.linux.credentials import CannotAct, Credentials
 from cc_proxy.linux.fds import refuse_rights
 from cc_proxy.linux.socketfile import MAX_SOCKET_PATH
+from cc_proxy.proxy.rest import LOOK_UP
 from cc_proxy.proxy.vms.connector import Attempt, Connector, Report, Target, TooManyHang
 from cc_proxy.proxy.vms.connector_process import NOT_ALLOWED, NOT_STARTED
 
@@ -21,8 +22,6 @@ from cc_proxy.proxy.vms.connector_process import NOT_ALLOWED, NOT_STARTED
 _CONSOLE_TIMEOUT = 0.25
 #: The numbers of the sockets that are channels. The third is the console.
 _CHANNELS = 0, 1
-#: Seconds between two checks whether anybody still waits for the sockets.
-_INTERVAL = 0.1
 
 _TOO_LATE = "not accepted in time"
 
@@ -210,7 +209,7 @@ def _next_report(attempt: Attempt, deadline: Deadline, still_wanted: Callable[[]
     """Return the next report, or None once the attempt has ended. Raises `TimedOut` or `_NotWanted`."""
     while True:
         try:
-            return attempt.next_report(Deadline(min(_INTERVAL, deadline.remaining())))
+            return attempt.next_report(Deadline(min(LOOK_UP, deadline.remaining())))
         except TimedOut:
             if not deadline.remaining():
                 raise
