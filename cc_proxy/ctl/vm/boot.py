@@ -16,6 +16,7 @@ from cc_proxy.ctl.vm.qmp import Qmp
 _TICK = 0.25
 #: How the agent's own lines begin.
 _AGENT = "cc-proxy agent: "
+_OPTIONS = "are --memory, --cpus, --machine and --qemu-arg right?"
 _LOOK = "do --kernel and --image fit, and is --memory enough?"
 
 
@@ -23,8 +24,9 @@ class QemuFailed(Failure):
     """QEMU ended, but not because its guest did: its accelerator or one of its options is to blame."""
 
     def __init__(self, complaint: str) -> None:
-        super().__init__(f"QEMU failed: {complaint}")
-        self.complaint = complaint
+        """`complaint` is what QEMU said, if it said anything."""
+        self.complaint = complaint or "it did not say why"
+        super().__init__(f"QEMU failed: {self.complaint}", hint=_OPTIONS if complaint else "")
 
 
 class Boot:
@@ -83,7 +85,7 @@ class Boot:
         """Return what to say of a VM that ended too early."""
         self._machine.wait_until_ended()
         if not self._shut_down:
-            return QemuFailed(self._machine.complaint() or "it did not say why")
+            return QemuFailed(self._machine.complaint())
         words = self._machine.last_words()
         # The agent itself says what to do.
         hint = "" if words.startswith(_AGENT) else _LOOK

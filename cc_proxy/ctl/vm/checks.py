@@ -34,7 +34,7 @@ _GET_KVM = f"load the module kvm_intel or kvm_amd, or {WITHOUT_KVM}"
 def check_files(settings: VmSettings) -> None:
     """Look for QEMU, kernel and image. Raises `Failure`, which says what to do."""
     if not shutil.which(settings.qemu):
-        raise Failure(f"{settings.qemu}: no such program", hint=_GET_QEMU)
+        raise Failure(f"{settings.qemu}: no program that can be run", hint=_GET_QEMU)
     _check_file(settings.kernel, _KERNELS, "a Linux kernel", _GET_GUEST.format("kernel"))
     _check_file(settings.image, _ARCHIVES, "an initramfs", _GET_GUEST.format("image"))
 

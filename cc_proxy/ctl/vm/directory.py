@@ -60,7 +60,7 @@ class VmDirectory:
                     raise InUse(path) from None
                 return cls(path, _lock(path), log_name(container_id))
         except OSError as error:
-            raise Failure(f"{path}: {reason(error)}", hint=_NO_ROOM) from None
+            raise _no_room(path, error) from None
 
     def listen(self) -> dict[str, socket.socket]:
         """Return the sockets of the VM, by their names. Raises `Failure`, and then none is left open."""
@@ -73,12 +73,15 @@ class VmDirectory:
         except OSError as error:
             for listener in listeners.values():
                 listener.close()
-            raise Failure(f"{self.path}: {reason(error)}", hint=_NO_ROOM) from None
+            raise _no_room(self.path, error) from None
         return listeners
 
     def leave_to(self, pid: int) -> None:
-        """Leave the lock to the process that it was passed to, and note which that is."""
-        Path(self.path, _OWNER).write_text(f"{pid}\n")
+        """Leave the lock to the process that it was passed to, and note which that is. Raises `Failure`."""
+        try:
+            Path(self.path, _OWNER).write_text(f"{pid}\n")
+        except OSError as error:
+            raise _no_room(self.path, error) from None
         self._unlock()
 
     def remove(self) -> None:
@@ -90,6 +93,10 @@ class VmDirectory:
         if self.lock >= 0:
             os.close(self.lock)
             self.lock = -1
+
+
+def _no_room(path: str, error: OSError) -> Failure:
+    return Failure(f"{path}: {reason(error)}", hint=_NO_ROOM)
 
 
 def directory_of(container_id: str) -> str:

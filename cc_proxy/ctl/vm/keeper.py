@@ -23,7 +23,8 @@ _PR_SET_PDEATHSIG = 1
 #: Seconds that QEMU has to end by itself: it may have to write to disks.
 _PATIENCE = 5.0
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_READ_SIZE = 16 * 1024
+#: All that a pipe holds: when QEMU has ended, one read takes what it left.
+_READ_SIZE = 64 * 1024
 #: Bytes of the log, about; then it begins anew. As many wait for somebody to connect.
 _LONGEST_LOG = 64 * 1024
 

@@ -113,7 +113,12 @@ def _start_owner(
             # Neither Ctrl-C nor the end of a terminal is for a VM.
             start_new_session=True,
         )
-    directory.leave_to(owner.pid)
+    try:
+        directory.leave_to(owner.pid)
+    except Failure:
+        owner.kill()  # QEMU ends with it
+        owner.wait()
+        raise
     return owner
 
 

@@ -20,6 +20,7 @@ from tests.users import needs_root
 
 RUN = ("run", "--vm", "--id", "pod", "--append")
 BOOTS = "starts boots"
+OPTIONS = "are --memory, --cpus, --machine and --qemu-arg right?"
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +65,9 @@ def test_a_vm_that_does_not_boot(proxy: FakeProxy, capfd: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("steps", "complaint"),
     [
-        ("", "QEMU failed: qemu: -nonsense: invalid option"),
+        ("", f"QEMU failed: qemu: -nonsense: invalid option ({OPTIONS})"),
         ("starts dies", "QEMU failed: it did not say why"),
-        ("starts complains:qemu:_out_of_memory dies", "QEMU failed: qemu: out of memory"),
+        ("starts complains:qemu:_out_of_memory dies", f"QEMU failed: qemu: out of memory ({OPTIONS})"),
         (
             "starts says:Kernel_panic_-_not_syncing:_no_init powers-off",
             "the VM ended before it was ready: Kernel panic - not syncing: no init "
@@ -102,7 +103,8 @@ def test_a_vm_that_is_lost_says_why(proxy: FakeProxy, capfd: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("option", "value", "complaint"),
     [
-        ("--qemu", "no-such-qemu", "no-such-qemu: no such program (install it (Debian: apt-get install"),
+        ("--qemu", "no-such-qemu", "no-such-qemu: no program that can be run (install it (Debian: apt-get"),
+        ("--qemu", "/etc/passwd", "/etc/passwd: no program that can be run (install it (Debian: apt-get"),
         ("--kernel", "/no/such", "/no/such: No such file or directory (install cc-proxy-guest, or run `make"),
         ("--kernel", "/etc/passwd", "/etc/passwd: not a Linux kernel (install cc-proxy-guest, or run `make"),
         ("--image", "/no/such", "/no/such: No such file or directory (install cc-proxy-guest, or run `make"),
@@ -132,12 +134,17 @@ def test_paths_of_sockets_are_never_too_long(
 
 
 @needs_root
-def test_a_full_disk(proxy: FakeProxy, capfd: pytest.CaptureFixture[str], directories: Path) -> None:
-    full = ["mount", "-t", "tmpfs", "-o", "nr_inodes=1", "tmpfs", str(directories)]
+@pytest.mark.parametrize("limit", ["nr_inodes=2", "size=4096"])
+def test_a_full_disk(
+    proxy: FakeProxy, capfd: pytest.CaptureFixture[str], directories: Path, limit: str
+) -> None:
+    full = ["mount", "-t", "tmpfs", "-o", limit, "tmpfs", str(directories)]
     if subprocess.run(full, check=False).returncode:
         pytest.skip("nothing can be mounted here")
     try:
+        (directories / "all").write_bytes(bytes(4096))
         assert ctl(proxy, *RUN, BOOTS, "--", "x") == 125
+        assert [path.name for path in directories.iterdir()] == ["all"]
     finally:
         subprocess.run(["umount", directories], check=True)
     text = error_line(capfd)
@@ -212,7 +219,7 @@ def test_what_has_nothing_to_do_with_kvm_is_not_laid_to_its_charge(
 ) -> None:
     kvm(monkeypatch, "/dev/null")
     assert ctl(proxy, *RUN, "nonsense", "--accelerator", "auto", "--", "x") == 125
-    assert error_line(capfd) == "QEMU failed: qemu: -nonsense: invalid option"
+    assert error_line(capfd) == f"QEMU failed: qemu: -nonsense: invalid option ({OPTIONS})"
 
 
 # Ends ---
