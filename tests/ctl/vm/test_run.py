@@ -54,9 +54,9 @@ def test_there_is_progress_on_a_terminal(proxy: FakeProxy, window: Window) -> No
 
 
 def test_a_vm_that_does_not_boot(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
-    assert ctl(proxy, *RUN, "starts says:no_port", "--boot-timeout", "0.3", "--", "x") == 125
+    assert ctl(proxy, *RUN, "starts says:no_port", "--boot-timeout", "1", "--", "x") == 125
     assert error_line(capfd) == (
-        "the VM is not ready after 0.3 s: no port "
+        "the VM is not ready after 1 s: no port "
         "(do --kernel and --image fit, and is --memory enough?; or wait longer: --boot-timeout)"
     )
     assert proxy.names == []
