@@ -48,9 +48,12 @@ def hand_over(
             heir.hand_over(*encode(state))
         except NotReplaced as error:
             logger.error("not replaced: this process goes on", extra={"error": str(error)})
-            return replace(state, replaced=about.replaced, faults={})  # which this process has counted itself
-    logger.info("replaced: another process goes on")
-    return None
+        except Exception:  # whatever it is, this process still has everything
+            faults.note("not replaced: this process goes on")
+        else:
+            logger.info("replaced: another process goes on")
+            return None
+    return replace(state, replaced=about.replaced, faults={})  # which this process has counted itself
 
 
 def take_over(state: DaemonState, server: Server, registry: Registry) -> float:

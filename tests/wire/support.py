@@ -276,7 +276,7 @@ class FakeVm:
     def __init__(self, directory: Path, name: str) -> None:
         self.ctl_path = directory / f"{name}.ctl"
         self.io_path = directory / f"{name}.io"
-        self.listeners = [_listen(self.ctl_path), _listen(self.io_path)]
+        self.listeners = [listen_at(self.ctl_path), listen_at(self.io_path)]
         self._ctl: socket.socket | None = None
         self._io: socket.socket | None = None
 
@@ -293,7 +293,7 @@ class FakeVm:
     def listen_again(self) -> None:
         for path in (self.ctl_path, self.io_path):
             path.unlink(missing_ok=True)
-        self.listeners = [_listen(self.ctl_path), _listen(self.io_path)]
+        self.listeners = [listen_at(self.ctl_path), listen_at(self.io_path)]
 
     def accept(self) -> None:
         self._ctl, self._io = (listener.accept()[0] for listener in self.listeners)
@@ -368,7 +368,7 @@ def hello_data(container: str, vm: FakeVm) -> dict[str, object]:
     return {"containerId": container, "ctlSerial": str(vm.ctl_path), "ioSerial": str(vm.io_path)}
 
 
-def _listen(path: Path) -> socket.socket:
+def listen_at(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX)
     listener.settimeout(WAIT)
     listener.bind(str(path))

@@ -24,8 +24,10 @@ from tests.wire.support import (
     OK,
     READY,
     VERSIONED,
+    FakeVm,
     at_end,
     frame,
+    listen_at,
     refused,
     request,
     wait_until,
@@ -159,6 +161,36 @@ def test_a_hello_whose_vm_is_not_there_yet(town: Wire) -> None:
     vm.accept()
     vm.say(READY)
     assert client.receive() == VERSIONED
+
+
+def test_a_hello_that_has_reached_one_of_its_sockets(town: Wire) -> None:
+    client, vm = town.client(), town.vm()
+    vm.listeners[1].close()
+    vm.io_path.unlink()
+    client.hello("half", vm)
+    reached, _ = vm.listeners[0].accept()
+    with reached:
+        town.daemon.replace()
+        assert at_end(reached)
+    vm.listeners[1] = listen_at(vm.io_path)
+    vm.accept()
+    vm.say(READY)
+    assert client.receive() == VERSIONED
+
+
+def test_a_vm_with_a_socket_whose_name_is_no_text(town: Wire) -> None:
+    client, vm = town.client(), FakeVm(town.directory, "\udcff")
+    names = [town.directory / "ctl", town.directory / "io"]
+    for name, path in zip(names, (vm.ctl_path, vm.io_path), strict=True):
+        name.symlink_to(path)
+    ctl, io = map(str, names)
+    client.send(request("hello", {"containerId": "odd", "ctlSerial": ctl, "ioSerial": io}))
+    vm.accept()
+    vm.say(READY)
+    assert client.receive() == VERSIONED
+    town.daemon.replace()
+    assert client.allocate(1).base == 1
+    vm.close()
 
 
 def test_output_that_waits_for_its_client(town: Wire) -> None:

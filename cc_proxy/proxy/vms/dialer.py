@@ -169,7 +169,9 @@ class Dialer:
         name = sock.getpeername()
         if self._own_address is not None and name == self._own_address:
             return "that is the daemon itself"
-        return self._claim((name, Credentials.of_peer(sock).pid)) if is_channel else ""
+        # It may be any bytes, and the next process of the daemon has to know it too.
+        text = os.fsencode(name).decode(errors="backslashreplace")
+        return self._claim((text, Credentials.of_peer(sock).pid)) if is_channel else ""
 
 
 class _NotWanted(Exception):

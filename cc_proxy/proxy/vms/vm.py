@@ -117,8 +117,11 @@ class Vm:
         """Go on where the process before stood. Before anybody knows it. Raises `OSError`."""
         self.created = time.monotonic() - state.age
         self.life.restore(state.life)
-        self.peers = set(state.peers)
         self._next_seq, self._booting = state.next_seq, state.boot
+        if (
+            not state.boot or state.boot.io
+        ):  # else its sockets are dialled, and their peers claimed, once more
+            self.peers = set(state.peers)
         if state.channel:
             self._restore_pump(state, state.channel, users)
 
