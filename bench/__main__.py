@@ -51,6 +51,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--vm", action="store_true",
         help="measure a real VM under QEMU in place of all that, with the proxy and without it",
     )  # fmt: skip
+    parser.add_argument(
+        "--restart", action="store_true",
+        help="measure what clients see of a daemon that another process replaces, in place of all that",
+    )  # fmt: skip
+    parser.add_argument(
+        "--service", action="store_true",
+        help="with --restart: of the service of this machine, with `systemctl restart`; needs root",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the rows and exit")
     parser.add_argument(
         "--json", type=Path, default=_DEFAULT_JSON, metavar="FILE", help="all figures (default: %(default)s)"
@@ -78,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(f"{row.key:20} {row.group}: {row.title}", highlight=False)
         return 0
     try:
-        if options.vm:
-            _measure_vm(options, console)
+        if options.vm or options.restart:
+            (_measure_vm if options.vm else _measure_restarts)(options, console)
             return 0
         results = Results.load(options.source) if options.source else _measure(rows, options, console)
     except (BenchError, ResultsError) as error:
@@ -96,6 +104,12 @@ def _measure_vm(options: argparse.Namespace, console: Console) -> None:
     from bench import guest  # noqa: PLC0415 - it needs what no other benchmark does
 
     guest.main(options.rounds or 3, options.picture, console)
+
+
+def _measure_restarts(options: argparse.Namespace, console: Console) -> None:
+    from bench import pause  # noqa: PLC0415 - as above
+
+    pause.main(options.rounds or 20, options.service, options.picture, console)
 
 
 def _show(results: Results, options: argparse.Namespace, console: Console) -> None:

@@ -1,8 +1,10 @@
 """The clients: a process that plays all of them."""
 
+import os
 import socket
 import time
 from collections.abc import Callable
+from itertools import count
 
 import msgspec
 
@@ -18,6 +20,8 @@ _ECHO_PAYLOAD = 64
 #: Seconds of round trips before those that count.
 _WARM_UP = 0.03
 _TIMEOUT = 30.0
+#: Seconds between two echoes that go on while other things are done: a client that types fast, and no load.
+_BETWEEN_ECHOES = 0.002
 
 _VERSIONED = encode(Response(success=True, data=msgspec.Raw(b'{"version":1}')))
 _DONE = encode(Response(success=True))
@@ -84,6 +88,29 @@ class Clients(Generator):
 
         found = _timed(once, seconds)
         sock.sendall(encode_frame(seq))
+        return found
+
+    def echo_on(self, echoes: int, until: str) -> list[tuple[float, list[float]]]:
+        """Have a frame go round over each of the first ends, again and again, until there is a file `until`.
+
+        Returns for each time when that began (`time.monotonic`), and the seconds that each frame took.
+        """
+        ends = [(make_blocking(end.sock), end) for end in self.ends[:echoes]]
+        found = []
+        for number in count():
+            frames = [
+                (sock, encode_frame(end.seqs[0], payload_of(end.vm, end.seqs[0], number, _ECHO_PAYLOAD)))
+                for sock, end in ends
+            ]
+            begun = time.monotonic()
+            for sock, frame in frames:
+                sock.sendall(frame)
+            found.append((begun, [_come_back(sock, frame) - begun for sock, frame in frames]))
+            if os.path.exists(until):
+                break
+            time.sleep(_BETWEEN_ECHOES)
+        for sock, end in ends:
+            sock.sendall(encode_frame(end.seqs[0]))
         return found
 
     def receive_neighbour(self, cycles: int) -> None:
@@ -174,6 +201,16 @@ def _round_trip(sock: socket.socket, question: bytes, answer: bytes) -> int:
     if found != answer:
         raise WrongBytesError(f"asked {question[:100]!r}, expected {answer[:100]!r}, got {found[:100]!r}")
     return took
+
+
+def _come_back(sock: socket.socket, frame: bytes) -> float:
+    """Return when a frame has come back."""
+    found = receive_some(sock)
+    while len(found) < len(frame):
+        found += receive_some(sock)
+    if found != frame:
+        raise WrongBytesError(f"expected {frame[:100]!r}, got {found[:100]!r}")
+    return time.monotonic()
 
 
 def _connection(path: str, question: bytes, answer: bytes) -> int:

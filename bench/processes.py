@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from bench.adopted import Adopted, adopting_orphans
 from cc_proxy.api import Client
 
 _CHECKOUT = Path(__file__).parent.parent
@@ -34,7 +36,7 @@ class Child:
     def __init__(self, name: str, module: str, *arguments: str, **options: Any) -> None:
         self.name = name
         environment = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
-        self.process: subprocess.Popen[bytes] = subprocess.Popen(
+        self.process: subprocess.Popen[bytes] | Adopted = subprocess.Popen(
             [sys.executable, "-m", "bench.launch", str(os.getpid()), module, *arguments],
             cwd=_CHECKOUT,
             env=environment,
@@ -108,6 +110,22 @@ class Daemon(Service):
     def configure(self, settings: str) -> None:
         """Write its settings file; `settings` begin inside of its table [spool]."""
         self.config.write_text(f'[spool]\ndirectory = "{self._directory}"\n{settings}')
+
+    def replace(self) -> None:
+        """Have another process go on with everything; returns once it does. Raises `BenchError`.
+
+        That process does not end with the benchmark if somebody kills the benchmark.
+        """
+        with adopting_orphans():
+            self.process.send_signal(signal.SIGUSR2)
+            if status := self.process.wait(_START_TIMEOUT):
+                raise BenchError(f"{self.name} has ended with status {status} and was not replaced")
+        with Client(self.path, timeout=_START_TIMEOUT) as client:
+            self.process = Adopted(client.status().pid)
+
+    def log(self) -> list[dict[str, Any]]:
+        """Return what it has logged so far."""
+        return [json.loads(line) for line in self._log.read_text().splitlines()]
 
     def connections(self) -> int:
         """How many connections and VMs there are, but for the connection that asks."""

@@ -18,6 +18,7 @@ from bench.streams import (
     cycle_of,
 )
 from bench.worker import serve
+from cc_proxy.api import FrameParser, encode_frame
 from cc_proxy.api.frames import FRAME_HEADER
 from cc_proxy.hyperstart.codes import Code
 
@@ -92,6 +93,21 @@ class Vms(Generator):
         io = make_blocking(self.ends[0].sock)
         while not _is_end(data := receive_some(io)):
             io.sendall(data)
+
+    def echo_on(self, clients: int) -> None:
+        """Send back what comes to any VM, markers too, until so many clients have sent their end of file."""
+        parsers = {}
+        with select.epoll() as epoll:
+            for end in self.ends:
+                sock = make_blocking(end.sock)
+                parsers[sock.fileno()] = sock, FrameParser()
+                epoll.register(sock, select.EPOLLIN)
+            while clients:
+                for fd, _ in epoll.poll():
+                    io, parser = parsers[fd]
+                    frames = parser.receive_data(receive_some(io))
+                    io.sendall(b"".join(encode_frame(*frame) for frame in frames))
+                    clients -= sum(seq < FIRST_MARKER and not payload for seq, payload in frames)
 
     def echo_beside(self, seq: int, cycles: int) -> None:
         """Do as `echo`, and meanwhile send a neighbour a frame each millisecond, so many cycles of them."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import threading
-import time
+import functools
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from tests.echoes import Echo, echoes
 from tests.systemd.service import SERVICE, SOCKET, Service
 from tests.wire.daemon import Pod
-from tests.wire.support import READY, VERSIONED, FakeVm, RawClient, Stream, at_end, frame, request
+from tests.wire.support import READY, VERSIONED, FakeVm, RawClient, Stream, at_end, frame, request, wait_until
 
 _DIRECTORY = "/var/tmp/vms"
-#: Restarts in a row, while streams go on in both directions.
-MANY = 100
+#: What takes more than a minute: `pytest -m "systemd and slow"`.
+MANY = pytest.mark.slow, pytest.mark.timeout(600)
 #: What the start limit of the unit does not let through in the time of a test.
 _NO_LIMIT = "[Unit]\nStartLimitIntervalSec=0\n"
 
@@ -39,7 +40,6 @@ def pod(service: Service, container: str = "pod") -> Iterator[Pod]:
         fake.close()
         for path in (fake.ctl_path, fake.io_path):
             path.unlink(missing_ok=True)
-        directory.rmdir()
 
 
 def goes_on(pod: Pod, stream: Stream) -> bool:
@@ -54,10 +54,9 @@ def goes_on(pod: Pod, stream: Stream) -> bool:
 @pytest.mark.parametrize("unit", [SERVICE, SOCKET])
 def test_nobody_notices_a_restart(daemon: Service, unit: str) -> None:
     with pod(daemon) as vm:
-        stream, before = vm.open(), daemon.pid
+        stream = vm.open()
         vm.vm.io.sendall(frame(stream.base, b"first half, second half")[:20])
-        daemon.box.run("systemctl", "restart", unit)
-        assert daemon.pid != before
+        _restart(daemon, unit)
         vm.vm.io.sendall(frame(stream.base, b"first half, second half")[20:])
         assert stream.read_frame().payload == b"first half, second half"
         assert goes_on(vm, stream)
@@ -107,41 +106,49 @@ def test_without_a_store_the_daemon_says_so_and_a_restart_is_an_end(service: Ser
         assert stream.at_end()
 
 
-def test_every_byte_arrives_through_many_restarts(daemon: Service) -> None:
+def test_a_restart_in_the_middle_of_a_restart(daemon: Service) -> None:
+    """Also when systemd has started the next process and does not know yet whether it is ready."""
     daemon.drop_in(_NO_LIMIT)
-    sizes = {"sent": 0, "echoed": 0}
-    pauses: list[float] = []
     with pod(daemon) as vm:
-        stream, stop = vm.open(), threading.Event()
+        stream = vm.open()
+        for hundredths in (15, 30, 45):
+            before = daemon.pid
+            restart = f"systemctl restart {SERVICE}"
+            daemon.box.run("sh", "-c", f"{restart} & sleep 0.{hundredths:02}; {restart}; wait")
+            assert daemon.pid not in (0, before)
+            assert goes_on(vm, stream), hundredths
 
-        def echo() -> None:
-            """The process: sends back its stdin."""
-            while (got := vm.vm.read_frame()).payload != b"end":
-                if got.seq < 1 << 63:
-                    vm.vm.io.sendall(frame(got.seq, got.payload))
-                    sizes["echoed"] += 1
-                else:
-                    vm.vm.io.sendall(frame(got.seq))
 
-        def talk() -> None:
-            while not stop.is_set():
-                text = b"%d" % sizes["sent"]
-                begun = time.monotonic()
-                stream.send(text)
-                assert stream.read_frame().payload == text
-                pauses.append(time.monotonic() - begun)
-                sizes["sent"] += 1
-            stream.send(b"end")
+@pytest.mark.parametrize("restarts", [10, pytest.param(100, marks=MANY)])
+def test_every_byte_arrives_through_many_restarts(daemon: Service, restarts: int) -> None:
+    """Of the service or of its socket, while bytes go both ways in all sessions; and systemd itself."""
+    daemon.drop_in(_NO_LIMIT)
+    with ExitStack() as stack:
+        pods = [stack.enter_context(pod(daemon, name)) for name in ("first", "second", "third")]
+        with echoes(pods, each=4) as streams:
+            for number in range(restarts):
+                before = [stream.sent for stream in streams]
+                _restart(daemon, SOCKET if number % 5 == 4 else SERVICE)
+                if number % 10 == 5:
+                    daemon.box.run("systemctl", "daemon-reexec")
+                wait_until(functools.partial(_all_moved, before, streams), "bytes go on in all of them")
+        assert all(pod.pings() for pod in pods)
+        with daemon.client() as client:
+            assert client.status().replaced.restarts == restarts
+        assert daemon.show("NFileDescriptorStore") == "2"
+    sent = sum(stream.sent for stream in streams)
+    taken = [json.loads(line["MESSAGE"]) for line in daemon.logged() if "taken over" in line["MESSAGE"]]
+    pauses = sorted(line["seconds"] for line in taken)
+    print(f"{restarts} restarts, {sent} bytes; pauses {pauses[len(pauses) // 2]}, at most {pauses[-1]} s")
 
-        threads = [threading.Thread(target=work) for work in (echo, talk)]
-        for thread in threads:
-            thread.start()
-        for _ in range(MANY):
-            daemon.box.run("systemctl", "restart", SERVICE)
-        stop.set()
-        for thread in threads:
-            thread.join(30)
-        assert sizes["sent"] == sizes["echoed"] > MANY
-        assert vm.pings()
-    longest = sorted(pauses)[-MANY:]
-    print(f"{MANY} restarts, {len(pauses)} echoes; pauses {longest[-1]:.3f}, {longest[MANY // 2]:.3f} s")
+
+def _restart(daemon: Service, unit: str) -> None:
+    """Restart a unit, and wait for another process of the daemon: systemctl does so for the service only."""
+    before = daemon.pid
+    daemon.box.run("systemctl", "restart", unit)
+    wait_until(lambda: daemon.pid not in (0, before), "another process is there")
+    daemon.wait_for("ActiveState", "active")
+
+
+def _all_moved(before: list[int], streams: list[Echo]) -> bool:
+    return all(stream.sent > sent for sent, stream in zip(before, streams, strict=True))

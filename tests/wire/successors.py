@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import array
-import ctypes
 import os
-import select
-import signal
 import socket
-import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 from tests.wire.support import WAIT
-
-_PR_SET_CHILD_SUBREAPER = 36
 
 # What a manager does between fork and exec: LISTEN_PID has to be the daemon's own.
 _PASSING = """
@@ -51,17 +45,6 @@ os.execv(sys.argv[1], sys.argv[1:])
 )
 
 
-@contextmanager
-def adopting_orphans() -> Iterator[None]:
-    """Become the parent of processes whose own ends meanwhile."""
-    prctl = ctypes.CDLL(None).prctl
-    assert not prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    try:
-        yield
-    finally:
-        prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
-
-
 def dialers() -> set[int]:
     """The children of this process that connect for a daemon: this one's own, and what daemons have left."""
     found = set()
@@ -77,44 +60,6 @@ def reap(pids: set[int]) -> None:
     """Let go of children that have ended, or are about to."""
     for pid in pids:
         os.waitpid(pid, 0)
-
-
-class Adopted:
-    """A process that was started by another one, as if it were a `subprocess.Popen`."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self, timeout: float = WAIT) -> int:
-        if self.poll() is None:
-            fd = os.pidfd_open(self.pid)
-            try:
-                poll = select.poll()
-                poll.register(fd, select.POLLIN)
-                if not poll.poll(timeout * 1000):
-                    raise subprocess.TimeoutExpired(str(self.pid), timeout)
-            finally:
-                os.close(fd)
-        status = self.poll()
-        assert status is not None
-        return status
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
 
 
 class Manager:
