@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Literal, Self
 
@@ -31,6 +32,8 @@ _PRESENCE = frozenset({"connections", "vms"})
 _BURST = 5
 #: Seconds that a pump waits for the others it takes turns with. One that hangs in a disk must not stop them.
 _COURTESY = 0.1
+#: No turn at all.
+_AT_ONCE = contextlib.nullcontext()
 #: Users are remembered until there are this many; then those who have left are forgotten.
 _MANY = 64
 
@@ -119,12 +122,17 @@ class User:
         """Count more of something, or less. Raises `LimitReached`. For `Charge`; others use `charge`."""
         self._users.count(self, thing, number)
 
-    @contextlib.contextmanager
-    def one_batch(self) -> Iterator[None]:
+    def one_batch(self, large: bool) -> AbstractContextManager[None]:
         """Have one of the user's pumps at a time at work: a user with many VMs competes with one of them.
 
-        This is a courtesy and no lock: a pump that finds another one at work for too long goes ahead.
+        A batch that is not `large` need not wait, unless the user `is_limited`: to be woken for its turn
+        would take longer than the batch.
         """
+        return self._turn() if large or self.is_limited else _AT_ONCE
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """This is a courtesy and no lock: a pump that finds another one at work for too long goes ahead."""
         turns, waiter = self._batches, Waiter()
         mine = turns.get(waiter, time.monotonic() + _COURTESY)
         if not mine and turns is self._batches:

@@ -224,7 +224,7 @@ class Rig(Ends):
         echo_timeout: float = NEVER,
         io_buffer: int | None = None,
         console: Console | None = None,
-        one_at_a_time: Callable[[], AbstractContextManager[None]] | None = None,
+        one_at_a_time: Callable[[bool], AbstractContextManager[None]] | None = None,
         started: bool = True,
     ) -> None:
         super().__init__(space, vm=vm, window=window, io_buffer=io_buffer)

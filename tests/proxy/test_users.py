@@ -168,14 +168,14 @@ def test_one_batch_of_a_user_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[str] = []
 
     def serve() -> None:
-        with alice.one_batch():
+        with alice.one_batch(large=True):
             served.append("second")
 
     with ExitStack() as first:
-        first.enter_context(alice.one_batch())
+        first.enter_context(alice.one_batch(large=True))
         thread = threading.Thread(target=serve)
         thread.start()
-        with in_background(lambda: bob.one_batch().__enter__()):
+        with in_background(lambda: bob.one_batch(large=True).__enter__()):
             pass
         served.append("first")
         first.close()
@@ -183,15 +183,38 @@ def test_one_batch_of_a_user_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert served == ["first", "second"], "but another user's does not wait"
 
 
+def test_a_small_batch_waits_for_a_large_one_only_while_others_are_present() -> None:
+    users = users_of(10, 10)
+    alice = users.of(ALICE)
+    served: list[str] = []
+
+    def serve() -> None:
+        with alice.one_batch(large=False):
+            served.append("small")
+
+    with ExitStack() as large:
+        large.enter_context(alice.one_batch(large=True))
+        with in_background(serve):
+            pass
+        with alice.charge("vms"), users.of(BOB).charge("connections"):
+            thread = threading.Thread(target=serve)
+            thread.start()
+            thread.join(0.05)  # as long as it may have, to go ahead
+            served.append("large")
+            large.close()
+            thread.join(WAIT)
+    assert served == ["small", "large", "small"]
+
+
 def test_a_batch_does_not_wait_long_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(users_module, "_COURTESY", 0.01)
     alice = users_of(1, 1).of(ALICE)
 
     def serve() -> None:
-        with alice.one_batch():
+        with alice.one_batch(large=True):
             pass
 
-    with alice.one_batch():
+    with alice.one_batch(large=True):
         with in_background(serve):
             pass
         monkeypatch.setattr(users_module, "_COURTESY", WAIT)
@@ -199,7 +222,7 @@ def test_a_batch_does_not_wait_long_for_another(monkeypatch: pytest.MonkeyPatch)
         with in_background(serve):
             pass
         assert time.monotonic() - begun < WAIT, "and nobody waits for it again"
-    with alice.one_batch():
+    with alice.one_batch(large=True):
         pass
 
 

@@ -68,7 +68,7 @@ def test_pump_that_hangs_is_named_once_until_it_goes_on(space: SpoolSpace, logge
     hangs, here, go = threading.Event(), threading.Event(), threading.Event()
 
     @contextmanager
-    def hang() -> Iterator[None]:
+    def hang(_large: bool) -> Iterator[None]:
         if hangs.is_set():
             here.set()
             go.wait(WAIT)

@@ -123,6 +123,11 @@ class Channel:
         """How many sessions there are. Any thread."""
         return len(self._sessions)  # one step, so that no other thread sees half of it
 
+    @property
+    def bytes(self) -> int:
+        """How much has passed so far, both ways."""
+        return self._output.bytes + self._stdin.bytes
+
     def wait(self) -> list[Ready]:
         """Wait until something is ready, or a timer is due; returns what is ready, for `serve`."""
         return self._watch.wait(self._timeout() if self._timed else None, self._reads_clients)

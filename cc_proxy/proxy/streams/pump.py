@@ -22,6 +22,9 @@ from cc_proxy.proxy.streams.session import Session
 from cc_proxy.proxy.streams.spool import is_at_disk
 from cc_proxy.proxy.streams.state import ChannelState
 
+#: Bytes of a batch that takes as long as waking a thread.
+_LARGE = 32 * 1024
+
 
 class Pump:
     """A thread that works on one VM's channel, and ends when all is delivered.
@@ -35,13 +38,14 @@ class Pump:
         io: socket.socket,
         control: Beside,
         console: Beside | None,
-        one_at_a_time: Callable[[], AbstractContextManager[None]],
+        one_at_a_time: Callable[[bool], AbstractContextManager[None]],
         pacing: Pacing,
     ) -> None:
         """Take over the VM's sockets; see `Channel`.
 
         `one_at_a_time` is entered for the work of each turn, but never while the thread waits: it may have
-        the pumps of one user take turns. Raises `OSError`; the caller keeps everything then.
+        the pumps of one user take turns. It is told whether the batch is likely to be a large one. Raises
+        `OSError`; the caller keeps everything then.
         """
         self._owner = owner
         self._one_at_a_time = one_at_a_time
@@ -179,10 +183,13 @@ class Pump:
 
     def _copy(self) -> None:
         channel = self._channel
+        large = False
         while channel.is_in_use and not self._resting:
             ready = channel.wait()
-            with self._one_at_a_time():
+            before = channel.bytes
+            with self._one_at_a_time(large):
                 channel.serve(ready)
+            large = channel.bytes - before >= _LARGE  # nobody knows before it is read, but streams are steady
 
     def _answer(self, answer: Future[Streams]) -> None:
         try:

@@ -84,7 +84,7 @@ def busy(space: SpoolSpace, release: threading.Event) -> Iterator[Rig]:
     at_work = threading.Event()
 
     @contextlib.contextmanager
-    def turn() -> Iterator[None]:
+    def turn(_large: bool) -> Iterator[None]:
         at_work.set()
         assert release.wait(WAIT)
         yield
@@ -115,7 +115,7 @@ def test_all_pumps_are_asked_before_any_is_waited_for(space: SpoolSpace) -> None
     release, asked = threading.Event(), threading.Event()
 
     @contextlib.contextmanager
-    def turn() -> Iterator[None]:
+    def turn(_large: bool) -> Iterator[None]:
         if asked.is_set():
             release.set()
         yield

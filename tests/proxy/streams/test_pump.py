@@ -132,10 +132,12 @@ class Gate:
         self.open.set()
         self.reached = threading.Event()
         self.passed = 0
+        self.large: list[bool] = []
         self.inside = False
 
     @contextmanager
-    def one(self) -> Iterator[None]:
+    def one(self, large: bool) -> Iterator[None]:
+        self.large.append(large)
         self.reached.set()
         assert self.open.wait(WAIT)
         self.passed += 1
@@ -182,6 +184,20 @@ def test_pump_works_in_its_turn_and_waits_outside(gated: Rig, gate: Gate) -> Non
     stream.sock.settimeout(WAIT)
     assert stream.read_frame().payload == b"out"
     assert gate.passed > passed
+
+
+def test_batch_after_a_large_one_is_expected_to_be_large(gated: Rig, gate: Gate) -> None:
+    stream = gated.open()
+    gated.wait_for_turn()
+    with gate.shut():
+        gated.io.sendall(frame(stream.base, bytes(8_000)) * 6)
+    for _ in range(6):
+        stream.read_frame()
+    gated.wait_for_turn()
+    assert gate.large[-1]
+    assert not any(gate.large[:-1])
+    gated.wait_for_turn()
+    assert not gate.large[-1]
 
 
 # What others ask ------------------------------------------------------------------------------------------
