@@ -110,23 +110,22 @@ class Spool:
         self._files: deque[_File] = deque()
         #: Bytes that wait.
         self.size = 0
+        #: Bytes of the disk that are held for what waits. (Each batch asks, and there may be many files.)
+        self.held = 0
 
     def hand_over(self) -> list[SpoolFile]:
         """Give up what waits, for `restore`."""
         files = [SpoolFile(Fd(file.fd), file.size, file.start, file.stop) for file in self._files]
         self._files.clear()
+        self.held = 0
         return files
 
     def restore(self, files: Sequence[SpoolFile]) -> None:
         """Take over what waited in another one."""
         self._files.extend(_File(file.fd.number, file.size, file.start, file.stop) for file in files)
         self.size = sum(file.stop - file.start for file in files)
+        self.held = sum(file.held for file in self._files)
         self._space.count(self.held, self._uid)
-
-    @property
-    def held(self) -> int:
-        """Bytes of the disk that are held for what waits."""
-        return sum(file.held for file in self._files)
 
     def append(self, pieces: Sequence[Piece]) -> int:
         """Store as much of `pieces` as there is room for; returns how many bytes that was.
@@ -175,6 +174,7 @@ class Spool:
     def _close(self, file: "_File") -> None:
         with _waiting_for_disk():
             os.close(file.fd)
+        self.held -= file.held
         self._space.give_back(file.held, self._uid)
 
     def _write(self, pieces: Sequence[Piece]) -> None:
@@ -189,7 +189,9 @@ class Spool:
                 if not file.stop:
                     os.close(self._files.pop().fd)
                 raise
+            held = file.held
             file.stop += written
+            self.held += file.held - held
             self.size += written
             pieces = cut(pieces, written)
 
