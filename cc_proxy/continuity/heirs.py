@@ -16,8 +16,9 @@ from cc_proxy.linux.systemd import Notifier, take_stored
 
 #: <sysexits.h>; the unit has it mean that another process is to be started.
 EX_TEMPFAIL = 75
-#: What the service manager calls the box's two ends.
-_STORED_AS = "cc-proxy-box"
+#: How the names begin under which any version has the service manager store fds, and that of the box's ends.
+_OURS = "cc-proxy-"
+_STORED_AS = f"{_OURS}box"
 #: Names the process that has started this one, and the fds that it has passed.
 _PREDECESSOR = "CC_PROXY_PREDECESSOR"
 #: Seconds that a process which was started gets for each step.
@@ -77,8 +78,14 @@ class Store:
 
     def __init__(self, notifier: Notifier) -> None:
         self._notifier = notifier
-        fds = take_stored(_STORED_AS)
-        self.box: Box | None = Box([socket.socket(fileno=fd) for fd in fds]) if fds else None
+        self.box: Box | None = None
+        for name, fds in take_stored(_OURS).items():
+            if name == _STORED_AS and len(fds) == 2:  # noqa: PLR2004 - its ends
+                self.box = Box([socket.socket(fileno=fd) for fd in fds])
+            else:  # another version's, or half a box
+                self._forget(name)
+                for fd in fds:
+                    os.close(fd)
         #: Why there is none.
         self.error = ""
 
@@ -92,6 +99,11 @@ class Store:
         self.box.leave_to_keeper()
         if not self.error and not self.box.is_kept:
             self.error = "it keeps no fds: set FileDescriptorStoreMax= to 2 at least"
+        if self.error:
+            self._forget(_STORED_AS)  # it may keep one end
+
+    def _forget(self, name: str) -> None:
+        self._notifier.tell("FDSTOREREMOVE=1", f"FDNAME={name}")
 
     def prepare(self) -> None:
         """See whether the box is kept. Raises `NotReplaced`."""
@@ -106,7 +118,7 @@ class Store:
             self.prepare()
         except NotReplaced:
             # There may be something in it that nobody is to find.
-            self._notifier.tell("FDSTOREREMOVE=1", f"FDNAME={_STORED_AS}")
+            self._forget(_STORED_AS)
             self.box.close()
             self.box = None
             raise

@@ -17,23 +17,25 @@ class ActivationError(Exception):
     """The manager passed no single listening AF_UNIX stream socket; the text says what to do."""
 
 
-def take_stored(name: str) -> list[int]:
-    """Return the fds that the manager has stored under a name, which are passed behind the listening socket.
+def take_stored(prefix: str) -> dict[str, list[int]]:
+    """Return the fds that the manager has stored under names that begin with `prefix`, by name.
 
-    Removes them from the environment.
+    It passes them behind the listening socket. Removes them from the environment.
     """
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or name not in names:
-        return []
-    first = names.index(name)
-    if first:
-        os.environ["LISTEN_FDS"], os.environ["LISTEN_FDNAMES"] = str(first), ":".join(names[:first])
+    others = [name for name in names if not name.startswith(prefix)]
+    stored: dict[str, list[int]] = {}
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or others == names:
+        return stored
+    for fd, name in enumerate(names, _FIRST_FD):
+        if name.startswith(prefix):
+            os.set_inheritable(fd, False)
+            stored.setdefault(name, []).append(fd)
+    if others:
+        os.environ["LISTEN_FDS"], os.environ["LISTEN_FDNAMES"] = str(len(others)), ":".join(others)
     else:
         del os.environ["LISTEN_PID"], os.environ["LISTEN_FDS"], os.environ["LISTEN_FDNAMES"]
-    fds = [_FIRST_FD + number for number in range(first, len(names))]
-    for fd in fds:
-        os.set_inheritable(fd, False)
-    return fds
+    return stored
 
 
 def take_listener() -> socket.socket | None:

@@ -340,6 +340,30 @@ def test_a_manager_that_keeps_too_little(tmp_sock_dir: Path) -> None:
         wire.close()
 
 
+@pytest.mark.parametrize("most", [0, 1])
+def test_a_manager_that_keeps_too_little_can_start_the_daemon_again(tmp_sock_dir: Path, most: int) -> None:
+    with ManagedDaemon(tmp_sock_dir, most_fds=most) as daemon:
+        assert not daemon.stop()
+        daemon.start_again()
+        daemon.check()
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_what_another_version_has_stored_is_let_go(tmp_sock_dir: Path, at: int) -> None:
+    ours, theirs = socket.socketpair()
+    with ManagedDaemon(tmp_sock_dir) as daemon:
+        wire = Wire(daemon, tmp_sock_dir)
+        pod = wire.pod()
+        daemon.leave_all()
+        daemon.manager.fds.insert(at, ("cc-proxy-something", theirs.detach()))
+        daemon.start_again()
+        assert pod.pings()
+        assert at_end(ours)
+        wire.close()
+        daemon.check()
+    ours.close()
+
+
 def test_a_manager_that_drops_everything_meanwhile_costs_what_it_drops(tmp_sock_dir: Path) -> None:
     with ManagedDaemon(tmp_sock_dir) as daemon:
         wire = Wire(daemon, tmp_sock_dir)
