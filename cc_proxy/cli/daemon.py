@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _check(options)
     daemon.block_signals()
     raise_fd_limit()
-    inheritance = Inheritance(notifier := Notifier(), os.getcwd())
+    inheritance = Inheritance(notifier := Notifier(), _directory())
     wrong = ""
     try:
         chosen = choose_settings(options)
@@ -99,6 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not log.stop():
             os._exit(status)
     return status
+
+
+def _directory() -> str:
+    """Return the directory for relative paths of the command line: any, if this process is in none."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return "/"
 
 
 def _check(options: argparse.Namespace) -> int:

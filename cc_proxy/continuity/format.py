@@ -104,8 +104,10 @@ def _decode(data: bytes, fds: dict[_Identity, int]) -> DaemonState:
 
 
 def encode_settings(settings: Settings) -> bytes:
-    """Return settings as bytes."""
-    return msgspec.msgpack.encode(settings, enc_hook=lambda value: value.unknown or int(value))
+    """Return settings as bytes; none if a path of the command line is no text."""
+    with contextlib.suppress(UnicodeEncodeError):
+        return msgspec.msgpack.encode(settings, enc_hook=lambda value: value.unknown or int(value))
+    return b""
 
 
 def decode_settings(data: bytes) -> Settings | None:

@@ -24,6 +24,10 @@ _PREDECESSOR = "CC_PROXY_PREDECESSOR"
 #: Seconds that a process which was started gets for each step.
 _PATIENCE = 30.0
 _STATE = "cc-proxy-state"
+#: The process whose end ends all others of its PID namespace.
+_INIT = 1
+#: Signals that may have come too late for this process.
+_PASSED_ON = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 #: What the two processes tell each other: that one is ready to take over, that all is in the box, and that it
 #: has taken over.
@@ -92,15 +96,23 @@ class Store:
     def open(self) -> None:
         """Have an empty box kept. If the manager keeps none, `error` says so."""
         if self.box is None:
-            self.error = ""
-            self.box = Box()
-            if not self._notifier.store(_STORED_AS, [end.fileno() for end in self.box.ends]):
-                self.error = self._notifier.error or "it does not answer"
-        self.box.leave_to_keeper()
-        if not self.error and not self.box.is_kept:
-            self.error = "it keeps no fds: set FileDescriptorStoreMax= to 2 at least"
+            try:
+                self.error = self._make_box()
+            except OSError as error:
+                self.error = str(error)
+        if self.box:
+            self.box.leave_to_keeper()
+            if not self.error and not self.box.is_kept:
+                self.error = "it keeps no fds: set FileDescriptorStoreMax= to 2 at least"
         if self.error:
             self._forget(_STORED_AS)  # it may keep one end
+
+    def _make_box(self) -> str:
+        """Returns why the manager does not keep it. Raises `OSError`."""
+        self.box = Box()
+        if self._notifier.store(_STORED_AS, [end.fileno() for end in self.box.ends]):
+            return ""
+        return self._notifier.error or "it does not answer"
 
     def _forget(self, name: str) -> None:
         self._notifier.tell("FDSTOREREMOVE=1", f"FDNAME={name}")
@@ -143,20 +155,26 @@ class Successor:
 
     def prepare(self) -> None:
         """Start it, and wait until it has read its settings. Raises `NotReplaced`."""
+        if os.getpid() == _INIT:
+            self._give_up("it is process 1, and all others of its PID namespace would end with it")
+        try:
+            self._start()
+        except OSError as error:
+            self._give_up(f"it cannot be started: {error}")
+        self._wait_for(_READY)
+
+    def _start(self) -> None:
+        """Raises `OSError`."""
         self._box = Box()
         self._link, theirs = socket.socketpair()
         with theirs:
             fds = [*(end.fileno() for end in self._box.ends), theirs.fileno()]
-            try:
-                self._process = subprocess.Popen(
-                    [sys.executable, *sys.orig_argv[1:]],
-                    cwd=self._directory,
-                    env={**os.environ, _PREDECESSOR: ":".join(map(str, [os.getpid(), *fds]))},
-                    pass_fds=fds,
-                )
-            except OSError as error:
-                self._give_up(f"it cannot be started: {error}")
-        self._wait_for(_READY)
+            self._process = subprocess.Popen(
+                [sys.executable, *sys.orig_argv[1:]],
+                cwd=self._directory,
+                env={**os.environ, _PREDECESSOR: ":".join(map(str, [os.getpid(), *fds]))},
+                pass_fds=fds,
+            )
 
     def hand_over(self, data: bytes, fds: Sequence[int]) -> None:
         """Give everything to it, and wait until it has taken over. Raises `NotReplaced`."""
@@ -168,11 +186,14 @@ class Successor:
         self._wait_for(_TAKEN)
         assert self._process
         self._process.returncode = 0  # it is on its own now, and this process does not wait for its end
-        if signal.sigpending() & {signal.SIGTERM, signal.SIGINT}:  # which came too late for this process
-            os.kill(self._process.pid, signal.SIGTERM)
+        for number in signal.sigpending() & _PASSED_ON:
+            os.kill(self._process.pid, number)
 
     def close(self) -> None:
-        """Close what belongs to this process."""
+        """Close what belongs to this process, and end the other one if it has not taken over."""
+        if self._process and self._process.returncode is None:
+            self._process.kill()
+            self._process.wait()
         if self._link:
             self._link.close()
         if self._box:
@@ -189,10 +210,6 @@ class Successor:
             self._give_up("the new process has ended; its log says why")
 
     def _give_up(self, why: str) -> None:
-        if self._process:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
         self.close()
         raise NotReplaced(why)
 

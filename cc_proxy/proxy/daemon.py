@@ -1,5 +1,6 @@
 """The daemon as a whole: what is started, in which order, what signals do, and how it stops."""
 
+import contextlib
 import gc
 import os
 import signal
@@ -16,7 +17,7 @@ from cc_proxy.access import look_up_again, names_others, unknown_names
 from cc_proxy.api.status import count
 from cc_proxy.continuity.format import DaemonState
 from cc_proxy.continuity.heirs import Heir, NotReplaced
-from cc_proxy.continuity.inheritance import Inheritance
+from cc_proxy.continuity.inheritance import Inheritance, Nothing
 from cc_proxy.linux.systemd import Notifier, monotonic_usec
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
@@ -95,15 +96,18 @@ def _serve(
     about = About(host.settings_file)
     if state:
         about = About(host.settings_file, state.known_since, state.replaced)
-    with Server(listener, registry, live, about) as server:
+    with contextlib.ExitStack() as undo:
         try:
+            server = undo.enter_context(Server(listener, registry, live, about))
             if state:
                 reading = host.inheritance.reading + take_over(state, server, registry)
             if error := host.inheritance.take_over():
                 logger.warning("a restart of cc-proxy ends all VMs", extra={"error": error})
-        except BaseException:
+        except BaseException as error:
             if state:
                 listener.hand_over()  # its place in the file system is still that of the process before
+                if isinstance(error, OSError):
+                    raise Nothing(str(error)) from None
             raise
         registry.go_on()
         server.start()

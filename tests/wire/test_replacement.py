@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import pytest
 from cc_proxy.continuity.box import Box
 from cc_proxy.continuity.format import VERSION
 from cc_proxy.continuity.heirs import EX_TEMPFAIL
-from tests.wire.daemon import PATIENT, Daemon, ManagedDaemon, Pod, Wire, write_config
+from tests.wire.daemon import CHECKOUT, PATIENT, Daemon, ManagedDaemon, Pod, Wire, own_daemon, write_config
+from tests.wire.successors import adopting_orphans
 from tests.wire.support import (
     EXECCMD,
     MARKER,
@@ -30,6 +33,7 @@ from tests.wire.support import (
     listen_at,
     refused,
     request,
+    unread_by_peer,
     wait_until,
 )
 
@@ -325,6 +329,81 @@ def test_a_successor_with_wrong_settings_leaves_the_old_one_serving(tmp_sock_dir
         assert daemon.socket_path.exists()
         write_config(tmp_sock_dir, daemon.socket_path)
         daemon.replace()
+        assert pod.pings()
+        wire.close()
+
+
+def test_a_state_that_cannot_be_written_stays_where_it_is(town: Wire) -> None:
+    daemon, pod = town.daemon, town.pod()
+    stream, client = pod.open(), town.attached(pod)
+    asked = request("x" * (MIB - 100))
+    client.send(asked[:-1])
+    wait_until(lambda: not unread_by_peer(client.sock), "it is read")
+    children = _children(daemon)
+    with _limited(daemon, resource.RLIMIT_FSIZE, MIB // 2):
+        daemon.process.send_signal(signal.SIGUSR2)
+        wait_until(lambda: '"ready"' in daemon.log().partition("this process goes on")[2], "it goes on")
+    assert "File too large" in daemon.log()
+    assert _children(daemon) == children
+    client.send(asked[-1:])
+    assert b"no payload named" in client.receive()
+    pod.vm.io.sendall(frame(stream.base, b"on"))
+    assert stream.read_frame().payload == b"on"
+    daemon.replace()
+    assert pod.pings()
+
+
+def test_no_process_can_be_started(tmp_sock_dir: Path) -> None:
+    with own_daemon(tmp_sock_dir, check=True) as town:
+        pod = town.pod()
+        with _limited(town.daemon, resource.RLIMIT_NOFILE, town.daemon.count_fds()):
+            town.daemon.process.send_signal(signal.SIGUSR2)
+            wait_until(lambda: "it cannot be started: " in town.daemon.log(), "it says so")
+        assert pod.pings()
+
+
+@contextmanager
+def _limited(daemon: Daemon, which: int, limit: int) -> Iterator[None]:
+    soft, hard = resource.prlimit(daemon.pid, which)
+    resource.prlimit(daemon.pid, which, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.prlimit(daemon.pid, which, (soft, hard))
+
+
+def _children(daemon: Daemon) -> str:
+    return Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text()
+
+
+def test_settings_to_be_read_again_are_read_by_the_next_process(tmp_sock_dir: Path) -> None:
+    with own_daemon(tmp_sock_dir, check=True) as town:
+        daemon, alone = town.daemon, _children(town.daemon)
+        with adopting_orphans():
+            daemon.process.send_signal(signal.SIGUSR2)
+            wait_until(lambda: _children(daemon) != alone, "the next process is started")
+            daemon.process.send_signal(signal.SIGHUP)
+            daemon.replace()
+        wait_until(lambda: "settings reloaded" in daemon.log(), "they are read")
+
+
+def test_a_directory_that_has_gone(tmp_sock_dir: Path) -> None:
+    nowhere = tmp_sock_dir / "nowhere"
+    nowhere.mkdir()
+    leave = f'cd {nowhere} && rmdir {nowhere} && PYTHONPATH={CHECKOUT} exec "$@"'
+    prefix = ["sh", "-c", leave, "sh"]
+    with own_daemon(tmp_sock_dir, prefix=prefix, check=True) as town:
+        town.daemon.replace()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a PID namespace")
+def test_the_first_process_of_a_pid_namespace_cannot_be_replaced(tmp_sock_dir: Path) -> None:
+    prefix = ["unshare", "--pid", "--fork", "--kill-child=KILL"]
+    with Daemon.configured(tmp_sock_dir, prefix=prefix) as daemon:
+        wire = Wire(daemon, tmp_sock_dir)
+        pod = wire.pod()
+        os.kill(int(_children(daemon)), signal.SIGUSR2)
+        wait_until(lambda: "it is process 1" in daemon.log(), "it says so")
         assert pod.pings()
         wire.close()
 
