@@ -174,7 +174,7 @@ def _draw(found: Pauses, path: Path) -> None:
     pauses = found.pauses()
     each = [max(pauses[at : at + _ECHOES]) for at in range(0, len(pauses), _ECHOES)]
     restart = found.restarts[each.index(sorted(each)[len(each) // 2])]
-    shown = [(at - restart, took) for at, took in found.echoes if -0.6 < at - restart < 1.2]
+    shown = [(at - restart, took) for at, took in found.echoes if -0.4 < at - restart < 0.9]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.0, 3.4), layout="constrained")
         axes = figure.subplots()
@@ -182,11 +182,12 @@ def _draw(found: Pauses, path: Path) -> None:
         axes.plot(
             [at + max(took) for at, took in shown],
             [1000 * max(took) for _, took in shown],
-            color=BLUE, marker=".", markersize=3, lw=0.8, label="an echo, when it came back",
+            color=BLUE, marker=".", markersize=3, lw=0.8, drawstyle="steps-pre",
+            label="an echo, until it came back",
         )  # fmt: skip
         axes.set(
             title=f"Echoes through a restart (the median of {len(each)})",
-            xlabel="seconds", ylabel="round trip, ms", yscale="log", xlim=(-0.6, 1.2),
+            xlabel="seconds", ylabel="round trip, ms", yscale="log", xlim=(-0.4, 0.9),
         )  # fmt: skip
         axes.legend(loc="upper left")
         figure.supxlabel(_caption(found), fontsize=6.5, color="#444444")

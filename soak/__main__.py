@@ -34,6 +34,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--vms", type=int, default=16, metavar="N", help="at once (default: %(default)s)")
     parser.add_argument(
+        "--replace", type=float, default=0.0, metavar="SECONDS",
+        help="have another process of the daemon go on with everything that often (default: never)",
+    )  # fmt: skip
+    parser.add_argument(
         "--seed", type=int, default=random.SystemRandom().randrange(1_000_000), metavar="N",
         help="what is done, and when, is drawn with this; it is printed",
     )  # fmt: skip
@@ -86,7 +90,7 @@ def _soak(options: argparse.Namespace, console: Console) -> Record:
             progress.update(bar, completed=done, description=what)
             progress.refresh()
 
-        record = Stage(seconds, options.vms, options.seed).run(show)
+        record = Stage(seconds, options.vms, options.seed, options.replace).run(show)
     record.save(options.json)
     return record
 

@@ -112,6 +112,9 @@ def _load(axes: Axes, record: Record) -> None:
     axes.set_ylim(bottom=0, top=max([1.0, *rates]) * 1.6)
     _marks(axes, deaths, 0.92, RED, f"a VM dies: {len(deaths)}")
     _marks(axes, [at / 60 for at in record.reloads], 0.78, BLUE, f"SIGHUP: {len(record.reloads)}")
+    if record.replacements:
+        times = [at / 60 for at in record.replacements]
+        _marks(axes, times, 0.64, ORANGE, f"another process goes on: {len(times)}")
     _others(axes, record)
     axes.legend(**_BESIDE)
 

@@ -51,8 +51,9 @@ class Record(msgspec.Struct, frozen=True):
     done: dict[str, int]
     #: For each second: when it was (since the run began), bytes that had arrived, VMs that had died.
     course: list[tuple[float, int, int]]
-    #: When the settings were read again.
+    #: When the settings were read again, and when another process went on with everything.
     reloads: list[float]
+    replacements: list[float] = []
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -41,13 +41,16 @@ Show = Callable[[float, str], None]
 class Stage:
     """Everything that a run needs; `run` may be called once."""
 
-    def __init__(self, seconds: float, vms: int, seed: int) -> None:
+    def __init__(self, seconds: float, vms: int, seed: int, replace: float = 0.0) -> None:
+        """`replace` is how many seconds another process of the daemon serves, 0 for all of them."""
         self._seconds = seconds
         self._vms = vms
         self._seed = seed
         self._dice = random.Random(seed)
         self._samples: list[Sample] = []
+        self._replace = replace or 2 * seconds
         self._reloads: list[float] = []
+        self._replacements: list[float] = []
         self._begun = 0.0
         self._bystanders: Bystanders | None = None
 
@@ -79,19 +82,25 @@ class Stage:
         return Record(
             version=__version__, seed=self._seed, seconds=self._seconds, samples=self._samples, before=before,
             after=after, done=_summed(results), course=self._course(results), reloads=self._reloads,
+            replacements=self._replacements,
         )  # fmt: skip
 
     def _watch(self, daemon: Daemon, directory: str, worlds: list[Worker], show: Show) -> None:
-        reload_at = self._begun + _RELOAD
+        reload_at, replace_at = self._begun + _RELOAD, self._begun + self._replace
         with Probe(daemon.path, directory) as probe, Client(daemon.path, timeout=10) as client:
             while (now := time.monotonic()) < self._begun + self._seconds:
                 echoes, pings = self._probe(probe, min(now + _LOOK, self._begun + self._seconds))
                 self._samples.append(self._look(daemon, client.status(), echoes, pings))
                 show(self._samples[-1].at, _in_words(self._samples[-1]))
+                _still_at_work(worlds)
                 if now >= reload_at:
                     self._reload(daemon)
                     reload_at = now + self._dice.expovariate(1 / _RELOAD)
-                _still_at_work(worlds)
+                if now >= replace_at:
+                    daemon.replace()
+                    self._bystanders = Bystanders([daemon, *worlds])
+                    self._replacements.append(now - self._begun)
+                    replace_at = now + self._replace
             probe.end()
 
     def _probe(self, probe: Probe, until: float) -> tuple[list[float], list[float]]:

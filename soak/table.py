@@ -24,7 +24,8 @@ def summary(record: Record) -> str:
     minutes = record.seconds / 60
     return (
         f"cc-proxy {record.version}, {minutes:.3g} minutes, seed {record.seed}: {', '.join(done)}, every one "
-        f"of which was checked; settings read again {len(record.reloads)} times."
+        f"of which was checked; settings read again {len(record.reloads)} times, the daemon replaced "
+        f"{len(record.replacements)} times."
     )
 
 
