@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
+from bench.adopted import adopting_orphans
 from cc_proxy.continuity.box import Box
 from cc_proxy.continuity.format import VERSION
 from cc_proxy.continuity.heirs import EX_TEMPFAIL
 from tests.wire.daemon import CHECKOUT, PATIENT, Daemon, ManagedDaemon, Pod, Wire, own_daemon, write_config
-from tests.wire.successors import adopting_orphans
 from tests.wire.support import (
     EXECCMD,
     MARKER,
