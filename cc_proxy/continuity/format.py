@@ -5,6 +5,7 @@ meaning. Where that is not enough, `VERSION` is raised.
 """
 
 import contextlib
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -73,25 +74,33 @@ def decode(data: bytes, fds: Sequence[int]) -> DaemonState:
 
     Closes those that it does not name, or all.
     """
-    left = {_identity(fd): fd for fd in fds}
+    left = _by_identity(fds)
     try:
         return _decode(data, left)
     except BaseException:
-        left = {_identity(fd): fd for fd in fds}
+        left = _by_identity(fds)
         raise
     finally:
-        for fd in left.values():
+        for fd in itertools.chain.from_iterable(left.values()):
             os.close(fd)
 
 
-def _decode(data: bytes, fds: dict[_Identity, int]) -> DaemonState:
+def _by_identity(fds: Sequence[int]) -> dict[_Identity, list[int]]:
+    """Two sockets may have the same inode, as the kernel's counter wraps around: they keep their order."""
+    found: dict[_Identity, list[int]] = {}
+    for fd in fds:
+        found.setdefault(_identity(fd), []).append(fd)
+    return found
+
+
+def _decode(data: bytes, fds: dict[_Identity, list[int]]) -> DaemonState:
 
     def decode_fd(kind: type[Any], value: Any) -> Any:
         if kind is not Fd:
             raise NotImplementedError(f"no format for {kind}")
         try:
-            return Fd(fds.pop(tuple(value)))
-        except KeyError:
+            return Fd(fds[tuple(value)].pop(0))
+        except (KeyError, IndexError):
             raise ValueError("an fd is missing") from None
 
     try:

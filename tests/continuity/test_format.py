@@ -58,6 +58,16 @@ def test_fds_that_nobody_knows_are_closed() -> None:
         os.close(fd)
 
 
+def test_two_fds_that_look_the_same() -> None:
+    fds = open_fds()
+    os.dup2(fds[0], fds[-1])
+    data, named = encode(example(iter(fds)))
+    _, again = encode(decode(data, named))
+    assert again == named
+    for fd in fds:
+        os.close(fd)
+
+
 @pytest.mark.parametrize("spoil", ["cut", "newer", "an fd less"])
 def test_what_cannot_be_read_is_never_half_a_state(spoil: str) -> None:
     fds = open_fds()
