@@ -21,8 +21,8 @@ _OURS = "cc-proxy-"
 _STORED_AS = f"{_OURS}box"
 #: Names the process that has started this one, and the fds that it has passed.
 _PREDECESSOR = "CC_PROXY_PREDECESSOR"
-#: Seconds that a process which was started gets for each step.
-_PATIENCE = 30.0
+#: Seconds that a process which was started gets to be ready, and to take over: nobody is served meanwhile.
+_PATIENCE, _PAUSE = 30.0, 5.0
 _STATE = "cc-proxy-state"
 #: The process whose end ends all others of its PID namespace.
 _INIT = 1
@@ -161,7 +161,7 @@ class Successor:
             self._start()
         except OSError as error:
             self._give_up(f"it cannot be started: {error}")
-        self._wait_for(_READY)
+        self._wait_for(_READY, _PATIENCE)
 
     def _start(self) -> None:
         """Raises `OSError`."""
@@ -183,7 +183,7 @@ class Successor:
         put_in(self._box, data, fds)
         with contextlib.suppress(OSError):
             self._link.send(_FILLED)
-        self._wait_for(_TAKEN)
+        self._wait_for(_TAKEN, _PAUSE)
         assert self._process
         self._process.returncode = 0  # it is on its own now, and this process does not wait for its end
         for number in signal.sigpending() & _PASSED_ON:
@@ -199,10 +199,10 @@ class Successor:
         if self._box:
             self._box.close()
 
-    def _wait_for(self, word: bytes) -> None:
+    def _wait_for(self, word: bytes, seconds: float) -> None:
         assert self._link
         try:
-            Deadline(_PATIENCE).wait_readable(self._link, "the new process")
+            Deadline(seconds).wait_readable(self._link, "the new process")
             said = self._link.recv(1)
         except (OSError, TimedOut) as error:
             self._give_up(str(error))
