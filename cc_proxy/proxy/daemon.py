@@ -113,6 +113,7 @@ def _serve(
         server.start()
         if state:
             say_what_was_taken_over(state, reading)
+            listener.open_to(for_all=names_others(live.current.access))
         logger.info("ready", extra={"socket": listener.socket.getsockname()})
         _warn_of_unknown(live.current)
         supervisor = Supervisor(live, host, listener, registry, Watchdog(server, registry))

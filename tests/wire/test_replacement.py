@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,6 +137,18 @@ def test_a_process_whose_start_is_acknowledged_later_gets_its_stdin(town: Wire) 
     pod.vm.say(9)
     assert pod.client.receive() == OK
     assert pod.vm.read_frame().payload == b"early"
+
+
+def test_a_vm_that_did_not_power_off_when_it_was_told_to(town: Wire) -> None:
+    pod = town.pod()
+    pod.client.hyper("destroypod", "{}")
+    pod.vm.read_command()
+    town.daemon.replace()
+    pod.vm.say(10)
+    assert pod.client.receive() == refused("ERROR received from Hyperstart")
+    pod.vm.hang_up()
+    town.wait_unregistered(pod.container)
+    assert '"VM lost"' in town.daemon.log()
 
 
 def test_a_hello_that_waits_for_ready(town: Wire) -> None:
@@ -310,6 +323,17 @@ def test_what_is_counted_and_set_stays(town: Wire) -> None:
     stream.send(b"more")
     assert pod.vm.read_frame().payload == b"more"
     assert _status(pod)["vms"][0]["streams"]["traffic"]["framesToVm"] == 2
+
+
+@pytest.mark.parametrize(("before", "after", "mode"), [("", "*", 0o666), ("*", "", 0o660)])
+def test_who_may_connect_is_what_the_settings_say_by_then(
+    town: Wire, before: str, after: str, mode: int
+) -> None:
+    for users in (before, after):
+        names = json.dumps([users] if users else [])
+        write_config(town.directory, town.daemon.socket_path, f"{PATIENT}[access]\nusers = {names}\n")
+        town.daemon.replace()
+    assert stat.S_IMODE(town.daemon.socket_path.stat().st_mode) == mode
 
 
 # Bad luck -------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from typing import Self
 
 from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.payloads import Hello
-from cc_proxy.hyperstart.control import ControlMessage
+from cc_proxy.hyperstart.codes import Code
+from cc_proxy.hyperstart.control import ControlMessage, OnAnswer, ignore
 from cc_proxy.linux.fds import Fd
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.rest import Resting
@@ -90,7 +91,7 @@ class Boot:
         self._deadline, self._quiz_at = Deadline(state.left), Deadline(state.quizzed_in)
         if state.io and state.control:
             self._io = socket.socket(fileno=state.io.number)
-            self._control = ControlLink.from_state(state.control, self._note_event, _ignore_seqs)
+            self._control = ControlLink.from_state(state.control, self._note_event, _no_commands)
             self._console = Console.from_state(self._vm, state.console) if state.console else None
 
     # One thread, but for `give_up` ------------------------------------------------------------------------
@@ -183,8 +184,9 @@ def note_event(vm: str, event: ControlMessage) -> None:
         logger.debug("event from the VM", extra={"vm": vm, "event": str(event)})
 
 
-def _ignore_seqs(_seqs: Sequence[int]) -> None:
-    """No command has been sent yet."""
+def _no_commands(_code: Code, _seqs: Sequence[int]) -> OnAnswer:
+    """None has been sent yet."""
+    return ignore
 
 
 def _unused_seq() -> int:

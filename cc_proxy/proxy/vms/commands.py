@@ -11,7 +11,8 @@ from cc_proxy.linux.fds import Fd
 from cc_proxy.proxy.turns import Waiter
 from cc_proxy.proxy.vms.state import CommandState, ControlState, RequestState
 
-OnStart = Callable[[Sequence[int]], None]
+#: What is to happen once a command is answered, which may start processes on these seqs.
+OnAnswerTo = Callable[[Code, Sequence[int]], OnAnswer]
 
 
 @dataclass(eq=False, slots=True)
@@ -33,7 +34,7 @@ class Started:
     """What is to happen once a command is answered that starts processes: tell who waits for them."""
 
     seqs: Sequence[int]
-    tell: OnStart
+    tell: Callable[[Sequence[int]], None]
 
     def __call__(self, answer: ControlMessage) -> None:
         if answer.code == Code.ACK:
@@ -74,16 +75,16 @@ def control_state(
     )
 
 
-def commands_of(state: ControlState, on_start: OnStart, posted: Posted) -> list[Command]:
+def commands_of(state: ControlState, on_answer_to: OnAnswerTo, posted: Posted) -> list[Command]:
     """Return the commands that were sent and have no answer yet."""
     return [
-        Command(Code(each.code), posted if each.posted else _on_answer(each, on_start))
+        Command(Code(each.code), posted if each.posted else on_answer_to(Code(each.code), each.starts))
         for each in state.commands
     ]
 
 
 def transactions_of(
-    state: ControlState, on_start: OnStart, commands: Sequence[Command]
+    state: ControlState, on_answer_to: OnAnswerTo, commands: Sequence[Command]
 ) -> list[tuple[int, Transaction]]:
     """Return each client's transaction, in the order of their turns."""
     now = time.monotonic()
@@ -94,7 +95,7 @@ def transactions_of(
                 Code(each.code),
                 each.payload,
                 now - each.age,
-                _on_answer(each, on_start),
+                on_answer_to(Code(each.code), each.starts),
                 command=None if each.sent is None else commands[each.sent],
             ),
         )
@@ -119,7 +120,3 @@ def _request_state(client: int, request: Transaction, commands: list[Command]) -
 
 def _starts(on_answer: OnAnswer) -> list[int]:
     return list(on_answer.seqs) if isinstance(on_answer, Started) else []
-
-
-def _on_answer(state: CommandState | RequestState, on_start: OnStart) -> OnAnswer:
-    return Started(state.starts, on_start) if state.starts else ignore

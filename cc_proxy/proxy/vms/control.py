@@ -6,7 +6,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Self
 
 from cc_proxy.hyperstart.codes import Code
@@ -15,7 +15,14 @@ from cc_proxy.proxy.rest import LOOK_UP, Resting
 from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.streams.interfaces import Beside
 from cc_proxy.proxy.turns import Turns
-from cc_proxy.proxy.vms.commands import Posted, Transaction, commands_of, control_state, transactions_of
+from cc_proxy.proxy.vms.commands import (
+    OnAnswerTo,
+    Posted,
+    Transaction,
+    commands_of,
+    control_state,
+    transactions_of,
+)
 from cc_proxy.proxy.vms.control_socket import ControlLost, ControlSocket
 from cc_proxy.proxy.vms.state import ControlState
 
@@ -74,17 +81,17 @@ class ControlLink:
         cls,
         state: ControlState,
         on_event: Callable[[ControlMessage], None],
-        on_start: Callable[[Sequence[int]], None],
+        on_answer_to: OnAnswerTo,
     ) -> Self:
         """Return one that goes on where another one stood.
 
-        `on_start` gets the seqs of the processes that commands have started. Raises `OSError`.
+        `on_answer_to` says what is to happen once a command is answered. Raises `OSError`.
         """
         link = cls(socket.socket(fileno=state.fd.number), on_event)
-        commands = commands_of(state, on_start, Posted(link._count_posted, ignore))
+        commands = commands_of(state, on_answer_to, Posted(link._count_posted, ignore))
         link._posted = sum(each.posted for each in state.commands)
         link._channel.restore(state.channel, commands)
-        link._waiting.update(transactions_of(state, on_start, commands))
+        link._waiting.update(transactions_of(state, on_answer_to, commands))
         link._turns.restore(link._waiting.values())
         if state.channel.is_up:
             link._sock.watch(True)

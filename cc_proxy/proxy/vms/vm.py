@@ -118,9 +118,7 @@ class Vm:
         self.created = time.monotonic() - state.age
         self.life.restore(state.life)
         self._next_seq, self._booting = state.next_seq, state.boot
-        if (
-            not state.boot or state.boot.io
-        ):  # else its sockets are dialled, and their peers claimed, once more
+        if not state.boot or state.boot.io:  # else it dials, and claims its peers, once more
             self.peers = set(state.peers)
         if state.channel:
             self._restore_pump(state, state.channel, users)
@@ -130,7 +128,7 @@ class Vm:
         io = socket.socket(fileno=channel.io.number) if channel.io else hung_up_socket()
         on_event = functools.partial(note_event, self.container_id)
         if state.control:
-            control = ControlLink.from_state(state.control, on_event, self._open_stdin)
+            control = ControlLink.from_state(state.control, on_event, self._on_answer_to)
         else:
             control = ControlLink(hung_up_socket(), on_event)
         console = Console.from_state(self.container_id, state.console) if state.console else None
@@ -184,11 +182,15 @@ class Vm:
         if length > MAX_COMMAND:
             raise VmError(f"message too long {length}")
         pump, stdio = self._pump, stdio_seqs(payload) if name in STARTS else []
-        on_answer: OnAnswer = self._power_off_answered if name is Code.DESTROY_POD else ignore
         if pump and stdio:
             pump.expect_processes(stdio)
-            on_answer = Started(stdio, self._open_stdin)
-        return self._command(name, payload, client, on_answer)
+        return self._command(name, payload, client, self._on_answer_to(name, stdio))
+
+    def _on_answer_to(self, name: Code, starts: Sequence[int]) -> OnAnswer:
+        """Return what is to happen once a command is answered, which starts processes on these seqs."""
+        if name is Code.DESTROY_POD:
+            return self._power_off_answered
+        return Started(starts, self._open_stdin) if starts else ignore
 
     def _open_stdin(self, seqs: Sequence[int]) -> None:
         pump = self._pump
