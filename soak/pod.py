@@ -11,11 +11,12 @@ from enum import Enum, auto
 import msgspec
 
 from bench.streams import FIRST_MARKER, MAX_TO_AGENT, WrongBytesError
-from bench.vms import ACK, MESSAGE, READY
-from cc_proxy.api import AllocateIo, Attach, Bye, Hyper, Payload
+from bench.vms import READY
+from cc_proxy.api import AllocateIo, Attach, Bye, Hello, Hyper, Payload
 from cc_proxy.api.fdpassing import read_fd
 from cc_proxy.api.frames import FRAME_HEADER
 from cc_proxy.hyperstart.codes import Code
+from soak.control import Control
 from soak.habits import HABITS, lifetime
 from soak.session import Chunk, Session
 from soak.sockets import PATIENCE, Connection, VmSockets
@@ -26,8 +27,6 @@ _MOST_SESSIONS = 6
 _MOST_PIECES = 64
 _READ_SIZE = 256 * 1024
 _STAYS = 25.0
-_ERROR = MESSAGE.pack(Code.ERROR, MESSAGE.size)
-_NEXT = MESSAGE.pack(Code.NEXT, MESSAGE.size + 4) + bytes(4)
 
 
 class _State(Enum):
@@ -58,7 +57,8 @@ class Pod:
         self._outbox_size = self._partly_sent = 0
         self._inbox = bytearray()
         self._connections = [Connection(proxy)]
-        self._control, self._io = self._boot()
+        control, self._io = self._boot()
+        self._control = Control(control, self._container)
         self._attach()
 
     @property
@@ -66,7 +66,7 @@ class Pod:
         return self._state is _State.DEAD and not self._sessions
 
     def _boot(self) -> list[socket.socket]:
-        sockets = VmSockets(self._directory, self._number)
+        sockets = VmSockets(self._directory, str(self._number))
         try:
             self._connections[0].send(sockets.hello(self._container))
             channels = sockets.accept()
@@ -103,6 +103,7 @@ class Pod:
 
     def serve(self) -> None:
         """Take what has come on the I/O channel, and send what waits for it."""
+        self._control.answer_daemon()
         if not (self._flush() and self._receive() and self._flush()):
             raise WrongBytesError(f"{self._container}: the daemon has hung up")
 
@@ -118,8 +119,9 @@ class Pod:
         """Whatever state it is in."""
         for session in self._sessions:
             session.sock.close()
-        for sock in (self._control, self._io, *(one.sock for one in self._connections)):
-            sock.close()
+        self._hang_up()
+        for connection in self._connections:
+            connection.close()
 
     def _live(self, now: float) -> None:
         if now > self._ends_at:
@@ -207,7 +209,7 @@ class Pod:
             if session:
                 session.sent(self._partly_sent // frame_size * frame_size)
         if self._dice.random() < 0.3:
-            self._control.sendall(bytes(MESSAGE.size))  # what no agent says
+            self._control.say_nonsense()
         self._hang_up()
 
     def _hang_up(self) -> None:
@@ -271,8 +273,7 @@ class Pod:
         base = msgspec.json.decode(bytes(answer.data or b""))["ioBase"]
         sock = socket.socket(fileno=read_fd(connection.sock, timeout=PATIENCE))
         connection.send(Hyper("execcmd", msgspec.Raw(b'{"process":{"stdio":%d}}' % base)))
-        self._take_command(Code.EXEC_CMD)
-        self._control.sendall(_NEXT + ACK)
+        self._control.carry_out(Code.EXEC_CMD)
         connection.expect(True, "execcmd")
         habit = self._dice.choice(HABITS)
         ends_at = time.monotonic() + lifetime(self._dice, habit.stays)
@@ -299,17 +300,9 @@ class Pod:
 
     def _answer_command(self) -> bool:
         """Carry a command out, or refuse to; returns which."""
-        self._take_command(Code.PING)
         success = self._dice.random() < 0.9
-        self._control.sendall(_NEXT + (ACK if success else _ERROR))
+        self._control.carry_out(Code.PING, success=success)
         return success
-
-    def _take_command(self, expected: Code) -> None:
-        header = self._control.recv(MESSAGE.size, socket.MSG_WAITALL)
-        code, length = MESSAGE.unpack(header)
-        self._control.recv(length - MESSAGE.size, socket.MSG_WAITALL)
-        if code != expected:
-            raise WrongBytesError(f"{self._container}: command {code}")
 
     def _come_and_go(self) -> None:
         """A client that dies as soon as it is there, in one way or another."""
@@ -331,15 +324,18 @@ class Pod:
                 self._hello_fails(connection)
 
     def _hello_fails(self, connection: Connection) -> None:
-        """The id is taken, nobody is there, or the VM hangs up."""
+        """The id is taken, there is no socket, or the VM hangs up."""
         self._done["hellos that failed"] += 1
-        how = self._dice.choice(("taken", "nobody", "hangs up"))
-        sockets = VmSockets(self._directory, self._number)
-        try:
-            connection.send(sockets.hello(self._container if how == "taken" else f"{self._container}-fails"))
-            if how == "hangs up":
+        how = self._dice.choice(("taken", "no socket", "hangs up"))
+        container = self._container if how == "taken" else f"{self._container}-fails"
+        if how != "hangs up":
+            connection.send(Hello(container, "/dev/null", "/dev/null"))
+        else:
+            sockets = VmSockets(self._directory, f"{self._number}-fails")
+            try:
+                connection.send(sockets.hello(container))
                 for channel in sockets.accept():
                     channel.close()
-        finally:
-            sockets.close()
+            finally:
+                sockets.close()
         connection.expect(False, f"hello ({how})")

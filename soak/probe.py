@@ -27,7 +27,7 @@ class Probe:
         self._number = 0
         self._connection = Connection(proxy)
         self._stack.callback(self._connection.close)
-        sockets = VmSockets(directory, 0)
+        sockets = VmSockets(directory, _CONTAINER)
         self._stack.callback(sockets.close)
         self._connection.send(sockets.hello(_CONTAINER))
         self._control, self._io = (self._stack.enter_context(sock) for sock in sockets.accept())

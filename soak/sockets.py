@@ -52,8 +52,8 @@ class Connection:
 class VmSockets:
     """Both channels of a VM."""
 
-    def __init__(self, directory: str, number: int) -> None:
-        self.paths = [f"{directory}/{number}.{channel}" for channel in ("ctl", "io")]
+    def __init__(self, directory: str, name: str) -> None:
+        self.paths = [f"{directory}/{name}.{channel}" for channel in ("ctl", "io")]
         self._listeners = [listen(path) for path in self.paths]
 
     def hello(self, container: str) -> Hello:
