@@ -12,6 +12,8 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -135,6 +137,15 @@ class Box:
         )  # fmt: skip
         assert not check or result.returncode == 0, f"{command}: status {result.returncode}\n{result.stdout}"
         return result
+
+    @contextmanager
+    def running(self, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Runs a command in it, with pipes to it and from it; it has to end by itself."""
+        with subprocess.Popen(
+            ["nsenter", "-t", str(self._init), "-a", *command], env=ENVIRONMENT,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ) as process:  # fmt: skip
+            yield process
 
     def output(self, *command: str) -> str:
         """Returns what a command prints, without the last line's end."""

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import re
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from cc_proxy.api import DEFAULT_SOCKET, Client, Refused
+from cc_proxy.continuity.format import VERSION
 from tests.asking import asking
 from tests.packaging.box import Box
 from tests.packaging.conftest import ROOT, build
 from tests.packaging.contents import FILES, MAN_PAGES, UNITS, found, runs_a_process
+from tests.wire.support import wait_until
 
 SETTINGS = "/etc/cc-proxy/cc-proxy.toml"
 COMPLETIONS = {
@@ -25,6 +31,7 @@ COMPLETIONS = {
 }
 GUEST = {f"/usr/lib/cc-proxy/guest/{name}": "root:root 644" for name in ("initramfs", "vmlinuz")}
 NOT_IN_DEBIAN = ("msgspec", "selectors2.py")
+FORMAT = f"\nVERSION = {VERSION}"
 ARCHIVE = r"http://(deb|security)\.debian\.org/debian(-security)?$"
 
 # The first test waits for the build and for the archive.
@@ -33,7 +40,10 @@ pytestmark = [pytest.mark.package, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def packages(release: None, share: Path) -> None:
-    """In the system's /srv: both packages, and a newer one that has other default settings."""
+    """In the system's /srv: both packages, and a newer one.
+
+    That has other default settings, and leaves its state to the next process in a newer format.
+    """
     build("packaging/deb")
     (built,) = (ROOT / "build" / "deb").glob("cc-proxy_*.deb")
     shutil.copy(built, share / "cc-proxy.deb")
@@ -49,6 +59,9 @@ def make_newer(built: Path, directory: Path) -> None:
     control.write_text(control.read_text().replace("\nVersion: ", "\nVersion: 1:"))
     with (tree / SETTINGS[1:]).open("a") as settings:
         settings.write("\n# newer\n")
+    code = tree / "usr/lib/cc-proxy/cc_proxy/continuity/format.py"
+    assert code.read_text().count(FORMAT) == 1
+    code.write_text(code.read_text().replace(FORMAT, FORMAT + "00"))
     subprocess.run(["dpkg-deb", "-b", tree, directory / "newer.deb"], check=True, stdout=subprocess.DEVNULL)
 
 
@@ -144,6 +157,67 @@ def test_upgrade_with_broken_settings_does_not_break_the_package(box: Box) -> No
     assert runs_a_process(box)
     assert "install ok installed" in box.output("dpkg", "-s", "cc-proxy")
     box.run("sed", "-i", "1d", SETTINGS)
+    assert runs_a_process(box)
+
+
+# VMs and streams stay.
+
+
+@contextmanager
+def streaming(box: Box) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that sends back what it gets, all the time; in the end all has come back."""
+    cycle = random.Random(1).randbytes(1 << 16)
+    over = threading.Event()
+    sizes = {"sent": 0, "got": 0}
+
+    def send() -> None:
+        assert process.stdin
+        with process.stdin as stdin, suppress(BrokenPipeError):
+            while not over.is_set():
+                stdin.write(cycle)
+                sizes["sent"] += len(cycle)
+
+    def read() -> None:
+        assert process.stdout
+        while data := os.read(process.stdout.fileno(), len(cycle)):
+            at = sizes["got"] % len(cycle)
+            assert data == (cycle + cycle)[at : at + len(data)], f"after {sizes['got']} bytes"
+            sizes["got"] += len(data)
+
+    with box.running("cc-proxyctl", "run", "--local", "-i", "--id", "shim", "--", "cat") as process:
+        with ThreadPoolExecutor(2) as pool:
+            both = pool.submit(send), pool.submit(read)
+            try:
+                wait_until(lambda: sizes["got"] > 0 or process.poll() is not None, "it runs")
+                yield process
+            finally:
+                over.set()
+            for each in both:
+                each.result()
+        if not process.wait():
+            assert sizes["got"] == sizes["sent"] > 0
+
+
+def test_streams_go_on_through_an_upgrade(box: Box) -> None:
+    before = main_pid(box)
+    with streaming(box) as process:
+        box.run("dpkg", "--install", "/srv/newer.deb")
+        assert main_pid(box) != before
+        assert "taken over from the process before" in box.log("-t", "cc-proxy")
+        box.run("dpkg", "--install", "/srv/newer.deb")
+    assert process.returncode == 0
+
+
+def test_a_downgrade_to_what_cannot_read_the_state_is_an_end_that_is_logged(box: Box) -> None:
+    box.run("dpkg", "--install", "/srv/newer.deb")
+    with streaming(box) as process:
+        box.run("dpkg", "--install", "/srv/cc-proxy.deb")
+        assert process.wait(30) == 125
+        assert process.stderr
+        assert "cc-proxy was restarted before 'cat' had ended" in process.stderr.read().decode()
+    said = [json.loads(line) for line in box.log("-t", "cc-proxy", "-p", "err").splitlines()]
+    assert said[-1]["message"] == "nothing is taken over: all VMs end"
+    assert "in a newer format" in said[-1]["error"]
     assert runs_a_process(box)
 
 

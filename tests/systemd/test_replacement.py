@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -94,6 +95,19 @@ def test_a_version_that_ends_at_once_costs_nothing_until_there_is_a_better_one(d
         daemon.undo(SERVICE)
         daemon.wait_for("ActiveState", "active")
         assert goes_on(vm, stream)
+
+
+def test_a_daemon_of_a_version_that_knows_nothing_of_this_is_stopped_in_peace(daemon: Service) -> None:
+    code = (
+        "import os, signal, socket; signal.signal(signal.SIGTERM, lambda *_: print('drained', flush=True)); "
+    )
+    code += "sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); "
+    code += "sock.sendto(b'READY=1', os.environ['NOTIFY_SOCKET']); signal.pause()"
+    daemon.drop_in(f'[Service]\nExecStart=\nExecStart={sys.executable} -c "{code}"\n')
+    daemon.stop(SERVICE)
+    daemon.start(SERVICE)
+    daemon.box.run("systemctl", "restart", SERVICE)
+    assert [line["MESSAGE"] for line in daemon.logged()].count("drained") == 1
 
 
 def test_without_a_store_the_daemon_says_so_and_a_restart_is_an_end(service: Service) -> None:
