@@ -73,3 +73,8 @@ def echoes(pods: Sequence[Pod], each: int) -> Iterator[list[Echo]]:
         for done in (*senders, *vms):
             done.result()
         assert [reader.result() for reader in readers] == [echo.sent for echo in found]
+
+
+def all_moved(streams: Sequence[Echo], since: Sequence[int]) -> bool:
+    """Whether all have sent more than they had."""
+    return all(stream.sent > sent for stream, sent in zip(streams, since, strict=True))

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from tests.echoes import Echo, echoes
+from tests.echoes import all_moved, echoes
 from tests.systemd.service import SERVICE, SOCKET, Service
 from tests.wire.daemon import Pod
 from tests.wire.support import READY, VERSIONED, FakeVm, RawClient, Stream, at_end, frame, request, wait_until
@@ -141,11 +141,11 @@ def test_every_byte_arrives_through_many_restarts(daemon: Service, restarts: int
         pods = [stack.enter_context(pod(daemon, name)) for name in ("first", "second", "third")]
         with echoes(pods, each=4) as streams:
             for number in range(restarts):
-                before = [stream.sent for stream in streams]
                 _restart(daemon, SOCKET if number % 5 == 4 else SERVICE)
+                before = [stream.sent for stream in streams]
                 if number % 10 == 5:
                     daemon.box.run("systemctl", "daemon-reexec")
-                wait_until(functools.partial(_all_moved, before, streams), "bytes go on in all of them")
+                wait_until(functools.partial(all_moved, streams, before), "bytes go on in all of them")
         assert all(pod.pings() for pod in pods)
         with daemon.client() as client:
             assert client.status().replaced.restarts == restarts
@@ -162,7 +162,3 @@ def _restart(daemon: Service, unit: str) -> None:
     daemon.box.run("systemctl", "restart", unit)
     wait_until(lambda: daemon.pid not in (0, before), "another process is there")
     daemon.wait_for("ActiveState", "active")
-
-
-def _all_moved(before: list[int], streams: list[Echo]) -> bool:
-    return all(stream.sent > sent for sent, stream in zip(before, streams, strict=True))

@@ -20,6 +20,7 @@ from bench.adopted import adopting_orphans
 from cc_proxy.continuity.box import Box
 from cc_proxy.continuity.format import VERSION
 from cc_proxy.continuity.heirs import EX_TEMPFAIL
+from tests.echoes import all_moved, echoes
 from tests.wire.daemon import CHECKOUT, PATIENT, Daemon, ManagedDaemon, Pod, Wire, own_daemon, write_config
 from tests.wire.support import (
     EXECCMD,
@@ -334,6 +335,18 @@ def test_who_may_connect_is_what_the_settings_say_by_then(
         write_config(town.directory, town.daemon.socket_path, f"{PATIENT}[access]\nusers = {names}\n")
         town.daemon.replace()
     assert stat.S_IMODE(town.daemon.socket_path.stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("times", [5, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+def test_every_byte_arrives_through_many_replacements(town: Wire, times: int) -> None:
+    pods = [town.pod() for _ in range(3)]
+    with echoes(pods, each=4) as streams:
+        for _ in range(times):
+            town.daemon.replace()
+            before = [stream.sent for stream in streams]
+            wait_until(functools.partial(all_moved, streams, before), "bytes go on in all of them")
+    assert all(pod.pings() for pod in pods)
+    assert _status(pods[0])["replaced"]["restarts"] == times
 
 
 # Bad luck -------------------------------------------------------------------------------------------------
