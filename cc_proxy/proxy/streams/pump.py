@@ -22,8 +22,8 @@ from cc_proxy.proxy.streams.session import Session
 from cc_proxy.proxy.streams.spool import is_at_disk
 from cc_proxy.proxy.streams.state import ChannelState
 
-#: Bytes of a batch that takes as long as waking a thread.
-_LARGE = 32 * 1024
+#: Bytes of a batch that is large. What people and shims say to each other line by line is less.
+_LARGE = 4 * 1024
 
 
 class Pump:
