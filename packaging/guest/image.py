@@ -160,8 +160,10 @@ def archive(root: Path) -> Iterator[bytes]:
     for path in sorted(root.rglob("*")):
         yield from _member(str(path.relative_to(root)), inode, *_content(path))
         inode += 1
-    # The kernel gives init its console before that has mounted anything.
+    # Before the agent mounts /dev, the kernel gives init its console, and Python takes random numbers from
+    # there if the CPU has none.
     yield from _member("dev/console", inode, stat.S_IFCHR | 0o600, device=(5, 1))
+    yield from _member("dev/urandom", inode + 1, stat.S_IFCHR | 0o666, device=(1, 9))
     yield from _member("TRAILER!!!", 0, 0)
 
 

@@ -66,13 +66,15 @@ def qemu_of(container_id: str) -> int:
 def vm(stage: Stage, container_id: str, *options: str) -> Iterator[str]:
     """A VM that stays for as long as the context lasts."""
     said = f"{container_id}: the VM is up\n".encode()
-    assert stage.run("vm", "start", container_id, *options) == (said, b"", 0)
+    outcome = stage.run("vm", "start", container_id, *options)
+    assert outcome == (said, b"", 0), outcome
     owner = owner_of(container_id)
     try:
         yield container_id
     finally:
         if not ended(owner):
-            assert stage.run("vm", "stop", container_id)[1:] == (b"", 0)
+            outcome = stage.run("vm", "stop", container_id)
+            assert outcome == (b"", b"", 0), outcome
         wait_until(lambda: ended(owner))
     assert not os.path.exists(directory_of(container_id))
 
