@@ -133,11 +133,17 @@ def test_an_agent_says_it_to_exec_too(socket_path: str, kind: str, capfd: pytest
         assert pod.stdin is not None
         assert pod.stdout is not None
         assert pod.stdout.readline() == b"ready\n"
-        for program in ("no/such", "/etc/passwd"):
-            assert main(["--socket-path", socket_path, "exec", "pod", "--", program]) == 127
-            why = {"no/such": "no program 'no/such'", "/etc/passwd": "'/etc/passwd': Permission denied"}
-            refusal = f"cannot start '{program}': ERROR received from Hyperstart"
-            assert error_line(capfd) == f"{refusal} (cc-proxy agent: execcmd: {why[program]})"
+        for command, why in {
+            "pod -- no/such": "no program 'no/such'",
+            "pod -- /etc/passwd": "'/etc/passwd': Permission denied",
+            "-w /no/such pod -- true": "no directory '/no/such'",
+            "-u nobody-at-all pod -- true": "no user 'nobody-at-all'",
+            "-u :nobody-at-all pod -- true": "no group 'nobody-at-all'",
+        }.items():
+            words = command.split()
+            assert main(["--socket-path", socket_path, "exec", *words]) == 127
+            refusal = f"cannot start '{words[-1]}': ERROR received from Hyperstart"
+            assert error_line(capfd) == f"{refusal} (cc-proxy agent: execcmd: {why})"
         pod.stdin.close()
         assert pod.wait() == 0
 
