@@ -105,6 +105,8 @@ class Box:
             )  # fmt: skip
             try:
                 _wait_ready(process, notified)
+                # nspawn passes on what the box's systemd says; once this is full, both would wait for ever.
+                notified.close()
                 box = cls(int((cgroup / "payload/init.scope/cgroup.procs").read_text().split()[0]))
                 box._open_the_way()
                 yield box

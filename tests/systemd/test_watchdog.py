@@ -25,6 +25,7 @@ sys.exit(main([]))
 def test_a_stopped_daemon_is_replaced(service: Service) -> None:
     service.drop_in(QUICK)
     service.start(SERVICE)
+    service.wait_for_log('"ready"')  # which a thread writes that may not have come to it
     service.kill("STOP")
     service.wait_for_log("Watchdog timeout")
     service.wait_for_log('"ready"', times=2)
