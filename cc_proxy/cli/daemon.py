@@ -222,7 +222,14 @@ def _run(chosen: Settings, host: Host) -> int:
 
 def _listener(chosen: Settings, state: DaemonState | None) -> Listener:
     """Return the socket that the manager has passed, else that of the process before, else one of our own."""
-    if inherited := systemd.take_listener():
+    try:
+        inherited = systemd.take_listener()
+    except ActivationError as error:
+        if not state:
+            raise
+        inherited = None  # clients that are connected, and VMs, can do without
+        logger.error("no new socket to listen on: the one from before stays", extra={"error": str(error)})
+    if inherited:
         if state:
             os.close(state.server.listener.fd.number)
         return Listener(inherited)

@@ -77,6 +77,24 @@ def test_a_stop_is_an_end(daemon: Service) -> None:
         assert not [each for each in daemon.logged() if "taken over" in each["MESSAGE"]]
 
 
+def test_restarts_do_not_count_for_the_start_limit(daemon: Service) -> None:
+    daemon.drop_in("[Unit]\nStartLimitBurst=2\n")
+    with pod(daemon) as vm:
+        stream = vm.open()
+        for _ in range(3):
+            daemon.box.run("systemctl", "restart", SERVICE)
+        assert goes_on(vm, stream)
+
+
+def test_a_socket_unit_that_is_wrong_by_then_ends_nothing(daemon: Service) -> None:
+    with pod(daemon) as vm:
+        stream = vm.open()
+        daemon.drop_in("[Socket]\nListenStream=/run/cc-oci-runtime/second.sock\n", SOCKET)
+        daemon.box.run("systemctl", "restart", SOCKET)
+        assert "exactly one socket" in daemon.wait_for_log("the one from before stays")["MESSAGE"]
+        assert goes_on(vm, stream)
+
+
 def test_settings_that_cannot_be_read_end_nothing(daemon: Service) -> None:
     with pod(daemon) as vm:
         stream = vm.open()
