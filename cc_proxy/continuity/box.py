@@ -2,6 +2,7 @@
 
 import array
 import contextlib
+import errno
 import fcntl
 import os
 import select
@@ -65,13 +66,17 @@ class Box:
     def look(self) -> list[int]:
         """Return new fds of all that is in it, in their order; it stays there. Raises `OSError`."""
         self._receiver.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, 0)  # each look goes on behind the last
+        fds: list[int] = []
         try:
-            fds: list[int] = []
-            mark = _MORE
-            while mark == _MORE:
-                mark, some = self._receive(socket.MSG_PEEK)
+            mark, is_whole = _MORE, True
+            while mark == _MORE and is_whole:
+                mark, some, is_whole = self._receive(socket.MSG_PEEK)
                 fds += some
-            return fds
+            if is_whole:
+                return fds
+            for fd in fds:
+                os.close(fd)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         finally:
             self._receiver.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, -1)
 
@@ -82,12 +87,13 @@ class Box:
                 for fd in self._receive(0)[1]:
                     os.close(fd)
 
-    def _receive(self, flags: int) -> tuple[bytes, list[int]]:
-        mark, control, _, _ = self._receiver.recvmsg(1, _ROOM, flags | socket.MSG_CMSG_CLOEXEC)
+    def _receive(self, flags: int) -> tuple[bytes, list[int], bool]:
+        """Return a message's mark and fds, and whether this process may have all of them."""
+        mark, control, received, _ = self._receiver.recvmsg(1, _ROOM, flags | socket.MSG_CMSG_CLOEXEC)
         fds = array.array("i")
         for _, _, data in control:
             fds.frombytes(data)
-        return mark, list(fds)
+        return mark, list(fds), not received & socket.MSG_CTRUNC
 
     def close(self) -> None:
         """Close both ends."""

@@ -83,6 +83,8 @@ class Store:
     def __init__(self, notifier: Notifier) -> None:
         self._notifier = notifier
         self.box: Box | None = None
+        #: Why what was left here is lost; empty if it is not.
+        self.lost = ""
         for name, fds in take_stored(_OURS).items():
             if name == _STORED_AS and len(fds) == 2:  # noqa: PLR2004 - its ends
                 self.box = Box([socket.socket(fileno=fd) for fd in fds])
@@ -90,6 +92,8 @@ class Store:
                 self._forget(name)
                 for fd in fds:
                     os.close(fd)
+                if name == _STORED_AS:
+                    self.lost = "the service manager has dropped a part of it"
         #: Why there is none.
         self.error = ""
 

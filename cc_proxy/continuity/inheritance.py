@@ -28,7 +28,7 @@ class Inheritance:
         #: Seconds that it took to read what was left.
         self.reading = 0.0
         #: Why what was left cannot be read; empty if it can.
-        self.error = ""
+        self.error = self._store.lost if self._store else ""
         if self._store and self._store.box and not self._store.box.is_empty:
             self._read(self._store.box)
             if self.error:

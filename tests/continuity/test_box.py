@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import Iterator
 from contextlib import closing
@@ -40,6 +41,21 @@ def test_what_is_in_it_is_seen_again_and_again_in_its_order(fds: list[int]) -> N
         box.fill(fds[:1])
         [seen_fd] = box.look()
         os.close(seen_fd)
+
+
+def test_more_than_this_process_may_have(fds: list[int]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with closing(Box()) as box:
+        box.fill(fds)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(fds) + 400, hard))
+        try:
+            for _ in range(2):
+                with pytest.raises(OSError, match="Too many open files"):
+                    box.look()
+            box.empty()
+            assert box.is_empty
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_either_end_may_come_first_in_the_next_process(fds: list[int]) -> None:

@@ -495,6 +495,19 @@ def test_a_manager_that_drops_everything_meanwhile_costs_what_it_drops(tmp_sock_
         wire.close()
 
 
+def test_a_manager_that_drops_a_part_of_it_meanwhile(tmp_sock_dir: Path) -> None:
+    with ManagedDaemon(tmp_sock_dir) as daemon:
+        wire = Wire(daemon, tmp_sock_dir)
+        pod = wire.pod()
+        daemon.leave_all()
+        os.close(daemon.manager.fds.pop()[1])
+        daemon.start_again()
+        assert "nothing is taken over: all VMs end" in daemon.log()
+        assert at_end(pod.vm.io)
+        assert wire.pod().pings()
+        wire.close()
+
+
 def test_a_process_that_dies_before_it_has_taken_over_costs_nothing(tmp_sock_dir: Path) -> None:
     """Whatever it has looked at is still there for the next one."""
     with ManagedDaemon(tmp_sock_dir) as daemon:
