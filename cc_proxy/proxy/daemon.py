@@ -26,7 +26,7 @@ from cc_proxy.log.writing import Logging
 from cc_proxy.proxy.clients.listener import Listener
 from cc_proxy.proxy.clients.server import Server
 from cc_proxy.proxy.clients.status import About
-from cc_proxy.proxy.replacement import hand_over, say_what_was_taken_over, take_over
+from cc_proxy.proxy.replacement import adapt, hand_over, say_what_was_taken_over, take_over
 from cc_proxy.proxy.vms.connector import Connector
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.proxy.watchdog import Watchdog
@@ -109,11 +109,12 @@ def _serve(
                 if isinstance(error, OSError):
                     raise Nothing(str(error)) from None
             raise
+        if state:
+            adapt(listener, live.current)
         registry.go_on()
         server.start()
         if state:
             say_what_was_taken_over(state, reading)
-            listener.open_to(for_all=names_others(live.current.access))
         logger.info("ready", extra={"socket": listener.socket.getsockname()})
         _warn_of_unknown(live.current)
         supervisor = Supervisor(live, host, listener, registry, Watchdog(server, registry))

@@ -6,10 +6,12 @@ import time
 from msgspec.structs import replace
 
 from cc_proxy import __version__
+from cc_proxy.access import names_others
 from cc_proxy.continuity.format import DaemonState, encode, encode_settings
 from cc_proxy.continuity.heirs import Heir, NotReplaced
 from cc_proxy.log import faults
 from cc_proxy.log.levels import LEVELS, current_level, logger, set_level
+from cc_proxy.proxy.clients.listener import Listener
 from cc_proxy.proxy.clients.server import Server
 from cc_proxy.proxy.clients.status import About
 from cc_proxy.proxy.vms.registry import Registry
@@ -69,6 +71,15 @@ def take_over(state: DaemonState, server: Server, registry: Registry) -> float:
         if level == state.log_level:
             set_level(level)
     return time.monotonic() - begun
+
+
+def adapt(listener: Listener, settings: Settings) -> None:
+    """Have the socket of the process before follow the settings, but for its path, which cannot change."""
+    listener.open_to(for_all=names_others(settings.access))
+    path = listener.socket.getsockname()
+    if listener.own and path != settings.socket_path:
+        fields = {"waiting": {"socket_path": (path, settings.socket_path)}}
+        logger.warning("settings that take effect after a stop and a start", extra=fields)
 
 
 def say_what_was_taken_over(state: DaemonState, reading: float) -> None:

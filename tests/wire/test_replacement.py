@@ -326,6 +326,14 @@ def test_what_is_counted_and_set_stays(town: Wire) -> None:
     assert _status(pod)["vms"][0]["streams"]["traffic"]["framesToVm"] == 2
 
 
+def test_a_socket_stays_where_it_is_whatever_the_settings_say_by_then(town: Wire) -> None:
+    elsewhere = town.directory / "elsewhere.sock"
+    write_config(town.directory, elsewhere)
+    town.daemon.replace()
+    assert not elsewhere.exists()
+    assert '"settings that take effect after a stop and a start"' in town.daemon.log()
+
+
 @pytest.mark.parametrize(("before", "after", "mode"), [("", "*", 0o666), ("*", "", 0o660)])
 def test_who_may_connect_is_what_the_settings_say_by_then(
     town: Wire, before: str, after: str, mode: int
