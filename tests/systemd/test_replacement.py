@@ -41,6 +41,8 @@ def pod(service: Service, container: str = "pod") -> Iterator[Pod]:
         fake.close()
         for path in (fake.ctl_path, fake.io_path):
             path.unlink(missing_ok=True)
+        if not any(directory.iterdir()):  # other pods may be there
+            directory.rmdir()
 
 
 def goes_on(pod: Pod, stream: Stream) -> bool:
