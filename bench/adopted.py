@@ -6,7 +6,8 @@ import select
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -21,6 +22,23 @@ def adopting_orphans() -> Iterator[None]:
         yield
     finally:
         prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def dialers() -> set[int]:
+    """The children of this process that connect for a daemon: this one's own, and what daemons have left."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            name, _, fields = entry.read_text().partition("(")[2].rpartition(")")
+            if name == "cc-proxy-dial" and int(fields.split()[1]) == os.getpid():
+                found.add(int(entry.parent.name))
+    return found
+
+
+def reap(pids: set[int]) -> None:
+    """Let go of children that have ended, or are about to."""
+    for pid in pids:
+        os.waitpid(pid, 0)
 
 
 class Adopted:

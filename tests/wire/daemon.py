@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from bench.adopted import Adopted, adopting_orphans
+from bench.adopted import Adopted, adopting_orphans, dialers, reap
 from cc_proxy.api.status import shorten
 from cc_proxy.continuity.heirs import EX_TEMPFAIL
-from tests.wire.successors import ENDED_FROM_THE_START, Manager, dialers, reap
+from tests.wire.successors import ENDED_FROM_THE_START, Manager
 from tests.wire.support import (
     EXECCMD,
     OK,

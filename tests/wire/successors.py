@@ -8,7 +8,6 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -43,23 +42,6 @@ os.kill(os.getpid(), signal.SIGTERM)
 os.execv(sys.argv[1], sys.argv[1:])
 """,
 )
-
-
-def dialers() -> set[int]:
-    """The children of this process that connect for a daemon: this one's own, and what daemons have left."""
-    found = set()
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            name, _, fields = entry.read_text().partition("(")[2].rpartition(")")
-            if name == "cc-proxy-dial" and int(fields.split()[1]) == os.getpid():
-                found.add(int(entry.parent.name))
-    return found
-
-
-def reap(pids: set[int]) -> None:
-    """Let go of children that have ended, or are about to."""
-    for pid in pids:
-        os.waitpid(pid, 0)
 
 
 class Manager:
