@@ -28,6 +28,9 @@ sys.exit(main(sys.argv[4:]))
 """
 
 
+_OF_FDS = ("FDSTORE=1", "FDSTOREREMOVE=1", "BARRIER=1")
+
+
 class Manager:
     """A service manager's end of sd_notify."""
 
@@ -39,7 +42,7 @@ class Manager:
 
     def next(self) -> list[str]:
         """What is said next, but for what only concerns fds, of which this manager keeps none."""
-        while (said := self._sock.recv(4096).decode().split("\n"))[0] in ("FDSTORE=1", "BARRIER=1"):
+        while (said := self._sock.recv(4096).decode().split("\n"))[0] in _OF_FDS:
             pass
         return said
 
