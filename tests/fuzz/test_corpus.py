@@ -16,7 +16,7 @@ from cc_proxy.ctl import overview
 from cc_proxy.hyperstart import frames, splitter
 from cc_proxy.hyperstart.control import ControlChannel
 from cc_proxy.hyperstart.pacing import StdinWindow
-from cc_proxy.proxy.clients import connection, handlers
+from cc_proxy.proxy.clients import handlers, outgoing
 from cc_proxy.proxy.vms.console import LineSplitter
 from tests.fuzz.__main__ import main
 from tests.fuzz.choices import Choices, in_pieces
@@ -79,7 +79,7 @@ def test_no_fuzzer_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         ("messages", MessageParser, "missing", 8),
         ("pacing", StdinWindow, "_seq", 1 << 63),
         ("requests", handlers, "MAX_RESPONSE", 1 << 20),
-        ("requests", connection, "TAG", b"G"),
+        ("requests", outgoing, "TAG", b"G"),
         ("settings", settingsfile, "printable", str),
         ("status", overview, "printable", str),
         ("stdin", splitter, "MAX_TO_AGENT", 4_097),
