@@ -172,7 +172,7 @@ def streaming(box: Box) -> Iterator[subprocess.Popen[bytes]]:
 
     def send() -> None:
         assert process.stdin
-        with process.stdin as stdin, suppress(BrokenPipeError):
+        with suppress(BrokenPipeError), process.stdin as stdin:  # closing it writes, too
             while not over.is_set():
                 stdin.write(cycle)
                 sizes["sent"] += len(cycle)
