@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cc_proxy.hyperstart.splitter import StdinSplitter
+
 
 @dataclass
 class Reading:
@@ -75,6 +77,15 @@ def sort_slowly(stream: bytes, owners: dict[int, str]) -> Sorted:
         else:
             result.strays.append((seq, length))
     return result
+
+
+def split(splitter: StdinSplitter, buffer: bytearray, start: int, stop: int) -> list[bytes | memoryview]:
+    """What the splitter makes of a part of the buffer."""
+    view, before = memoryview(buffer), bytes(buffer)
+    pieces = splitter.split(buffer, view, start, stop)
+    assert buffer == before  # another process may have to do it again
+    splitter.join(view)
+    return pieces
 
 
 def message(text: bytes, length: int | None = None, reserved: int = 0) -> bytes:

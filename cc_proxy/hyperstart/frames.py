@@ -22,6 +22,9 @@ MAX_FROM_AGENT = 10_240
 
 #: Offset of the total length in a header.
 _LENGTH_AT = 8
+#: The most bytes of whole frames that come out as one slice, unless one frame alone is longer. A socket takes
+#: this much whole or not at all (`linux.fds.taken_whole`).
+MOST_IN_SLICE = 32 * 1024
 #: Looking for a row of like frames pays only if this many of their size fit into the rest of the buffer.
 ROW = 32
 #: Before the whole row, only the frame this far ahead is compared.
@@ -73,7 +76,7 @@ def gather(
     """Sort the whole frames in `buffer[start:stop]` by the owner of their seq.
 
     `view` is a memoryview of `buffer`, which the caller makes once. Neighbouring frames of one owner come
-    out as one slice of it.
+    out as one slice of it, of `MOST_IN_SLICE` bytes at the most.
     """
     return _only_frame(buffer, view, start, stop, owners) or _sort(buffer, view, start, stop, owners)
 
@@ -96,7 +99,7 @@ def _only_frame(
     return Batch({owner: [view[start:stop]]}, [], 1, stop)
 
 
-def _sort(  # noqa: C901, PLR0915 - one loop; one call for each frame would slow it down by half
+def _sort(  # noqa: C901, PLR0912, PLR0915 - one loop; one call for each frame would slow it down by half
     buffer: Buffer, view: memoryview, start: int, stop: int, owners: Mapping[int, Owner]
 ) -> Batch[Owner]:
     """`gather` for any number of frames."""
@@ -108,6 +111,7 @@ def _sort(  # noqa: C901, PLR0915 - one loop; one call for each frame would slow
     seq = last_length = -1
     in_rows = 0
     look_from = start  # where to look for a row next: not right after there was none
+    edge = min(start + MOST_IN_SLICE, stop)  # where the slice that is being made has to end
     last_header = stop - HEADER_SIZE
     # Counts the turns at no cost, by what is left of it; `frames += 1` would take time.
     turns = repeat(None, stop + 1)
@@ -119,17 +123,26 @@ def _sort(  # noqa: C901, PLR0915 - one loop; one call for each frame would slow
         if not HEADER_SIZE <= length <= MAX_FRAME:
             batch.error = f"a frame on stream {next_seq} with a total length of {length}"
             break
-        if end > stop:
-            break
+        if end > edge:
+            if end > stop:
+                break
+            if run < pos:
+                pieces.append(view[run:pos])
+            run, edge = pos, min(max(end, pos + MOST_IN_SLICE), stop)
         if length == last_length and pos >= look_from and stop - pos >= ROW * length:
             look_from = pos + ROW * length
             count = alike(buffer, pos, length, stop, 0 if next_seq == seq else _LENGTH_AT)
             if count > 1:
-                end = pos + length * count
-                if next_seq != seq:
-                    seq, pieces, run = _sort_row(view, pos, end, length, (lists, pieces, run))
                 in_rows += count - 1
-                pos = end
+                of_one_seq, row_end = next_seq == seq, pos + length * count
+                while pos < row_end:
+                    end = min(row_end, pos + (edge - pos) // length * length)
+                    if not of_one_seq:
+                        seq, pieces, run = _sort_row(view, pos, end, length, (lists, pieces, run))
+                    pos = end
+                    if pos < row_end:
+                        pieces.append(view[run:pos])
+                        run, edge = pos, min(pos + MOST_IN_SLICE, stop)
                 continue
         if next_seq != seq:
             seq = next_seq
@@ -171,6 +184,15 @@ def _sort_row(
             pieces, run = next_pieces, pos
         pos += length
     return seq, pieces, run
+
+
+def frames_of(frames: memoryview) -> list[memoryview]:
+    """Return each of these whole frames as a slice."""
+    found, pos = [], 0
+    for _, length in _headers(frames):
+        found.append(frames[pos : pos + length])
+        pos += length
+    return found
 
 
 def _headers(frames: memoryview) -> Iterator[tuple[int, int]]:

@@ -41,7 +41,8 @@ class StdinWindow:
         self._io_base = io_base
         self._size = size
         self._unacknowledged = 0
-        self._generation = 0
+        #: Which of the markers is the next one, or the one that is on its way.
+        self.generation = 0
         #: How often the marker on its way has been sent; 0 if none is.
         self.asked = 0
 
@@ -49,13 +50,13 @@ class StdinWindow:
     def from_state(cls, io_base: int, state: WindowState) -> Self:
         """Return one that goes on where another one of this stream stood."""
         window = cls(io_base, state.size)
-        window._unacknowledged, window._generation = state.unacknowledged, state.generation
+        window._unacknowledged, window.generation = state.unacknowledged, state.generation
         window.asked = state.asked
         return window
 
     def state(self) -> WindowState:
         """Return where it stands, for `from_state`."""
-        return WindowState(self._size, self._unacknowledged, self._generation, self.asked)
+        return WindowState(self._size, self._unacknowledged, self.generation, self.asked)
 
     @property
     def room(self) -> int:
@@ -101,11 +102,11 @@ class StdinWindow:
         A copy of an earlier marker may come back late. If it were taken for the next marker, the data before
         that one would count as handled.
         """
-        self._generation = (self._generation + 1) % _GENERATIONS
+        self.generation = (self.generation + 1) % _GENERATIONS
 
     @property
     def _seq(self) -> int:
-        return FIRST_MARKER + (self._generation << _GENERATION_SHIFT) + self._io_base
+        return FIRST_MARKER + (self.generation << _GENERATION_SHIFT) + self._io_base
 
     def _marker(self) -> bytes:
         return encode_frame(self._seq)

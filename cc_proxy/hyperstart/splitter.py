@@ -1,13 +1,46 @@
 """Stdin of the I/O channel in batches (docs/protocol.md, 3 and 4). No I/O."""
 
+from collections.abc import Iterator, Sequence
+
 from cc_proxy.api.frames import FRAME_HEADER
-from cc_proxy.hyperstart.frames import HEADER_SIZE, MAX_TO_AGENT, ROW, Buffer, alike
+from cc_proxy.hyperstart.frames import HEADER_SIZE, MAX_TO_AGENT, MOST_IN_SLICE, ROW, Buffer, alike
 from cc_proxy.hyperstart.state import SplitterState
 
 _ROOM = MAX_TO_AGENT - HEADER_SIZE
+#: How a header ends that has no payload behind it.
+_EMPTY_LENGTH = HEADER_SIZE.to_bytes(4, "big")
+_LENGTH_AT = 8
+# What the bits of a `word` are, above 32 of what is missing, or of the length of an unfinished header.
+_BEGUN_AT = 32  # four bits: how much of a header there is
+_SAID_AT = 36  # whether there was any payload
+_AT_EOF_AT = 37
+_WRONG_AT = 38  # whether the seq in the unfinished header is another client's
+_ALL_BITS = (1 << 64) - 1
 
 _pack = FRAME_HEADER.pack
 _unpack_from = FRAME_HEADER.unpack_from
+
+
+def state_of(io_base: int, word: int) -> SplitterState:
+    """Return the state that a splitter's `word` stands for, as far as it matters for what comes next."""
+    begun, rest = word >> _BEGUN_AT & 0xF, word & 0xFFFF_FFFF
+    said = word >> _SAID_AT & 1
+    header, missing = b"", rest
+    if begun:
+        other = word >> _WRONG_AT & 1  # that its seq is not the client's is all that counts about it
+        header, missing = _pack(io_base ^ -other & _ALL_BITS, rest)[:begun], 0
+    return SplitterState(header, missing, said, said, bool(word >> _AT_EOF_AT & 1))
+
+
+def whole_frames(pieces: Sequence[bytes | memoryview], count: int) -> int:
+    """Return how many of the first `count` pieces are whole frames: all, unless the last is a header alone.
+
+    The pieces are some that `StdinSplitter.split` returned, and whole frames between them.
+    """
+    last = pieces[count - 1]
+    if isinstance(last, bytes) and len(last) == HEADER_SIZE and not last.endswith(_EMPTY_LENGTH):
+        return count - 1
+    return count
 
 
 class StdinSplitter:
@@ -29,12 +62,25 @@ class StdinSplitter:
         self.frames = 0
         #: Whether the last frame handed out was end of file.
         self.at_eof = False
+        #: Where long frames are to be joined, if `join` is to do anything.
+        self.joints: list[tuple[int, int]] = []
         #: What the client sent that it may not send; nothing is handed out after that.
         self.error: str | None = None
 
     def state(self) -> SplitterState:
         """Return where it stands, for `restore`."""
         return SplitterState(self._header, self._missing, self.payload_bytes, self.frames, self.at_eof)
+
+    def word(self) -> int:
+        """Return where it stands as a number of 40 bits, for `state_of`, which does without the counters."""
+        word = self._missing | bool(self.payload_bytes) << _SAID_AT | self.at_eof << _AT_EOF_AT
+        return word | self._begun() if self._header else word
+
+    def _begun(self) -> int:
+        begun = self._header
+        wrong = begun[:_LENGTH_AT] != self._full_header[: min(len(begun), _LENGTH_AT)]
+        length = int.from_bytes(begun[_LENGTH_AT:].ljust(4, b"\0"), "big")
+        return length | len(begun) << _BEGUN_AT | wrong << _WRONG_AT
 
     def restore(self, state: SplitterState) -> None:
         """Go on where another one of this stream stood."""
@@ -44,9 +90,12 @@ class StdinSplitter:
     def split(self, buffer: Buffer, view: memoryview, start: int, stop: int) -> list[bytes | memoryview]:
         """Turn `buffer[start:stop]` into pieces to be written to the agent one after the other.
 
-        `view` is a memoryview of `buffer`. This method may change the bytes from `start` to `stop`. A frame
+        `view` is a memoryview of `buffer`. Before the pieces are used, call `join` with it. A frame
         on another seq than the client's own, or with a total length under 12, sets `error`; neither that
-        frame nor anything after it is in the pieces. A piece may be empty.
+        frame nor anything after it is in the pieces.
+
+        A piece may be empty. It ends where a frame ends, and has `MOST_IN_SLICE` bytes at the most; but a
+        header may be a piece of its own, in front of its payload (`whole_frames`).
         """
         pieces: list[bytes | memoryview] = []
         pos = self._pass_only_frame(buffer, view, start, stop, pieces)
@@ -58,6 +107,15 @@ class StdinSplitter:
             else:
                 pos = self._pass_frames(buffer, view, pos, stop, pieces)
         return pieces
+
+    def join(self, view: memoryview) -> None:
+        """Change the bytes that `split` was given where long frames are joined.
+
+        Until then they are as the client sent them: another process can do the same once more.
+        """
+        for left, end in self.joints:
+            view[left : end + HEADER_SIZE] = self._full_header + view[left:end].tobytes()
+        self.joints.clear()
 
     def _pass_only_frame(
         self, buffer: Buffer, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
@@ -76,13 +134,18 @@ class StdinSplitter:
     def _pass_frames(
         self, buffer: Buffer, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
     ) -> int:
-        """Pass frames that are whole and short enough; begin the payload of the first that is not."""
-        pos, frames, last_length, begun = start, 0, -1, 0
-        while stop - pos >= HEADER_SIZE:
+        """Pass frames that are whole and short enough; begin the payload of the first that is not.
+
+        It may stop before that, once there are enough for a slice.
+        """
+        pos = row = start
+        frames, last_length, begun = 0, -1, 0
+        last_header = min(stop - HEADER_SIZE, start + MOST_IN_SLICE - MAX_TO_AGENT)
+        while pos <= last_header:
             seq, length = _unpack_from(buffer, pos)
             if length == last_length and stop - pos >= ROW * length and seq == self._io_base:
                 count = alike(buffer, pos, length, stop)
-                pos += length * count
+                row, pos = pos, pos + length * count
                 frames += count
                 continue
             if not self._allowed(seq, length):
@@ -95,7 +158,10 @@ class StdinSplitter:
             frames += 1
             pos += length
         if pos > start:
-            pieces.append(view[start:pos])
+            if pos - start <= MOST_IN_SLICE:
+                pieces.append(view[start:pos])
+            else:  # there was a row last
+                pieces += (view[start:row], *_in_slices(view[row:pos], last_length))
             self.payload_bytes += pos - start - frames * HEADER_SIZE
             self.frames += frames
             self.at_eof = last_length == HEADER_SIZE
@@ -135,10 +201,13 @@ class StdinSplitter:
                 pieces += (view[begin:pos], full_header)
                 begin = pos
                 pos += _ROOM
-            view[left : end + HEADER_SIZE] = full_header + buffer[left:end]
+            self.joints.append((left, end))
             pos = left + MAX_TO_AGENT
             end += length
             joined += 1
+            if pos - begin > MOST_IN_SLICE - MAX_TO_AGENT:
+                pieces.append(view[begin:pos])
+                begin = pos
         self._missing, end = max(0, end - stop), min(end, stop)
         while pos < end:
             size = min(_ROOM, end - pos)
@@ -158,3 +227,9 @@ class StdinSplitter:
         elif length < HEADER_SIZE:
             self.error = f"a frame with a total length of {length}"
         return self.error is None
+
+
+def _in_slices(row: memoryview, length: int) -> Iterator[memoryview]:
+    """Yield a row of frames, each of this length, as slices that are not too long."""
+    step = MOST_IN_SLICE // length * length
+    return (row[at : at + step] for at in range(0, len(row), step))

@@ -18,6 +18,9 @@ Piece = bytes | memoryview
 _SCRATCH = bytearray(64 * 1024)
 #: The most pieces that one system call takes (<limits.h>).
 IOV_MAX = 1024
+#: UNIX_SKB_FRAGS_SZ and the rest of what unix_stream_sendmsg reckons with, in net/unix/af_unix.c.
+_KERNEL_BUFFER = 32 * 1024
+_SAID_OF_IT = 64
 _FD = struct.Struct("i")
 #: What the kernel says when it has no memory for a call.
 _SHORT_OF_MEMORY = frozenset({errno.ENOBUFS, errno.ENOMEM})
@@ -123,6 +126,16 @@ def is_for_now(error: OSError) -> bool:
         time.sleep(_BREATH)
         return True
     return isinstance(error, BlockingIOError)
+
+
+def taken_whole(sock: socket.socket) -> int:
+    """Return the most bytes of which an AF_UNIX stream socket takes all or none in one send.
+
+    It copies what is sent into buffers of the kernel's, and either has room for one or not. None is longer
+    than half of what it may hold, less what the kernel says of it.
+    """
+    half = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2
+    return min(_KERNEL_BUFFER, half - _SAID_OF_IT)
 
 
 def receive_into(sock: socket.socket, view: memoryview) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -14,11 +14,13 @@ from cc_proxy.hyperstart.frames import (
     HEADER_SIZE,
     MAX_FROM_AGENT,
     MAX_TO_AGENT,
+    MOST_IN_SLICE,
     Batch,
     gather,
 )
 from cc_proxy.hyperstart.splitter import StdinSplitter
 from tests.api.support import cpu_seconds, frame, splits
+from tests.slow import split
 
 LONGEST = 65_536
 
@@ -72,12 +74,26 @@ def gathered(data: bytes, start: int = 0, stop: int | None = None) -> Batch[str]
     return gather(buffer, memoryview(buffer), start, len(data) if stop is None else stop, OWNERS)
 
 
+def check_slices(pieces: Sequence[memoryview], most: int) -> None:
+    """Each is of whole frames, and can be sent all at once or not at all; and they are few."""
+    assert len(pieces) <= most
+    for piece in pieces:
+        pos = frames = 0
+        while pos < len(piece):
+            pos += struct.unpack_from(">QI", piece, pos)[1]
+            frames += 1
+        assert pos == len(piece)
+        assert pos <= MOST_IN_SLICE or frames == 1
+
+
 def check(data: bytes, start: int = 0, stop: int | None = None) -> Batch[str]:
     """`gather` finds in `data` what the naive reading finds."""
     batch = gathered(data, start, stop)
     expected = read_naively(data, start, len(data) if stop is None else stop)
-    runs = {owner: [bytes(piece) for piece in pieces] for owner, pieces in batch.slices.items() if pieces}
-    assert runs == expected.runs
+    runs = {owner: b"".join(pieces) for owner, pieces in batch.slices.items() if pieces}
+    assert runs == {owner: b"".join(pieces) for owner, pieces in expected.runs.items()}
+    for owner, pieces in batch.slices.items():
+        check_slices(pieces, sum(-(-len(run) // 10_000) for run in expected.runs.get(owner, ())))
     assert batch.strays == expected.strays
     assert batch.stop == expected.stop
     assert (batch.error is not None) == expected.lost
@@ -303,7 +319,7 @@ def check_split(pieces: Iterable[bytes]) -> StdinSplitter:
     for piece in pieces:
         came += piece
         buffer = bytearray(b"before" + piece + b"behind")
-        out = b"".join(splitter.split(buffer, memoryview(buffer), 6, 6 + len(piece)))
+        out = b"".join(split(splitter, buffer, 6, 6 + len(piece)))
         assert buffer.startswith(b"before")
         assert buffer.endswith(b"behind")
         for whole in frames_in(out):
@@ -316,9 +332,9 @@ def check_split(pieces: Iterable[bytes]) -> StdinSplitter:
     return splitter
 
 
-def split(data: bytes) -> bytes:
+def split_one(data: bytes) -> bytes:
     buffer = bytearray(data)
-    return b"".join(StdinSplitter(MINE).split(buffer, memoryview(buffer), 0, len(data)))
+    return b"".join(split(StdinSplitter(MINE), buffer, 0, len(data)))
 
 
 def test_no_input() -> None:
@@ -338,7 +354,7 @@ def test_no_input() -> None:
     ],
 )
 def test_input_in_whatever_pieces(stream: bytes) -> None:
-    assert split(stream) == stream
+    assert split_one(stream) == stream
     for pieces in splits(stream):
         check_split(pieces)
 
@@ -346,7 +362,7 @@ def test_input_in_whatever_pieces(stream: bytes) -> None:
 @pytest.mark.parametrize("size", [1, 4_083, 4_084])
 def test_a_frame_the_agent_can_take_passes_as_it_is(size: int) -> None:
     stream = frame(MINE, b"x" * size) + frame(MINE)
-    assert split(stream) == stream
+    assert split_one(stream) == stream
 
 
 @pytest.mark.parametrize(
@@ -364,8 +380,8 @@ def test_a_longer_one_is_cut(size: int, sizes: list[int]) -> None:
     payload = random.Random(7).randbytes(size)
     ends = itertools.accumulate(sizes)
     expected = b"".join(frame(MINE, payload[end - size : end]) for size, end in zip(sizes, ends, strict=True))
-    assert split(frame(MINE, payload)) == expected
-    assert split(frame(MINE, b"a") + frame(MINE, payload) + frame(MINE)) == (
+    assert split_one(frame(MINE, payload)) == expected
+    assert split_one(frame(MINE, b"a") + frame(MINE, payload) + frame(MINE)) == (
         frame(MINE, b"a") + expected + frame(MINE)
     )
 
@@ -387,7 +403,7 @@ def test_long_ones_in_a_row_make_two_pieces_each() -> None:
     payload = random.Random(7).randbytes(8_192)
     buffer = bytearray(frame(MINE, payload) * 30)
     splitter = StdinSplitter(MINE)
-    pieces = splitter.split(buffer, memoryview(buffer), 0, len(buffer))
+    pieces = split(splitter, buffer, 0, len(buffer))
     assert len(pieces) < 2 * 30 + 8
     assert splitter.frames == -(-30 * 8_192 // 4_084) == len(list(frames_in(b"".join(pieces))))
 
@@ -398,14 +414,14 @@ def test_a_payload_that_is_still_arriving_goes_on_as_far_as_it_has() -> None:
     out = []
     for start, stop in ((0, 5), (5, 12), (12, 14), (14, 14), (14, 17), (17, 18)):
         buffer = bytearray(stream[start:stop])
-        out.append(b"".join(splitter.split(buffer, memoryview(buffer), 0, stop - start)))
+        out.append(b"".join(split(splitter, buffer, 0, stop - start)))
     assert out == [b"", b"", frame(MINE, b"ab"), b"", frame(MINE, b"cde"), frame(MINE, b"f")]
 
 
 def test_a_frame_of_4_gib_goes_on_as_it_comes() -> None:
     splitter = StdinSplitter(MINE)
     buffer = bytearray(frame(MINE, b"x" * 20, length=2**32 - 1))
-    assert b"".join(splitter.split(buffer, memoryview(buffer), 0, 32)) == frame(MINE, b"x" * 20)
+    assert b"".join(split(splitter, buffer, 0, 32)) == frame(MINE, b"x" * 20)
     assert splitter.error is None
 
 
@@ -426,11 +442,11 @@ WRONG = [
 def test_nothing_goes_on_of_a_frame_that_is_not_the_clients_to_send(wrong: bytes) -> None:
     for before in (b"", frame(MINE, b"ok"), frame(MINE)):
         stream = before + wrong + frame(MINE, b"late")
-        assert split(stream) == before
+        assert split_one(stream) == before
         for pieces in splits(stream):
             assert check_split(pieces).error, pieces
     row = frame(MINE, b"x") * 40
-    assert split(row + wrong) == row
+    assert split_one(row + wrong) == row
     assert check_split([frame(MINE, b"ok"), wrong, frame(MINE, b"late"), frame(MINE)]).payload_bytes == 2
 
 
@@ -504,7 +520,7 @@ def test_short_rows_cost_little_more_than_none(seqs: tuple[int, int], row: int, 
 @pytest.mark.parametrize("row", [2, 3])
 def test_short_rows_of_input_cost_little_more_than_none(row: int) -> None:
     def run(buffer: bytearray) -> None:
-        StdinSplitter(MINE).split(buffer, memoryview(buffer), 0, len(buffer))
+        split(StdinSplitter(MINE), buffer, 0, len(buffer))
 
     one, other = frame(MINE), frame(MINE, bytes(4))
     assert timed(run, one * row + other * row) < 20 * timed(run, one + other) + 0.002

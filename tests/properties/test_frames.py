@@ -11,7 +11,7 @@ from cc_proxy.api.frames import MAX_FRAME, Frame, FrameParser, encode_frame
 from cc_proxy.hyperstart.frames import MAX_TO_AGENT, gather
 from cc_proxy.hyperstart.splitter import StdinSplitter
 from tests.properties.support import in_pieces, payloads, stream_of
-from tests.slow import Sorted, StdinReader, decode_slowly, frame, frames_said, sort_slowly
+from tests.slow import Sorted, StdinReader, decode_slowly, frame, frames_said, sort_slowly, split
 
 #: Few, so that neighbours often have the same; with some that look like one another in part.
 seqs = st.sampled_from([0, 1, 2, 3, 256, 257, 2**32 + 1, 2**63 + 1, 2**64 - 1])
@@ -111,9 +111,7 @@ def test_splitter_passes_what_a_byte_by_byte_reading_passes(pieces: list[bytes],
     for piece in pieces:
         expected.receive(piece)
         buffer = bytearray(bytes(start) + 3 * piece)
-        said += frames_said(
-            BASE, b"".join(splitter.split(buffer, memoryview(buffer), start, start + len(piece)))
-        )
+        said += frames_said(BASE, b"".join(split(splitter, buffer, start, start + len(piece))))
         assert said == expected.said
         assert (splitter.error is not None) == expected.broken
         assert splitter.payload_bytes == len(said) - said.count(None)
@@ -123,6 +121,6 @@ def test_splitter_passes_what_a_byte_by_byte_reading_passes(pieces: list[bytes],
 @given(st.lists(st.builds(frame, st.just(BASE), payloads(MAX_TO_AGENT - 12)), max_size=20).map(b"".join))
 def test_frames_that_the_agent_can_take_pass_as_they_are(stream: bytes) -> None:
     buffer = bytearray(stream)
-    pieces = StdinSplitter(BASE).split(buffer, memoryview(buffer), 0, len(buffer))
+    pieces = split(StdinSplitter(BASE), buffer, 0, len(buffer))
     assert b"".join(pieces) == stream
     assert all(isinstance(piece, memoryview) and piece.obj is buffer for piece in pieces)

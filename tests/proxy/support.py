@@ -16,7 +16,7 @@ from cc_proxy.api.status import Streams
 from cc_proxy.hyperstart.control import ControlMessage
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.linux.credentials import Credentials
-from cc_proxy.proxy.streams.interfaces import Pacing
+from cc_proxy.proxy.streams.interfaces import Pacing, Place, Sockets, private_memory
 from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.session import Session, Whose
 from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
@@ -57,7 +57,7 @@ def new_session(
 ) -> Session:
     """A session of this process's that counts for nobody."""
     whose = Whose("vm", os.getuid(), os.getpid())
-    return Session(seqs, sock, whose, Spool(space, whose.uid), window, on_close)
+    return Session(seqs, sock, whose, Spool(space, whose.uid), window, Place(on_close))
 
 
 def dialer_of(who: Credentials, own_address: str | bytes | None = None) -> Dialer:
@@ -231,7 +231,9 @@ class Rig(Ends):
         self._started = started
         turns = one_at_a_time or new_user().one_batch
         pacing = Pacing(echo_timeout, lambda _commands, done: done(True))
-        self.pump = Pump(self.owner, self.near_io, self.control, console, turns, pacing)
+        self.pump = Pump(
+            self.owner, Sockets(self.near_io, self.control, console), private_memory(), turns, pacing
+        )
         if started:
             self.pump.start()
 

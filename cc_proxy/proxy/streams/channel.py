@@ -9,7 +9,6 @@ waits for the agent's acknowledgement is not read either.
 """
 
 import contextlib
-import socket
 import time
 from collections.abc import Iterable, Sequence
 
@@ -18,7 +17,8 @@ from cc_proxy.linux.fds import Fd, close_stream
 from cc_proxy.linux.selector import NOTHING_ELSE, READ, WRITE
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.streams.handover import give_up, take_over
-from cc_proxy.proxy.streams.interfaces import Beside, Lost, Owner, Pacing
+from cc_proxy.proxy.streams.intake import Intake
+from cc_proxy.proxy.streams.interfaces import Lost, Memory, Owner, Pacing, Sockets
 from cc_proxy.proxy.streams.mailbox import Mailbox
 from cc_proxy.proxy.streams.output import FramingLost, Output
 from cc_proxy.proxy.streams.pacer import Pacer
@@ -42,16 +42,16 @@ class Channel:
     def __init__(
         self,
         owner: Owner,
-        io: socket.socket,
-        control: Beside,
-        console: Beside | None,
+        sockets: Sockets,
+        memory: Memory,
         mailbox: Mailbox,
         pacing: Pacing,
     ) -> None:
-        """Take over `io`, `control` and `console`, but not `mailbox`: calls left there are made in between.
+        """Take over `sockets` and `memory`, but not `mailbox`: calls left there are made in between.
 
         Raises `OSError`; the caller keeps everything then.
         """
+        io, control, console = sockets
         io.setblocking(False)
         self._owner = owner
         self._vm = owner.container_id
@@ -65,6 +65,7 @@ class Channel:
             self._routes.owners,
             pacing.echo_timeout,
             lambda pings, done: pacing.acknowledge(pings, mailbox.forwarded(done)),
+            memory.cell,
             self._resume,
         )
         self._watch = Watch(self._on_writable)
@@ -73,9 +74,14 @@ class Channel:
             # A client may have got its seqs, and the VM may have used them, just before a read. By then the
             # session is in the mailbox, so calls are made between reading and delivering as well.
             self._output = Output(
-                self._vm, io, self._watch.others, self._routes, mailbox.make_calls, self._pacer.echo
+                self._vm,
+                Intake(io, memory.output, memory.cell),
+                self._watch.others,
+                self._routes,
+                mailbox.make_calls,
+                self._pacer.echo,
             )
-            self._stdin = Stdin(self._vm, io, self._watch.clients, self._pacer, self._drop)
+            self._stdin = Stdin(self._vm, io, memory, self._watch.clients, self._pacer, self._drop)
             self._watch.add_io(self._io_fd, self._on_io)
             self._watch.add(mailbox.fileno(), lambda _events: mailbox.receive())
             self._watch.add(control.fileno(), self._on_control)

@@ -1,20 +1,17 @@
 """Output: frames from one VM to its clients. The thread that drives the channel does everything here."""
 
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 
 from cc_proxy.api.frames import FRAME_HEADER
 from cc_proxy.hyperstart.frames import HEADER_SIZE, Batch, Buffer, gather
-from cc_proxy.linux.fds import receive_into, unread
-from cc_proxy.linux.memory import new_buffer
 from cc_proxy.linux.selector import WRITE, Selector
 from cc_proxy.log.levels import IO, logger
 from cc_proxy.proxy.streams.dump import dump_frames
+from cc_proxy.proxy.streams.intake import Intake
 from cc_proxy.proxy.streams.routes import Routes
 from cc_proxy.proxy.streams.session import Session
 
-_BUFFER_SIZE = 256 * 1024
 #: Seconds between two looks for clients that will never take what waits for them.
 _LOOK_INTERVAL = 1.0
 
@@ -34,22 +31,18 @@ class Output:
     def __init__(
         self,
         vm: str,
-        io: socket.socket,
+        intake: Intake,
         selector: Selector,
         routes: Routes,
         before_delivery: Callable[[], None],
         on_stray: Callable[[int, int], bool],
     ) -> None:
         self._vm = vm
-        self._io = io
+        self._intake = intake
         self._selector = selector
         self._routes = routes
         self._before_delivery = before_delivery
         self._on_stray = on_stray
-        self._buffer = new_buffer(_BUFFER_SIZE)
-        self._view = memoryview(self._buffer)
-        # Where the buffer has a frame that has not arrived whole.
-        self._start = self._stop = 0
         #: Sessions whose clients have output waiting, by fd. They are watched.
         self.waiting: dict[int, Session] = {}
         self._look_at = 0.0  # when to look for clients among them that take no more
@@ -68,12 +61,11 @@ class Output:
     @property
     def unfinished(self) -> bytes:
         """What has been read of a frame that has not arrived whole."""
-        return bytes(self._view[self._start : self._stop])
+        return self._intake.unfinished
 
     def restore(self, unfinished: bytes, sessions: Iterable[Session]) -> None:
         """Go on behind what another one had read, with what waited for clients there."""
-        self._stop = len(unfinished)
-        self._view[: self._stop] = unfinished
+        self._intake.restore(unfinished)
         for session in sessions:
             if session.stuck:
                 self._stuck.add(session)
@@ -85,15 +77,17 @@ class Output:
         Not while `paused`. Raises `BlockingIOError`, `FramingLost` (what came before is delivered), or
         another `OSError`.
         """
-        size = receive_into(self._io, self._room())
+        intake = self._intake
+        size = intake.read()
         if size:
-            self._stop += size
             self._before_delivery()
-            for batch in self._batches(self._buffer, self._view, self._start, self._stop):
-                self._start = batch.stop  # first, so that nothing is delivered twice after an error
+            for batch in self._batches(intake.buffer, intake.view, intake.start, intake.stop):
+                intake.start = batch.stop  # first, so that nothing is delivered twice after an error
                 self._deliver(batch)
                 if batch.error:
                     raise FramingLost(batch.error)
+            if not self.paused:
+                intake.passed_on()
         return size
 
     def read_rest(self) -> None:
@@ -101,12 +95,7 @@ class Output:
 
         Raises `OSError`.
         """
-        size = unread(self._io)
-        rest = bytearray(self._buffer[self._start : self._stop])
-        while size > 0 and (piece := self._io.recv(size)):
-            rest += piece
-            size -= len(piece)
-        self._start = self._stop
+        rest = self._intake.read_rest()
         self._before_delivery()
         for batch in self._batches(rest, memoryview(rest), 0, len(rest)):
             self._deliver(batch)
@@ -201,14 +190,6 @@ class Output:
                 session.spill()
                 self._settle(session)
 
-    def _room(self) -> memoryview:
-        """Return the part of the buffer to read into, behind an unfinished frame if there is one."""
-        held = self._stop - self._start
-        if held and self._start:
-            self._buffer[:held] = self._buffer[self._start : self._stop]
-        self._start, self._stop = 0, held
-        return self._view[held:] if held else self._view
-
     def _settle(self, session: Session) -> None:
         """Watch the session's client for as long as something waits for it."""
         if session.waits and session.fd not in self.waiting:
@@ -253,4 +234,6 @@ class Output:
     def _release(self, session: Session) -> None:
         """The session needs the buffer no more."""
         self._holding.discard(session)
-        self.paused = bool(self._holding)
+        if self.paused and not self._holding:
+            self.paused = False
+            self._intake.passed_on()

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from cc_proxy.hyperstart.pacing import FIRST_MARKER, LOSSLESS, LOSSLESS_WINDOW, StdinWindow, marked_stream
 from cc_proxy.linux.fds import untaken
-from cc_proxy.proxy.streams.interfaces import Acknowledge
+from cc_proxy.proxy.streams import cells
+from cc_proxy.proxy.streams.interfaces import Acknowledge, Cell
 from cc_proxy.proxy.streams.session import Session
 from cc_proxy.proxy.streams.state import PacerState
 
@@ -43,6 +44,7 @@ class Pacer:
         owners: Mapping[int, Session],
         echo_timeout: float,
         acknowledge: Acknowledge,
+        cell: Cell,
         on_room: Callable[[Session], None],
     ) -> None:
         """`echo_timeout` is how long a marker is waited for, in seconds.
@@ -64,6 +66,7 @@ class Pacer:
         self._echoes_in_a_row = _MARKERS_TO_TRUST
         #: Frames that were sent to the agent, and the markers among them.
         self.frames = self.markers = 0
+        self._cell = cell
         self._is_lossless = False
         self._on_room = on_room
 
@@ -96,6 +99,7 @@ class Pacer:
         """
         marker = session.window.sent(payload_bytes) if session.window else None
         if marker:
+            session.note_marker()
             now = time.monotonic()
             self.asked[session] = now + self._echo_timeout
             self._count_marker()
@@ -214,6 +218,6 @@ class Pacer:
 
     def _be_lossless(self) -> None:
         if not self._is_lossless:
-            self._is_lossless = True
+            self._cell[cells.LOSSLESS] = self._is_lossless = True
             self._echo_timeout = max(self._echo_timeout, _PATIENCE)
             self._round = self._look_at = None

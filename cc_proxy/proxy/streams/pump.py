@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +15,7 @@ from cc_proxy.linux.threads import start_thread
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.streams.channel import Channel
-from cc_proxy.proxy.streams.interfaces import Beside, Owner, Pacing
+from cc_proxy.proxy.streams.interfaces import Memory, Owner, Pacing, Sockets
 from cc_proxy.proxy.streams.mailbox import Mailbox
 from cc_proxy.proxy.streams.session import Session
 from cc_proxy.proxy.streams.spool import is_at_disk
@@ -35,13 +34,12 @@ class Pump:
     def __init__(
         self,
         owner: Owner,
-        io: socket.socket,
-        control: Beside,
-        console: Beside | None,
+        sockets: Sockets,
+        memory: Memory,
         one_at_a_time: Callable[[bool], AbstractContextManager[None]],
         pacing: Pacing,
     ) -> None:
-        """Take over the VM's sockets; see `Channel`.
+        """Take over the VM's sockets and its memory; see `Channel`.
 
         `one_at_a_time` is entered for the work of each turn, but never while the thread waits: it may have
         the pumps of one user take turns. It is told whether the batch is likely to be a large one. Raises
@@ -51,7 +49,7 @@ class Pump:
         self._one_at_a_time = one_at_a_time
         self._mailbox = Mailbox()
         try:
-            self._channel = Channel(owner, io, control, console, self._mailbox, pacing)
+            self._channel = Channel(owner, sockets, memory, self._mailbox, pacing)
         except BaseException:
             self._mailbox.close()
             raise

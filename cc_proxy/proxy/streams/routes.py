@@ -32,13 +32,14 @@ class Routes:
         session = self.silent.pop(seq, None)
         if session:
             self.owners[seq] = session
+            session.expect()
 
     def start(self, seq: int) -> None:
         """A process is on this stdio. Does nothing if that is known."""
         self.expect(seq)
         session = self.owners.get(seq)
         if session and seq == session.seqs.start and not session.is_started:
-            session.is_started = True
+            session.start()
             self._on_start(session)
 
     def remove(self, session: Session) -> None:

@@ -4,13 +4,28 @@ import contextlib
 import errno
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.hyperstart.splitter import StdinSplitter
-from cc_proxy.linux.fds import Fd, Piece, close_stream, cut, is_for_now, receive_into, send_pieces, unread
+from cc_proxy.linux.fds import Fd, Piece, close_stream, cut, is_for_now, unread
 from cc_proxy.log.levels import logger
+from cc_proxy.proxy.streams.cells import (
+    ENDED,
+    EXPECTED,
+    FLAGS,
+    GONE,
+    MARKER,
+    SPLIT,
+    SPOOLED,
+    STARTED,
+    TORN,
+    WHERE_AT,
+)
+from cc_proxy.proxy.streams.interfaces import Place
+from cc_proxy.proxy.streams.outlet import Outlet
+from cc_proxy.proxy.streams.reading import MUCH, read_noted
 from cc_proxy.proxy.streams.spool import Spool
 from cc_proxy.proxy.streams.state import SessionState
 
@@ -49,16 +64,18 @@ class Session:
         whose: Whose,
         spool: Spool,
         window: StdinWindow | None,
-        on_close: Callable[[], None],
+        place: Place,
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._spool = spool
-        self._on_close = on_close
+        self._give_back, self._cell = place
+        self._outlet = Outlet(sock, self._cell, TORN)
         self.vm, self.uid, self.pid = whose
         self._patience = _PATIENCE
         self._patience_at = 0.0
         self._took_at = 0.0
+        self._last_read = 0
         self.seqs = seqs
         self.fd = sock.fileno()
         self.splitter = StdinSplitter(seqs.start)
@@ -111,6 +128,17 @@ class Session:
         self.patient_until = None if state.patient is None else now + state.patient
         self.is_started = state.started
         self.stdin_open, self.output_gone = state.stdin_open, state.output_gone
+        self._store(state)
+
+    def _store(self, state: SessionState) -> None:
+        flags = {STARTED: state.started, ENDED: not state.stdin_open, GONE: state.output_gone}
+        self._cell[FLAGS] = sum(flag for flag, is_so in flags.items() if is_so)
+        self._cell[SPLIT] = self.splitter.word()
+        self._cell[SPOOLED] = self._spool.size
+        if self.window:
+            self._cell[MARKER] = self.window.generation
+        if self.waits:
+            self._outlet.tear()  # nobody knows any more where frames begin in it
 
     # Output -----------------------------------------------------------------------------------------------
 
@@ -144,7 +172,7 @@ class Session:
             self.spill()
             return True
         try:
-            self.pending = send_pieces(self._sock, pieces)
+            self.pending = self._outlet.send(pieces)
         except OSError as error:
             self.fail(error)
         if self.pending:
@@ -156,12 +184,16 @@ class Session:
         """The client takes output again, or has gone: pass on what waits, oldest first."""
         try:
             if self._spool.size:
+                self._outlet.tear()  # files are sent in any pieces
                 self._spool.drain_to(self.fd)
+                self._cell[SPOOLED] = self._spool.size
         except OSError as error:
             if is_for_now(error):
                 return
             self.fail(error)
         self._took_at = time.monotonic()
+        if not self.waits:
+            self._outlet.mend()
         if self.pending and not self._spool.size:
             self._write(self.pending)
         if self.pending and (self.stuck or self._spool.size):
@@ -191,12 +223,13 @@ class Session:
             self.stuck = "the spool is full" if self.pending else ""
         except OSError as error:
             self.stuck = f"the spool cannot be used: {error.strerror}"
+        self._cell[SPOOLED] = self._spool.size
         if self.stuck:
             self.patient_until = time.monotonic() + _SPOOL_RETRY
 
     def _write(self, pieces: Sequence[Piece]) -> None:
         try:
-            self.pending = send_pieces(self._sock, pieces)
+            self.pending = self._outlet.send(pieces)
         except OSError as error:
             self.fail(error)
             return
@@ -224,6 +257,7 @@ class Session:
     def give_up_output(self) -> None:
         """The client has closed its end. What it sent before may still be on its way in."""
         self.output_gone = True
+        self._mark(GONE)
         self.pending = ()
         self.stuck = ""
         self.patient_until = None
@@ -244,14 +278,46 @@ class Session:
 
     # Input ------------------------------------------------------------------------------------------------
 
-    def read_into(self, view: memoryview) -> int:
-        """Read what the client sent; returns 0 at its end. Raises `BlockingIOError` if there is nothing."""
+    def read(self, view: memoryview, start: int, room: int, turn: int) -> int:
+        """Read what the client sent to `view[start:start + room]`; returns 0 at its end.
+
+        It is split next, and that noted. Raises `BlockingIOError` if there is nothing.
+        """
+        place, much = turn << WHERE_AT | start, self._last_read >= MUCH
         try:
-            return receive_into(self._sock, view)
+            size = read_noted(self._sock, view[start : start + room], self._cell, place, much)
         except BlockingIOError:
             raise
         except OSError:
             return 0
+        self._last_read = size
+        return size
+
+    def note_split(self, turn: int) -> None:
+        """What was read in this turn has been split."""
+        self._cell[SPLIT] = turn << WHERE_AT | self.splitter.word()
+
+    def expect(self) -> None:
+        """Its process may have been started."""
+        self._mark(EXPECTED)
+
+    def start(self) -> None:
+        """Its process has been started."""
+        self.is_started = True
+        self._mark(EXPECTED | STARTED)
+
+    def end_stdin(self) -> None:
+        """Its client sends no more."""
+        self.stdin_open = False
+        self._mark(ENDED)
+
+    def note_marker(self) -> None:
+        """A marker is about to be sent."""
+        if self.window:
+            self._cell[MARKER] = self.window.generation
+
+    def _mark(self, flag: int) -> None:
+        self._cell[FLAGS] |= flag
 
     @property
     def unread(self) -> int:
@@ -267,4 +333,4 @@ class Session:
             self.pending = ()
         finally:
             close_stream(self._sock)
-            self._on_close()
+            self._give_back()

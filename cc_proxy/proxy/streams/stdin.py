@@ -6,15 +6,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from cc_proxy.api.frames import encode_frame
-from cc_proxy.linux.fds import Piece, send_pieces
-from cc_proxy.linux.memory import new_buffer
+from cc_proxy.hyperstart.frames import frames_of
+from cc_proxy.linux.fds import Piece
 from cc_proxy.linux.selector import HANG_UP, NOTHING_ELSE, READ, Selector
 from cc_proxy.log.levels import IO, logger
+from cc_proxy.proxy.streams.cells import SENT_TURN, TURNS, VM_TORN
 from cc_proxy.proxy.streams.dump import dump_frames
+from cc_proxy.proxy.streams.interfaces import BUFFER_SIZE, Memory
+from cc_proxy.proxy.streams.outlet import Outlet
 from cc_proxy.proxy.streams.pacer import Pacer
 from cc_proxy.proxy.streams.session import Session
 
-_BUFFER_SIZE = 256 * 1024
 #: The most clients among which the buffer is divided in one turn.
 _MOST_SHARES = 2
 #: A turn ends when less of the buffer than this is left.
@@ -36,17 +38,20 @@ class Stdin:
         self,
         vm: str,
         io: socket.socket,
+        memory: Memory,
         clients: Selector,
         pacer: Pacer,
         drop: Callable[[Session, str], None],
     ) -> None:
         self._vm = vm
-        self._io = io
+        self._outlet = Outlet(io, memory.cell, VM_TORN)
         self._clients = clients  # where their fds are watched
         self._pacer = pacer
         self._drop = drop
-        self._buffer = new_buffer(_BUFFER_SIZE)
+        self._cell = memory.cell
+        self._buffer = memory.stdin
         self._view = memoryview(self._buffer)
+        self._turn = 0  # counts the times that clients were read, modulo TURNS
         self._sessions: dict[int, Session] = {}  # by fd
         #: Clients that went before their process was started, in that order, and until when each is kept.
         self.orphans: dict[Session, float] = {}
@@ -74,7 +79,7 @@ class Stdin:
     def restore(self, to_vm: bytes) -> None:
         """Go on with what waited for the VM in another one."""
         if to_vm:
-            self._to_vm = (to_vm,)
+            self._to_vm = frames_of(memoryview(to_vm))
             self._block()
 
     @property
@@ -111,18 +116,19 @@ class Stdin:
         """
         pieces: list[Piece] = []
         used = 0
-        share = _BUFFER_SIZE // min(len(ready), _MOST_SHARES)
+        self._turn = (self._turn + 1) % TURNS
+        share = BUFFER_SIZE // min(len(ready), _MOST_SHARES)
         if self._left_out:
             ready = self._left_out_first(ready)
         for number, (fd, events) in enumerate(ready):
-            if _BUFFER_SIZE - used < _LEAST_READ:
+            if BUFFER_SIZE - used < _LEAST_READ:
                 self._left_out = [fd for fd, _ in ready[number:]]
                 break
             session = self._sessions.get(fd)
             if session is None:
                 continue
             if events & READ:
-                used += self._read(session, used, min(share, _BUFFER_SIZE - used), events, pieces)
+                used += self._read(session, used, min(share, BUFFER_SIZE - used), events, pieces)
             else:
                 self._hung_up(session)
         self._send(pieces)
@@ -161,7 +167,7 @@ class Stdin:
         if session.window:
             room = min(room, self._pacer.room(session.window))
         try:
-            size = session.read_into(self._view[start : start + room])
+            size = session.read(self._view, start, room, self._turn)
         except BlockingIOError:
             return 0
         if not size:
@@ -170,6 +176,9 @@ class Stdin:
         splitter = session.splitter
         before, frames = splitter.payload_bytes, splitter.frames
         good = splitter.split(self._buffer, self._view, start, start + size)
+        session.note_split(self._turn)
+        if splitter.joints:
+            splitter.join(self._view)
         self._pacer.frames += splitter.frames - frames
         self.bytes += sum(map(len, good))
         if logger.isEnabledFor(IO):
@@ -190,7 +199,7 @@ class Stdin:
         """
         gone = bool(events & HANG_UP) or session.output_gone
         said = session.splitter.at_eof or not session.stdin_open
-        session.stdin_open = False
+        session.end_stdin()
         if not said and (session.splitter.payload_bytes or not gone):
             pieces.append(end := encode_frame(session.seqs.start))
             self._pacer.frames += 1
@@ -248,11 +257,12 @@ class Stdin:
         if self._to_vm:
             self._to_vm = [*self._to_vm, *pieces]
             return
-        if not pieces:
-            return
         try:
-            self._to_vm = send_pieces(self._io, pieces)
-            if self._to_vm:
-                self._block()
+            self._to_vm = self._outlet.send(pieces) if pieces else ()
         except OSError as error:
             self.error = self.error or f"I/O channel: {os.strerror(error.errno or 0)}"
+            return
+        if self._to_vm:
+            self._block()
+        else:
+            self._cell[SENT_TURN] = self._turn

@@ -5,6 +5,7 @@ import socket
 
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.linux.fds import check_passable, refuse_rights
+from cc_proxy.proxy.streams.interfaces import Place
 from cc_proxy.proxy.streams.session import Session, Whose
 from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
 from cc_proxy.proxy.streams.state import SessionState
@@ -34,6 +35,6 @@ def restored_session(state: SessionState, vm: str, user: User, space: SpoolSpace
     who = Whose(vm, state.uid, state.pid)
     charge = user.charge_again("sessions")
     sock = socket.socket(fileno=state.fd.number)
-    session = Session(seqs, sock, who, Spool(space, state.uid), window, charge.give_back)
+    session = Session(seqs, sock, who, Spool(space, state.uid), window, Place(charge.give_back))
     session.restore(state)
     return session

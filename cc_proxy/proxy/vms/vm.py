@@ -18,7 +18,7 @@ from cc_proxy.linux.fds import hung_up_socket
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.rest import Resting
-from cc_proxy.proxy.streams.interfaces import Pacing
+from cc_proxy.proxy.streams.interfaces import Pacing, Place, Sockets, private_memory
 from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.session import Session, Whose
 from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
@@ -256,7 +256,7 @@ class Vm:
             window = self._live.current.stdin.window
             paced = StdinWindow(seqs.start, window) if window else None
             who = Whose(self.container_id, user.uid, pid)
-            session = Session(seqs, ours, who, Spool(self._space, user.uid), paced, charge.give_back)
+            session = Session(seqs, ours, who, Spool(self._space, user.uid), paced, Place(charge.give_back))
             if not pump.add(session):
                 raise VmError(self.life.why_gone)
             undo.pop_all()  # now they are the pump's
@@ -280,7 +280,8 @@ class Vm:
     ) -> Pump:
         self.control, self._console = control, console
         pacing = Pacing(self._live.current.stdin.echo_timeout, control.acknowledge)
-        return Pump(self, io, control, console, user.one_batch, pacing)
+        sockets = Sockets(io, control, console)
+        return Pump(self, sockets, private_memory(), user.one_batch, pacing)
 
     # Pump thread ------------------------------------------------------------------------------------------
 

@@ -21,10 +21,10 @@ from cc_proxy.hyperstart.codes import Code
 from cc_proxy.linux.selector import Selector
 from cc_proxy.log.levels import CONSOLE, logger
 from cc_proxy.proxy.spin import Spin
-from cc_proxy.proxy.streams import session as session_module
 from cc_proxy.proxy.streams.channel import Channel
-from cc_proxy.proxy.streams.interfaces import Pacing
+from cc_proxy.proxy.streams.interfaces import Pacing, Sockets, private_memory
 from cc_proxy.proxy.streams.mailbox import Mailbox
+from cc_proxy.proxy.streams.outlet import Outlet
 from cc_proxy.proxy.streams.output import Output
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.streams.stdin import Stdin
@@ -93,7 +93,13 @@ class Bench(Ends):
         self.rounds: list[Callable[[bool], None]] = []
         self.commands = 0  # how many the last of them has
         pacing = Pacing(ECHO_TIMEOUT if window else NEVER, self._note_round)
-        self.channel = Channel(self.owner, self.near_io, self.control, console, self.mailbox, pacing)
+        self.channel = Channel(
+            self.owner,
+            Sockets(self.near_io, self.control, console),
+            private_memory(),
+            self.mailbox,
+            pacing,
+        )
         self._closing = ExitStack()
         self._closing.callback(self.channel.close)
         self._closing.callback(self.mailbox.close)
@@ -546,7 +552,7 @@ def test_output_that_cannot_be_passed_on_is_said_and_its_client_sees_the_end(
         assert bench.spooled(stream)
     with monkeypatch.context() as patch:
         patch.setattr(os, "sendfile", fail)
-        patch.setattr(session_module, "send_pieces", fail)
+        patch.setattr(Outlet, "send", fail)
         if not spooled:
             bench.say(frame(stream.base, b"lost"))
         bench.read_to_end(stream.sock)

@@ -15,7 +15,8 @@ import pytest
 from cc_proxy.api.frames import MAX_FRAME
 from cc_proxy.linux.selector import WRITE, Selector
 from cc_proxy.log.levels import IO, logger
-from cc_proxy.proxy.streams import output as output_module
+from cc_proxy.proxy.streams.intake import Intake
+from cc_proxy.proxy.streams.interfaces import BUFFER_SIZE, private_memory
 from cc_proxy.proxy.streams.output import FramingLost, Output
 from cc_proxy.proxy.streams.routes import Routes
 from cc_proxy.proxy.streams.session import Session
@@ -54,7 +55,9 @@ class Bench:
         near.setblocking(False)
         self.vm.setblocking(False)
         self.vm.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        self.output = Output("vm", near, self.selector, self.routes, lambda: None, self._on_stray)
+        memory = private_memory()
+        self.intake = Intake(near, memory.output, memory.cell)
+        self.output = Output("vm", self.intake, self.selector, self.routes, lambda: None, self._on_stray)
         for sock in (near, self.vm, self.selector):
             self._stack.callback(sock.close)
 
@@ -211,7 +214,7 @@ def test_buffer_full_of_small_reads_is_used_from_its_begin_again(bench: Bench) -
     _, client = bench.open()
     rng = random.Random(2)
     data = b"".join(frame(rng.choice([1, 2]), rng.randbytes(rng.randrange(5_000))) for _ in range(300))
-    assert len(data) > 2 * output_module._BUFFER_SIZE
+    assert len(data) > 2 * BUFFER_SIZE
     received = bytearray()
     at = 0
     while at < len(data):

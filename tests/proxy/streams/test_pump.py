@@ -14,7 +14,7 @@ import pytest
 
 from cc_proxy.linux.selector import Selector
 from cc_proxy.proxy.streams.channel import Channel
-from cc_proxy.proxy.streams.interfaces import Pacing
+from cc_proxy.proxy.streams.interfaces import Pacing, Sockets, private_memory
 from cc_proxy.proxy.streams.output import Output
 from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.session import Session
@@ -363,7 +363,13 @@ def test_pump_that_cannot_be_made_leaves_its_callers_sockets_alone_and_nothing_o
         with monkeypatch.context() as patch:
             patch.setattr(Selector, "add", refuse_in_the_end)
             with pytest.raises(OSError, match="no room"):
-                Pump(ends.owner, ends.near_io, ends.control, None, new_user().one_batch, Pacing(NEVER, print))
+                Pump(
+                    ends.owner,
+                    Sockets(ends.near_io, ends.control, None),
+                    private_memory(),
+                    new_user().one_batch,
+                    Pacing(NEVER, print),
+                )
         after = open_fds()
         ends.control.close()
         assert after == before
@@ -426,7 +432,7 @@ def poke_end(rig: Rig, stream: Stream) -> None:
         (Session, "deliver", poke_output),
         (Output, "flush", poke_writable),
         (Stdin, "read_clients", poke_stdin),
-        (Session, "read_into", poke_stdin),
+        (Session, "read", poke_stdin),
         (Selector, "change", poke_end),
         (Stdin, "add", poke_mail),
         (ControlLink, "read", poke_control),

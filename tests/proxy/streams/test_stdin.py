@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -11,10 +12,10 @@ from contextlib import ExitStack
 import pytest
 
 from cc_proxy.hyperstart.pacing import StdinWindow
-from cc_proxy.linux.fds import Piece, send_pieces
+from cc_proxy.linux.fds import Piece
 from cc_proxy.linux.selector import NOTHING_ELSE, Selector
 from cc_proxy.log.levels import IO, logger
-from cc_proxy.proxy.streams import stdin as stdin_module
+from cc_proxy.proxy.streams.interfaces import NO_CELL, private_memory
 from cc_proxy.proxy.streams.pacer import Pacer
 from cc_proxy.proxy.streams.session import Session
 from cc_proxy.proxy.streams.spool import SpoolSpace
@@ -44,8 +45,8 @@ class Bench:
         self.clients = Selector()
         #: What asks the agent on the control channel, by what it calls back.
         self.rounds: list[Callable[[bool], None]] = []
-        self.pacer = Pacer(self.io, self._owners, ECHO_TIMEOUT, self._ask, self.resume)
-        self.stdin = Stdin("vm", self.io, self.clients, self.pacer, self.drop)
+        self.pacer = Pacer(self.io, self._owners, ECHO_TIMEOUT, self._ask, NO_CELL, self.resume)
+        self.stdin = Stdin("vm", self.io, private_memory(), self.clients, self.pacer, self.drop)
         for end in (self.io, self.agent, self.clients):
             self._stack.callback(end.close)
 
@@ -178,12 +179,14 @@ def test_all_that_the_clients_sent_goes_out_in_one_write(
         client.sendall(frame(session.seqs.start, b"%d" % number) * 2)
     calls: list[int] = []
 
-    def counted(sock: socket.socket, pieces: Sequence[Piece]) -> Sequence[Piece]:
-        calls.append(len(pieces))
-        return send_pieces(sock, pieces)
+    class Counting(socket.socket):
+        def sendmsg(self, pieces: Sequence[Piece]) -> int:  # type: ignore[override]
+            calls.append(len(pieces))
+            return super().sendmsg(pieces)
 
-    monkeypatch.setattr(stdin_module, "send_pieces", counted)
-    frames = bench.turn()
+    with Counting(fileno=os.dup(bench.io.fileno())) as counting, monkeypatch.context() as patch:
+        patch.setattr(bench.stdin._outlet, "_sock", counting)
+        frames = bench.turn()
     assert len(calls) == 1
     assert sorted(frames) == sorted(
         Frame(session.seqs.start, b"%d" % number)

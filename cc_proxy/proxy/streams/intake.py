@@ -1,0 +1,76 @@
+"""What has been read and not passed on, in memory that another process may find."""
+
+import socket
+from mmap import mmap
+
+from cc_proxy.linux.fds import unread
+from cc_proxy.proxy.streams.cells import READING, WHERE_AT
+from cc_proxy.proxy.streams.interfaces import Cell
+from cc_proxy.proxy.streams.reading import MUCH, read_noted
+
+
+class Intake:
+    """The buffer into which the VM's output is read. Frames stand between `start` and `stop`.
+
+    One thread.
+    """
+
+    def __init__(self, io: socket.socket, buffer: mmap, cell: Cell) -> None:
+        self._io = io
+        self._cell = cell
+        self.buffer = buffer
+        self.view = memoryview(buffer)
+        #: Where the first frame begins that has not been passed on, and where what was read ends.
+        self.start = self.stop = 0
+        self._last = 0
+
+    @property
+    def unfinished(self) -> bytes:
+        """What has been read of a frame that has not arrived whole."""
+        return bytes(self.view[self.start : self.stop])
+
+    def restore(self, unfinished: bytes) -> None:
+        """Go on behind what another one had read."""
+        self.start, self.stop = 0, len(unfinished)
+        self.view[: self.stop] = unfinished
+        self.passed_on()
+
+    def read(self) -> int:
+        """Read once, behind what is there; returns how many bytes came, 0 at end of file.
+
+        All whole frames must have been passed on. Raises `BlockingIOError`, or another `OSError`.
+        """
+        if self.start == self.stop:
+            self.start = self.stop = 0
+            room = self.view
+        else:
+            room = self._room_behind()
+        place = self.stop << WHERE_AT | self.start
+        self._last = size = read_noted(self._io, room, self._cell, place, self._last >= MUCH)
+        self.stop += size
+        return size
+
+    def read_rest(self) -> bytearray:
+        """Read what has arrived by now, for the last time; return that behind the unfinished frame, copied.
+
+        Raises `OSError`.
+        """
+        size = unread(self._io)
+        rest = bytearray(self.buffer[self.start : self.stop])
+        self.start = self.stop
+        while size > 0 and (piece := self._io.recv(size)):
+            rest += piece
+            size -= len(piece)
+        return rest
+
+    def passed_on(self) -> None:
+        """All whole frames are where they belong."""
+        self._cell[READING] = self.stop << WHERE_AT | self.start
+
+    def _room_behind(self) -> memoryview:
+        """Return the part of the buffer to read into, behind an unfinished frame."""
+        held = self.stop - self.start
+        if held <= self.start:  # else it would be written over while it is copied
+            self.buffer[:held] = self.buffer[self.start : self.stop]
+            self.start, self.stop = 0, held
+        return self.view[self.stop :]

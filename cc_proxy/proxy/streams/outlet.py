@@ -1,0 +1,93 @@
+"""Where frames go out: to a client, or to the VM."""
+
+import socket
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+from cc_proxy.hyperstart.splitter import whole_frames
+from cc_proxy.linux.fds import IOV_MAX, Piece, cut, is_for_now, send_pieces, taken_whole, untaken
+from cc_proxy.proxy.streams.interfaces import Cell
+
+
+class Outlet:
+    """Sends frames to one peer, so that it has whole ones wherever this process is killed.
+
+    Each send is of whole frames, and the kernel takes all of it or nothing: because it is short, or because
+    there is room for it. What cannot be sent like that is sent in any pieces, and the peer's cell says
+    meanwhile that it may be in the middle of a frame.
+
+    One thread.
+    """
+
+    def __init__(self, sock: socket.socket, cell: Cell, word: int) -> None:
+        """Send on a non-blocking socket, which stays the caller's. `cell[word]` is for whether it is torn."""
+        self._sock = sock
+        self._cell = cell
+        self._word = word
+        self._most = taken_whole(sock)
+        self._capacity = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        self._at_once = self._most  # nothing while it is torn
+
+    def tear(self) -> None:
+        """Frames are about to be sent in any pieces."""
+        self._cell[self._word], self._at_once = True, -1
+
+    def mend(self) -> None:
+        """Everything was sent, so that the peer has whole frames again."""
+        if self._at_once < 0:
+            self._cell[self._word], self._at_once = False, self._most
+
+    def send(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
+        """Send pieces in order; returns what the socket did not take. Each piece is of whole frames.
+
+        Once it is torn, it stays so until everything is sent. Raises `OSError` if the peer has gone.
+        """
+        if len(pieces) == 1 and len(pieces[0]) <= self._at_once:
+            # The most frequent case, in the fewest steps.
+            piece = pieces[0]
+            try:
+                sent = self._sock.send(piece)
+            except OSError as error:
+                if not is_for_now(error):
+                    raise
+                return pieces
+            return () if sent == len(piece) else self._rest(pieces, sent)
+        return self._send_torn(pieces) if self._at_once < 0 else self._send_whole(pieces)
+
+    def _send_whole(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
+        ends = [0, *accumulate(map(len, pieces))]
+        first, count = 0, len(pieces)
+        most = self._most if ends[-1] <= self._most else max(self._most, self._room())
+        while first < count:
+            last = bisect_right(ends, ends[first] + most, first, min(first + IOV_MAX, count) + 1) - 1
+            if first < last < count:
+                last = whole_frames(pieces, last)
+            if last <= first:
+                return self._send_torn(pieces[first:])
+            try:
+                sent = self._sock.sendmsg(pieces[first:last])
+            except OSError as error:
+                if not is_for_now(error):
+                    raise
+                return pieces[first:]
+            if sent < ends[last] - ends[first]:
+                return self._rest(pieces[first:], sent)
+            first, most = last, self._most
+        return ()
+
+    def _room(self) -> int:
+        """Return how many bytes there is room for at least: the kernel counts its own memory for them too."""
+        return (self._capacity - untaken(self._sock)) * 3 // 4
+
+    def _send_torn(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
+        self.tear()
+        rest = send_pieces(self._sock, pieces)
+        if not rest:
+            self.mend()
+        return rest
+
+    def _rest(self, pieces: Sequence[Piece], sent: int) -> Sequence[Piece]:
+        """The socket has taken a part, which it should not do."""
+        self.tear()
+        return cut(pieces, sent)
