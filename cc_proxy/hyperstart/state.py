@@ -22,6 +22,15 @@ class WindowState(Struct, frozen=True):
     asked: int
 
 
+class ResyncState(Struct, frozen=True):
+    """`Resync`: what tells frames of the agent's from anything else."""
+
+    #: Streams have lower seqs.
+    next_seq: int
+    #: The seq of the marker that was sent to find out.
+    probe: int
+
+
 class ParserState(Struct, frozen=True):
     """`ControlParser`: what has come of an unfinished message; `begun` is its code and what is kept of it."""
 

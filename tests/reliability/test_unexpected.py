@@ -326,7 +326,7 @@ def test_what_had_arrived_is_still_delivered(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, logged: Logged, counted: Counted, tmp_path: Path
 ) -> None:
     """What waits in the spool, what has just been read, and what was still in the socket."""
-    monkeypatch.setattr(session_module, "_PATIENCE", 0.0)
+    monkeypatch.setattr(session_module, "PATIENCE", 0.0)
     slow, idle = rig.open(buffer=SMALL), rig.open()
     first, rest = numbered(slow.base, 100), numbered(slow.base, 50) + frame(idle.base, b"last")
     rig.io.sendall(first)
@@ -381,7 +381,7 @@ def test_delivery_that_fails_for_one_is_whole_for_the_others(
 def test_client_whose_output_cannot_be_flushed_takes_nothing_from_the_others(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, logged: Logged, counted: Counted, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(session_module, "_PATIENCE", 0.0)
+    monkeypatch.setattr(session_module, "PATIENCE", 0.0)
     streams = [rig.open(buffer=SMALL) for _ in range(2)]
     sent = [numbered(stream.base, 100) for stream in streams]
     rig.io.sendall(b"".join(sent))

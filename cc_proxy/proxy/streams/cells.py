@@ -7,12 +7,12 @@ from typing import Final, NamedTuple
 #: Of every cell: `Reading`, of a VM's output or of a client's stdin.
 READING: Final = 0
 
-#: Of a VM's cell: the last turn whose stdin the VM has; whether what the VM has ends
-#: in the middle of a frame; whether its agent is lossless; and `Traffic`, in its order.
+#: Of a VM's cell: the last turn whose stdin the VM has; whether what the VM has may end in the middle of a
+#: frame; whether its agent is lossless; and whether it is not known where its frames begin.
 SENT_TURN: Final = 1
 VM_TORN: Final = 2
 LOSSLESS: Final = 3
-TRAFFIC: Final = 4
+SEEKING: Final = 4
 
 #: Of a session's cell: the turn in which it was read last, and where the splitter stands behind it
 #: (`StdinSplitter.word`); the generation of the last marker; flags; whether what its client has ends in the

@@ -24,6 +24,7 @@ def give_up(
         ],
         pacer=pacer.state(),
         traffic=traffic_of(output, stdin),
+        resync=output.resync,
     )
 
 
@@ -46,7 +47,7 @@ def take_over(
         if session.is_started and session not in pacer.asked:
             stdin.resume(session)
     stdin.restore(state.to_vm)
-    output.restore(state.unfinished, sessions)
+    output.restore(state.unfinished, state.resync, sessions)
     traffic = state.traffic
     output.bytes, output.frames = traffic.bytes_to_clients, traffic.frames_to_clients
     output.strays, output.pauses = traffic.stray_frames, traffic.pauses

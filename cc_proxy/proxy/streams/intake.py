@@ -4,7 +4,7 @@ import socket
 from mmap import mmap
 
 from cc_proxy.linux.fds import unread
-from cc_proxy.proxy.streams.cells import READING, WHERE_AT
+from cc_proxy.proxy.streams.cells import READING, SEEKING, WHERE_AT
 from cc_proxy.proxy.streams.interfaces import Cell
 from cc_proxy.proxy.streams.reading import MUCH, read_noted
 
@@ -29,11 +29,13 @@ class Intake:
         """What has been read of a frame that has not arrived whole."""
         return bytes(self.view[self.start : self.stop])
 
-    def restore(self, unfinished: bytes) -> None:
-        """Go on behind what another one had read."""
+    def restore(self, unfinished: bytes, *, seeking: bool) -> None:
+        """Go on behind what had been read. With `seeking`, it is not known where frames begin."""
+        self._cell[SEEKING] |= seeking  # first, or last: in between it may be either
         self.start, self.stop = 0, len(unfinished)
         self.view[: self.stop] = unfinished
         self.passed_on()
+        self._cell[SEEKING] = seeking
 
     def read(self) -> int:
         """Read once, behind what is there; returns how many bytes came, 0 at end of file.

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from cc_proxy.api.frames import FRAME_HEADER
 from cc_proxy.hyperstart.frames import HEADER_SIZE, Batch, Buffer, gather
+from cc_proxy.hyperstart.resync import Resync, Unrecognisable
+from cc_proxy.hyperstart.state import ResyncState
 from cc_proxy.linux.selector import WRITE, Selector
 from cc_proxy.log.levels import IO, logger
 from cc_proxy.proxy.streams.dump import dump_frames
@@ -43,6 +45,7 @@ class Output:
         self._routes = routes
         self._before_delivery = before_delivery
         self._on_stray = on_stray
+        self._resync: Resync | None = None  # while it is not known where frames begin
         #: Sessions whose clients have output waiting, by fd. They are watched.
         self.waiting: dict[int, Session] = {}
         self._look_at = 0.0  # when to look for clients among them that take no more
@@ -61,11 +64,20 @@ class Output:
     @property
     def unfinished(self) -> bytes:
         """What has been read of a frame that has not arrived whole."""
-        return self._intake.unfinished
+        return b"" if self._resync else self._intake.unfinished
 
-    def restore(self, unfinished: bytes, sessions: Iterable[Session]) -> None:
-        """Go on behind what another one had read, with what waited for clients there."""
-        self._intake.restore(unfinished)
+    @property
+    def resync(self) -> ResyncState | None:
+        """What frames are looked for with, while it is not known where they begin."""
+        return self._resync.state if self._resync else None
+
+    def restore(self, unfinished: bytes, resync: ResyncState | None, sessions: Iterable[Session]) -> None:
+        """Go on behind what another one had read, with what waited for clients there.
+
+        With `resync`, nothing is known of what had been read.
+        """
+        self._resync = Resync(resync) if resync else None
+        self._intake.restore(unfinished, seeking=resync is not None)
         for session in sessions:
             if session.stuck:
                 self._stuck.add(session)
@@ -80,6 +92,8 @@ class Output:
         intake = self._intake
         size = intake.read()
         if size:
+            if self._resync and not self._find_frames(self._resync):
+                return size
             self._before_delivery()
             for batch in self._batches(intake.buffer, intake.view, intake.start, intake.stop):
                 intake.start = batch.stop  # first, so that nothing is delivered twice after an error
@@ -90,12 +104,26 @@ class Output:
                 intake.passed_on()
         return size
 
+    def _find_frames(self, resync: Resync) -> bool:
+        """Throw away what was read up to where a frame begins; returns whether that is known by now."""
+        try:
+            found = resync.receive(self._intake.unfinished)
+        except Unrecognisable:
+            raise FramingLost("nothing that it sends looks like a frame") from None
+        self._intake.restore(found or b"", seeking=found is None)
+        if found is not None:
+            logger.info("framing is regained", extra={"vm": self._vm})
+            self._resync = None
+        return found is not None
+
     def read_rest(self) -> None:
         """Read what has arrived by now, for the last time, even while `paused`: into a buffer of its own.
 
         Raises `OSError`.
         """
         rest = self._intake.read_rest()
+        if self._resync:
+            return  # it cannot be told what is whose
         self._before_delivery()
         for batch in self._batches(rest, memoryview(rest), 0, len(rest)):
             self._deliver(batch)

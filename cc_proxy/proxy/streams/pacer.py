@@ -27,10 +27,10 @@ from cc_proxy.proxy.streams.state import PacerState
 _LOOK_AGAIN = 0.001
 #: Once pings were faster than a marker, they go out together with the next markers, until this many markers
 #: in a row were faster. While output floods, one in ten markers comes back.
-_MARKERS_TO_TRUST = 8
+MARKERS_TO_TRUST = 8
 #: The most frames that can wait in the guest: a virtio-serial port has 128 buffers. Without this limit, many
 #: short stdins, which need no marker, would add up.
-_MOST_QUEUED = 128
+MOST_QUEUED = 128
 #: Seconds until a lossless agent is asked again, in case its answer was lost on this side.
 _PATIENCE = 10.0
 
@@ -63,7 +63,7 @@ class Pacer:
         self._look_again = _LOOK_AGAIN
         self._markers: dict[Session, int] = {}  # for those in `asked`: which of `frames` the marker was
         self._handled = 0  # how many of `frames` the agent is known to have handled
-        self._echoes_in_a_row = _MARKERS_TO_TRUST
+        self._echoes_in_a_row = MARKERS_TO_TRUST
         #: Frames that were sent to the agent, and the markers among them.
         self.frames = self.markers = 0
         self._cell = cell
@@ -104,7 +104,7 @@ class Pacer:
             self.asked[session] = now + self._echo_timeout
             self._count_marker()
             self._markers[session] = self.frames
-            if self._echoes_in_a_row < _MARKERS_TO_TRUST:
+            if self._echoes_in_a_row < MARKERS_TO_TRUST:
                 self._prepare_round(now)
         return marker
 
@@ -186,7 +186,7 @@ class Pacer:
             self._round = set(self.asked)
             sent = self.frames
             self._acknowledge(
-                min(sent - self._handled, _MOST_QUEUED) + 1,
+                min(sent - self._handled, MOST_QUEUED) + 1,
                 functools.partial(self._end_round, self._round, sent),
             )
 

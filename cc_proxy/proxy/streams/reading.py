@@ -18,9 +18,11 @@ def read_noted(sock: socket.socket, room: memoryview, cell: Cell, place: int, mu
     `place` is a `Reading` of nothing so far; `much` says that the last one was of `MUCH`. Raises
     `BlockingIOError` if there is nothing for now, or another `OSError`.
     """
-    if much:
-        room = _expected(sock, room)
-        cell[READING] = BUSY | place | len(room) << SIZE_AT
+    coming = min(unread(sock), len(room)) if much else 0
+    if coming >= len(STAMP):
+        room = room[:coming]
+        room[-len(STAMP) :] = STAMP
+        cell[READING] = BUSY | place | coming << SIZE_AT
     else:
         cell[READING] = BUSY | place
     try:
@@ -32,12 +34,3 @@ def read_noted(sock: socket.socket, room: memoryview, cell: Cell, place: int, mu
         raise
     cell[READING] = place | size << SIZE_AT
     return size
-
-
-def _expected(sock: socket.socket, room: memoryview) -> memoryview:
-    """Return the part of `room` that will be filled, with `STAMP` at its end."""
-    coming = min(unread(sock), len(room))
-    if coming >= len(STAMP):
-        room = room[:coming]
-    room[-len(STAMP) :] = STAMP
-    return room

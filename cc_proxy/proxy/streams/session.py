@@ -17,6 +17,7 @@ from cc_proxy.proxy.streams.cells import (
     FLAGS,
     GONE,
     MARKER,
+    READING,
     SPLIT,
     SPOOLED,
     STARTED,
@@ -32,7 +33,7 @@ from cc_proxy.proxy.streams.state import SessionState
 #: The errors of a socket whose client has gone.
 _GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 #: Seconds to wait for a client whose socket is full, before its output is spooled.
-_PATIENCE = 0.02
+PATIENCE = 0.02
 #: Seconds of patience that come back each second. One client can slow its VM down by this much at most.
 _PATIENCE_REGAINED = 0.25
 #: Seconds until a spool that was full, or could not be used, is tried again.
@@ -72,7 +73,7 @@ class Session:
         self._give_back, self._cell = place
         self._outlet = Outlet(sock, self._cell, TORN)
         self.vm, self.uid, self.pid = whose
-        self._patience = _PATIENCE
+        self._patience = PATIENCE
         self._patience_at = 0.0
         self._took_at = 0.0
         self._last_read = 0
@@ -133,7 +134,7 @@ class Session:
     def _store(self, state: SessionState) -> None:
         flags = {STARTED: state.started, ENDED: not state.stdin_open, GONE: state.output_gone}
         self._cell[FLAGS] = sum(flag for flag, is_so in flags.items() if is_so)
-        self._cell[SPLIT] = self.splitter.word()
+        self._cell[READING], self._cell[SPLIT] = 0, self.splitter.word()
         self._cell[SPOOLED] = self._spool.size
         if self.window:
             self._cell[MARKER] = self.window.generation
@@ -272,7 +273,7 @@ class Session:
     def _end_of_patience(self) -> float:
         now = time.monotonic()
         regained = (now - self._patience_at) * _PATIENCE_REGAINED
-        self._patience = min(_PATIENCE, self._patience + regained)
+        self._patience = min(PATIENCE, self._patience + regained)
         self._patience_at = now
         return now + self._patience
 

@@ -6,7 +6,7 @@ Times are in seconds, and what is left of them.
 from msgspec import Struct
 
 from cc_proxy.api.status import Traffic
-from cc_proxy.hyperstart.state import SplitterState, WindowState
+from cc_proxy.hyperstart.state import ResyncState, SplitterState, WindowState
 from cc_proxy.linux.fds import Fd
 
 
@@ -61,6 +61,8 @@ class StreamsState(Struct, frozen=True):
     sessions: list[SessionState]
     pacer: PacerState
     traffic: Traffic
+    #: If frames of the VM's have to be found first; nothing is unfinished then.
+    resync: ResyncState | None = None
 
 
 class ChannelState(Struct, frozen=True):

@@ -78,6 +78,8 @@ class Stdin:
 
     def restore(self, to_vm: bytes) -> None:
         """Go on with what waited for the VM in another one."""
+        self._cell[SENT_TURN] = self._turn
+        self._outlet.mend()
         if to_vm:
             self._to_vm = frames_of(memoryview(to_vm))
             self._block()

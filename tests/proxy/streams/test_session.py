@@ -115,7 +115,7 @@ def test_full_socket_makes_it_pending_with_patience(case: Case, clock: Clock) ->
     case.make_full()
     assert case.waits()
     assert case.session.spooled == 0
-    assert case.session.patient_until == clock.now + session_module._PATIENCE
+    assert case.session.patient_until == clock.now + session_module.PATIENCE
     case.take_all()
     assert not case.pending()
     assert case.session.patient_until is None
@@ -224,7 +224,7 @@ def test_spool_that_cannot_be_used_leaves_it_all_pending(
     case.take_all()
     case.make_full()
     assert case.session.patient_until is not None
-    assert case.session.patient_until <= clock.now + session_module._PATIENCE, "as if nothing had been"
+    assert case.session.patient_until <= clock.now + session_module.PATIENCE, "as if nothing had been"
 
 
 def test_spool_that_cannot_be_used_any_more_keeps_the_order(
@@ -355,7 +355,7 @@ def test_who_made_it_is_told_that_it_is_closed(
 
 
 def test_patience_is_used_up_and_comes_back_slowly(case: Case, clock: Clock) -> None:
-    full = session_module._PATIENCE
+    full = session_module.PATIENCE
     case.make_full()
     clock.now += 0.75 * full
     case.take_all()  # just in time, and three quarters of the patience are gone
@@ -395,7 +395,7 @@ def test_one_client_slows_its_vm_down_by_a_quarter_at_the_most(case: Case, clock
             clock.now += moment
         case.take_all()
     elapsed = clock.now - begun
-    assert waited <= session_module._PATIENCE + elapsed * session_module._PATIENCE_REGAINED
+    assert waited <= session_module.PATIENCE + elapsed * session_module._PATIENCE_REGAINED
     assert waited > 0.1 * elapsed, "it is given what is left"
 
 
@@ -405,7 +405,7 @@ def test_every_byte_in_order_whatever_happens(
     make_case: CaseMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, limit: int
 ) -> None:
     """As `Output` drives it: nothing is delivered while something is pending, whose memory is used again."""
-    monkeypatch.setattr(session_module, "_PATIENCE", NEVER)
+    monkeypatch.setattr(session_module, "PATIENCE", NEVER)
     monkeypatch.setattr(spool_module, "_DRAIN_AT_ONCE", 700)
     rng = random.Random(f"{seed} {limit}")
     case = make_case(spool_space(tmp_path, session_limit=limit))

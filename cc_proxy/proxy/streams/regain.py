@@ -1,0 +1,233 @@
+"""What a channel can go on with after its process was killed: a value like the one that is handed over, made
+from what the cells and the buffers say. No I/O.
+
+What cannot be told is left out, and said: as a gap, where bytes may be missing, or as a session that has to
+be hung up. A stream never gets a part of a frame, nor bytes of another one.
+"""
+
+import secrets
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cc_proxy.api.frames import encode_frame
+from cc_proxy.api.status import Traffic
+from cc_proxy.hyperstart.frames import MAX_FROM_AGENT, gather
+from cc_proxy.hyperstart.pacing import FIRST_MARKER, StdinWindow
+from cc_proxy.hyperstart.splitter import StdinSplitter, state_of
+from cc_proxy.hyperstart.state import ResyncState, SplitterState, WindowState
+from cc_proxy.linux.fds import Fd
+from cc_proxy.proxy.streams.cells import (
+    ENDED,
+    EXPECTED,
+    FLAGS,
+    GONE,
+    LOSSLESS,
+    MARKER,
+    READING,
+    SEEKING,
+    SENT_TURN,
+    SPLIT,
+    SPOOLED,
+    STARTED,
+    TORN,
+    TURNS,
+    VM_TORN,
+    WHERE_AT,
+    Reading,
+)
+from cc_proxy.proxy.streams.interfaces import BUFFER_SIZE, Cell, Memory
+from cc_proxy.proxy.streams.pacer import MARKERS_TO_TRUST, MOST_QUEUED
+from cc_proxy.proxy.streams.reading import STAMP
+from cc_proxy.proxy.streams.session import PATIENCE
+from cc_proxy.proxy.streams.state import ChannelState, PacerState, SessionState, StreamsState
+
+
+class SessionFacts(NamedTuple):
+    """What is known of a session for as long as there is one."""
+
+    fd: Fd
+    first_seq: int
+    seqs: int
+    uid: int
+    pid: int
+    cell: Cell
+
+
+class ChannelFacts(NamedTuple):
+    """What is known of a channel beside its memory."""
+
+    #: None if it is closed, and clients have yet to read what had come.
+    io: Fd | None
+    memory: Memory
+    sessions: Sequence[SessionFacts]
+    #: Seqs from here on have not been given out.
+    next_seq: int
+    #: `stdin.window` of the settings.
+    window: int
+    finish_in: float | None = None
+    finish_cause: str = ""
+
+
+class Gap(NamedTuple):
+    """Bytes that may be missing."""
+
+    #: Whether they are stdin. Else they are output.
+    to_vm: bool
+    #: The first seqs of the sessions that may be concerned; all of the VM's, if there are none.
+    streams: list[int]
+    most: int
+
+
+class HungUp(NamedTuple):
+    """A session that cannot go on. Its fd is still open."""
+
+    session: SessionFacts
+    reason: str
+
+
+class Regained(NamedTuple):
+    """What to go on with, and what is lost."""
+
+    state: ChannelState
+    gaps: list[Gap]
+    hung_up: list[HungUp]
+    #: Why the VM cannot go on; empty if it can.
+    lost: str
+
+
+class _Doubt(Exception):
+    """The text says why a session cannot go on."""
+
+
+def regain(facts: ChannelFacts) -> Regained:
+    """Return what a channel can go on with that was driven by a process that is no more."""
+    cell = facts.memory.cell
+    gaps: list[Gap] = []
+    hung_up: list[HungUp] = []
+    sessions: list[SessionState] = []
+    to_vm: list[bytes] = []
+    for session in sorted(facts.sessions, key=lambda session: session.first_seq):
+        try:
+            sessions.append(_session(session, facts, to_vm, gaps))
+        except _Doubt as doubt:
+            hung_up.append(HungUp(session, str(doubt)))
+    unfinished, resync = _output(facts, gaps)
+    if resync:
+        to_vm.append(encode_frame(resync.probe))
+    # As many frames as there can be may be waiting in the guest.
+    pacer = PacerState(MOST_QUEUED, MOST_QUEUED, 0, MARKERS_TO_TRUST, bool(cell[LOSSLESS]))
+    streams = StreamsState(
+        unfinished=unfinished,
+        to_vm=b"".join(to_vm),
+        sessions=sessions,
+        pacer=pacer,
+        traffic=Traffic(0, 0, 0, 0, 0, 0),
+        resync=resync,
+    )
+    lost = "the daemon ended when it had sent a part of a frame" if facts.io and cell[VM_TORN] else ""
+    state = ChannelState(facts.io, facts.finish_in, facts.finish_cause, streams)
+    return Regained(state, gaps, hung_up, lost)
+
+
+def _read(reading: Reading, room: memoryview) -> int | None:
+    """Return how much was read to the beginning of `room`; None if that cannot be told."""
+    if not reading.busy:
+        return reading.size
+    if not reading.size:
+        return None
+    return 0 if room[: reading.size][-len(STAMP) :] == STAMP else reading.size
+
+
+# Output ---------------------------------------------------------------------------------------------------
+
+
+def _output(facts: ChannelFacts, gaps: list[Gap]) -> tuple[bytes, ResyncState | None]:
+    """Return what has been read of an unfinished frame, or what frames are to be looked for with."""
+    memory = facts.memory
+    view = memoryview(memory.output)
+    reading = Reading.from_word(memory.cell[READING])
+    size = _read(reading, view[reading.where :])
+    if size is None or memory.cell[SEEKING]:
+        if not facts.io:
+            return b"", None
+        gaps.append(Gap(to_vm=False, streams=[], most=BUFFER_SIZE + 2 * MAX_FROM_AGENT))
+        return b"", ResyncState(facts.next_seq, FIRST_MARKER | secrets.randbits(63))
+    stop = reading.where + size
+    owners = {
+        seq: one.first_seq for one in facts.sessions for seq in range(one.first_seq, one.first_seq + one.seqs)
+    }
+    batch = gather(memory.output, view, reading.start, stop, owners)
+    if batch.slices:
+        most = sum(len(piece) for pieces in batch.slices.values() for piece in pieces)
+        gaps.append(Gap(to_vm=False, streams=sorted(batch.slices), most=most))
+    return (bytes(view[batch.stop : stop]) if facts.io else b""), None
+
+
+# Sessions -------------------------------------------------------------------------------------------------
+
+
+def _session(session: SessionFacts, facts: ChannelFacts, to_vm: list[bytes], gaps: list[Gap]) -> SessionState:
+    """Return a session's state. What its agent is to be sent is added to `to_vm`. Raises `_Doubt`."""
+    cell, flags = session.cell, session.cell[FLAGS]
+    if cell[TORN] and not flags & GONE:
+        raise _Doubt("its client may have a part of a frame")
+    reading = Reading.from_word(cell[READING])
+    splitter = _splitter(session, reading, memoryview(facts.memory.stdin))
+    ended, started = bool(flags & ENDED), bool(flags & STARTED)
+    if facts.io and reading.where == (facts.memory.cell[SENT_TURN] + 1) % TURNS:
+        if reading.size:
+            gaps.append(Gap(to_vm=True, streams=[session.first_seq], most=reading.size))
+        if splitter.at_eof:
+            to_vm.append(encode_frame(session.first_seq))
+        ended = False  # if it is, that will be read once more
+    if cell[SPOOLED]:
+        gaps.append(Gap(to_vm=False, streams=[session.first_seq], most=cell[SPOOLED]))
+    return SessionState(
+        fd=session.fd,
+        first_seq=session.first_seq,
+        seqs=session.seqs,
+        uid=session.uid,
+        pid=session.pid,
+        expected=bool(flags & EXPECTED),
+        started=started,
+        stdin_open=not ended,
+        output_gone=bool(flags & GONE),
+        splitter=splitter,
+        window=_window(session, facts.window, to_vm, ask=started and not ended),
+        pending=b"",
+        stuck="",
+        spool=[],
+        patience=PATIENCE,
+        patient=None,
+        idle=0.0,
+    )
+
+
+def _splitter(session: SessionFacts, reading: Reading, buffer: memoryview) -> SplitterState:
+    """Return where the splitter stands behind what was read last."""
+    state = state_of(session.first_seq, session.cell[SPLIT] & (1 << WHERE_AT) - 1)
+    if reading.where == session.cell[SPLIT] >> WHERE_AT:
+        return state
+    room = buffer[reading.start :]
+    size = _read(reading, room)
+    if size is None:
+        raise _Doubt("it is not known how much of its stdin was read")
+    splitter = StdinSplitter(session.first_seq)
+    splitter.restore(state)
+    data = bytearray(room[:size])
+    splitter.split(data, memoryview(data), 0, size)
+    if splitter.error:
+        raise _Doubt(splitter.error)
+    return splitter.state()
+
+
+def _window(session: SessionFacts, size: int, to_vm: list[bytes], *, ask: bool) -> WindowState | None:
+    """Return a window that a new marker will open again: what was sent before, the agent may still have."""
+    if not size:
+        return None
+    window = StdinWindow(session.first_seq, size)
+    window.generation = session.cell[MARKER]
+    window.reset()
+    if ask:
+        to_vm.append(window.ask_again())
+    return window.state()
