@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from cc_proxy.hyperstart.pacing import StdinWindow
@@ -29,7 +31,7 @@ from cc_proxy.proxy.streams.mailbox import Mailbox
 from cc_proxy.proxy.streams.regain import ChannelFacts, SessionFacts, regain
 from cc_proxy.proxy.streams.session import Session, Whose
 from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
-from tests.proxy.support import spool_space
+from cc_proxy.settings import LiveSettings, Settings, SpoolSettings
 
 
 class Owner:
@@ -58,6 +60,36 @@ class Quiet:
         pass
 
 
+class Mortal(socket.socket):
+    """A socket at which the process ends: just before a call of one of its methods, or just behind it."""
+
+    def __init__(self, fd: int, end: tuple[str, int, bool] | None) -> None:
+        """`end` is the method, which of its calls it is, and whether that call is made first."""
+        super().__init__(fileno=os.dup(fd))
+        self._method, self._left, self._is_done = end or ("", 0, False)
+
+    def recv_into(self, *args: Any) -> int:
+        return self._call("recv_into", super().recv_into, *args)
+
+    def send(self, *args: Any) -> int:
+        return self._call("send", super().send, *args)
+
+    def sendmsg(self, *args: Any) -> int:
+        return self._call("send", super().sendmsg, *args)
+
+    def _call(self, method: str, call: Callable[..., int], *args: Any) -> int:
+        ends = False
+        if method == self._method:
+            self._left -= 1
+            ends = not self._left
+        if ends and not self._is_done:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = call(*args)
+        if ends:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+
 def cell(page: mmap.mmap, number: int) -> Cell:
     """The VM's, and behind it those of the sessions."""
     begin = 8 * (VM_WORDS + SESSION_WORDS * (number - 1)) if number else 0
@@ -70,18 +102,20 @@ def memory(fds: list[int]) -> tuple[Memory, mmap.mmap]:
     return shared_memory(buffers, cell(page, 0)), page
 
 
-def new_session(seqs: range, fd: int, place: Place, space: SpoolSpace, window: StdinWindow | None) -> Session:
+def new_session(
+    seqs: range, sock: socket.socket, place: Place, space: SpoolSpace, window: StdinWindow | None
+) -> Session:
     who = Whose("vm", os.getuid(), os.getpid())
-    sock = socket.socket(fileno=os.dup(fd))
     return Session(seqs, sock, who, Spool(space, who.uid), window, place)
 
 
 def main() -> None:
     order: dict[str, Any] = json.loads(sys.stdin.readline())
-    space = spool_space(order["directory"])
+    space = SpoolSpace(LiveSettings(Settings(spool=SpoolSettings(directory=order["directory"]))))
     where, page = memory(order["memory"])
     places = [Place(lambda: None, cell(page, number + 1)) for number in range(len(order["sessions"]))]
-    io = socket.socket(fileno=os.dup(order["io"]))
+    at_vm, at_client = order["ends"]
+    io = Mortal(order["io"], at_vm)
     pacing = Pacing(0.05, lambda _pings, done: done(True))
     mailbox = Mailbox()
     channel = Channel(Owner(), Sockets(io, Quiet(), None), where, mailbox, pacing)
@@ -101,7 +135,7 @@ def main() -> None:
         for state in streams.sessions:
             window = StdinWindow.from_state(state.first_seq, state.window) if state.window else None
             seqs, place = range(state.first_seq, state.first_seq + 2), places[numbers[state.first_seq]]
-            sessions.append(new_session(seqs, state.fd.number, place, space, window))
+            sessions.append(new_session(seqs, Mortal(state.fd.number, at_client), place, space, window))
             sessions[-1].restore(state)
         channel.restore(found.state, sessions)
         said = {
@@ -113,7 +147,7 @@ def main() -> None:
     else:
         for (seq, fd), place in zip(order["sessions"], places, strict=True):
             window = StdinWindow(seq, size) if size else None
-            channel.add(new_session(range(seq, seq + 2), fd, place, space, window))
+            channel.add(new_session(range(seq, seq + 2), Mortal(fd, at_client), place, space, window))
             channel.open_stdin([seq])
     print(json.dumps(said), flush=True)
     while channel.is_in_use:
