@@ -21,6 +21,7 @@ from cc_proxy.linux.fds import (
     raise_fd_limit,
     refuse_rights,
     send_pieces,
+    taken_whole,
     untaken,
 )
 from cc_proxy.linux.fds import unread as unread_of
@@ -121,6 +122,26 @@ def test_what_a_socket_does_not_take_comes_back_uncopied(ends: Ends) -> None:
             break
         rest = send_pieces(near, rest)
     assert received == buffer
+
+
+@pytest.mark.parametrize("buffer", [4_608, 30_000, 262_144])
+def test_what_is_taken_whole_is_taken_whole_or_not_at_all(ends: Ends, buffer: int) -> None:
+    near, far = ends
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+    most = taken_whole(near)
+    assert 1_000 < most <= 32_768
+    rng = random.Random(buffer)
+    taken = refused = 0
+    for _ in range(2_000):
+        size = rng.choice([1, 100, most // 2, most])
+        try:
+            assert near.send(bytes(size)) == size
+            taken += 1
+        except BlockingIOError:
+            refused += 1
+            far.recv(rng.randrange(1, 3 * most))
+    assert taken > 100
+    assert refused > 100
 
 
 def test_socket_that_takes_nothing_gets_nothing(ends: Ends) -> None:

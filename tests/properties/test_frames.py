@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cc_proxy.api.errors import ProtocolError
 from cc_proxy.api.frames import MAX_FRAME, Frame, FrameParser, encode_frame
-from cc_proxy.hyperstart.frames import MAX_TO_AGENT, gather
-from cc_proxy.hyperstart.splitter import StdinSplitter
+from cc_proxy.hyperstart.frames import MAX_TO_AGENT, MOST_IN_SLICE, gather
+from cc_proxy.hyperstart.splitter import StdinSplitter, state_of, whole_frames
 from tests.properties.support import in_pieces, payloads, stream_of
 from tests.slow import Sorted, StdinReader, decode_slowly, frame, frames_said, sort_slowly, split
 
@@ -68,6 +70,15 @@ def damaged(draw: st.DrawFn) -> bytes:
 @example(frame(1, b"x") * 33 + frame(2, b"x") + frame(1, b"x") * 3, b"", 1000, {1})
 @example(frame(1, b"x") * 32 + frame(1, b"x", 0), b"", 1000, {1})
 @example(frame(0) * 100, b"", 500, {0})
+@example(frame(1, bytes(30)) * 2_000, b"", 1000, {1})
+@example(
+    frame(1) + frame(0, bytes(30)) * 600 + (frame(0, bytes(40)) + frame(1, bytes(40))) * 900,
+    b"",
+    1000,
+    {0, 1},
+)
+@example(b"".join(frame(1, bytes(size)) for size in range(400)), b"", 1000, {1})
+@example(frame(1) * 9 + frame(1, bytes(40_000)) + frame(1) * 9, b"", 1000, {1})
 def test_gather_sorts_as_a_byte_by_byte_reading_does(
     stream: bytes, before: bytes, cut: int, owned: set[int]
 ) -> None:
@@ -79,7 +90,16 @@ def test_gather_sorts_as_a_byte_by_byte_reading_does(
     by_owner = {owner: b"".join(slices) for owner, slices in batch.slices.items()}
     found = Sorted(by_owner, batch.strays, batch.frames, batch.stop - start, batch.error is not None)
     assert found == sort_slowly(stream[: stop - start], owners)
-    assert all(piece.obj is buffer for slices in batch.slices.values() for piece in slices)
+    for piece in (piece for slices in batch.slices.values() for piece in slices):
+        assert piece.obj is buffer
+        check_sendable([piece])
+
+
+def check_sendable(pieces: Sequence[bytes | memoryview]) -> None:
+    """They are whole frames, and short enough to be sent all at once or not at all, or one frame."""
+    found = decode_slowly(b"".join(pieces), 8, 12, MAX_FRAME)
+    assert not found.rest
+    assert sum(map(len, pieces)) <= MOST_IN_SLICE or len(found.units) == 1
 
 
 # Stdin ------------------------------------------------------------------------------------------------------
@@ -103,19 +123,43 @@ client_streams = stream_of(from_client | row_from_client, not_his | row_not_his 
 @example([frame(BASE, b"x") * 40 + frame(BASE) + frame(258, b"x")], 3)
 @example([frame(BASE, b"x") + frame(BASE)[:5], frame(BASE)[5:]], 0)
 @example([frame(BASE, b"x") + frame(258, b"x") * 40], 0)
+@example([frame(BASE, b"abc") + frame(BASE, bytes(60)) * 1_500], 0)
+@example([frame(BASE, bytes(MAX_TO_AGENT - 11)) * 20], 0)
+@example([frame(BASE, bytes(3_000)) * 10 + frame(BASE, bytes(60)) * 900], 0)
 @example([frame(BASE, bytes(MAX_TO_AGENT - 12)) + frame(BASE, bytes(MAX_TO_AGENT - 11)) + frame(BASE)], 0)
 def test_splitter_passes_what_a_byte_by_byte_reading_passes(pieces: list[bytes], start: int) -> None:
     """After every read: all but an unfinished header has been handed out, in frames an agent can take."""
     splitter, expected = StdinSplitter(BASE), StdinReader(BASE)
+    word = splitter.word()
     said: list[int | None] = []
     for piece in pieces:
         expected.receive(piece)
         buffer = bytearray(bytes(start) + 3 * piece)
-        said += frames_said(BASE, b"".join(split(splitter, buffer, start, start + len(piece))))
+        handed_out = split(splitter, buffer, start, start + len(piece))
+        check_pieces(handed_out)
+        other = StdinSplitter(BASE)
+        other.restore(state_of(BASE, word))
+        anew = bytearray(bytes(start) + 3 * piece)
+        assert b"".join(split(other, anew, start, start + len(piece))) == b"".join(handed_out)
+        assert (other.error is None) == (splitter.error is None)
+        word = splitter.word()
+        said += frames_said(BASE, b"".join(handed_out))
         assert said == expected.said
         assert (splitter.error is not None) == expected.broken
         assert splitter.payload_bytes == len(said) - said.count(None)
         assert splitter.at_eof == (said[-1:] == [None])
+
+
+def check_pieces(pieces: Sequence[bytes | memoryview]) -> None:
+    """Between each two, there is a place where one may begin to send, at the next one at the latest."""
+    begin = 0
+    for end in range(1, len(pieces) + 1):
+        stop = whole_frames(pieces, end)
+        assert stop in {end, end - 1}
+        if stop > begin:
+            check_sendable(pieces[begin:stop])
+            begin = stop
+    assert begin == len(pieces)
 
 
 @given(st.lists(st.builds(frame, st.just(BASE), payloads(MAX_TO_AGENT - 12)), max_size=20).map(b"".join))
