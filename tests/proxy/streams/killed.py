@@ -57,7 +57,8 @@ class Quiet:
         return False
 
     def close(self) -> None:
-        pass
+        self._end.close()
+        self._other.close()
 
 
 class Mortal(socket.socket):
