@@ -73,14 +73,9 @@ class Channel:
             undo.callback(self._watch.close)
             # A client may have got its seqs, and the VM may have used them, just before a read. By then the
             # session is in the mailbox, so calls are made between reading and delivering as well.
-            self._output = Output(
-                self._vm,
-                Intake(io, memory.output, memory.cell),
-                self._watch.others,
-                self._routes,
-                mailbox.make_calls,
-                self._pacer.echo,
-            )
+            intake, calls = Intake(io, memory.output, memory.cell), mailbox.make_calls
+            others, echo = self._watch.others, self._pacer.echo
+            self._output = Output(self._vm, intake, others, self._routes, calls, echo)
             self._stdin = Stdin(self._vm, io, memory, self._watch.clients, self._pacer, self._drop)
             self._watch.add_io(self._io_fd, self._on_io)
             self._watch.add(mailbox.fileno(), lambda _events: mailbox.receive())
