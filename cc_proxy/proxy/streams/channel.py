@@ -53,8 +53,7 @@ class Channel:
         """
         io, control, console = sockets
         io.setblocking(False)
-        self._owner = owner
-        self._vm = owner.container_id
+        self._owner, self._vm = owner, owner.container_id
         self._io = io
         self._io_fd = io.fileno()
         self._control = control
