@@ -43,22 +43,23 @@ class Outlet:
 
         Once it is torn, it stays so until everything is sent. Raises `OSError` if the peer has gone.
         """
-        if len(pieces) == 1 and len(pieces[0]) <= self._at_once:
-            # The most frequent case, in the fewest steps.
-            piece = pieces[0]
-            try:
-                sent = self._sock.send(piece)
-            except OSError as error:
-                if not is_for_now(error):
-                    raise
-                return pieces
-            return () if sent == len(piece) else self._rest(pieces, sent)
-        return self._send_torn(pieces) if self._at_once < 0 else self._send_whole(pieces)
+        # What fits into one send is the most frequent case, in the fewest steps.
+        one = len(pieces) == 1
+        size = len(pieces[0]) if one else sum(map(len, pieces))
+        if size > self._at_once or len(pieces) > IOV_MAX:
+            return self._send_torn(pieces) if self._at_once < 0 else self._send_whole(pieces)
+        try:
+            sent = self._sock.send(pieces[0]) if one else self._sock.sendmsg(pieces)
+        except OSError as error:
+            if not is_for_now(error):
+                raise
+            return pieces
+        return () if sent == size else self._rest(pieces, sent)
 
     def _send_whole(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
         ends = [0, *accumulate(map(len, pieces))]
         first, count = 0, len(pieces)
-        most = self._most if ends[-1] <= self._most else max(self._most, self._room())
+        most = max(self._most, self._room())
         while first < count:
             last = bisect_right(ends, ends[first] + most, first, min(first + IOV_MAX, count) + 1) - 1
             if first < last < count:
