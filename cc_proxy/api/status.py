@@ -168,6 +168,9 @@ class Status(_Part, frozen=True):
     #: daemon that does not say.
     known_for: float = 0.0
     replaced: Replaced = Replaced()
+    #: How often bytes of streams were lost as a process was killed, and how many those were at most.
+    gaps: int = 0
+    lost: int = 0
 
 
 def count(number: int, thing: str) -> str:

@@ -1,28 +1,32 @@
 """A box for fds that is in no process: what was put into it stays for as long as somebody has it open."""
 
 import array
-import contextlib
 import errno
 import fcntl
 import os
-import select
 import socket
+import sys
 import termios
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 #: The most that one message takes (<net/scm.h>).
 _MOST_FDS = 253
 _ROOM = socket.CMSG_SPACE(_MOST_FDS * array.array("i").itemsize)
 #: <asm-generic/socket.h>; Python's `socket` has no name for it.
 _SO_PEEK_OFF = 42
-#: What each message carries beside the fds: whether another one follows.
-_MORE, _LAST = b"+", b"."
+#: Each message carries one byte beside the fds, which says what they are: those that somebody keeps, or a
+#: state with those behind it.
+_KEPT, _STATE = b"k", b"s"
+#: Room for some 550 messages, and as many as may be there before fds that are put in one by one are put in
+#: together: the rest is for that, and for a state.
+_BUFFER = 212_992
+_MANY = 256
 
 
 class Box:
     """A socket pair: fds that were sent from one end, and not received at the other, wait in the kernel.
 
-    One thread. Whoever has both ends can take out what is in it; it is gone once nobody has either.
+    One thread at a time. Whoever has both ends can take out what is in it; it is gone once nobody has either.
     """
 
     def __init__(self, ends: Sequence[socket.socket] = ()) -> None:
@@ -30,76 +34,102 @@ class Box:
         first, second = ends or socket.socketpair()
         for end in (first, second):
             end.setblocking(False)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
         # It is the receiving end where something waits.
-        self._sender, self._receiver = (second, first) if _has_something(first) else (first, second)
+        self._sender, self._receiver = (second, first) if _waiting(first) else (first, second)
+        self._messages = _waiting(self._receiver)
 
     @property
     def ends(self) -> tuple[socket.socket, socket.socket]:
-        """Both ends; each is closed by `close`, and the receiver by `leave_to`."""
+        """Both ends, which `close` closes."""
         return self._sender, self._receiver
 
     @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing in it."""
-        return not _has_something(self._receiver)
+    def messages(self) -> int:
+        """How many messages are in it."""
+        return self._messages
 
     @property
-    def is_kept(self) -> bool:
-        """Whether anybody has the receiving end open, which may be this process."""
-        poll = select.poll()
-        poll.register(self._sender, 0)
-        return not poll.poll(0)
+    def is_crowded(self) -> bool:
+        """Whether there are so many messages in it that they should be fewer, with more fds in each."""
+        return self._messages >= _MANY
 
-    def leave_to_keeper(self) -> None:
-        """Empty it, and close the receiving end, which somebody else has open too. No matter if it is."""
-        if self._receiver.fileno() >= 0:
-            self.empty()
-            self._receiver.close()
-
-    def fill(self, fds: Sequence[int]) -> None:
-        """Put fds into an empty box; those of this process stay open. Raises `OSError`, with some in it."""
+    def put(self, fds: Sequence[int]) -> None:
+        """Put fds in, which stay open in this process. Raises `OSError`, and some may be in it."""
         for first in range(0, len(fds), _MOST_FDS):
-            some = fds[first : first + _MOST_FDS]
-            mark = _LAST if first + _MOST_FDS >= len(fds) else _MORE
-            self._sender.sendmsg([mark], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", some))])
+            self._send(_KEPT, fds[first : first + _MOST_FDS])
 
-    def look(self) -> list[int]:
-        """Return new fds of all that is in it, in their order; it stays there. Raises `OSError`."""
+    def put_state(self, state: bytes, fds: Sequence[int]) -> None:
+        """Put in a state, and the fds that go with it. Raises `OSError`, and some may be in it."""
+        with open(os.memfd_create("cc-proxy-state"), "wb", buffering=0) as file:
+            left = memoryview(state)
+            while left:
+                left = left[file.write(left) :]
+            self._send(_STATE, [file.fileno()])
+        self.put(fds)
+
+    def drop(self, messages: int) -> None:
+        """Throw away the oldest messages. Raises `OSError`."""
+        for _ in range(messages):
+            self._receiver.recv(1)  # with no room for the fds, they are closed at once
+            self._messages -= 1
+
+    def look(self) -> tuple[bytes, list[int]]:
+        """Return the last state, empty if there is none, and new fds of the rest; everything stays there.
+
+        Some fds may be there several times. Raises `OSError`.
+        """
+        state, fds = b"", list[int]()
         self._receiver.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, 0)  # each look goes on behind the last
-        fds: list[int] = []
         try:
-            mark, is_whole = _MORE, True
-            while mark == _MORE and is_whole:
-                mark, some, is_whole = self._receive(socket.MSG_PEEK)
-                fds += some
-            if is_whole:
-                return fds
-            for fd in fds:
-                os.close(fd)
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            for _ in range(_waiting(self._receiver)):
+                mark, some = self._peek()
+                if mark == _STATE:
+                    state = _read(some[0])
+                else:
+                    fds += some
+        except BaseException:
+            close_all(fds)
+            raise
         finally:
             self._receiver.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, -1)
-
-    def empty(self) -> None:
-        """Throw away what is in it. Never raises."""
-        with contextlib.suppress(OSError):
-            while _has_something(self._receiver):
-                for fd in self._receive(0)[1]:
-                    os.close(fd)
-
-    def _receive(self, flags: int) -> tuple[bytes, list[int], bool]:
-        """Return a message's mark and fds, and whether this process may have all of them."""
-        mark, control, received, _ = self._receiver.recvmsg(1, _ROOM, flags | socket.MSG_CMSG_CLOEXEC)
-        fds = array.array("i")
-        for _, _, data in control:
-            fds.frombytes(data)
-        return mark, list(fds), not received & socket.MSG_CTRUNC
+        return state, fds
 
     def close(self) -> None:
         """Close both ends."""
         self._sender.close()
         self._receiver.close()
 
+    def _send(self, mark: bytes, fds: Sequence[int]) -> None:
+        self._sender.sendmsg([mark], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+        self._messages += 1
 
-def _has_something(sock: socket.socket) -> bool:
-    return any(fcntl.ioctl(sock, termios.FIONREAD, bytes(4)))
+    def _peek(self) -> tuple[bytes, list[int]]:
+        flags = socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC
+        mark, control, received, _ = self._receiver.recvmsg(1, _ROOM, flags)
+        fds = array.array("i")
+        for _, _, data in control:
+            fds.frombytes(data)
+        if received & socket.MSG_CTRUNC:
+            close_all(fds)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return mark, list(fds)
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close fds."""
+    for fd in fds:
+        os.close(fd)
+
+
+def _read(memory: int) -> bytes:
+    """Return what is in a memfd, and close it."""
+    try:
+        return os.pread(memory, os.fstat(memory).st_size, 0)
+    finally:
+        os.close(memory)
+
+
+def _waiting(sock: socket.socket) -> int:
+    """Return how many bytes, which is to say messages, wait there."""
+    return int.from_bytes(fcntl.ioctl(sock, termios.FIONREAD, bytes(4)), sys.byteorder)

@@ -5,28 +5,30 @@ meaning. Where that is not enough, `VERSION` is raised.
 """
 
 import contextlib
-import itertools
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
 
 from cc_proxy.api.status import Replaced
-from cc_proxy.linux.fds import Fd
-from cc_proxy.proxy.clients.state import ServerState
-from cc_proxy.proxy.vms.state import RegistryState
+from cc_proxy.continuity.table import Unreadable
+from cc_proxy.linux.fds import Fd, Identity, identity_of
+from cc_proxy.proxy.clients.state import ConnectionRecord, ListenerState, ServerState
+from cc_proxy.proxy.keeping import Record
+from cc_proxy.proxy.streams.state import SessionRecord
+from cc_proxy.proxy.vms.state import GoneVmRecord, RegistryState, VmRecord
 from cc_proxy.settings import Settings
 
 VERSION = 1
 
-#: By device and inode an fd is known in any process.
-_Identity = tuple[int, int]
+#: What is kept in the table.
+AnyRecord = VmRecord | GoneVmRecord | SessionRecord | ConnectionRecord
+#: By what they stand for, the fds that have been left to this process.
+Found = dict[Identity, int]
 
-
-class Unreadable(Exception):
-    """What was handed over cannot be read; the text says why."""
+T = TypeVar("T")
 
 
 class DaemonState(Struct, frozen=True, kw_only=True):
@@ -43,6 +45,8 @@ class DaemonState(Struct, frozen=True, kw_only=True):
     #: When the first process began (CLOCK_MONOTONIC), and how often it was replaced, this time included.
     known_since: float
     replaced: Replaced
+    #: How many gaps there were, and of how many bytes at most.
+    gaps: tuple[int, int] = (0, 0)
     #: Errors that nobody expected, by event.
     faults: dict[str, int]
     #: Requests that users may make at once, by uid.
@@ -56,17 +60,39 @@ class _Header(Struct):
     program: str
 
 
-def encode(state: DaemonState) -> tuple[bytes, list[int]]:
-    """Return a state as bytes, and the fds that it names."""
+class DaemonRecord(Struct, frozen=True, kw_only=True):
+    """What is kept of the daemon itself; see `DaemonState`."""
+
+    version: int = VERSION
+    program: str
+    settings: bytes
+    log_level: str | None
+    known_since: float
+    replaced: Replaced
+    gaps: tuple[int, int]
+    listener: ListenerState
+
+
+def encode(state: DaemonState | DaemonRecord | Record) -> tuple[bytes, list[int]]:
+    """Return a state as bytes, and the fds that it names. Raises `OSError` if one is closed."""
     fds: list[int] = []
 
-    def encode_fd(value: Any) -> _Identity:
+    def encode_fd(value: Any) -> Identity:
         if not isinstance(value, Fd):
             raise NotImplementedError(f"no format for {type(value)}")
         fds.append(value.number)
-        return _identity(value.number)
+        return identity_of(value.number)
 
     return msgspec.msgpack.encode(state, enc_hook=encode_fd), fds
+
+
+def find(fds: Iterable[int]) -> Found:
+    """Return what has been left by what it stands for. Closes fds that are there twice."""
+    found: Found = {}
+    for fd in fds:
+        if found.setdefault(identity_of(fd), fd) != fd:
+            os.close(fd)
+    return found
 
 
 def decode(data: bytes, fds: Sequence[int]) -> DaemonState:
@@ -74,40 +100,56 @@ def decode(data: bytes, fds: Sequence[int]) -> DaemonState:
 
     Closes those that it does not name, or all.
     """
-    left = _by_identity(fds)
+    found = find(fds)
+    with taking_all(found):
+        check_version(data)
+        return take(data, DaemonState, found)
+
+
+@contextlib.contextmanager
+def taking_all(found: Found) -> Iterator[None]:
+    """Close what is left at the end; or everything, if it cannot be read."""
+    everything = dict(found)
     try:
-        return _decode(data, left)
+        yield
     except BaseException:
-        left = _by_identity(fds)
+        found |= everything
         raise
     finally:
-        for fd in itertools.chain.from_iterable(left.values()):
+        for fd in found.values():
             os.close(fd)
 
 
-def _by_identity(fds: Sequence[int]) -> dict[_Identity, list[int]]:
-    """Two sockets may have the same inode, as the kernel's counter wraps around: they keep their order."""
-    found: dict[_Identity, list[int]] = {}
-    for fd in fds:
-        found.setdefault(_identity(fd), []).append(fd)
-    return found
+def check_version(data: bytes) -> None:
+    """Raises `Unreadable` if a newer daemon has written it."""
+    try:
+        header = msgspec.msgpack.decode(data, type=_Header)
+    except msgspec.MsgspecError as error:
+        raise Unreadable(str(error)) from None
+    if header.version > VERSION:
+        raise Unreadable(f"it was written by cc-proxy {header.program}, in a newer format")
 
 
-def _decode(data: bytes, fds: dict[_Identity, list[int]]) -> DaemonState:
+def take_record(data: bytes, found: Found) -> AnyRecord:
+    """The same for a record of the table."""
+    kind: Any = AnyRecord
+    record: AnyRecord = take(data, kind, found)
+    return record
+
+
+def take(data: bytes, kind: type[T], found: Found) -> T:
+    """Return what was encoded, with the fds that it names, which are taken out. Raises `Unreadable`."""
 
     def decode_fd(kind: type[Any], value: Any) -> Any:
         if kind is not Fd:
             raise NotImplementedError(f"no format for {kind}")
         try:
-            return Fd(fds[tuple(value)].pop(0))
-        except (KeyError, IndexError):
+            return Fd(found.pop(tuple(value)))
+        except KeyError:
             raise ValueError("an fd is missing") from None
 
     try:
-        header = msgspec.msgpack.decode(data, type=_Header)
-        if header.version > VERSION:
-            raise Unreadable(f"it was written by cc-proxy {header.program}, in a newer format")
-        return msgspec.msgpack.decode(data, type=DaemonState, dec_hook=decode_fd)
+        return msgspec.msgpack.decode(data, type=kind, dec_hook=decode_fd)
     except msgspec.MsgspecError as error:
         raise Unreadable(str(error)) from None
 
@@ -124,8 +166,3 @@ def decode_settings(data: bytes) -> Settings | None:
     with contextlib.suppress(msgspec.MsgspecError, ValueError):
         return msgspec.msgpack.decode(data, type=Settings, dec_hook=lambda kind, given: kind.resolve(given))
     return None
-
-
-def _identity(fd: int) -> _Identity:
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino

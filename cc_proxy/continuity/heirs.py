@@ -12,18 +12,11 @@ from typing import Protocol, Self
 from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.errors import TimedOut
 from cc_proxy.continuity.box import Box
-from cc_proxy.linux.systemd import Notifier, take_stored
 
-#: <sysexits.h>; the unit has it mean that another process is to be started.
-EX_TEMPFAIL = 75
-#: How the names begin under which any version has the service manager store fds, and that of the box's ends.
-_OURS = "cc-proxy-"
-_STORED_AS = f"{_OURS}box"
 #: Names the process that has started this one, and the fds that it has passed.
 _PREDECESSOR = "CC_PROXY_PREDECESSOR"
 #: Seconds that a process which was started gets to be ready, and to take over: nobody is served meanwhile.
 _PATIENCE, _PAUSE = 30.0, 5.0
-_STATE = "cc-proxy-state"
 #: The process whose end ends all others of its PID namespace.
 _INIT = 1
 #: Signals that may have come too late for this process.
@@ -52,97 +45,6 @@ class Heir(Protocol):
 
     def close(self) -> None:
         """It has been handed over, or not."""
-
-
-def put_in(box: Box, data: bytes, fds: Sequence[int]) -> None:
-    """Put a state and its fds into an empty box. Raises `NotReplaced`, and some may be in it."""
-    try:
-        with open(os.memfd_create(_STATE), "wb", buffering=0) as file:
-            left = memoryview(data)
-            while left:
-                left = left[file.write(left) :]
-            box.fill([file.fileno(), *fds])
-    except OSError as error:
-        raise NotReplaced(f"the fds cannot be handed over: {error.strerror}") from None
-
-
-def look_into(box: Box) -> tuple[bytes, list[int]]:
-    """Return the state and the fds in a box, which stay there. Raises `OSError`."""
-    memory, *fds = box.look()
-    try:
-        return os.pread(memory, os.fstat(memory).st_size, 0), fds
-    finally:
-        os.close(memory)
-
-
-class Store:
-    """The service manager: it keeps the box, and starts another process when this one has ended."""
-
-    exit_status = EX_TEMPFAIL
-
-    def __init__(self, notifier: Notifier) -> None:
-        self._notifier = notifier
-        self.box: Box | None = None
-        #: Why what was left here is lost; empty if it is not.
-        self.lost = ""
-        for name, fds in take_stored(_OURS).items():
-            if name == _STORED_AS and len(fds) == 2:  # noqa: PLR2004 - its ends
-                self.box = Box([socket.socket(fileno=fd) for fd in fds])
-            else:  # another version's, or half a box
-                self._forget(name)
-                for fd in fds:
-                    os.close(fd)
-                if name == _STORED_AS:
-                    self.lost = "the service manager has dropped a part of it"
-        #: Why there is none.
-        self.error = ""
-
-    def open(self) -> None:
-        """Have an empty box kept. If the manager keeps none, `error` says so."""
-        if self.box is None:
-            try:
-                self.error = self._make_box()
-            except OSError as error:
-                self.error = str(error)
-        if self.box:
-            self.box.leave_to_keeper()
-            if not self.error and not self.box.is_kept:
-                self.error = "it keeps no fds: set FileDescriptorStoreMax= to 2 at least"
-        if self.error:
-            self._forget(_STORED_AS)  # it may keep one end
-
-    def _make_box(self) -> str:
-        """Returns why the manager does not keep it. Raises `OSError`."""
-        self.box = Box()
-        if self._notifier.store(_STORED_AS, [end.fileno() for end in self.box.ends]):
-            return ""
-        return self._notifier.error or "it does not answer"
-
-    def _forget(self, name: str) -> None:
-        self._notifier.tell("FDSTOREREMOVE=1", f"FDNAME={name}")
-
-    def prepare(self) -> None:
-        """See whether the box is kept. Raises `NotReplaced`."""
-        if self.error or not self.box or not self.box.is_kept:
-            raise NotReplaced(f"the service manager keeps nothing: {self.error or 'it has dropped the box'}")
-
-    def hand_over(self, data: bytes, fds: Sequence[int]) -> None:
-        """Put everything into the box. Raises `NotReplaced`."""
-        assert self.box
-        try:
-            put_in(self.box, data, fds)
-            self.prepare()
-        except NotReplaced:
-            # There may be something in it that nobody is to find.
-            self._forget(_STORED_AS)
-            self.box.close()
-            self.box = None
-            raise
-
-    def close(self) -> None:
-        """Close this process's ends; the manager keeps its own."""
-        if self.box:
-            self.box.close()
 
 
 class Successor:
@@ -184,7 +86,10 @@ class Successor:
         """Give everything to it, and wait until it has taken over. Raises `NotReplaced`."""
         assert self._box
         assert self._link
-        put_in(self._box, data, fds)
+        try:
+            self._box.put_state(data, fds)
+        except OSError as error:
+            self._give_up(f"the fds cannot be handed over: {error.strerror}")
         with contextlib.suppress(OSError):
             self._link.send(_FILLED)
         self._wait_for(_TAKEN, _PAUSE)

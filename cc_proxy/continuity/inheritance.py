@@ -1,11 +1,20 @@
 """What the process before has left to this one."""
 
+import os
+import socket
 import time
+from collections.abc import Callable
 
-from cc_proxy.continuity.box import Box
-from cc_proxy.continuity.format import DaemonState, Unreadable, decode, decode_settings
-from cc_proxy.continuity.heirs import Heir, Predecessor, Store, Successor, look_into
+from cc_proxy.continuity.format import DaemonRecord, DaemonState, decode, decode_settings, find, taking_all
+from cc_proxy.continuity.heirs import Heir, Predecessor, Successor
+from cc_proxy.continuity.recovery import Losses, recover
+from cc_proxy.continuity.store import Store
+from cc_proxy.continuity.table import Table, Unreadable
+from cc_proxy.linux.fds import close_stream
 from cc_proxy.linux.systemd import Notifier
+from cc_proxy.log.levels import logger
+from cc_proxy.proxy import gaps
+from cc_proxy.proxy.keeping import NOTHING, Keeper
 from cc_proxy.settings import Settings
 
 
@@ -25,14 +34,16 @@ class Inheritance:
         self._predecessor = Predecessor.find()
         self._directory = directory
         self._state: DaemonState | None = None
+        self._losses = Losses()
+        self._describe: Callable[[], DaemonRecord] | None = None
         #: Seconds that it took to read what was left.
         self.reading = 0.0
         #: Why what was left cannot be read; empty if it can.
         self.error = self._store.lost if self._store else ""
-        if self._store and self._store.box and not self._store.box.is_empty:
-            self._read(self._store.box)
+        if self._store and self._store.memory:
+            self._read(self._look)
             if self.error:
-                self._store.box.empty()  # its listening socket, for one, would be in the way
+                self._store.forget()  # its listening socket, for one, would be in the way
 
     @property
     def settings(self) -> Settings | None:
@@ -44,30 +55,51 @@ class Inheritance:
 
         Raises `Nothing` if that goes on itself.
         """
-        if self._predecessor:
+        if predecessor := self._predecessor:
             try:
-                filled = self._predecessor.wait()
+                filled = predecessor.wait()
             except OSError as error:
                 raise Nothing(str(error)) from None
             if not filled:
                 raise Nothing("the process before has ended, or goes on")
-            self._read(self._predecessor.box)
+            self._read(lambda: decode(*predecessor.box.look()))
             if self.error:
                 raise Nothing(self.error)
         return self._state
 
-    def _read(self, box: Box) -> None:
+    def _read(self, read: Callable[[], DaemonState | None]) -> None:
         begun = time.monotonic()
         try:
-            self._state = decode(*look_into(box))
+            self._state = read()
         except (OSError, Unreadable) as error:
             self.error = str(error)
         self.reading = time.monotonic() - begun
 
-    def take_over(self) -> str:
+    def _look(self) -> DaemonState | None:
+        """Return what is in the store. Raises `OSError` or `Unreadable`."""
+        assert self._store
+        assert self._store.box
+        assert self._store.memory
+        table = Table(self._store.memory)
+        if table.is_empty:
+            return None
+        data, fds = self._store.box.look()
+        if table.is_handed_over:
+            return decode(data, fds)
+        found = find(fds)
+        with taking_all(found):
+            state, self._losses = recover(table, found)
+        return state
+
+    def keeper(self) -> Keeper:
+        """Return what keeps all that this process is at; it does so from `take_over` on."""
+        return self._store.open() if self._store else NOTHING
+
+    def take_over(self, describe: Callable[[], DaemonRecord]) -> str:
         """From now on it is this process's. Returns why it can leave nothing to the next one, if it cannot.
 
-        Raises `Nothing`: then it is not.
+        `describe` is called now, and by `keep_daemon`, for what is known of the daemon itself. Raises
+        `Nothing`: then it is not.
         """
         if self._predecessor:
             try:
@@ -75,16 +107,38 @@ class Inheritance:
             except OSError as error:
                 raise Nothing(str(error)) from None
             self._predecessor = None
+        self._describe = describe
+        why_not = self._store.take_over(describe()) if self._store else ""
+        _say_what_is_lost(self._losses)
+        self._losses = Losses()
+        return why_not
+
+    def keep_daemon(self) -> None:
+        """Keep what is now known of the daemon itself."""
+        if self._store and self._describe:
+            self._store.keep_daemon(self._describe())
+
+    def end(self) -> None:
+        """This is an end: nothing is left to anybody."""
         if self._store:
-            self._store.open()
-            return self._store.error
-        return ""
+            self._store.forget()
 
     def close(self) -> None:
         """Close what this process has of the store."""
         if self._store:
-            self._store.close()
+            self._store.let_go()
 
     def heir(self) -> Heir:
         """Return who goes on after this process."""
         return self._store or Successor(self._directory)
+
+
+def _say_what_is_lost(losses: Losses) -> None:
+    """Log what could not be saved, and hang up on whom it concerns."""
+    for vm, gap in losses.gaps:
+        gaps.note(vm, "stdin" if gap.to_vm else "output", gap.streams, gap.most)
+    for fd, fields in losses.hung_up:
+        logger.error("hung up: it cannot go on after a crash", extra=fields)
+        close_stream(socket.socket(fileno=fd.number))
+    for fd in losses.unused:
+        os.close(fd.number)

@@ -87,6 +87,7 @@ def _replaced(status: Status) -> str:
     return (
         f"VMs have been kept for {age(status.known_for)}, through {' and '.join(times)}; "
         f"this process began after a {printable(replaced.last)}"
+        + (f"; {count(status.gaps, 'gap')} of {size(status.lost)} at most" if status.gaps else "")
     )
 
 

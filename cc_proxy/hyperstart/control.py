@@ -23,6 +23,10 @@ MAX_MESSAGE = 64 * 1024 * 1024
 MAX_ACK = 1024 * 1024 * 1024
 #: How much of a message's payload is kept, in bytes.
 KEPT_PAYLOAD = 64 * 1024
+#: A position is how much of a header has come, in the top byte, and those bytes; or this, and how much of
+#: the message has yet to come.
+_POSITION_BITS = 56
+_IN_MESSAGE = 0xFF << _POSITION_BITS
 _ANSWERS = (Code.ACK, Code.ERROR)
 
 
@@ -89,6 +93,15 @@ class ControlParser:
         self._begun = ControlMessage(*state.begun) if state.begun else None
         self._skip = state.skip
 
+    @property
+    def position(self) -> int:
+        """Where it stands in one number of 64 bits, for `state_at`; 0 between two messages."""
+        if self.error is not None:
+            return 0
+        if self._skip or len(self._buffer) >= HEADER.size:
+            return _IN_MESSAGE | self.missing
+        return len(self._buffer) << _POSITION_BITS | int.from_bytes(self._buffer, "big")
+
     def receive_data(self, data: bytes) -> list[ControlMessage]:
         """Take bytes as they arrived, and return the messages they complete.
 
@@ -140,6 +153,17 @@ class ControlParser:
         self._skip = length - kept
         del buffer[:kept]
         return ControlMessage(code, payload)
+
+
+def state_at(position: int) -> ParserState:
+    """Return where a parser was that stood at a `position`. What it had read of a message is lost.
+
+    The rest of that message is an event, whatever it was.
+    """
+    size, rest = position >> _POSITION_BITS, position & ~_IN_MESSAGE
+    if size < HEADER.size:
+        return ParserState(rest.to_bytes(size, "big"), None, 0)
+    return ParserState(b"", (Code.NEXT, b""), rest)
 
 
 class Quiz:
@@ -246,6 +270,11 @@ class ControlChannel:
     def missing(self) -> int:
         """How many bytes the message that the agent has begun still lacks; 0 if it has begun none."""
         return self._parser.missing
+
+    @property
+    def position(self) -> int:
+        """Where the agent stands in its messages (`ControlParser.position`)."""
+        return self._parser.position
 
     @property
     def error(self) -> str | None:

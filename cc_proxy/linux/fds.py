@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import fcntl
+import os
 import resource
 import socket
+import stat
 import struct
 import sys
 import termios
@@ -28,6 +30,8 @@ _SHORT_OF_MEMORY = frozenset({errno.ENOBUFS, errno.ENOMEM})
 _BREATH = 0.001
 #: Since Linux 6.16; Python's `socket` has no name for it.
 _SO_PASSRIGHTS = 83
+#: <asm-generic/socket.h>
+_SO_COOKIE = 57
 
 
 class Fd:
@@ -37,6 +41,25 @@ class Fd:
 
     def __init__(self, number: int) -> None:
         self.number = number
+
+
+#: By device, inode and cookie an fd is known in any process. Sockets' inodes wrap around after 2^32 of them.
+Identity = tuple[int, int, int]
+
+
+def identity_of(fd: int) -> Identity:
+    """Return what an fd stands for. Raises `OSError` if it is closed."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino, _cookie(fd) if stat.S_ISSOCK(status.st_mode) else 0
+
+
+def _cookie(fd: int) -> int:
+    """Return the number that the kernel has given to a socket, and gives to no other."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+    try:
+        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
+    finally:
+        sock.detach()
 
 
 def raise_fd_limit() -> int:
@@ -103,7 +126,7 @@ def close_stream(sock: socket.socket) -> None:
     sock.close()
 
 
-def unread(sock: socket.socket) -> int:
+def unread(sock: socket.socket | int) -> int:
     """Return how many bytes wait unread on a stream socket."""
     return _ask(sock, termios.FIONREAD)
 
@@ -113,7 +136,7 @@ def untaken(sock: socket.socket) -> int:
     return _ask(sock, termios.TIOCOUTQ)  # the same number as SIOCOUTQ
 
 
-def _ask(sock: socket.socket, question: int) -> int:
+def _ask(sock: socket.socket | int, question: int) -> int:
     return int.from_bytes(fcntl.ioctl(sock, question, bytes(4)), sys.byteorder)
 
 

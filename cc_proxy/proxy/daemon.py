@@ -1,10 +1,10 @@
 """The daemon as a whole: what is started, in which order, what signals do, and how it stops."""
 
 import contextlib
+import functools
 import gc
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -26,19 +26,20 @@ from cc_proxy.log.writing import Logging
 from cc_proxy.proxy.clients.listener import Listener
 from cc_proxy.proxy.clients.server import Server
 from cc_proxy.proxy.clients.status import About
-from cc_proxy.proxy.replacement import adapt, hand_over, say_what_was_taken_over, take_over
+from cc_proxy.proxy.ending import stop
+from cc_proxy.proxy.replacement import (
+    adapt,
+    describe_daemon,
+    hand_over,
+    say_what_was_taken_over,
+    take_over,
+)
 from cc_proxy.proxy.vms.connector import Connector
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.proxy.watchdog import Watchdog
 from cc_proxy.settings import LiveSettings, Reload, Settings
 from cc_proxy.settingsfile import SettingsError
 
-#: Seconds that what is in flight gets to finish when the daemon stops.
-STOP_TIMEOUT = 5.0
-#: So much of it is left for what VMs have sent, however long requests take.
-_DELIVERY_TIME = 1.0
-#: And so much of that for who still waits for a VM to be told that it is gone.
-_LAST_WORDS = 0.2
 #: Address space of each thread's stack. Little of it is ever touched, and there may be thousands.
 _STACK_SIZE = 512 * 1024
 #: Seconds between two looks at what the service manager, or the log, is to be told.
@@ -92,16 +93,18 @@ def _serve(
     listener: Listener, live: LiveSettings, host: Host, state: DaemonState | None
 ) -> DaemonState | int:
     """Serve; returns the exit status, or what nobody goes on with after all."""
-    registry = Registry(live, host.connector, listener.socket.getsockname())
+    keeper = host.inheritance.keeper()
+    registry = Registry(live, host.connector, listener.socket.getsockname(), keeper)
     about = About(host.settings_file)
     if state:
         about = About(host.settings_file, state.known_since, state.replaced)
     with contextlib.ExitStack() as undo:
         try:
-            server = undo.enter_context(Server(listener, registry, live, about))
+            server = undo.enter_context(Server(listener, registry, live, about, keeper))
             if state:
                 reading = host.inheritance.reading + take_over(state, server, registry)
-            if error := host.inheritance.take_over():
+            describe = functools.partial(describe_daemon, listener, live, about)
+            if error := host.inheritance.take_over(describe):
                 logger.warning("a restart of cc-proxy ends all VMs", extra={"error": error})
         except BaseException as error:
             if state:
@@ -124,7 +127,8 @@ def _serve(
             return left or supervisor.heir.exit_status
         logger.info("stopping", extra={"signal": received.name})
         host.notifier.tell("STOPPING=1", "STATUS=Stopping")
-        _stop(server, registry)
+        host.inheritance.end()
+        stop(server, registry)
     return 0
 
 
@@ -206,6 +210,7 @@ class Supervisor:
         self._take_settings()
         self._look_up_names()
         self._host.log.report_suppressed()
+        self._host.inheritance.keep_daemon()
         if self._host.notifier.wanted and self._new_status() != self._told:
             self._tell(self._status, wait=False)
 
@@ -333,26 +338,3 @@ def _next_signal() -> signal.Signals:
     """
     pending = signal.sigpending() & {signal.SIGUSR2} or signal.sigpending() & _STOP_SIGNALS
     return signal.Signals(signal.sigwait(pending or _SIGNALS))
-
-
-def _stop(server: Server, registry: Registry) -> None:
-    """Stop accepting; let requests in flight finish, then what VMs have sent; give up when time is over."""
-    deadline = time.monotonic() + STOP_TIMEOUT
-    server.stop_accepting()
-    server.roster.wait_until_empty(max(0.0, deadline - _DELIVERY_TIME - time.monotonic()))
-    # Users may have seen to it that all of that took longer.
-    deadline = max(deadline, time.monotonic() + _DELIVERY_TIME)
-    vms = registry.vms()
-    for vm in vms:
-        vm.stop()
-    server.roster.wait_until_empty(_LAST_WORDS)
-    server.roster.shut_down(socket.SHUT_RDWR)
-    left = [vm.container_id for vm in vms if not vm.join(max(0.0, deadline - time.monotonic()))]
-    if left:
-        logger.warning("stopped with output undelivered", extra={"vms": left})
-    for vm in vms:
-        vm.abort()
-    # What hangs now hangs in the kernel, and ends with the process: all of them together get this long.
-    deadline = time.monotonic() + _DELIVERY_TIME
-    for vm in vms:
-        vm.join(max(0.0, deadline - time.monotonic()))

@@ -7,15 +7,16 @@ from msgspec.structs import replace
 
 from cc_proxy import __version__
 from cc_proxy.access import names_others
-from cc_proxy.continuity.format import DaemonState, encode, encode_settings
+from cc_proxy.continuity.format import DaemonRecord, DaemonState, encode, encode_settings
 from cc_proxy.continuity.heirs import Heir, NotReplaced
 from cc_proxy.log import faults
 from cc_proxy.log.levels import LEVELS, current_level, logger, set_level
+from cc_proxy.proxy import gaps
 from cc_proxy.proxy.clients.listener import Listener
 from cc_proxy.proxy.clients.server import Server
 from cc_proxy.proxy.clients.status import About
 from cc_proxy.proxy.vms.registry import Registry
-from cc_proxy.settings import Settings
+from cc_proxy.settings import LiveSettings, Settings
 
 #: Seconds that clients' threads get to come to rest, and the pumps after them.
 _TIMEOUT = 3.0
@@ -32,14 +33,14 @@ def hand_over(
         logger.error("not handed over: its pump hangs", extra={"vm": vm.container_id})
     users = registry.users.state()
     connections, vms = server.hand_over()
-    level = current_level()
     state = DaemonState(
         program=__version__,
         rested_at=rested_at,
         settings=encode_settings(settings),
-        log_level=None if level == settings.log.level else level,
+        log_level=_log_level(settings),
         known_since=about.known_since,
         replaced=replace(about.replaced, restarts=about.replaced.restarts + 1, last="restart"),
+        gaps=gaps.counts(),
         faults=faults.counts(),
         users=users,
         registry=vms,
@@ -55,7 +56,28 @@ def hand_over(
         else:
             logger.info("replaced: another process goes on")
             return None
-    return replace(state, replaced=about.replaced, faults={})  # which this process has counted itself
+    # This process has counted the rest itself.
+    return replace(state, replaced=about.replaced, faults={}, gaps=(0, 0))
+
+
+def describe_daemon(listener: Listener, live: LiveSettings, about: About) -> DaemonRecord:
+    """Return what is to be kept of the daemon itself."""
+    settings = live.current
+    return DaemonRecord(
+        program=__version__,
+        settings=encode_settings(settings),
+        log_level=_log_level(settings),
+        known_since=about.known_since,
+        replaced=about.replaced,
+        gaps=gaps.counts(),
+        listener=listener.state,
+    )
+
+
+def _log_level(settings: Settings) -> str | None:
+    """Return the log's level, if it is not that of the settings."""
+    level = current_level()
+    return None if level == settings.log.level else level
 
 
 def take_over(state: DaemonState, server: Server, registry: Registry) -> float:
@@ -67,6 +89,7 @@ def take_over(state: DaemonState, server: Server, registry: Registry) -> float:
     registry.users.restore(state.users)
     server.restore(state.server, registry.restore(state.registry))
     faults.restore(state.faults)
+    gaps.restore(state.gaps)
     for level in LEVELS:
         if level == state.log_level:
             set_level(level)

@@ -12,12 +12,12 @@ from cc_proxy.access import Access, GroupId, UserId
 from cc_proxy.continuity.format import (
     VERSION,
     DaemonState,
-    Unreadable,
     decode,
     decode_settings,
     encode,
     encode_settings,
 )
+from cc_proxy.continuity.table import Unreadable
 from cc_proxy.linux.fds import Fd
 from cc_proxy.settings import Settings
 from tests.continuity.example import example
@@ -58,13 +58,16 @@ def test_fds_that_nobody_knows_are_closed() -> None:
         os.close(fd)
 
 
-def test_two_fds_that_look_the_same() -> None:
+def test_an_fd_that_is_there_twice_is_closed_once() -> None:
     fds = open_fds()
-    os.dup2(fds[0], fds[-1])
     data, named = encode(example(iter(fds)))
-    _, again = encode(decode(data, named))
-    assert again == named
-    for fd in fds:
+    twice = [*map(os.dup, named), *named]
+    _, again = encode(decode(data, twice))
+    assert again == twice[: len(named)]
+    for fd in named:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+    for fd in again:
         os.close(fd)
 
 

@@ -132,6 +132,8 @@ def test_overview_after_replacements() -> None:
         "cc-proxy 1.2, pid 77, up for 1 d 1 h",
         "VMs have been kept for 2 d 2 h, through 1 restart and 2 crashes; this process began after a crash",
     ]
+    gone = msgspec.structs.replace(STATUS, known_for=9.0, replaced=replaced, gaps=2, lost=4480)
+    assert overview(gone).splitlines()[1].endswith("after a crash; 2 gaps of 4.375 KiB at most")
     replaced = Replaced(restarts=12, last="restart")
     said = overview(msgspec.structs.replace(STATUS, known_for=180_122.0, replaced=replaced)).splitlines()
     assert (

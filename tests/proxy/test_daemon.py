@@ -15,7 +15,7 @@ import pytest
 from cc_proxy.access import Access, UserId
 from cc_proxy.linux.systemd import Notifier
 from cc_proxy.log.writing import Logging
-from cc_proxy.proxy import daemon
+from cc_proxy.proxy import daemon, ending
 from cc_proxy.proxy.clients.server import Server
 from cc_proxy.proxy.daemon import Host, Supervisor
 from cc_proxy.proxy.vms.registry import Registry
@@ -89,9 +89,9 @@ class FakeVm:
 
 def run(stop: Stop, monkeypatch: pytest.MonkeyPatch) -> float:
     """Seconds that it took."""
-    monkeypatch.setattr(daemon, "time", SimpleNamespace(monotonic=stop.monotonic))
+    monkeypatch.setattr(ending, "time", SimpleNamespace(monotonic=stop.monotonic))
     begun = stop.now
-    daemon._stop(cast(Server, stop), cast(Registry, stop))
+    ending.stop(cast(Server, stop), cast(Registry, stop))
     return stop.now - begun
 
 
@@ -125,7 +125,7 @@ def test_after_5_seconds_it_gives_up(
     monkeypatch: pytest.MonkeyPatch, logged: Logged, takes: dict[str, float], left: list[str]
 ) -> None:
     stop = Stop(**takes)
-    assert run(stop, monkeypatch) <= daemon.STOP_TIMEOUT + 1.0
+    assert run(stop, monkeypatch) <= ending.STOP_TIMEOUT + 1.0
     assert {"abort vm1", "abort vm2"} <= set(stop.steps)
     assert logged.fields("stopped with output undelivered") == [{"vms": left}]
 
@@ -207,6 +207,9 @@ class Desk:
         self.open_to_all.append(for_all)
 
     def look_after(self) -> None:
+        pass
+
+    def keep_daemon(self) -> None:
         pass
 
     def is_free(self, _timeout: float) -> bool:

@@ -50,7 +50,7 @@ def goes_on(pod: Pod, stream: Stream) -> bool:
     pod.vm.io.sendall(frame(stream.base, b"output"))
     stream.send(b"stdin")
     assert stream.read_frame().payload == b"output"
-    assert pod.vm.read_frame().payload == b"stdin"
+    assert pod.vm.next_frame().payload == b"stdin"
     return pod.pings()
 
 
@@ -169,7 +169,7 @@ def test_every_byte_arrives_through_many_restarts(daemon: Service, restarts: int
         assert all(pod.pings() for pod in pods)
         with daemon.client() as client:
             assert client.status().replaced.restarts == restarts
-        assert daemon.show("NFileDescriptorStore") == "2"
+        assert daemon.show("NFileDescriptorStore") == "4"
     sent = sum(stream.sent for stream in streams)
     taken = [json.loads(line["MESSAGE"]) for line in daemon.logged() if "taken over" in line["MESSAGE"]]
     pauses = sorted(line["seconds"] for line in taken)
@@ -182,3 +182,42 @@ def _restart(daemon: Service, unit: str) -> None:
     daemon.box.run("systemctl", "restart", unit)
     wait_until(lambda: daemon.pid not in (0, before), "another process is there")
     daemon.wait_for("ActiveState", "active")
+
+
+# Crashes --------------------------------------------------------------------------------------------------
+
+
+def comes_again(service: Service, before: int) -> None:
+    """Wait until another process is up."""
+    wait_until(lambda: service.pid not in (0, before), "another process")
+    service.wait_for("ActiveState", "active")
+
+
+def answers_after_a_crash(pod: Pod, stream: Stream) -> bool:
+    """Whether all goes on once the agent has answered the questions that are asked after a crash."""
+    pod.vm.answer_questions()
+    return goes_on(pod, stream)
+
+
+@pytest.mark.parametrize("times", [5, pytest.param(100, marks=MANY)])
+def test_nobody_notices_that_it_was_killed(daemon: Service, times: int) -> None:
+    daemon.drop_in(_NO_LIMIT)
+    with pod(daemon) as vm:
+        stream = vm.open()
+        for _ in range(times):
+            before = daemon.pid
+            daemon.kill("KILL")
+            comes_again(daemon, before)
+            assert answers_after_a_crash(vm, stream)
+        assert daemon.wait_for_log("taken over from the process before", times=times)
+
+
+def test_nobody_notices_that_the_watchdog_has_ended_it(daemon: Service) -> None:
+    daemon.drop_in("[Service]\nWatchdogSec=1s\nLimitCORE=0\n")
+    daemon.box.run("systemctl", "restart", SERVICE)
+    with pod(daemon) as vm:
+        stream, before = vm.open(), daemon.pid
+        daemon.kill("STOP")
+        comes_again(daemon, before)
+        assert answers_after_a_crash(vm, stream)
+        assert daemon.wait_for_log("Watchdog timeout")

@@ -9,14 +9,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 from bench.adopted import Adopted, adopting_orphans, dialers, reap
 from cc_proxy.api.status import shorten
-from cc_proxy.continuity.heirs import EX_TEMPFAIL
+from cc_proxy.continuity.store import EX_TEMPFAIL
 from tests.wire.successors import ENDED_FROM_THE_START, Manager
 from tests.wire.support import (
     EXECCMD,
@@ -275,6 +275,24 @@ class ManagedDaemon(Daemon):
         """Have it end, and start it again with what is kept."""
         self.leave_all()
         self.start_again()
+
+    def crash(self) -> None:
+        """Have it killed, and start it again with what is kept."""
+        self.die()
+        self.start_again()
+
+    def die(self) -> None:
+        """Have it killed."""
+        self.process.kill()
+        self.process.wait(WAIT)
+
+    def start_and_kill(self, seconds: float) -> None:
+        """Start the next process, and kill it after a while, as far as it has come by then."""
+        process = self._start(self._arguments, (), ())
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        process.kill()
+        process.wait(WAIT)
 
     def leave_all(self) -> None:
         """Have it end, and leave all to the next process."""

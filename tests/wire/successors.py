@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import mmap
 import os
 import socket
 import sys
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
+from cc_proxy.continuity.box import Box
+from cc_proxy.continuity.table import SIZE, Table
 from tests.wire.support import WAIT
 
 # What a manager does between fork and exec: LISTEN_PID has to be the daemon's own.
@@ -70,6 +73,21 @@ class Manager:
         """What to put in front of the daemon's command line, with `pass_fds`, so that it gets the fds."""
         names, fds = ":".join(name for name, _ in self.fds), ",".join(str(fd) for _, fd in self.fds)
         return [sys.executable, "-c", _PASSING, names, fds]
+
+    def find(self, name: str) -> list[int]:
+        """New fds of what is kept under a name."""
+        return [os.dup(fd) for kept, fd in self.fds if kept == name]
+
+    def box(self) -> Box:
+        """The box that is kept."""
+        return Box([socket.socket(fileno=fd) for fd in self.find("cc-proxy-box")])
+
+    def table(self) -> Table:
+        """The table that is kept, to read it."""
+        [fd] = self.find("cc-proxy-table")
+        memory = mmap.mmap(fd, SIZE)
+        os.close(fd)
+        return Table(memory)
 
     def drop(self) -> None:
         """Keep nothing any more."""

@@ -10,16 +10,16 @@ import signal
 import socket
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.adopted import adopting_orphans
-from cc_proxy.continuity.box import Box
+from cc_proxy.continuity.box import close_all
 from cc_proxy.continuity.format import VERSION
-from cc_proxy.continuity.heirs import EX_TEMPFAIL
+from cc_proxy.continuity.store import EX_TEMPFAIL
 from tests.echoes import all_moved, echoes
 from tests.wire.daemon import CHECKOUT, PATIENT, Daemon, ManagedDaemon, Pod, Wire, own_daemon, write_config
 from tests.wire.support import (
@@ -522,11 +522,9 @@ def test_a_process_that_dies_before_it_has_taken_over_costs_nothing(tmp_sock_dir
         wire = Wire(daemon, tmp_sock_dir)
         pod = wire.pod()
         daemon.leave_all()
-        box = Box([socket.socket(fileno=os.dup(fd)) for _, fd in daemon.manager.fds])
-        for _ in range(5):
-            for fd in box.look():
-                os.close(fd)
-        box.close()
+        with closing(daemon.manager.box()) as box:
+            for _ in range(5):
+                close_all(box.look()[1])
         daemon.start_again()
         assert pod.pings()
         wire.close()
@@ -553,15 +551,12 @@ def test_a_state_of_a_newer_daemon_is_an_end_that_is_logged(tmp_sock_dir: Path) 
         wire = Wire(daemon, tmp_sock_dir)
         pod = wire.pod()
         daemon.leave_all()
-        box = Box([socket.socket(fileno=os.dup(fd)) for _, fd in daemon.manager.fds])
-        memory, *others = box.look()
-        box.close()
-        data = os.pread(memory, MIB, 0)
-        key = b"\xa7version"
-        assert data.count(key + bytes([VERSION])) == 1
-        os.pwrite(memory, data.replace(key + bytes([VERSION]), key + b"\x63"), 0)
-        for fd in (memory, *others):
-            os.close(fd)
+        with closing(daemon.manager.box()) as box:
+            state, fds = box.look()
+            key = b"\xa7version"
+            assert state.count(key + bytes([VERSION])) == 1
+            box.put_state(state.replace(key + bytes([VERSION]), key + b"\x63"), fds)
+            close_all(fds)
         daemon.start_again()
         assert "nothing is taken over" in daemon.log()
         assert at_end(pod.vm.io)

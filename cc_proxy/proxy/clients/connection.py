@@ -16,6 +16,7 @@ from cc_proxy.linux.fds import Fd
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers, Reply, failure
+from cc_proxy.proxy.clients.kept import AT_PHASE, KeptConnection, Phase
 from cc_proxy.proxy.clients.outgoing import Outgoing
 from cc_proxy.proxy.clients.state import ConnectionState
 from cc_proxy.proxy.rest import LOOK_UP, Rest, Resting
@@ -23,9 +24,9 @@ from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.users import Charge, LimitReached
 from cc_proxy.settings import Limits
 
-#: Seconds that a connection keeps its thread after a response. Clients often send one command after the
-#: other, and a thread that waits in recv(2) has the next one sooner than the parking thread.
-_LINGER = 0.02
+#: Milliseconds that a connection keeps its thread after a response. Clients often send one command after the
+#: other, and a thread that waits for it has the next one sooner than the parking thread.
+_LINGER = 20
 #: Most requests fit into this, and a bytes object of this size fits into one of Python's small blocks.
 _READ_SIZE = 448
 _LARGEST_READ = 64 * 1024
@@ -76,7 +77,8 @@ class Connection:
         # or the rest of a response.
         self._text: bytes | None = None
         self._delay = 0.0
-        self._outgoing = Outgoing(sock)
+        self._kept = KeptConnection(handlers.keeper, client)
+        self._outgoing = Outgoing(sock, self._kept)
         self._charge: Charge | None = None  # for a long request or response
         client.is_here = self._is_here
         handlers.clients.add(client)
@@ -121,6 +123,7 @@ class Connection:
             self._charge = self.client.user.charge_again("request_bytes", state.counted)
         begun = state.unread or not self._outgoing.is_sent() or state.text is not None
         self.after = After.THREAD if begun else After.PARK
+        self._kept.begin(self.fileno(), Phase.BETWEEN if begun else Phase.SILENT)
 
     # Parking thread ---------------------------------------------------------------------------------------
 
@@ -128,8 +131,12 @@ class Connection:
         """Answer what can be answered at once; returns whether the connection stays parked."""
         return self._go_on(self._serve_arrived)
 
+    def keep(self) -> None:
+        """It has been there for a while, and has to outlive the process, however that ends."""
+        self._kept.begin(self.fileno(), Phase.SILENT)
+
     def _serve_arrived(self) -> After:
-        data = self._receive(_DONTWAIT)
+        data = self._receive()
         if not data:
             return After.PARK if data is None else After.END
         self._parser.receive_data(data)
@@ -138,13 +145,17 @@ class Connection:
     def _answer_parsed(self) -> After:
         parser, client = self._parser, self.client
         while (text := parser.next_text()) is not None:
+            self._note_asked()
             self._delay = client.user.delay()
             reply = None if self._delay else self._handlers.answer_at_once(client, text)
             if reply is None:
                 self._text = text
                 return After.THREAD
-            if not self._outgoing.begin(reply):
+            if reply.passed:
+                self._kept.begin(self.fileno(), Phase.BETWEEN)
+            if not self._begin_response(reply):
                 return After.THREAD
+        self._kept.cell[AT_PHASE] = Phase.BETWEEN if parser.unfinished else Phase.SILENT
         return After.THREAD if parser.unfinished else After.PARK
 
     def decline(self, why: str) -> None:
@@ -157,7 +168,7 @@ class Connection:
     def _decline(self, why: str) -> After:
         is_request, self._text, self._delay = self._text is not None, None, 0.0
         logger.warning("no thread for a request", extra={**self.client.fields, "error": why})
-        if not self._outgoing.is_sent() or not self._outgoing.begin(failure(why)) or not is_request:
+        if not self._outgoing.is_sent() or not self._begin_response(failure(why)) or not is_request:
             return After.END
         return self._answer_parsed()
 
@@ -168,7 +179,9 @@ class Connection:
         return self._go_on(self._converse)
 
     def _converse(self) -> After:
-        limit_receive(self.sock, _LINGER)
+        self._kept.begin(self.fileno(), Phase.BETWEEN)
+        self._ready = select.poll()
+        self._ready.register(self.sock, select.POLLIN)
         self._send_rest()
         if self._text is not None:
             self._answer(self._text)
@@ -180,6 +193,7 @@ class Connection:
         return text
 
     def _answer(self, text: bytes) -> None:
+        self._note_asked()
         if self._delay:
             self._delay = self._rest.sleep(self._delay)
         self._rest.check()
@@ -188,7 +202,7 @@ class Connection:
         self._uncount()
         if len(reply.message) > _UNCOUNTED:
             reply = self._count(reply)
-        if not self._outgoing.begin(reply):
+        if not self._begin_response(reply):
             self._send_rest()
         self._uncount()
 
@@ -202,21 +216,24 @@ class Connection:
             if parser.unfinished:
                 rest = self._finish_text()
                 return After.END if rest is None else rest
-            data = self._spin.wait(lambda: self._receive(_DONTWAIT), lambda: self._receive(0))
-            if not data:
+            self._kept.cell[AT_PHASE] = Phase.SILENT
+            if self._spin.wait(self._look, self._sleep) is None:
+                return After.PARK
+            if not (data := self._receive()):
                 return After.END if data is not None else After.PARK
             parser.receive_data(data)
         return text
 
-    def _receive(self, flags: int) -> bytes | None:
-        try:
-            return self.sock.recv(_READ_SIZE, flags)
-        except BlockingIOError:
-            return None
+    def _look(self) -> object | None:
+        return self._ready.poll(0) or None
+
+    def _sleep(self) -> object | None:
+        return self._ready.poll(_LINGER) or None
 
     def _finish_text(self) -> bytes | None:
         """Return the text of a message that has begun to arrive; None if the client closes in the middle."""
         parser = self._parser
+        self._kept.cell[AT_PHASE] = Phase.BETWEEN
         deadline = self._begin_deadline()
         while (text := parser.next_text()) is None:
             missing = parser.missing
@@ -229,7 +246,6 @@ class Connection:
             if parser.missing:
                 self._pace()
         self._deadline = None
-        limit_receive(self.sock, _LINGER)
         return text
 
     def _begin_deadline(self) -> float:
@@ -291,6 +307,23 @@ class Connection:
             raise TimeoutError(errno.ETIMEDOUT, "a response was not taken in time")
         self._deadline = None
 
+    def _receive(self) -> bytes | None:
+        self._kept.cell[AT_PHASE] = Phase.READING
+        try:
+            return self.sock.recv(_READ_SIZE, _DONTWAIT)
+        except BlockingIOError:
+            self._kept.cell[AT_PHASE] = Phase.SILENT
+            return None
+
+    def _note_asked(self) -> None:
+        """A request has been taken from what was read."""
+        self._kept.cell[AT_PHASE] = Phase.BETWEEN if self._parser.unfinished else Phase.ASKED
+
+    def _begin_response(self, reply: Reply) -> bool:
+        """Send as much of a response as fits now; returns whether that was all. Raises `OSError`."""
+        self._kept.note_vm()
+        return self._outgoing.begin(reply)
+
     # Either -----------------------------------------------------------------------------------------------
 
     def _go_on(self, step: Callable[[], After]) -> bool:
@@ -325,6 +358,7 @@ class Connection:
         self.after = After.END
         self._uncount()
         self._outgoing.close()
+        self._kept.end()
         self._handlers.clients.discard(self.client)
         self.client.is_here = _gone  # breaks the cycle of references between the two
         logger.debug("client disconnected", extra={"client": self.client.number, "reason": reason})

@@ -32,6 +32,7 @@ from cc_proxy.hyperstart.codes import COMMANDS
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.log.levels import LEVELS, current_level, logger, set_level
 from cc_proxy.proxy.clients.status import About, describe
+from cc_proxy.proxy.keeping import NOTHING, Keeper
 from cc_proxy.proxy.users import LimitReached, User
 from cc_proxy.proxy.vms.registry import Registry, RegistryError
 from cc_proxy.proxy.vms.vm import Vm, VmError
@@ -117,7 +118,11 @@ class _Entry(NamedTuple):
 class Handlers:
     """The payload table. Any thread may call; for each client one at a time."""
 
-    def __init__(self, registry: Registry, live: LiveSettings, about: About | None = None) -> None:
+    def __init__(
+        self, registry: Registry, live: LiveSettings, about: About | None = None, keeper: Keeper = NOTHING
+    ) -> None:
+        #: What keeps the connections that are to outlive the process.
+        self.keeper = keeper
         self._registry = registry
         self._live = live
         self._about = about or About()

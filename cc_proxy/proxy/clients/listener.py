@@ -58,8 +58,14 @@ class Listener:
 
     def hand_over(self) -> ListenerState:
         """Give up the socket, and its place in the file system, as a value for `from_state`."""
-        path, self._path = self._path, None
-        return ListenerState(Fd(self.socket.detach()), path if self.own else None, self._for_all)
+        state, self._path = self.state, None
+        self.socket.detach()
+        return state
+
+    @property
+    def state(self) -> ListenerState:
+        """The socket, which is still this one's, and its place in the file system."""
+        return ListenerState(Fd(self.socket.fileno()), self._path if self.own else None, self._for_all)
 
     def look_after(self) -> None:
         """Check that the socket's file is still there, and log it if not. Never raises.

@@ -6,9 +6,12 @@ import socket
 from cc_proxy.api.fdpassing import TAG
 from cc_proxy.linux.fds import Fd, is_for_now
 from cc_proxy.proxy.clients.handlers import Reply
+from cc_proxy.proxy.clients.kept import AT_PHASE, KeptConnection, Phase
 
 #: The most bytes in one send. The kernel splits longer ones, and its timeout starts anew with each piece.
 _LARGEST_SEND = 32 * 1024
+#: The kernel takes so few bytes as a whole, or not at all.
+_AT_ONCE = 4 * 1024
 #: A plain int, because converting the enum takes longer than the rest of a send.
 _DONTWAIT = int(socket.MSG_DONTWAIT)
 
@@ -16,8 +19,9 @@ _DONTWAIT = int(socket.MSG_DONTWAIT)
 class Outgoing:
     """What is left to send of a response. Owner of the socket whose fd is passed. One thread."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, kept: KeptConnection) -> None:
         self._sock = sock
+        self._kept = kept
         self._unsent: bytes | memoryview = b""
         self._passed: socket.socket | None = None
 
@@ -50,15 +54,19 @@ class Outgoing:
         self._passed = socket.socket(fileno=passed.number) if passed else None
 
     def _send(self, flags: int) -> bool:
+        cell = self._kept.cell
         try:
             while rest := self._unsent:
+                cell[AT_PHASE] = Phase.BETWEEN if self._passed or len(rest) > _AT_ONCE else Phase.SENDING
                 sent = self._sock.send(rest if flags else rest[:_LARGEST_SEND], flags)
                 self._unsent = memoryview(rest)[sent:] if sent < len(rest) else b""
             if self._passed:
+                cell[AT_PHASE] = Phase.SENDING
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self._passed.fileno()]))]
                 self._sock.sendmsg([TAG], rights, flags)
                 self.close()
         except OSError as error:
+            cell[AT_PHASE] = Phase.BETWEEN
             if not is_for_now(error):
                 raise
             return False

@@ -4,6 +4,7 @@ import contextlib
 import os
 import select
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
@@ -43,6 +44,7 @@ class Parking(Generic[P]):
         self._epoll.register(self._wake, select.EPOLLIN)
         # By fd. Any thread adds, the parking thread removes: both are atomic under the GIL.
         self._parked: dict[int, P] = {}
+        self._calls: deque[Callable[[], None]] = deque()  # any thread appends, the parking thread removes
         self._spin = Spin()
         self._closing = False
         self._probed = False  # the main thread sets it, the parking thread resets it
@@ -83,6 +85,15 @@ class Parking(Generic[P]):
             del self._parked[fd]
             raise
 
+    def call(self, what: Callable[[], None]) -> None:
+        """Have the thread call something that takes no time. Any thread."""
+        self._calls.append(what)
+        os.eventfd_write(self._wake, 1)
+
+    def has(self, connection: P) -> bool:
+        """Whether a connection is parked. Parking thread."""
+        return self._parked.get(connection.fileno()) is connection
+
     def probe(self) -> bool:
         """Return whether the thread has answered the last probe; if so, send another. Main thread."""
         if self._probed:
@@ -106,6 +117,8 @@ class Parking(Generic[P]):
             if fd == self._wake:
                 os.eventfd_read(fd)
                 self._probed = False
+                while self._calls:
+                    self._calls.popleft()()
             else:
                 self._serve(self._parked[fd])
 

@@ -26,6 +26,7 @@ from cc_proxy.proxy.clients.roster import Roster
 from cc_proxy.proxy.clients.state import ServerState
 from cc_proxy.proxy.clients.status import About
 from cc_proxy.proxy.clients.workers import Workers
+from cc_proxy.proxy.keeping import NOTHING, Keeper
 from cc_proxy.proxy.rest import Rest
 from cc_proxy.proxy.users import LimitReached
 from cc_proxy.proxy.vms.registry import Registry
@@ -42,6 +43,8 @@ _STOP_POLL = 0.25
 _SHORTAGE_PAUSE = 0.1
 #: Seconds between two looks for hellos that have begun while all come to rest.
 _LOOK_UP = 0.02
+#: Seconds after which a connection has to outlive the process. Most have gone by then.
+_YOUNG = 1.0
 _NO_THREAD = "the daemon cannot start another thread"
 
 
@@ -56,7 +59,12 @@ class Server(socketserver.ThreadingUnixStreamServer):
     block_on_close = False
 
     def __init__(
-        self, listener: Listener, registry: Registry, live: LiveSettings, about: About | None = None
+        self,
+        listener: Listener,
+        registry: Registry,
+        live: LiveSettings,
+        about: About | None = None,
+        keeper: Keeper = NOTHING,
     ) -> None:
         # No request handler class is ever used: those of socketserver live for one call only.
         address = listener.socket.getsockname()
@@ -66,7 +74,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._listener = listener
         self._live = live
         self._users = registry.users
-        self._handlers = Handlers(registry, live, about)
+        self._handlers = Handlers(registry, live, about, keeper)
         self._numbers = itertools.count(1)
         #: The connections that were accepted.
         self.roster = Roster()
@@ -74,6 +82,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._rest = Rest()
         self._resting: list[Connection] = []  # those whose threads have come to rest; any thread appends
         self._restored: deque[Connection] = deque()  # until `start`
+        # Connections that may come and go, and when they came. Any thread.
+        self._young: deque[tuple[float, Connection]] = deque()
         self._workers = Workers()
         #: Where silent connections wait.
         self.parking: Parking[Connection] = Parking(self._on_leave)
@@ -214,6 +224,21 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def service_actions(self) -> None:
         """Called after each round of the accept loop."""
         self.turned_at = time.monotonic()
+        if not self._young or self.turned_at - self._young[0][0] < _YOUNG + _STOP_POLL:
+            return
+        grown: list[Connection] = []  # many at once, because that wakes the parking thread
+        while self._young and self.turned_at - self._young[0][0] >= _YOUNG:
+            grown.append(self._young.popleft()[1])
+        if grown:
+            self.parking.call(lambda: self._keep(grown))
+
+    def _keep(self, connections: list[Connection]) -> None:
+        """Keep those that have been there for a while. Parking thread."""
+        for connection in connections:
+            if self.parking.has(connection):
+                connection.keep()
+            elif connection.after is not After.END:  # its worker may keep it, or it is parked again
+                self._young.append((time.monotonic(), connection))
 
     def _wait_for_room(self, error: OSError) -> None:
         if not self._short:
@@ -237,7 +262,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self.roster.add(request, user.charge("connections"))
             user.note_connection()
             client = ClientInfo(next(self._numbers), who, user)
-            self._park(Connection(request, client, self._handlers, self._limits, self._rest))
+            connection = Connection(request, client, self._handlers, self._limits, self._rest)
+            self._park(connection)
+            self._young.append((time.monotonic(), connection))
         except (LimitReached, OSError) as error:
             self._turn_away(request, who, str(error))
         except RuntimeError:

@@ -6,6 +6,7 @@ Times are in seconds, and what is left of them.
 from msgspec import Struct
 
 from cc_proxy.linux.fds import Fd
+from cc_proxy.proxy.keeping import Record
 
 
 class ConnectionState(Struct, frozen=True):
@@ -42,3 +43,10 @@ class ServerState(Struct, frozen=True):
     listener: ListenerState
     connections: list[ConnectionState]
     next_number: int
+
+
+class ConnectionRecord(Record, frozen=True, tag=4):
+    """A connection that has been there for a while."""
+
+    fd: Fd
+    number: int

@@ -27,6 +27,7 @@ from cc_proxy.api.status import (
 )
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.log.levels import current_level
+from cc_proxy.proxy import gaps
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.proxy.vms.states import Trouble
 from cc_proxy.proxy.vms.vm import Vm
@@ -55,12 +56,15 @@ def describe(about: About, registry: Registry, asker: Credentials, attached: Ite
     vms = sorted(registry.vms_of(asker), key=lambda vm: (vm.container_id, vm.created))
     listed = vms[:MOST_VMS]
     clients = Counter(attached)
+    gap_count, lost = gaps.counts()
     return Status(
         version=__version__,
         pid=os.getpid(),
         uptime=time.monotonic() - about.started,
         known_for=time.monotonic() - about.known_since,
         replaced=about.replaced,
+        gaps=gap_count,
+        lost=lost,
         settings_file=about.settings_file(),
         log_level=current_level(),
         connections=clients.total(),

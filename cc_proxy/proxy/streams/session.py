@@ -26,7 +26,7 @@ from cc_proxy.proxy.streams.cells import (
 )
 from cc_proxy.proxy.streams.interfaces import Place
 from cc_proxy.proxy.streams.outlet import Outlet
-from cc_proxy.proxy.streams.reading import MUCH, read_noted
+from cc_proxy.proxy.streams.reading import read_noted
 from cc_proxy.proxy.streams.spool import Spool
 from cc_proxy.proxy.streams.state import SessionState
 
@@ -76,7 +76,6 @@ class Session:
         self._patience = PATIENCE
         self._patience_at = 0.0
         self._took_at = 0.0
-        self._last_read = 0
         self.seqs = seqs
         self.fd = sock.fileno()
         self.splitter = StdinSplitter(seqs.start)
@@ -284,15 +283,15 @@ class Session:
 
         It is split next, and that noted. Raises `BlockingIOError` if there is nothing.
         """
-        place, much = turn << WHERE_AT | start, self._last_read >= MUCH
+        place = turn << WHERE_AT | start
         try:
-            size = read_noted(self._sock, view[start : start + room], self._cell, place, much)
+            # Always without doubt, which would cost the session: other threads may keep this one from noting
+            # it for a millisecond.
+            return read_noted(self._sock, view[start : start + room], self._cell, place, much=True)
         except BlockingIOError:
             raise
         except OSError:
             return 0
-        self._last_read = size
-        return size
 
     def note_split(self, turn: int) -> None:
         """What was read in this turn has been split."""

@@ -8,6 +8,7 @@ from msgspec import Struct
 from cc_proxy.api.status import Traffic
 from cc_proxy.hyperstart.state import ResyncState, SplitterState, WindowState
 from cc_proxy.linux.fds import Fd
+from cc_proxy.proxy.keeping import Record
 
 
 class SpoolFile(Struct, frozen=True):
@@ -73,3 +74,14 @@ class ChannelState(Struct, frozen=True):
     finish_in: float | None
     finish_cause: str
     streams: StreamsState
+
+
+class SessionRecord(Record, frozen=True, tag=3):
+    """A session, while it is open. `vm` is the number of its VM's slot."""
+
+    fd: Fd
+    vm: int
+    first_seq: int
+    seqs: int
+    uid: int
+    pid: int

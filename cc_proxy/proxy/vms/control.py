@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Self
 
 from cc_proxy.hyperstart.codes import Code
-from cc_proxy.hyperstart.control import Command, ControlChannel, ControlMessage, OnAnswer, Quiz, ignore
+from cc_proxy.hyperstart.control import ControlChannel, ControlMessage, OnAnswer, Quiz, ignore
 from cc_proxy.proxy.rest import LOOK_UP, Resting
 from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.streams.interfaces import Beside
@@ -96,6 +96,28 @@ class ControlLink:
         if state.channel.is_up:
             link._sock.watch(True)
         return link
+
+    def find_out(self) -> None:
+        """Nobody knows which commands have no answer yet: have the agent asked, unless it is up.
+
+        Commands wait until it has answered. Before anybody uses the channel.
+        """
+        if not self._channel.is_up and not self._channel.is_quizzed:
+            self._channel.ask(Quiz())
+        self._sock.watch(True)
+
+    def _is_sure(self) -> bool:
+        """Whether it is known which commands have no answer yet."""
+        return self._channel.is_up or not self._channel.is_quizzed
+
+    @property
+    def fd(self) -> int:
+        """The channel's own fd."""
+        return self._sock.sock.fileno()
+
+    def keep(self, cell: memoryview) -> None:
+        """Have two words say how far messages have come (`ControlSocket.keep`). Requires the turn."""
+        self._sock.keep(cell)
 
     @property
     def _channel(self) -> ControlChannel:
@@ -221,9 +243,10 @@ class ControlLink:
                 raise Resting
             self._sock.watch(False)
             if transaction.command is None:
+                self._await(self._is_sure, deadline, timeout)
                 self._send(transaction)
             assert transaction.command
-            self._await(transaction.command, deadline, timeout)
+            self._await(transaction.command.is_answered, deadline, timeout)
             assert transaction.command.answer
             return transaction.command.answer
         finally:
@@ -240,7 +263,7 @@ class ControlLink:
         """Send the next command, and let the thread that waits for it go on. Requires the turn."""
         while transaction := self._turns.next():
             with contextlib.suppress(ControlLost, NotSent):  # its own thread finds out why
-                if transaction.command is None:
+                if transaction.command is None and self._is_sure():
                     self._send(transaction)
             if transaction.on_refusal is None:
                 self._sock.watch(False)  # the pump has watched, if it is the pump that passes the turn on
@@ -292,11 +315,11 @@ class ControlLink:
         transaction.command = self._channel.send(transaction.code, transaction.payload, transaction.on_answer)
         self._sock.write()
 
-    def _await(self, command: Command, deadline: float, timeout: float) -> None:
-        """Wait for the answer to a command. Raises `NoAnswer` or `ControlLost`."""
+    def _await(self, done: Callable[[], bool], deadline: float, timeout: float) -> None:
+        """Read until something has come. Raises `NoAnswer` or `ControlLost`."""
         now = time.monotonic()
         late = False
-        while not command.is_answered():
+        while not done():
             if late:
                 raise NoAnswer(f"no answer from the VM in {timeout:g} s")
             if self._turns.resting:
@@ -309,7 +332,7 @@ class ControlLink:
                     left = min(deadline - now, LOOK_UP)
                     self._spin.wait(self._sock.look, functools.partial(self._sock.exchange, left))
             except ControlLost as lost:
-                if not command.is_answered():
+                if not done():
                     raise
                 # The answer came before what ended the channel: the next transaction finds that.
                 self._sock.lose(lost)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from cc_proxy.api.transport import limit_receive
 from cc_proxy.hyperstart.control import ControlChannel, ControlMessage
 from cc_proxy.linux.fds import is_for_now
-from cc_proxy.proxy.streams.interfaces import Lost
+from cc_proxy.proxy.streams.interfaces import NO_CELL, Lost
 
 #: Most answers are short. More is read at once of a long message.
 _READ_SIZE = 512
@@ -39,6 +39,7 @@ class ControlSocket:
         self._lost: ControlLost | None = None
         self._end = _HUNG_UP  # the cause to give at end of file; set once at most
         self._receive_ticks = 0
+        self._cell = NO_CELL
         self._epoll = select.epoll()
         self._epoll.register(sock, 0)
         self._watched_for = 0
@@ -63,6 +64,18 @@ class ControlSocket:
             raise ControlLost(self._end)
 
     # One thread at a time ---------------------------------------------------------------------------------
+
+    def keep(self, cell: memoryview) -> None:
+        """From now on, have two words say what has come, and been sent, of unfinished messages."""
+        self._cell = cell
+        self._note_received()
+        self._note_sent()
+
+    def _note_received(self) -> None:
+        self._cell[0] = self.channel.position
+
+    def _note_sent(self) -> None:
+        self._cell[1] = len(self.channel.outgoing)
 
     def watch(self, watched: bool) -> None:
         """Have the epoll instance say, or not say, when there is something to do."""
@@ -108,6 +121,7 @@ class ControlSocket:
         outgoing = self.channel.outgoing
         try:
             del outgoing[: self.sock.send(outgoing, socket.MSG_DONTWAIT)]
+            self._note_sent()
         except OSError as error:
             if is_for_now(error):
                 return
@@ -159,7 +173,9 @@ class ControlSocket:
             raise self._lost
         if not data:
             raise ControlLost(self._end)
-        for event in self.channel.receive_data(data):
+        events = self.channel.receive_data(data)
+        self._note_received()
+        for event in events:
             self._on_event(event)
         if self.channel.error:
             raise ControlLost(f"control channel: {self.channel.error}")

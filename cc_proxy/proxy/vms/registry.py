@@ -3,20 +3,22 @@
 import functools
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeVar
 
 from cc_proxy.access import is_admin, may_use
 from cc_proxy.api.payloads import Hello
 from cc_proxy.api.status import MOST_USERS, UserStatus, shorten
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.log.levels import logger
+from cc_proxy.proxy.keeping import NOTHING, Keeper
 from cc_proxy.proxy.rest import Resting
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.users import Charge, User, Users
 from cc_proxy.proxy.vms.connector import Connector
 from cc_proxy.proxy.vms.dialer import Dialer, Peer
+from cc_proxy.proxy.vms.failed import FailedVm, drop_one_over
+from cc_proxy.proxy.vms.kept import Facts
 from cc_proxy.proxy.vms.state import FailedVmState, HelloState, RegistryState
 from cc_proxy.proxy.vms.states import State, Trouble
 from cc_proxy.proxy.vms.vm import Vm, VmError
@@ -32,17 +34,6 @@ class RegistryError(Exception):
     """An id is taken or unknown; the text is what clients are told."""
 
 
-class FailedVm(NamedTuple):
-    """What is remembered of a VM that failed."""
-
-    container_id: str
-    owner: int
-    trouble: Trouble
-
-
-T = TypeVar("T", FailedVm, Vm)
-
-
 class Registry:
     """All VMs of the daemon. Any thread may call.
 
@@ -52,9 +43,14 @@ class Registry:
     """
 
     def __init__(
-        self, live: LiveSettings, connector: Connector, own_address: str | bytes | None = None
+        self,
+        live: LiveSettings,
+        connector: Connector,
+        own_address: str | bytes | None = None,
+        keeper: Keeper = NOTHING,
     ) -> None:
         """`own_address` is the address of the daemon's own socket, which cannot be a VM's."""
+        self._keeper = keeper
         self._live = live
         self._connector = connector
         self._own_address = own_address
@@ -110,7 +106,8 @@ class Registry:
         Before anybody else does anything here; `go_on` is next.
         """
         vms = [
-            Vm(each.container_id, each.owner, self._live, self._space, self._on_change) for each in state.vms
+            Vm(each.container_id, each.owner, self._live, self._space, self._on_change, self._keeper)
+            for each in state.vms
         ]
         for vm, before in zip(vms, state.vms, strict=True):
             vm.restore(before, self.users)
@@ -119,6 +116,8 @@ class Registry:
                 id_charge = user.charge_again("request_bytes", len(vm.container_id))
                 self._vms[vm] = [user.charge_again("vms"), id_charge]
         self._by_id = {container_id: vms[number] for container_id, number in state.by_id.items()}
+        for vm in vms:
+            self._settle(vm)
         for hello in state.hellos:
             self._hellos[hello.client] = vms[hello.vm]
             if hello.before is not None:
@@ -148,7 +147,7 @@ class Registry:
         user = self.users.of(client.uid)
         vm = self._hellos.pop(number, None)
         if vm is None:
-            vm = Vm(hello.container_id, client.uid, self._live, self._space, self._on_change)
+            vm = Vm(hello.container_id, client.uid, self._live, self._space, self._on_change, self._keeper)
             before = self._enter(vm, client, user)
         else:
             before = self._before.pop(vm, None)
@@ -169,6 +168,8 @@ class Registry:
                 fields = {"vm": hello.container_id, "uid": client.uid, "error": str(error)}
                 logger.warning("VM not registered", extra=fields)
             raise
+        if before:
+            self._settle(before)
         return vm
 
     def _enter(self, vm: Vm, client: Credentials, user: User) -> Vm | None:
@@ -249,6 +250,7 @@ class Registry:
                 raise RegistryError(f"unknown containerID: {container_id}")
             del self._by_id[container_id]
         vm.leave()
+        self._settle(vm)
         logger.info("VM unregistered", extra={"vm": container_id})
 
     def vms(self) -> list[Vm]:
@@ -301,6 +303,7 @@ class Registry:
 
     def _on_change(self, vm: Vm, state: State) -> None:
         """A VM has moved to another state. Calls may overlap, and come in any order."""
+        vm.kept.note_state(vm.life.state)
         if state is State.UP and vm.life.state is State.UP:
             logger.info("VM registered", extra={"vm": vm.container_id, "uid": vm.owner})
         if state is not State.GONE:
@@ -312,27 +315,32 @@ class Registry:
                 del self._by_id[vm.container_id]
             if vm.life.failed and vm.life.trouble:
                 self._failed.append(FailedVm(vm.container_id[:_LONGEST_KEPT], vm.owner, vm.life.trouble))
-                _drop_one_over(self._failed, _MOST_FAILED)
-            self._forget_gone()
+                drop_one_over(self._failed, _MOST_FAILED)
+            forgotten = self._forget_gone()
+        for over in filter(None, (vm, forgotten)):
+            self._settle(over)
         for charge in charges:
             charge.give_back()
 
-    def _forget_gone(self) -> None:
-        """Limit the ids of VMs that have gone to the number of VMs allowed. Requires _lock."""
+    def _settle(self, vm: Vm) -> None:
+        """If a VM has gone, nothing is kept of it but its id, for as long as it has that."""
+        if vm.life.state is not State.GONE:
+            return
+        if self._by_id.get(vm.container_id) is vm:
+            vm.kept.be_gone(Facts(vm.container_id, vm.owner, vm.created), vm.life.cause)
+        if self._by_id.get(vm.container_id) is not vm:  # which may have changed meanwhile
+            vm.kept.release()
+
+    def _forget_gone(self) -> Vm | None:
+        """Limit the ids of VMs that have gone to the number of VMs allowed. Requires _lock.
+
+        Returns the VM that has lost its own.
+        """
         gone = deque(vm for vm in self._by_id.values() if vm.life.state is State.GONE)
-        if (forgotten := _drop_one_over(gone, self._live.current.limits.vms)) is not None:
+        if (forgotten := drop_one_over(gone, self._live.current.limits.vms)) is not None:
             del self._by_id[forgotten.container_id]
+        return forgotten
 
 
 def _taken(container_id: str) -> RegistryError:
     return RegistryError(f"{container_id}: container already registered")
-
-
-def _drop_one_over(vms: deque[T], most: int) -> T | None:
-    """Drop the oldest VM of the user who has most, if there are more than `most`; returns it."""
-    if len(vms) <= most:
-        return None
-    [(owner, _)] = Counter(vm.owner for vm in vms).most_common(1)
-    oldest = next(vm for vm in vms if vm.owner == owner)
-    vms.remove(oldest)
-    return oldest

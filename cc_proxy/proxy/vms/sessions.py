@@ -5,11 +5,12 @@ import socket
 
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.linux.fds import check_passable, refuse_rights
-from cc_proxy.proxy.streams.interfaces import Place
+from cc_proxy.proxy.streams.interfaces import SESSION_WORDS, Place
 from cc_proxy.proxy.streams.session import Session, Whose
 from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
 from cc_proxy.proxy.streams.state import SessionState
-from cc_proxy.proxy.users import User
+from cc_proxy.proxy.users import Charge, User
+from cc_proxy.proxy.vms.kept import KeptVm
 
 _SEND_BUFFER = 256 * 1024
 
@@ -28,13 +29,37 @@ def session_pair() -> tuple[socket.socket, socket.socket]:
     return pair
 
 
-def restored_session(state: SessionState, vm: str, user: User, space: SpoolSpace) -> Session:
-    """Return a session that goes on where the one of the process before stood."""
-    seqs = range(state.first_seq, state.first_seq + state.seqs)
-    window = StdinWindow.from_state(seqs.start, state.window) if state.window else None
-    who = Whose(vm, state.uid, state.pid)
-    charge = user.charge_again("sessions")
-    sock = socket.socket(fileno=state.fd.number)
-    session = Session(seqs, sock, who, Spool(space, state.uid), window, Place(charge.give_back))
-    session.restore(state)
-    return session
+class Sessions:
+    """Makes the sessions of one VM. Any thread."""
+
+    def __init__(self, vm: str, space: SpoolSpace, kept: KeptVm) -> None:
+        self._vm = vm
+        self._space = space
+        self._kept = kept
+
+    def make(
+        self, seqs: range, sock: socket.socket, uid: int, pid: int, window: StdinWindow | None, charge: Charge
+    ) -> Session:
+        """Return a session, which is kept and charged for until it closes."""
+        whose = Whose(self._vm, uid, pid)
+        slot = self._kept.keep_session(seqs, sock.fileno(), whose)
+
+        def on_close() -> None:
+            self._kept.release_session(seqs, slot)
+            charge.give_back()
+
+        place = Place(on_close, slot.cell[:SESSION_WORDS])
+        try:
+            return Session(seqs, sock, whose, Spool(self._space, uid), window, place)
+        except BaseException:
+            self._kept.release_session(seqs, slot)
+            raise
+
+    def restore(self, state: SessionState, user: User) -> Session:
+        """Return one that goes on where the one of the process before stood."""
+        seqs = range(state.first_seq, state.first_seq + state.seqs)
+        window = StdinWindow.from_state(seqs.start, state.window) if state.window else None
+        sock = socket.socket(fileno=state.fd.number)
+        session = self.make(seqs, sock, state.uid, state.pid, window, user.charge_again("sessions"))
+        session.restore(state)
+        return session

@@ -4,6 +4,7 @@ from msgspec import Struct
 
 from cc_proxy.hyperstart.state import ControlChannelState
 from cc_proxy.linux.fds import Fd
+from cc_proxy.proxy.keeping import Record
 from cc_proxy.proxy.streams.state import ChannelState
 
 
@@ -115,3 +116,25 @@ class RegistryState(Struct, frozen=True):
     by_id: dict[str, int]
     hellos: list[HelloState]
     failed: list[FailedVmState]
+
+
+class VmRecord(Record, frozen=True, tag=1):
+    """A VM that is up. `created` is a moment (CLOCK_MONOTONIC), `memory` what its pump reads into."""
+
+    container_id: str
+    owner: int
+    created: float
+    peers: list[tuple[str, int]]
+    control: Fd
+    io: Fd
+    console: Fd | None
+    memory: Fd
+
+
+class GoneVmRecord(Record, frozen=True, tag=2):
+    """A VM that has gone without bye, and keeps its id."""
+
+    container_id: str
+    owner: int
+    created: float
+    cause: str

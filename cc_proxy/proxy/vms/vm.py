@@ -14,14 +14,14 @@ from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage, OnAnswer, ignore
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.hyperstart.stdio import STARTS, stdio_seqs
-from cc_proxy.linux.fds import hung_up_socket
+from cc_proxy.linux.fds import Fd, hung_up_socket
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
+from cc_proxy.proxy.keeping import NOTHING, Keeper
 from cc_proxy.proxy.rest import Resting
-from cc_proxy.proxy.streams.interfaces import Pacing, Place, Sockets, private_memory
+from cc_proxy.proxy.streams.interfaces import Pacing, Sockets
 from cc_proxy.proxy.streams.pump import Pump
-from cc_proxy.proxy.streams.session import Session, Whose
-from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
+from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.streams.state import ChannelState
 from cc_proxy.proxy.users import User, Users
 from cc_proxy.proxy.vms.boot import Boot, NotReady, note_event
@@ -30,7 +30,8 @@ from cc_proxy.proxy.vms.console import Console
 from cc_proxy.proxy.vms.control import ControlLink, NoAnswer, NotSent
 from cc_proxy.proxy.vms.control_socket import ControlLost
 from cc_proxy.proxy.vms.dialer import Dialer, Peer
-from cc_proxy.proxy.vms.sessions import restored_session, session_pair
+from cc_proxy.proxy.vms.kept import COMMANDED, STARTED, Facts, KeptVm
+from cc_proxy.proxy.vms.sessions import Sessions, session_pair
 from cc_proxy.proxy.vms.state import BootState, VmState
 from cc_proxy.proxy.vms.states import Life, State, Trouble
 from cc_proxy.settings import LiveSettings
@@ -57,6 +58,7 @@ class Vm:
         live: LiveSettings,
         space: SpoolSpace,
         on_change: Callable[["Vm", State], None],
+        keeper: Keeper = NOTHING,
     ) -> None:
         self.container_id = container_id
         self.owner = owner
@@ -67,7 +69,9 @@ class Vm:
         #: What its channels are connected to. Guarded by the registry's lock.
         self.peers: set[Peer] = set()
         self._live = live
-        self._space = space
+        #: What is kept of it in case that this process is killed.
+        self.kept = KeptVm(keeper)
+        self._sessions = Sessions(container_id, space, self.kept)
         # The thread that says hello sets these once; the pump thread drops _pump at its end.
         self._boot: Boot | None = None
         #: The control channel, for its figures; None before the VM is up.
@@ -129,14 +133,12 @@ class Vm:
         on_event = functools.partial(note_event, self.container_id)
         if state.control:
             control = ControlLink.from_state(state.control, on_event, self._on_answer_to)
+            control.find_out()
         else:
             control = ControlLink(hung_up_socket(), on_event)
         console = Console.from_state(self.container_id, state.console) if state.console else None
         self._pump = self._make_pump(io, control, console, users.of(self.owner))
-        sessions = [
-            restored_session(each, self.container_id, users.of(each.uid), self._space)
-            for each in channel.streams.sessions
-        ]
+        sessions = [self._sessions.restore(each, users.of(each.uid)) for each in channel.streams.sessions]
         self._pump.restore(channel, sessions)
 
     def go_on(self) -> None:
@@ -183,6 +185,7 @@ class Vm:
             raise VmError(f"message too long {length}")
         pump, stdio = self._pump, stdio_seqs(payload) if name in STARTS else []
         if pump and stdio:
+            self.kept.note_processes(stdio, COMMANDED)
             pump.expect_processes(stdio)
         return self._command(name, payload, client, self._on_answer_to(name, stdio))
 
@@ -193,6 +196,7 @@ class Vm:
         return Started(starts, self._open_stdin) if starts else ignore
 
     def _open_stdin(self, seqs: Sequence[int]) -> None:
+        self.kept.note_processes(seqs, STARTED)
         pump = self._pump
         if pump:
             pump.open_stdin(seqs)
@@ -253,11 +257,12 @@ class Vm:
             with self._lock:
                 seqs = range(self._next_seq, self._next_seq + n_streams)
                 self._next_seq = seqs.stop
+                self.kept.note_next_seq(seqs.stop)
             window = self._live.current.stdin.window
             paced = StdinWindow(seqs.start, window) if window else None
-            who = Whose(self.container_id, user.uid, pid)
-            session = Session(seqs, ours, who, Spool(self._space, user.uid), paced, Place(charge.give_back))
+            session = self._sessions.make(seqs, ours, user.uid, pid, paced, charge)
             if not pump.add(session):
+                session.close()
                 raise VmError(self.life.why_gone)
             undo.pop_all()  # now they are the pump's
         return seqs.start, theirs
@@ -279,9 +284,15 @@ class Vm:
         self, io: socket.socket, control: ControlLink, console: Console | None, user: User
     ) -> Pump:
         self.control, self._console = control, console
+        fds = Fd(control.fd), Fd(io.fileno()), Fd(console.fileno()) if console else None
+        facts = Facts(self.container_id, self.owner, self.created)
+        memory = self.kept.begin(facts, sorted(self.peers), fds)
+        self.kept.note_next_seq(self._next_seq)
+        self.kept.note_state(self.life.state)
+        control.keep(self.kept.control)
         pacing = Pacing(self._live.current.stdin.echo_timeout, control.acknowledge)
         sockets = Sockets(io, control, console)
-        return Pump(self, sockets, private_memory(), user.one_batch, pacing)
+        return Pump(self, sockets, memory, user.one_batch, pacing)
 
     # Pump thread ------------------------------------------------------------------------------------------
 
@@ -345,7 +356,10 @@ class Vm:
     def probe(self) -> bool:
         """Return whether its pump has answered the last probe; if so, send another. One thread at a time."""
         pump = self._pump
-        return pump is None or pump.probe()
+        is_well = pump is None or pump.probe()
+        # If the daemon is ended for that, the next process is not to hang for the same reason.
+        self.kept.note_state(self.life.state if is_well else State.LOST)
+        return is_well
 
     def _move(self, to: State) -> bool:
         """Move to another state if that is legal; returns whether it was."""

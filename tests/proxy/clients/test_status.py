@@ -26,7 +26,8 @@ from cc_proxy.api.status import LONGEST_TEXT, MOST_LISTED, MOST_USERS, MOST_VMS,
 from cc_proxy.linux.credentials import ROOT, Credentials
 from cc_proxy.proxy.clients import status
 from cc_proxy.proxy.streams.spool import SpoolSpace
-from cc_proxy.proxy.vms.registry import FailedVm, Registry
+from cc_proxy.proxy.vms.failed import FailedVm
+from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.proxy.vms.states import Life, State
 from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import LiveSettings, Settings

@@ -24,7 +24,7 @@ from cc_proxy.linux.fds import may_hold_fds
 from cc_proxy.log.levels import CONSOLE, logger
 from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.spool import SpoolSpace
-from cc_proxy.proxy.vms import vm as vm_module
+from cc_proxy.proxy.vms import sessions
 from cc_proxy.proxy.vms.sessions import session_pair
 from cc_proxy.proxy.vms.states import State
 from cc_proxy.proxy.vms.vm import Vm, VmError
@@ -625,7 +625,7 @@ def test_session_that_cannot_be_made_leaves_nothing(life: Life, monkeypatch: pyt
     life.start()
     user, before = new_user(Limits(sessions=1)), set(open_fds())
     with monkeypatch.context() as patch:
-        patch.setattr(vm_module, "Session", no_fd)
+        patch.setattr(sessions, "Session", no_fd)
         with pytest.raises(OSError, match="Too many open files"):
             life.vm.open_session(2, user)
     assert set(open_fds()) == before

@@ -1,0 +1,156 @@
+"""Keeps parts of the daemon while they change: what they are in the table, their fds in the box."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Sequence
+
+from cc_proxy.continuity.box import Box
+from cc_proxy.continuity.format import DaemonRecord, encode
+from cc_proxy.continuity.table import Table
+from cc_proxy.linux.fds import Identity, identity_of
+from cc_proxy.log.levels import logger
+from cc_proxy.proxy.keeping import Record, Slot
+
+#: An fd, and what it stood for when it was kept: by now it may be closed, or be another.
+_Known = tuple[int, Identity]
+#: Among the slots, the daemon itself.
+_DAEMON = 0
+
+
+class TableKeeper:
+    """See `Keeper`. What is kept counts from `take_over` on; until then all stays that was there before."""
+
+    def __init__(self, table: Table, box: Box) -> None:
+        self._lock = threading.Lock()  # guards all that follows; nothing else is locked while it is held
+        self._table = table
+        table.begin()
+        self._box = box
+        self._counts = False
+        self._daemon = b""
+        # By the numbers of slots: the fds of what is kept, and those that are closed with it.
+        self._fds: dict[int, list[_Known]] = {}
+        self._memory: dict[int, int] = {}
+
+    # Any thread -------------------------------------------------------------------------------------------
+
+    def keep(self, record: Record, memory: int = -1, words: Sequence[int] = ()) -> Slot:
+        """Keep a part, and close the fd `memory`, if it has one, when it is released. Never raises."""
+        try:
+            data, fds = encode(record)
+            known = _known(fds)
+            with self._lock:
+                if self._counts:
+                    self._put(fds)
+                number, cell = self._table.add(data, words)
+                self._fds[number] = known
+                if memory >= 0:
+                    self._memory[number] = memory
+                return Slot(number, cell, self._release)
+        except (OSError, ValueError) as error:
+            if memory >= 0:
+                os.close(memory)
+            fields = {"part": type(record).__name__, "error": str(error)}
+            logger.warning("something will not outlive a crash of cc-proxy", extra=fields)
+            return Slot()
+
+    def new_memory(self, size: int) -> int:
+        """Return the fd of memory that may be part of a record. Raises `OSError`."""
+        fd = os.memfd_create("cc-proxy-streams")
+        try:
+            os.ftruncate(fd, size)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _release(self, number: int) -> None:
+        with self._lock:
+            if self._fds.pop(number, None) is not None:
+                self._table.remove(number)
+            if number in self._memory:
+                os.close(self._memory.pop(number))
+
+    # Main thread ------------------------------------------------------------------------------------------
+
+    def take_over(self, daemon: DaemonRecord) -> None:
+        """From now on what is kept counts, and nothing of what was there before.
+
+        Raises `OSError` or `ValueError` if it cannot be: then nothing counts.
+        """
+        data, fds = encode(daemon)
+        with self._lock:
+            self._fds[_DAEMON], self._daemon = _known(fds), data
+            try:
+                self._pack(lambda: self._table.take_over(data))
+            except (OSError, ValueError):
+                self._table.end()
+                raise
+            self._counts = True
+
+    def set_daemon(self, daemon: DaemonRecord) -> None:
+        """Keep what is now known of the daemon itself. Raises `OSError` or `ValueError`."""
+        data, fds = encode(daemon)
+        if data == self._daemon:
+            return
+        with self._lock:
+            known = _known(fds)
+            if known != self._fds[_DAEMON]:
+                self._put(fds)
+            self._table.set_daemon(data)
+            self._fds[_DAEMON], self._daemon = known, data
+
+    def hand_over(self, state: bytes, fds: Sequence[int]) -> None:
+        """Leave a state and its fds, which count now. Raises `OSError`, and nothing has changed.
+
+        After that nobody keeps anything here.
+        """
+        with self._lock:
+            self._box.put_state(state, fds)
+            self._table.hand_over()
+
+    def end(self) -> None:
+        """Nothing is left to anybody."""
+        with self._lock:
+            self._table.end()
+            with contextlib.suppress(OSError):
+                self._box.drop(self._box.messages)
+        self.close()
+
+    def close(self) -> None:
+        """Keep nothing any more; what is kept stays so."""
+        with self._lock:
+            self._counts = False
+            self._fds.clear()
+            while self._memory:
+                os.close(self._memory.popitem()[1])
+
+    # Requires _lock ---------------------------------------------------------------------------------------
+
+    def _put(self, fds: Sequence[int]) -> None:
+        """Put fds into the box. Raises `OSError`."""
+        if self._box.is_crowded:
+            with contextlib.suppress(OSError):  # one of them was closed just now: there is room yet
+                self._pack()
+        self._box.put(fds)
+
+    def _pack(self, then: Callable[[], None] = lambda: None) -> None:
+        """Have the box hold what is kept, in few messages, and nothing else. Raises `OSError`.
+
+        What is there stays until the rest is, and `then` is done: the process may be killed in between.
+        """
+        before = self._box.messages
+        known = [pair for some in self._fds.values() for pair in some]
+        self._box.put([fd for fd, identity in known if _stands_for(fd) == identity])
+        then()
+        self._box.drop(before)
+
+
+def _known(fds: Sequence[int]) -> list[_Known]:
+    return [(fd, identity_of(fd)) for fd in fds]
+
+
+def _stands_for(fd: int) -> Identity | None:
+    with contextlib.suppress(OSError):
+        return identity_of(fd)
+    return None

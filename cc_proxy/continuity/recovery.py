@@ -1,0 +1,242 @@
+"""What a process that was killed has left, as the same value that one which was replaced hands over.
+
+Nothing is read from or written to an fd here, but sockets are asked how much waits there.
+"""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
+
+from cc_proxy.continuity.format import (
+    AnyRecord,
+    DaemonRecord,
+    DaemonState,
+    Found,
+    check_version,
+    decode_settings,
+    take,
+    take_record,
+)
+from cc_proxy.continuity.table import Entry, Table
+from cc_proxy.hyperstart.control import state_at
+from cc_proxy.hyperstart.state import ControlChannelState
+from cc_proxy.linux.fds import Fd, unread
+from cc_proxy.proxy.clients.kept import AT_PHASE, AT_VM, LOST_ANSWER, Phase
+from cc_proxy.proxy.clients.state import ConnectionRecord, ConnectionState, ServerState
+from cc_proxy.proxy.streams.cells import EXPECTED, FLAGS
+from cc_proxy.proxy.streams.cells import STARTED as IS_STARTED
+from cc_proxy.proxy.streams.interfaces import VM_WORDS, shared_memory
+from cc_proxy.proxy.streams.regain import ChannelFacts, Gap, Regained, SessionFacts, regain
+from cc_proxy.proxy.streams.state import SessionRecord
+from cc_proxy.proxy.vms.kept import (
+    AT_NEXT_SEQ,
+    AT_PROCESS,
+    AT_RECEIVED,
+    AT_SENT,
+    AT_STATE,
+    COMMANDED,
+    STARTED,
+)
+from cc_proxy.proxy.vms.state import (
+    ConsoleState,
+    ControlState,
+    GoneVmRecord,
+    LifeState,
+    RegistryState,
+    VmRecord,
+    VmState,
+)
+from cc_proxy.proxy.vms.states import State
+from cc_proxy.settings import Settings
+
+#: What the streams say of a session's process, by what its VM says.
+_PROCESSES = {0: 0, COMMANDED: EXPECTED, STARTED: EXPECTED | IS_STARTED}
+_LINGERED = "it has lingered long enough after bye"
+_CUT = "a command to it was cut in two when cc-proxy was killed"
+_NO_ANSWER = "cc-proxy was killed while it answered a request"
+_HELLO = "cc-proxy was killed before its hello was answered"
+
+
+@dataclass
+class Losses:
+    """What could not be saved."""
+
+    #: Of which VM each is.
+    gaps: list[tuple[str, Gap]] = field(default_factory=list)
+    #: Fds whose peers are to be hung up on, and for each what is to be logged.
+    hung_up: list[tuple[Fd, dict[str, object]]] = field(default_factory=list)
+    #: Fds that are no use any more.
+    unused: list[Fd] = field(default_factory=list)
+
+
+def recover(table: Table, found: Found) -> tuple[DaemonState, Losses]:
+    """Return the state of the daemon, and what of it is lost. Takes the fds that are named out of `found`.
+
+    Raises `Unreadable`.
+    """
+    check_version(table.daemon)
+    daemon = take(table.daemon, DaemonRecord, found)
+    parts = [(entry, take_record(entry.record, found)) for entry in table.entries()]
+    losses = Losses()
+    vms = _Vms(decode_settings(daemon.settings) or Settings(), losses)
+    vms.recover(parts)
+    connections = list(_connections(parts, vms.numbers, losses))
+    state = DaemonState(
+        program=daemon.program,
+        rested_at=time.monotonic(),
+        settings=daemon.settings,
+        log_level=daemon.log_level,
+        known_since=daemon.known_since,
+        replaced=replace(daemon.replaced, crashes=daemon.replaced.crashes + 1, last="crash"),
+        gaps=daemon.gaps,
+        faults={},
+        users={},
+        registry=RegistryState(vms=vms.states, by_id=vms.by_id, hellos=[], failed=[]),
+        server=ServerState(
+            listener=daemon.listener,
+            connections=connections,
+            next_number=1 + max((each.number for each in connections), default=0),
+        ),
+    )
+    return state, losses
+
+
+_Parts = Sequence[tuple[Entry, AnyRecord]]
+
+
+class _Vms:
+    """The VMs, one after the other."""
+
+    def __init__(self, settings: Settings, losses: Losses) -> None:
+        self._settings = settings
+        self._losses = losses
+        self.states: list[VmState] = []
+        self.by_id: dict[str, int] = {}
+        #: By the number of a VM's slot, where it stands among them.
+        self.numbers: dict[int, int] = {}
+
+    def recover(self, parts: _Parts) -> None:
+        """Recover all, and their sessions."""
+        sessions: dict[int, list[SessionFacts]] = {}
+        for entry, record in parts:
+            if isinstance(record, SessionRecord):
+                entry.cell[FLAGS] |= _PROCESSES[entry.cell[AT_PROCESS]]
+                facts = SessionFacts(
+                    record.fd, record.first_seq, record.seqs, record.uid, record.pid, entry.cell
+                )
+                sessions.setdefault(record.vm, []).append(facts)
+        for entry, record in parts:
+            if isinstance(record, VmRecord):
+                self._recover(entry, record, sessions.pop(entry.number, []))
+            elif isinstance(record, GoneVmRecord):
+                self._add(entry, _gone(record, record.cause), has_id=True)
+        for facts in (each for some in sessions.values() for each in some):
+            self._hang_up(facts.fd, "", facts.first_seq, "its VM has gone")
+
+    def _recover(self, entry: Entry, record: VmRecord, sessions: list[SessionFacts]) -> None:
+        state = State(entry.cell[AT_STATE] or State.STARTING.value)
+        if state in (State.UP, State.LEAVING):
+            self._add(entry, self._up(entry, record, state, sessions), has_id=state is State.UP)
+            return
+        why = _HELLO if state is State.STARTING else "it was lost"
+        for fd in filter(None, (record.control, record.io, record.console)):
+            self._hang_up(fd, record.container_id, None, why)
+        for facts in sessions:
+            self._hang_up(facts.fd, record.container_id, facts.first_seq, why)
+        self._losses.unused.append(record.memory)
+        if state is not State.STARTING:
+            self._add(entry, _gone(record, ""), has_id=True)
+
+    def _add(self, entry: Entry, state: VmState, *, has_id: bool) -> None:
+        self.numbers[entry.number] = len(self.states)
+        if has_id:
+            self.by_id[state.container_id] = len(self.states)
+        self.states.append(state)
+
+    def _up(self, entry: Entry, record: VmRecord, state: State, sessions: list[SessionFacts]) -> VmState:
+        next_seq = max(1, entry.cell[AT_NEXT_SEQ])
+        facts = ChannelFacts(
+            io=record.io,
+            memory=shared_memory(record.memory.number, entry.cell[:VM_WORDS]),
+            sessions=sessions,
+            next_seq=next_seq,
+            window=self._settings.stdin.window,
+            finish_in=self._settings.vm.bye_linger if state is State.LEAVING else None,
+            finish_cause=_LINGERED if state is State.LEAVING else "",
+        )
+        regained = regain(facts)
+        self._note(record, regained)
+        cause = regained.lost or (_CUT if entry.cell[AT_SENT] else "")
+        if cause:  # without its control channel the VM is lost as soon as its pump has begun
+            self._hang_up(record.control, record.container_id, None, cause)
+        return VmState(
+            container_id=record.container_id,
+            owner=record.owner,
+            age=time.monotonic() - record.created,
+            life=LifeState(state.name, cause, None, failed=False, came_up=True, ends=0),
+            next_seq=next_seq,
+            peers=record.peers,
+            boot=None,
+            control=None if cause else _control(record.control, entry),
+            console=ConsoleState(record.console, b"", "") if record.console else None,
+            channel=regained.state,
+        )
+
+    def _note(self, record: VmRecord, regained: Regained) -> None:
+        self._losses.gaps += [(record.container_id, gap) for gap in regained.gaps]
+        self._losses.unused.append(record.memory)
+        for facts, why in regained.hung_up:
+            self._hang_up(facts.fd, record.container_id, facts.first_seq, why)
+
+    def _hang_up(self, fd: Fd, vm: str, stream: int | None, why: str) -> None:
+        self._losses.hung_up.append((fd, {"vm": vm, "stream": stream, "reason": why}))
+
+
+def _gone(record: VmRecord | GoneVmRecord, cause: str) -> VmState:
+    """Return a VM of which the id is left."""
+    return VmState(
+        container_id=record.container_id,
+        owner=record.owner,
+        age=time.monotonic() - record.created,
+        life=LifeState(State.GONE.name, cause, None, failed=False, came_up=True, ends=0),
+        next_seq=1,
+        peers=[],
+        boot=None,
+        control=None,
+        console=None,
+        channel=None,
+    )
+
+
+def _control(fd: Fd, entry: Entry) -> ControlState:
+    """Return a control channel on which nobody knows which commands have no answer yet."""
+    parser = state_at(entry.cell[AT_RECEIVED])
+    channel = ControlChannelState(parser=parser, outgoing=b"", quiz=None, ready=False, is_up=False)
+    return ControlState(fd=fd, channel=channel, commands=[], requests=[])
+
+
+def _connections(parts: _Parts, vms: Mapping[int, int], losses: Losses) -> Iterable[ConnectionState]:
+    """Yield the connections; who waits for an answer gets one that says that it is lost."""
+    for entry, record in parts:
+        if not isinstance(record, ConnectionRecord):
+            continue
+        phase = Phase(entry.cell[AT_PHASE])
+        if phase is Phase.READING:
+            phase = Phase.SILENT if unread(record.fd.number) else Phase.ASKED
+        if phase is Phase.BETWEEN:
+            losses.hung_up.append((record.fd, {"client": record.number, "reason": _NO_ANSWER}))
+            continue
+        yield ConnectionState(
+            fd=record.fd,
+            number=record.number,
+            vm=vms.get(entry.cell[AT_VM]),
+            unread=b"",
+            text=None,
+            delay=0.0,
+            unsent=LOST_ANSWER if phase is Phase.ASKED else b"",
+            passed=None,
+            left=None,
+            counted=0,
+        )

@@ -1,0 +1,161 @@
+"""The service manager's store: it keeps fds, and starts another process when this one has ended."""
+
+import mmap
+import os
+import select
+import socket
+from collections.abc import Sequence
+
+from cc_proxy.continuity.box import Box, close_all
+from cc_proxy.continuity.format import DaemonRecord
+from cc_proxy.continuity.heirs import NotReplaced
+from cc_proxy.continuity.keeper import TableKeeper
+from cc_proxy.continuity.table import SIZE, Table
+from cc_proxy.linux.systemd import Notifier, take_stored
+from cc_proxy.log.levels import logger
+from cc_proxy.proxy.keeping import NOTHING, Keeper
+
+#: <sysexits.h>; the unit has it mean that another process is to be started.
+EX_TEMPFAIL = 75
+#: How the names begin under which any version has the service manager store fds; and what it calls the box's
+#: two ends, the table, and what tells whether they are kept.
+_OURS = "cc-proxy-"
+_BOX, _TABLE, _WITNESS = f"{_OURS}box", f"{_OURS}table", f"{_OURS}witness"
+_MOST_KEPT = 4
+
+
+class Store:
+    """What the manager keeps: the box, and the table. Main thread, but for the keeper."""
+
+    exit_status = EX_TEMPFAIL
+
+    def __init__(self, notifier: Notifier) -> None:
+        """Take what has been kept for this process."""
+        self._notifier = notifier
+        self._witness: socket.socket | None = None  # its peer is kept, or has hung up
+        self._keeper: TableKeeper | None = None
+        #: Why nothing can be kept; empty if it can.
+        self.error = ""
+        #: Why what was left here is lost; empty if it is not.
+        self.lost = ""
+        stored = take_stored(_OURS)
+        ends = [socket.socket(fileno=fd) for fd in stored.pop(_BOX, [])]
+        tables = stored.pop(_TABLE, [])
+        #: None if there is none.
+        self.box: Box | None = None
+        self.memory: mmap.mmap | None = None
+        if len(ends) == 2 and len(tables) == 1:  # noqa: PLR2004 - a pair
+            self.box = Box(ends)
+            self.memory = mmap.mmap(tables[0], SIZE)
+        elif ends or tables:
+            self.lost = "the service manager has dropped a part of it"
+            for end in ends:
+                end.close()
+            stored |= {_BOX: [], _TABLE: []}
+        for name, fds in stored.items():  # the witness, and what belongs to another version
+            notifier.tell("FDSTOREREMOVE=1", f"FDNAME={name}")
+            close_all(fds)
+        close_all(tables)
+
+    def open(self) -> Keeper:
+        """Have everything kept; returns what does that. If the manager keeps nothing, `error` says so.
+
+        What has been found there is kept until the keeper takes over.
+        """
+        try:
+            self._have_kept()
+        except OSError as error:
+            self.error = str(error)
+        if self.error:
+            self.forget()
+            return NOTHING
+        assert self.box
+        assert self.memory
+        self._keeper = TableKeeper(Table(self.memory), self.box)
+        return self._keeper
+
+    def _have_kept(self) -> None:
+        """Raises `OSError`."""
+        self.error = ""
+        if self._witness:
+            self._witness.close()
+        if not self.box:
+            self.box = Box()
+            self._tell(_BOX, [end.fileno() for end in self.box.ends])
+            with open(os.memfd_create(_TABLE), "r+b", buffering=0) as file:
+                file.truncate(SIZE)
+                self.memory = mmap.mmap(file.fileno(), SIZE)
+                self._tell(_TABLE, [file.fileno()])
+        self._notifier.tell("FDSTOREREMOVE=1", f"FDNAME={_WITNESS}")
+        self._witness, theirs = socket.socketpair()
+        with theirs:
+            if not self._notifier.store(_WITNESS, [theirs.fileno()]):
+                self.error = self._notifier.error or "it does not answer"
+        if not self.error and not self._is_kept:
+            self.error = f"it keeps no fds: set FileDescriptorStoreMax= to {_MOST_KEPT} at least"
+
+    def _tell(self, name: str, fds: Sequence[int]) -> None:
+        self._notifier.tell("FDSTORE=1", f"FDNAME={name}", fds=fds)
+
+    @property
+    def _is_kept(self) -> bool:
+        """Whether the manager keeps the witness, which it has been given last."""
+        if not self._witness:
+            return False
+        poll = select.poll()
+        poll.register(self._witness, 0)
+        return not poll.poll(0)
+
+    def prepare(self) -> None:
+        """See whether everything is kept. Raises `NotReplaced`."""
+        if self.error or not self._keeper or not self._is_kept:
+            raise NotReplaced(f"the service manager keeps nothing: {self.error or 'it has dropped the box'}")
+
+    def hand_over(self, data: bytes, fds: Sequence[int]) -> None:
+        """Leave everything there. Raises `NotReplaced`."""
+        self.prepare()
+        assert self._keeper
+        try:
+            self._keeper.hand_over(data, fds)
+        except OSError as error:
+            raise NotReplaced(f"the fds cannot be handed over: {error.strerror}") from None
+
+    def take_over(self, daemon: DaemonRecord) -> str:
+        """What is kept counts now, and nothing of what was found. Returns why that fails, if it does."""
+        if self._keeper:
+            try:
+                self._keeper.take_over(daemon)
+            except (OSError, ValueError) as error:
+                self.error = str(error)
+                self.forget()
+        return self.error
+
+    def keep_daemon(self, daemon: DaemonRecord) -> None:
+        """Keep what is now known of the daemon itself."""
+        if self._keeper:
+            try:
+                self._keeper.set_daemon(daemon)
+            except (OSError, ValueError) as error:
+                logger.warning("a crash would lose what has changed", extra={"error": str(error)})
+
+    def forget(self) -> None:
+        """Have nothing kept."""
+        if self._keeper:
+            self._keeper.end()
+        for name in (_BOX, _TABLE, _WITNESS):
+            self._notifier.tell("FDSTOREREMOVE=1", f"FDNAME={name}")
+        self.let_go()
+        self.box = self.memory = self._keeper = None
+
+    def close(self) -> None:
+        """Nothing is left to do: this process may need it again."""
+
+    def let_go(self) -> None:
+        """Close what this process has of it; the manager keeps its own."""
+        if self._keeper:
+            self._keeper.close()
+        if self.box:
+            self.box.close()
+        if self._witness:
+            self._witness.close()
+            self._witness = None

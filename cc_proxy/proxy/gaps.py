@@ -1,0 +1,44 @@
+"""Gaps: bytes of streams that a process had read and not passed on when it was killed. Any thread."""
+
+import threading
+from collections.abc import Iterable
+
+from cc_proxy.log.levels import logger
+
+#: The most streams that a line of the log names.
+_MOST_NAMED = 8
+
+_lock = threading.Lock()  # guards the numbers; nothing else is locked while it is held
+_count = _bytes = 0
+
+
+def note(vm: str, direction: str, streams: Iterable[int], most_bytes: int) -> None:
+    """Log and count a gap of at most so many bytes, in one or some of these streams of a VM; in any, if none.
+
+    `direction` is `output` or `stdin`.
+    """
+    global _count, _bytes  # noqa: PLW0603
+    with _lock:
+        _count += 1
+        _bytes += most_bytes
+    named = sorted(streams)
+    fields = {
+        "vm": vm,
+        "direction": direction,
+        "streams": named[:_MOST_NAMED],
+        "of": len(named),
+        "most_bytes": most_bytes,
+    }
+    logger.error("gap: the process before was killed with something in its hands", extra=fields)
+
+
+def counts() -> tuple[int, int]:
+    """Return how many gaps there have been, and of how many bytes at most."""
+    return _count, _bytes
+
+
+def restore(counts: tuple[int, int]) -> None:
+    """Count those of the processes before, too."""
+    global _count, _bytes
+    with _lock:
+        _count, _bytes = _count + counts[0], _bytes + counts[1]

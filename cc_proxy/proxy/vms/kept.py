@@ -1,0 +1,113 @@
+"""What is kept of a VM outside of the process, and where in its cell it is."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from cc_proxy.linux.fds import Fd
+from cc_proxy.proxy.keeping import NOTHING, Keeper, Slot
+from cc_proxy.proxy.streams.interfaces import (
+    BUFFER_SIZE,
+    SESSION_WORDS,
+    VM_WORDS,
+    Memory,
+    private_memory,
+    shared_memory,
+)
+from cc_proxy.proxy.streams.session import Whose
+from cc_proxy.proxy.streams.state import SessionRecord
+from cc_proxy.proxy.vms.state import GoneVmRecord, VmRecord
+from cc_proxy.proxy.vms.states import State
+
+#: Words of a VM's cell, behind those of its streams: its state, by value, 0 until it is up; its next seq; and
+#: what has come, and been sent, of unfinished messages on its control channel.
+AT_STATE, AT_NEXT_SEQ, AT_RECEIVED, AT_SENT = range(VM_WORDS, VM_WORDS + 4)
+#: The word of a session's cell, behind those of its streams, that says how far its process has come. The pump
+#: may hear of that only after the client whose command started it.
+AT_PROCESS = SESSION_WORDS
+COMMANDED, STARTED = 1, 2
+
+
+class Facts(NamedTuple):
+    """What does not change in a VM's life."""
+
+    container_id: str
+    owner: int
+    created: float
+
+
+class KeptVm:
+    """One VM in the keeper's hands. One thread at a time until it is up; then any thread."""
+
+    def __init__(self, keeper: Keeper = NOTHING) -> None:
+        self._keeper = keeper
+        self._slot = Slot()
+        self._sessions: dict[int, Slot] = {}  # by stdio; adding, removing and looking up are atomic
+
+    @property
+    def number(self) -> int:
+        """The number of its slot; 0 if it is not kept."""
+        return self._slot.number
+
+    def begin(self, facts: Facts, peers: Sequence[tuple[str, int]], fds: tuple[Fd, Fd, Fd | None]) -> Memory:
+        """Keep it from now on; `fds` are those of its control channel, I/O channel and console.
+
+        Returns the memory of its streams. Raises `OSError`.
+        """
+        control, io, console = fds
+        memory = self._keeper.new_memory(2 * BUFFER_SIZE)
+        if memory >= 0:
+            record = VmRecord(
+                **facts._asdict(),
+                peers=list(peers),
+                control=control,
+                io=io,
+                console=console,
+                memory=Fd(memory),
+            )
+            self._slot = self._keeper.keep(record, memory)
+        return shared_memory(memory, self._slot.cell[:VM_WORDS]) if self.number else private_memory()
+
+    def keep_session(self, seqs: range, fd: int, whose: Whose) -> Slot:
+        """Keep one of its sessions, if it is kept itself."""
+        if not self.number:
+            return Slot()
+        slot = self._sessions[seqs.start] = self._keeper.keep(
+            SessionRecord(
+                fd=Fd(fd), vm=self.number, first_seq=seqs.start, seqs=len(seqs), uid=whose.uid, pid=whose.pid
+            )
+        )
+        return slot
+
+    def release_session(self, seqs: range, slot: Slot) -> None:
+        """A session is over."""
+        self._sessions.pop(seqs.start, None)
+        slot.release()
+
+    def note_processes(self, seqs: Iterable[int], how_far: int) -> None:
+        """Processes on these stdios are `COMMANDED` or `STARTED`."""
+        for slot in filter(None, map(self._sessions.get, seqs)):
+            slot.cell[AT_PROCESS] = how_far
+
+    @property
+    def control(self) -> memoryview:
+        """The words of its control channel."""
+        return self._slot.cell[AT_RECEIVED : AT_SENT + 1]
+
+    def note_state(self, state: State) -> None:
+        """It is here in its life. One that was leaving has no id, lost or not."""
+        if state is not State.LOST or self._slot.cell[AT_STATE] != State.LEAVING.value:
+            self._slot.cell[AT_STATE] = state.value
+
+    def note_next_seq(self, seq: int) -> None:
+        """All seqs before this one have been handed out."""
+        self._slot.cell[AT_NEXT_SEQ] = seq
+
+    def be_gone(self, facts: Facts, cause: str) -> None:
+        """It has gone, and keeps its id."""
+        before = self._slot
+        self._slot = self._keeper.keep(GoneVmRecord(**facts._asdict(), cause=cause))
+        before.release()
+
+    def release(self) -> None:
+        """It is over. No matter if it was before."""
+        self._slot.release()

@@ -1,0 +1,294 @@
+"""The daemon is killed, and its VMs, sessions and connections go on with the next process."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.wire.crowded import crowd
+from tests.wire.daemon import PATIENT, ManagedDaemon, Wire
+from tests.wire.support import (
+    OK,
+    READY,
+    VERSIONED,
+    at_end,
+    error_of,
+    frame,
+    refused,
+    wait_until,
+)
+
+LOST = "cc-proxy was killed before it answered: whether the request was carried out is unknown"
+
+
+@pytest.fixture
+def town(tmp_sock_dir: Path) -> Iterator[Wire]:
+    """A daemon under a manager, its VMs and clients."""
+    with ManagedDaemon(tmp_sock_dir, PATIENT) as daemon:
+        wire = Wire(daemon, tmp_sock_dir)
+        try:
+            yield wire
+            wire.close()
+            daemon.check()
+        finally:
+            wire.close()
+
+
+def daemon_of(wire: Wire) -> ManagedDaemon:
+    assert isinstance(wire.daemon, ManagedDaemon)
+    return wire.daemon
+
+
+def test_nobody_notices_at_rest(town: Wire) -> None:
+    pod = town.pod()
+    stream = pod.open()
+    other = town.attached(pod)
+    second = pod.open(1, client=other)
+    for _ in range(5):
+        daemon_of(town).crash()
+        pod.vm.answer_questions()
+        for each in (stream, second):
+            pod.vm.io.sendall(frame(each.base, b"from the VM"))
+            each.send(b"from the client")
+            assert each.read_frame().payload == b"from the VM"
+            assert pod.vm.next_frame().payload == b"from the client"
+        assert pod.pings()
+        assert pod.pings(other)
+    assert pod.open(1).base == second.base + 1
+
+
+def test_a_command_in_flight_gets_an_error(town: Wire) -> None:
+    pod = town.pod()
+    pod.client.hyper("ping", '"lost"')
+    assert pod.vm.read_command().payload == b'"lost"'
+    daemon_of(town).crash()
+    assert pod.client.receive() == refused(LOST)
+    pod.client.hyper("ping", '"next"')
+    pod.vm.say(9)  # which was not for the next one
+    pod.vm.answer_questions()
+    assert pod.vm.acknowledge().payload == b'"next"'
+    assert pod.client.receive() == OK
+
+
+def test_whoever_is_attached_stays_so(town: Wire) -> None:
+    """A client that has done no more than attach, and is not new."""
+    pods = [town.pod(), town.pod()]
+    clients = [town.attached(pod) for pod in pods]
+    wait_until(lambda: kept(town) == 6, "two VMs and four connections are kept")
+    daemon_of(town).crash()
+    for pod, client in zip(pods, clients, strict=True):
+        pod.vm.answer_questions()
+        assert pod.pings(client)
+
+
+def kept(town: Wire) -> int:
+    """How much is kept: VMs, sessions, and connections."""
+    return len(list(daemon_of(town).manager.table().entries()))
+
+
+def test_a_hello_in_flight_is_let_go(town: Wire) -> None:
+    client, vm = town.client(), town.vm()
+    client.hello("web", vm)
+    vm.accept()
+    wait_until(lambda: town.is_taken("web"), "it is connected")
+    daemon_of(town).crash()
+    assert client.receive() == refused(LOST)
+    assert vm.is_hung_up()
+    vm = town.vm()
+    client.hello("web", vm)
+    vm.accept()
+    vm.say(READY)
+    assert client.receive() == VERSIONED
+    assert client.allocate(1).base == 1
+
+
+def test_a_vm_that_has_gone_keeps_its_id(town: Wire) -> None:
+    pod = town.pod()
+    pod.vm.io.close()
+    wait_until(lambda: "VM lost" in town.daemon.log(), "it is lost")
+    daemon_of(town).crash()
+    assert pod.client.attach(pod.container) == VERSIONED
+    pod.client.hyper("ping")
+    assert "VM gone" in error_of(pod.client.receive())
+    assert pod.client.bye(pod.container) == OK
+    daemon_of(town).crash()
+    assert pod.client.attach(pod.container) == refused(f"unknown containerID: {pod.container}")
+
+
+def test_what_ended_before_is_not_found_again(town: Wire) -> None:
+    pod = town.pod()
+    stream, other = pod.open(), pod.open()
+    stream.close()
+    client = town.attached(pod)
+    client.hyper("ping", '"1"')
+    pod.vm.acknowledge()
+    assert client.receive() == OK
+    client.close()
+    wait_until(lambda: status(town)["vms"][0]["streams"]["sessions"] == 1, "the session is closed")
+    daemon_of(town).crash()
+    pod.vm.answer_questions()
+    assert pod.pings()
+    assert status(town)["vms"][0]["streams"]["sessions"] == 1
+    pod.vm.io.sendall(frame(other.base, b"on"))
+    assert other.read_frame().payload == b"on"
+
+
+def status(town: Wire) -> Any:
+    with closing(town.daemon.connect()) as client:
+        return json.loads(client.ask("status"))["data"]
+
+
+@pytest.mark.parametrize("times", [10, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+def test_under_load_what_is_missing_is_said(town: Wire, times: int) -> None:
+    """Frames come whole, in order, and to their own clients; what does not is in the log, as a gap."""
+    pods = [town.pod() for _ in range(2)]
+    client = town.attached(pods[0])
+    with crowd(pods, client, 2) as load:
+        for _ in range(times):
+            before = load.moved
+            wait_until(functools.partial(load.goes_on, before), "all go on")
+            daemon_of(town).crash()
+        before = load.moved
+        wait_until(functools.partial(load.goes_on, before), "all go on")
+    assert set(load.answers) <= {OK, refused(LOST)}
+    said = gaps(town)
+    for direction, tracks in (("output", load.output), ("stdin", load.stdin)):
+        missing = sum(track.missing for track in tracks)
+        assert missing <= sum(gap["most_bytes"] for gap in said if gap["direction"] == direction)
+        print(direction, missing, "bytes missing of", sum(track.came for track in tracks))
+    print(len(said), "gaps;", load.answers)
+    assert "hung up" not in town.daemon.log()
+    assert status(town)["replaced"] == {"restarts": 0, "crashes": times, "last": "crash"}
+
+
+def gaps(town: Wire) -> list[Any]:
+    lines = map(json.loads, town.daemon.log().splitlines())
+    return [line for line in lines if line["message"].startswith("gap")]
+
+
+def test_a_client_that_was_slow_is_hung_up_or_goes_on(town: Wire) -> None:
+    """What was spooled for it is a gap; it never gets a part of a frame."""
+    pod = town.pod()
+    stream, other = pod.open(1), pod.open(1)
+    payload = os.urandom(10_000)
+    for _ in range(400):
+        pod.vm.io.sendall(frame(stream.base, payload))
+    wait_until(lambda: status(town)["spooled"] > 0, "it is spooled")
+    daemon_of(town).crash()
+    said = [gap["most_bytes"] for gap in gaps(town)]
+    assert max(said) > 1_000_000
+    assert (status(town)["gaps"], status(town)["lost"]) == (len(said), sum(said))
+    pod.vm.answer_questions()
+    pod.vm.io.sendall(frame(stream.base, b"last") + frame(other.base, b"on"))
+    assert other.read_frame().payload == b"on"
+    while (got := stream.read_frame().payload) != b"last":
+        assert got == payload
+    town.daemon.replace()
+    assert status(town)["gaps"] == len(said)
+
+
+# Bad luck -------------------------------------------------------------------------------------------------
+
+
+def test_killed_again_and_again_before_it_has_taken_over(town: Wire) -> None:
+    pod = town.pod()
+    stream = pod.open()
+    daemon = daemon_of(town)
+    daemon.die()
+    for delay in (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4):
+        daemon.start_and_kill(delay)
+    daemon.start_again()
+    pod.vm.io.sendall(frame(stream.base, b"on"))
+    assert stream.read_frame().payload == b"on"
+
+
+def test_killed_as_it_hands_over(town: Wire) -> None:
+    pod = town.pod()
+    stream = pod.open()
+    daemon = daemon_of(town)
+    for delay in (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05):
+        daemon.process.send_signal(signal.SIGUSR2)
+        threading.Event().wait(delay)
+        daemon.die()
+        daemon.start_again()
+        pod.vm.io.sendall(frame(stream.base, b"on"))
+        assert stream.read_frame().payload == b"on"
+    assert "nothing is taken over" not in daemon.log()
+
+
+@pytest.mark.parametrize("spoil", ["another version", "torn", "a newer daemon"])
+def test_a_table_that_cannot_be_read_is_an_end_that_is_logged(tmp_sock_dir: Path, spoil: str) -> None:
+    with ManagedDaemon(tmp_sock_dir) as daemon:
+        wire = Wire(daemon, tmp_sock_dir)
+        pod = wire.pod()
+        stream = pod.open()
+        daemon.die()
+        table = daemon.manager.table()
+        if spoil == "another version":
+            table.memory[7] += 1
+        elif spoil == "torn":
+            at = table.memory.find(pod.container.encode())
+            table.memory[at - 3 : at] = b"\xc1\xc1\xc1"
+        else:
+            at = table.memory.find(b"\xa7version") + 8
+            table.memory[at] += 1
+        daemon.start_again()
+        assert "nothing is taken over" in daemon.log()
+        assert stream.at_end()
+        assert at_end(pod.vm.io)
+        assert at_end(pod.client.sock)
+        after = wire.pod()
+        daemon.crash()
+        after.vm.answer_questions()
+        assert after.pings()
+        wire.close()
+
+
+def test_without_a_store_a_crash_is_an_end(tmp_sock_dir: Path) -> None:
+    with ManagedDaemon(tmp_sock_dir, most_fds=3) as daemon:
+        wire = Wire(daemon, tmp_sock_dir)
+        assert "a restart of cc-proxy ends all VMs" in daemon.log()
+        pod = wire.pod()
+        daemon.crash()
+        assert at_end(pod.vm.io)
+        assert at_end(pod.client.sock)
+        wire.close()
+
+
+def test_what_died_meanwhile_is_noticed(tmp_sock_dir: Path) -> None:
+    with ManagedDaemon(tmp_sock_dir) as daemon:
+        wire = Wire(daemon, tmp_sock_dir)
+        first, second = wire.pod(), wire.pod()
+        stream = second.open()
+        daemon.die()
+        first.vm.hang_up()
+        first.client.close()
+        stream.close()
+        daemon.start_again()
+        second.vm.answer_questions()
+        second.vm.send_frame(second.vm.read_frame().seq)  # a marker: it has handled what came before
+        wait_until(lambda: not wire.is_registered(first.container), "the VM is lost")
+        wait_until(lambda: not status(wire)["vms"][-1]["streams"]["sessions"], "the session is closed")
+        assert second.pings()
+        wire.close()
+        daemon.check()
+
+
+def test_a_stop_leaves_nothing(tmp_sock_dir: Path) -> None:
+    with ManagedDaemon(tmp_sock_dir) as daemon:
+        wire = Wire(daemon, tmp_sock_dir)
+        pod = wire.pod()
+        assert daemon.stop() == 0
+        assert at_end(pod.client.sock)
+        daemon.start_again()
+        assert "taken over" not in daemon.log()
+        wire.close()
