@@ -217,18 +217,14 @@ class Connection:
                 rest = self._finish_text()
                 return After.END if rest is None else rest
             self._kept.cell[AT_PHASE] = Phase.SILENT
-            if self._spin.wait(self._look, self._sleep) is None:
-                return After.PARK
-            if not (data := self._receive()):
-                return After.END if data is not None else After.PARK
+            data = self._spin.wait(self._receive, self._sleep)
+            if not data:
+                return After.PARK if data is None else After.END
             parser.receive_data(data)
         return text
 
-    def _look(self) -> object | None:
-        return self._ready.poll(0) or None
-
-    def _sleep(self) -> object | None:
-        return self._ready.poll(_LINGER) or None
+    def _sleep(self) -> bytes | None:
+        return self._receive() if self._ready.poll(_LINGER) else None
 
     def _finish_text(self) -> bytes | None:
         """Return the text of a message that has begun to arrive; None if the client closes in the middle."""

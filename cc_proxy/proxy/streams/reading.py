@@ -2,9 +2,9 @@
 
 import socket
 
-from cc_proxy.linux.fds import is_for_now, unread
+from cc_proxy.linux.fds import is_for_now, receive_into, unread
 from cc_proxy.proxy.streams.cells import BUSY, READING, SIZE_AT
-from cc_proxy.proxy.streams.interfaces import Cell
+from cc_proxy.proxy.streams.interfaces import NO_CELL, Cell
 
 #: If a read brought this much, it pays to ask how much the next will bring: that leaves no doubt about it.
 MUCH = 16 * 1024
@@ -18,6 +18,8 @@ def read_noted(sock: socket.socket, room: memoryview, cell: Cell, place: int, mu
     `place` is a `Reading` of nothing so far; `much` says that the last one was of `MUCH`. Raises
     `BlockingIOError` if there is nothing for now, or another `OSError`.
     """
+    if cell is NO_CELL:  # nobody will ask
+        return receive_into(sock, room)
     coming = min(unread(sock), len(room)) if much else 0
     if coming >= len(STAMP):
         room = room[:coming]

@@ -5,7 +5,7 @@ import socket
 
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.linux.fds import check_passable, refuse_rights
-from cc_proxy.proxy.streams.interfaces import SESSION_WORDS, Place
+from cc_proxy.proxy.streams.interfaces import NO_CELL, SESSION_WORDS, Place
 from cc_proxy.proxy.streams.session import Session, Whose
 from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
 from cc_proxy.proxy.streams.state import SessionState
@@ -48,7 +48,7 @@ class Sessions:
             self._kept.release_session(seqs, slot)
             charge.give_back()
 
-        place = Place(on_close, slot.cell[:SESSION_WORDS])
+        place = Place(on_close, slot.cell[:SESSION_WORDS] if slot.number else NO_CELL)
         try:
             return Session(seqs, sock, whose, Spool(self._space, uid), window, place)
         except BaseException:
