@@ -1,0 +1,163 @@
+"""Reading one client's requests."""
+
+import contextlib
+import select
+import socket
+import time
+
+from cc_proxy.api.errors import ProtocolError
+from cc_proxy.api.messages import MessageParser
+from cc_proxy.api.transport import limit_receive
+from cc_proxy.proxy.clients.kept import AT_PHASE, KeptConnection, Phase
+from cc_proxy.proxy.clients.unfinished import UNCOUNTED, Unfinished
+from cc_proxy.proxy.rest import LOOK_UP, Rest
+from cc_proxy.proxy.spin import Spin
+from cc_proxy.proxy.users import User
+
+#: Milliseconds that a connection keeps its thread after a response. Clients often send one command after the
+#: other, and a thread that waits for it has the next one sooner than the parking thread.
+_LINGER = 20
+#: Most requests fit into this, and a bytes object of this size fits into one of Python's small blocks.
+_READ_SIZE = 448
+_LARGEST_READ = 64 * 1024
+#: A plain int, because converting the enum takes longer than the rest of a call.
+_DONTWAIT = int(socket.MSG_DONTWAIT)
+
+
+class ClientGone(Exception):
+    """The client sends no more."""
+
+
+class Incoming:
+    """What has come on a connection. One thread at a time."""
+
+    def __init__(
+        self, sock: socket.socket, kept: KeptConnection, unfinished: Unfinished, user: User, rest: Rest
+    ) -> None:
+        self._sock = sock
+        self._kept = kept
+        self._unfinished = unfinished
+        self._user = user
+        self._rest = rest
+        self._parser = MessageParser()
+        self._spin = Spin()
+
+    @property
+    def unread(self) -> bytes:
+        """What has come of requests that nobody has taken."""
+        return self._parser.unread
+
+    def restore(self, unread: bytes) -> None:
+        """Go on behind what had come in the process before."""
+        self._parser.receive_data(unread)
+
+    # Without waiting --------------------------------------------------------------------------------------
+
+    def receive(self) -> bool:
+        """Read what has come; returns whether anything has. Raises `ClientGone`."""
+        data = self._receive()
+        if data:
+            self._parser.receive_data(data)
+        elif data is not None:
+            raise ClientGone
+        return bool(data)
+
+    def next_arrived(self) -> bytes | None:
+        """Return the text of the next request that has come whole, if any has. Raises `ProtocolError`."""
+        text = self._parser.next_text()
+        if text is None:
+            self._kept.cell[AT_PHASE] = Phase.BETWEEN if self._parser.unfinished else Phase.SILENT
+        else:
+            self.note_asked()
+        return text
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a part of a message has come."""
+        return self._parser.unfinished
+
+    def note_asked(self) -> None:
+        """A request has been taken, and waits for its answer."""
+        self._kept.cell[AT_PHASE] = Phase.BETWEEN if self._parser.unfinished else Phase.ASKED
+
+    def _receive(self) -> bytes | None:
+        self._kept.cell[AT_PHASE] = Phase.READING
+        try:
+            return self._sock.recv(_READ_SIZE, _DONTWAIT)
+        except BlockingIOError:
+            self._kept.cell[AT_PHASE] = Phase.SILENT
+            return None
+
+    # Waiting ----------------------------------------------------------------------------------------------
+
+    def next(self) -> bytes | None:
+        """Return the next request's text, or None if the client is silent.
+
+        Between messages a client may be silent for as long as it likes, but not in the middle of one. Raises
+        `ClientGone`, `ProtocolError`, `LimitReached`, `OSError` or `Resting`.
+        """
+        parser = self._parser
+        while (text := parser.next_text()) is None:
+            if parser.unfinished:
+                return self._finish()
+            self._kept.cell[AT_PHASE] = Phase.SILENT
+            data = self._spin.wait(self._receive, self._sleep)
+            if data is None:
+                return None
+            if not data:
+                raise ClientGone
+            parser.receive_data(data)
+        return text
+
+    def _sleep(self) -> bytes | None:
+        ready = select.poll()
+        ready.register(self._sock, select.POLLIN)
+        return self._receive() if ready.poll(_LINGER) else None
+
+    def _finish(self) -> bytes:
+        """Return the text of a message that has begun to arrive."""
+        parser = self._parser
+        self._kept.cell[AT_PHASE] = Phase.BETWEEN
+        deadline = self._unfinished.begin()
+        while (text := parser.next_text()) is None:
+            missing = parser.missing
+            if missing > UNCOUNTED:
+                self._unfinished.count(missing)
+            data = self._receive_by(deadline, missing)
+            if not data:
+                raise ClientGone
+            parser.receive_data(data)
+            if parser.missing:
+                self._pace()
+        self._unfinished.end()
+        return text
+
+    def drop_rest(self) -> None:
+        """Read the rest of a message, and forget it. Raises the same as `next`."""
+        deadline, rest = self._unfinished.begin(), self._parser.missing
+        while rest and (data := self._receive_by(deadline, rest)):
+            rest -= len(data)
+            self._pace()
+
+    def _receive_by(self, deadline: float, most: int) -> bytes:
+        size = min(most, _LARGEST_READ)
+        try:
+            while (left := deadline - time.monotonic()) > 0:
+                self._rest.check()
+                limit_receive(self._sock, min(left, LOOK_UP))
+                with contextlib.suppress(BlockingIOError):
+                    return self._sock.recv(size)
+            # The rest may have come in time, while this process was stopped.
+            return self._sock.recv(size, _DONTWAIT)
+        except BlockingIOError:
+            raise ProtocolError("a message that had begun did not arrive in time") from None
+
+    def _pace(self) -> None:
+        """Count a piece of a message like a request, and wait if the user has to.
+
+        Otherwise a thousand clients that send byte by byte would wake a thousand threads, and keep the GIL
+        from all others.
+        """
+        if delay := self._user.delay():
+            self._rest.sleep(delay)
+            self._rest.check()

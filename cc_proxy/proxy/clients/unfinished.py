@@ -1,0 +1,53 @@
+"""A message, or a response, that is not through yet."""
+
+import time
+from collections.abc import Callable
+
+from cc_proxy.proxy.users import Charge, User
+from cc_proxy.settings import Limits
+
+#: Longer requests and responses count against `request_bytes` until they are done with. Those of clients in
+#: the field are shorter.
+UNCOUNTED = 4 * 1024
+
+
+class Unfinished:
+    """Until when it has to be through, and what it counts for. One thread at a time."""
+
+    def __init__(self, user: User, limits: Callable[[], Limits]) -> None:
+        self._user = user
+        self._limits = limits
+        self._deadline: float | None = None
+        self._charge: Charge | None = None
+
+    def begin(self, *, anew: bool = False) -> float:
+        """Return until when it has to be through (`time.monotonic`), if it begins, or begins `anew`."""
+        if self._deadline is None or anew:
+            self._deadline = time.monotonic() + self._limits().message_timeout
+        return self._deadline
+
+    def end(self) -> None:
+        """It is through."""
+        self._deadline = None
+
+    def count(self, size: int) -> None:
+        """Count its bytes, if that is not done yet. Raises `LimitReached`."""
+        if self._charge is None:
+            self._charge = self._user.charge("request_bytes", size)
+
+    def uncount(self) -> None:
+        """It is done with."""
+        if self._charge:
+            self._charge.give_back()
+            self._charge = None
+
+    def hand_over(self) -> tuple[float | None, int]:
+        """Return the seconds that are left, and the bytes that count, for `restore`."""
+        left = None if self._deadline is None else self._deadline - time.monotonic()
+        return left, self._charge.number if self._charge else 0
+
+    def restore(self, left: float | None, counted: int) -> None:
+        """Go on where the process before stood."""
+        self._deadline = None if left is None else time.monotonic() + left
+        if counted:
+            self._charge = self._user.charge_again("request_bytes", counted)
