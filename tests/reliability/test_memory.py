@@ -14,7 +14,7 @@ from cc_proxy.api.payloads import Hello
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.proxy.vms.registry import Registry
-from cc_proxy.proxy.vms.vm import VmError
+from cc_proxy.proxy.vms.states import VmError
 from cc_proxy.settings import LiveSettings, Settings, SpoolSettings
 from tests.connector import CONNECTOR
 from tests.fuzz.acknowledging import AcknowledgingVm

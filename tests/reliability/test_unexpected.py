@@ -36,8 +36,8 @@ from cc_proxy.proxy.users import User
 from cc_proxy.proxy.vms.console import Console
 from cc_proxy.proxy.vms.control import ControlLink
 from cc_proxy.proxy.vms.registry import Registry
-from cc_proxy.proxy.vms.states import State
-from cc_proxy.proxy.vms.vm import Vm, VmError
+from cc_proxy.proxy.vms.states import State, VmError
+from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import LiveSettings, Settings
 from tests.connector import CONNECTOR
 from tests.proxy.conftest import Logged

@@ -331,7 +331,8 @@ def test_a_socket_stays_where_it_is_whatever_the_settings_say_by_then(town: Wire
     write_config(town.directory, elsewhere)
     town.daemon.replace()
     assert not elsewhere.exists()
-    assert '"settings that take effect after a stop and a start"' in town.daemon.log()
+    said = '"settings that take effect after a stop and a start"'
+    wait_until(lambda: said in town.daemon.log(), "the log says so")
 
 
 @pytest.mark.parametrize(("before", "after", "mode"), [("", "*", 0o666), ("*", "", 0o660)])

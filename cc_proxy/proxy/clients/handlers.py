@@ -35,7 +35,8 @@ from cc_proxy.proxy.clients.status import About, describe
 from cc_proxy.proxy.keeping import NOTHING, Keeper
 from cc_proxy.proxy.users import LimitReached, User
 from cc_proxy.proxy.vms.registry import Registry, RegistryError
-from cc_proxy.proxy.vms.vm import Vm, VmError
+from cc_proxy.proxy.vms.states import VmError
+from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import LiveSettings
 
 PROTOCOL_VERSION = 1

@@ -66,9 +66,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
         about: About | None = None,
         keeper: Keeper = NOTHING,
     ) -> None:
-        # No request handler class is ever used: those of socketserver live for one call only.
-        address = listener.socket.getsockname()
-        super().__init__(address, socketserver.BaseRequestHandler, bind_and_activate=False)
+        # No request handler class is used: socketserver's live for one call only.
+        unused = socketserver.BaseRequestHandler
+        super().__init__(listener.socket.getsockname(), unused, bind_and_activate=False)
         self.socket.close()
         self.socket = listener.socket
         self._listener = listener
@@ -89,8 +89,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.parking: Parking[Connection] = Parking(self._on_leave)
         self._stopping = threading.Event()
         self._short = False
-        #: When the accept thread last went round its loop (`time.monotonic`).
-        self.turned_at = 0.0
+        self.turned_at = 0.0  #: When the accept thread last went round its loop (`time.monotonic`).
         self._thread = threading.Thread(target=self._accept_all, name="accept", daemon=True)
 
     # Main thread ------------------------------------------------------------------------------------------

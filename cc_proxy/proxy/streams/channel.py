@@ -123,17 +123,13 @@ class Channel:
         """How many sessions there are. Any thread."""
         return len(self._sessions)  # one step, so that no other thread sees half of it
 
-    @property
-    def bytes(self) -> int:
-        """How much has passed so far, both ways."""
-        return self._output.bytes + self._stdin.bytes
-
     def wait(self) -> list[Ready]:
         """Wait until something is ready, or a timer is due; returns what is ready, for `serve`."""
         return self._watch.wait(self._timeout() if self._timed else None, self._reads_clients)
 
-    def serve(self, ready: list[Ready]) -> None:
-        """Do what there is to do about what `wait` returned."""
+    def serve(self, ready: list[Ready]) -> int:
+        """Do what there is to do about what `wait` returned; returns how many bytes were read for that."""
+        before = self._output.bytes + self._stdin.bytes
         if self._reads_clients:
             clients = self._watch.serve(ready)
             if clients and self._reads_clients:  # which others may just have changed
@@ -143,6 +139,7 @@ class Channel:
         if self._timed:
             self._run_timers(time.monotonic())
         self._watch_io()
+        return self._output.bytes + self._stdin.bytes - before
 
     def describe(self) -> Streams:
         """Return how the streams stand now."""

@@ -184,10 +184,9 @@ class Pump:
         large = False
         while channel.is_in_use and not self._resting:
             ready = channel.wait()
-            before = channel.bytes
             with self._one_at_a_time(large):
-                channel.serve(ready)
-            large = channel.bytes - before >= _LARGE  # nobody knows before it is read, but streams are steady
+                # Nobody knows before it is read whether it is large, but streams are steady.
+                large = channel.serve(ready) >= _LARGE
 
     def _answer(self, answer: Future[Streams]) -> None:
         try:

@@ -1,8 +1,9 @@
 """What is remembered of VMs that have gone, within limits."""
 
 from collections import Counter, deque
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
+from cc_proxy.proxy.vms.state import FailedVmState
 from cc_proxy.proxy.vms.states import Trouble
 from cc_proxy.proxy.vms.vm import Vm
 
@@ -13,6 +14,15 @@ class FailedVm(NamedTuple):
     container_id: str
     owner: int
     trouble: Trouble
+
+    @classmethod
+    def from_state(cls, state: FailedVmState) -> Self:
+        """Return what the process before remembered."""
+        return cls(state.container_id, state.owner, Trouble.from_state(state.trouble))
+
+    def state(self) -> FailedVmState:
+        """Return it as a value, for `from_state`."""
+        return FailedVmState(self.container_id, self.owner, self.trouble.state())
 
 
 T = TypeVar("T", FailedVm, Vm)

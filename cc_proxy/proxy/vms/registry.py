@@ -19,9 +19,9 @@ from cc_proxy.proxy.vms.connector import Connector
 from cc_proxy.proxy.vms.dialer import Dialer, Peer
 from cc_proxy.proxy.vms.failed import FailedVm, drop_one_over
 from cc_proxy.proxy.vms.kept import Facts
-from cc_proxy.proxy.vms.state import FailedVmState, HelloState, RegistryState
-from cc_proxy.proxy.vms.states import State, Trouble
-from cc_proxy.proxy.vms.vm import Vm, VmError
+from cc_proxy.proxy.vms.state import HelloState, RegistryState
+from cc_proxy.proxy.vms.states import State, VmError
+from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import LiveSettings
 
 #: The most failed VMs whose last error `status` shows.
@@ -94,9 +94,7 @@ class Registry:
                 HelloState(client, numbers[vm], numbers[self._before[vm]] if vm in self._before else None)
                 for client, vm in self._hellos.items()
             ],
-            failed=[
-                FailedVmState(each.container_id, each.owner, each.trouble.state()) for each in self._failed
-            ],
+            failed=[each.state() for each in self._failed],
         )
         return state, numbers
 
@@ -109,22 +107,18 @@ class Registry:
             Vm(each.container_id, each.owner, self._live, self._space, self._on_change, self._keeper)
             for each in state.vms
         ]
+        self._by_id = {container_id: vms[number] for container_id, number in state.by_id.items()}
         for vm, before in zip(vms, state.vms, strict=True):
             vm.restore(before, self.users)
             if vm.life.state is not State.GONE:
-                user = self.users.of(vm.owner)
-                id_charge = user.charge_again("request_bytes", len(vm.container_id))
-                self._vms[vm] = [user.charge_again("vms"), id_charge]
-        self._by_id = {container_id: vms[number] for container_id, number in state.by_id.items()}
-        for vm in vms:
+                charge = self.users.of(vm.owner).charge_again
+                self._vms[vm] = [charge("vms"), charge("request_bytes", len(vm.container_id))]
             self._settle(vm)
         for hello in state.hellos:
             self._hellos[hello.client] = vms[hello.vm]
             if hello.before is not None:
                 self._before[vms[hello.vm]] = vms[hello.before]
-        self._failed.extend(
-            FailedVm(each.container_id, each.owner, Trouble.from_state(each.trouble)) for each in state.failed
-        )
+        self._failed.extend(map(FailedVm.from_state, state.failed))
         return vms
 
     def go_on(self) -> None:

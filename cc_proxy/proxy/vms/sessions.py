@@ -2,6 +2,8 @@
 
 import contextlib
 import socket
+import threading
+from collections.abc import Callable
 
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.linux.fds import check_passable, refuse_rights
@@ -11,20 +13,25 @@ from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
 from cc_proxy.proxy.streams.state import SessionState
 from cc_proxy.proxy.users import Charge, User
 from cc_proxy.proxy.vms.kept import KeptVm
+from cc_proxy.proxy.vms.states import VmError
+from cc_proxy.settings import LiveSettings
 
 _SEND_BUFFER = 256 * 1024
 
 
 def session_pair() -> tuple[socket.socket, socket.socket]:
-    """Return both ends of a session's socket pair, ours and then the client's. Raises `OSError`."""
+    """Return both ends of a session's socket pair, ours and then the client's. Raises `VmError`."""
     with contextlib.ExitStack() as undo:
-        pair = socket.socketpair()
-        for end in pair:
-            undo.enter_context(end)
-        refuse_rights(pair[0])
-        for end in pair:
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        check_passable(*pair)
+        try:
+            pair = socket.socketpair()
+            for end in pair:
+                undo.enter_context(end)
+            refuse_rights(pair[0])
+            for end in pair:
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+            check_passable(*pair)
+        except OSError as error:
+            raise VmError(f"the daemon is short of resources: {error.strerror}") from None
         undo.pop_all()
     return pair
 
@@ -32,10 +39,45 @@ def session_pair() -> tuple[socket.socket, socket.socket]:
 class Sessions:
     """Makes the sessions of one VM. Any thread."""
 
-    def __init__(self, vm: str, space: SpoolSpace, kept: KeptVm) -> None:
+    def __init__(self, vm: str, space: SpoolSpace, kept: KeptVm, live: LiveSettings) -> None:
         self._vm = vm
         self._space = space
         self._kept = kept
+        self._live = live
+        self._lock = threading.Lock()  # guards next_seq; innermost
+        #: The first seq that has not been handed out.
+        self.next_seq = 1
+
+    def open(
+        self,
+        pair: tuple[socket.socket, socket.socket],
+        n_streams: int,
+        user: User,
+        pid: int,
+        add: Callable[[Session], bool],
+    ) -> tuple[int, socket.socket] | None:
+        """Make a session of a socket pair, `add` it to a pump, and return its first seq and the client's end.
+
+        Returns None if the pump has ended. Raises `LimitReached`; no seq is used up then. Unless a session is
+        returned, the pair is closed.
+        """
+        ours, theirs = pair
+        with contextlib.ExitStack() as undo:
+            undo.callback(theirs.close)
+            undo.callback(ours.close)
+            charge = undo.enter_context(user.charge("sessions"))
+            with self._lock:
+                seqs = range(self.next_seq, self.next_seq + n_streams)
+                self.next_seq = seqs.stop
+                self._kept.note_next_seq(seqs.stop)
+            window = self._live.current.stdin.window
+            paced = StdinWindow(seqs.start, window) if window else None
+            session = self.make(seqs, ours, user.uid, pid, paced, charge)
+            if not add(session):
+                session.close()
+                return None
+            undo.pop_all()  # now they are the pump's
+        return seqs.start, theirs
 
     def make(
         self, seqs: range, sock: socket.socket, uid: int, pid: int, window: StdinWindow | None, charge: Charge

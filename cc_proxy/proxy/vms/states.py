@@ -8,6 +8,10 @@ from typing import NamedTuple, Self
 from cc_proxy.proxy.vms.state import LifeState, TroubleState
 
 
+class VmError(Exception):
+    """Something failed in a VM; the text is the cause, as clients are told it."""
+
+
 class State(Enum):
     """Where a VM is in its life."""
 

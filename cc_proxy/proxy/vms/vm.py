@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import socket
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -12,7 +11,6 @@ from cc_proxy.api.payloads import Hello
 from cc_proxy.api.status import Streams
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage, OnAnswer, ignore
-from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.hyperstart.stdio import STARTS, stdio_seqs
 from cc_proxy.linux.fds import Fd, hung_up_socket
 from cc_proxy.log import faults
@@ -33,15 +31,11 @@ from cc_proxy.proxy.vms.dialer import Dialer, Peer
 from cc_proxy.proxy.vms.kept import COMMANDED, STARTED, Facts, KeptVm
 from cc_proxy.proxy.vms.sessions import Sessions, session_pair
 from cc_proxy.proxy.vms.state import BootState, VmState
-from cc_proxy.proxy.vms.states import Life, State, Trouble
+from cc_proxy.proxy.vms.states import Life, State, Trouble, VmError
 from cc_proxy.settings import LiveSettings
 
 #: The cause of every VM's end once the daemon stops.
 _STOPS = "the daemon stops"
-
-
-class VmError(Exception):
-    """Something failed in a VM; the text is the cause, as clients are told it."""
 
 
 class Vm:
@@ -71,7 +65,7 @@ class Vm:
         self._live = live
         #: What is kept of it in case that this process is killed.
         self.kept = KeptVm(keeper)
-        self._sessions = Sessions(container_id, space, self.kept)
+        self._sessions = Sessions(container_id, space, self.kept, live)
         # The thread that says hello sets these once; the pump thread drops _pump at its end.
         self._boot: Boot | None = None
         #: The control channel, for its figures; None before the VM is up.
@@ -79,18 +73,14 @@ class Vm:
         self._pump: Pump | None = None
         self._console: Console | None = None  # the pump's; to be asked for its state
         self._booting: BootState | None = None  # how far the process before came with hello
-        self._lock = threading.Lock()  # guards _next_seq; innermost
-        self._next_seq = 1
 
     # Between two processes --------------------------------------------------------------------------------
 
     def rest(self) -> None:
         """Have clients' threads leave with `Resting`. Any thread; again, if a hello may just have begun."""
-        boot, control = self._boot, self.control
-        if boot:
-            boot.rest()
-        if control:
-            control.rest()
+        for part in (self._boot, self.control):
+            if part:
+                part.rest()
 
     def rest_pump(self) -> None:
         """Have the pump's thread end after its turn, and close nothing."""
@@ -100,16 +90,15 @@ class Vm:
 
     def hand_over(self) -> VmState:
         """Give up everything as a value, for `restore`. Nobody may use it any more."""
-        now = time.monotonic()
         starting, pump = self.life.state is State.STARTING, self._pump
         channel = pump.hand_over() if pump else None
         boot = self._boot.hand_over() if starting and self._boot else None
         return VmState(
             container_id=self.container_id,
             owner=self.owner,
-            age=now - self.created,
+            age=time.monotonic() - self.created,
             life=self.life.hand_over(self.life.state if channel or starting else State.GONE),
-            next_seq=self._next_seq,
+            next_seq=self._sessions.next_seq,
             peers=sorted(self.peers),
             boot=boot,
             control=self.control.hand_over() if channel and self.control else None,
@@ -121,7 +110,7 @@ class Vm:
         """Go on where the process before stood. Before anybody knows it. Raises `OSError`."""
         self.created = time.monotonic() - state.age
         self.life.restore(state.life)
-        self._next_seq, self._booting = state.next_seq, state.boot
+        self._sessions.next_seq, self._booting = state.next_seq, state.boot
         if not state.boot or state.boot.io:  # else it dials, and claims its peers, once more
             self.peers = set(state.peers)
         if state.channel:
@@ -246,26 +235,10 @@ class Vm:
         pump = self._pump
         if pump is None or not self.life.can_be_used:
             raise VmError(self.life.why_gone)
-        with contextlib.ExitStack() as undo:
-            charge = undo.enter_context(user.charge("sessions"))
-            try:
-                ours, theirs = session_pair()
-            except OSError as error:
-                raise VmError(f"the daemon is short of resources: {error.strerror}") from None
-            undo.callback(theirs.close)
-            undo.callback(ours.close)
-            with self._lock:
-                seqs = range(self._next_seq, self._next_seq + n_streams)
-                self._next_seq = seqs.stop
-                self.kept.note_next_seq(seqs.stop)
-            window = self._live.current.stdin.window
-            paced = StdinWindow(seqs.start, window) if window else None
-            session = self._sessions.make(seqs, ours, user.uid, pid, paced, charge)
-            if not pump.add(session):
-                session.close()
-                raise VmError(self.life.why_gone)
-            undo.pop_all()  # now they are the pump's
-        return seqs.start, theirs
+        opened = self._sessions.open(session_pair(), n_streams, user, pid, pump.add)
+        if opened is None:
+            raise VmError(self.life.why_gone)
+        return opened
 
     def _connect(self, hello: Hello, dialer: Dialer, user: User) -> Pump:
         """Connect to the VM and return its pump, not yet started. Raises the same as `Boot.run`."""
@@ -275,7 +248,7 @@ class Vm:
             self._booting = None
         with contextlib.ExitStack() as undo:
             ready = undo.enter_context(boot.run(dialer))
-            self._next_seq = ready.first_seq
+            self._sessions.next_seq = ready.first_seq
             self._pump = self._make_pump(ready.io, ready.control, ready.console, user)
             undo.pop_all()
         return self._pump
@@ -287,7 +260,7 @@ class Vm:
         fds = Fd(control.fd), Fd(io.fileno()), Fd(console.fileno()) if console else None
         facts = Facts(self.container_id, self.owner, self.created)
         memory = self.kept.begin(facts, sorted(self.peers), fds)
-        self.kept.note_next_seq(self._next_seq)
+        self.kept.note_next_seq(self._sessions.next_seq)
         self.kept.note_state(self.life.state)
         control.keep(self.kept.control)
         pacing = Pacing(self._live.current.stdin.echo_timeout, control.acknowledge)
@@ -363,7 +336,6 @@ class Vm:
 
     def _move(self, to: State) -> bool:
         """Move to another state if that is legal; returns whether it was."""
-        moved = self.life.move(to)
-        if moved:
+        if moved := self.life.move(to):
             self._on_change(self, to)
         return moved

@@ -21,8 +21,8 @@ from cc_proxy.log.levels import logger
 from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers, Reply, failure, success
 from cc_proxy.proxy.users import User
 from cc_proxy.proxy.vms.registry import Registry, RegistryError
-from cc_proxy.proxy.vms.states import State
-from cc_proxy.proxy.vms.vm import Vm, VmError
+from cc_proxy.proxy.vms.states import State, VmError
+from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import Limits, LiveSettings, Settings
 from tests.proxy.conftest import Logged
 from tests.proxy.support import new_user

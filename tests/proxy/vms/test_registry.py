@@ -17,8 +17,8 @@ from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.users import Charge, LimitReached
 from cc_proxy.proxy.vms.dialer import Dialer
 from cc_proxy.proxy.vms.registry import Registry, RegistryError
-from cc_proxy.proxy.vms.states import State
-from cc_proxy.proxy.vms.vm import Vm, VmError
+from cc_proxy.proxy.vms.states import State, VmError
+from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import Limits, LiveSettings, Settings, SpoolSettings, VmSettings
 from tests.connector import CONNECTOR
 from tests.proxy.conftest import Logged

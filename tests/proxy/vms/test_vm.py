@@ -26,8 +26,8 @@ from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.vms import sessions
 from cc_proxy.proxy.vms.sessions import session_pair
-from cc_proxy.proxy.vms.states import State
-from cc_proxy.proxy.vms.vm import Vm, VmError
+from cc_proxy.proxy.vms.states import State, VmError
+from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import Limits, LiveSettings, Settings, StdinSettings, VmSettings
 from tests.proxy.conftest import Logged
 from tests.proxy.support import DIALER, new_user, open_fds, pair
