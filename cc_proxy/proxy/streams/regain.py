@@ -112,8 +112,8 @@ def regain(facts: ChannelFacts) -> Regained:
         except _Doubt as doubt:
             hung_up.append(HungUp(session, str(doubt)))
     unfinished, resync = _output(facts, gaps)
-    if resync:
-        to_vm.append(encode_frame(resync.probe))
+    if resync:  # first: what comes back before the probe is not recognised, and markers are to be
+        to_vm.insert(0, encode_frame(resync.probe))
     # As many frames as there can be may be waiting in the guest.
     pacer = PacerState(MOST_QUEUED, MOST_QUEUED, 0, MARKERS_TO_TRUST, bool(cell[LOSSLESS]))
     streams = StreamsState(

@@ -346,3 +346,16 @@ def test_while_it_is_not_known_how_much_was_read_nothing_is_delivered(world: Wor
     assert world.kill().gaps == []
     world.say(encode_frame(seq, b"at once"))
     assert world.heard(seq) == [Frame(seq, b"at once")]
+
+
+@paced
+def test_markers_are_not_missed_while_frames_are_looked_for(world: World) -> None:
+    """An agent sends everything back in the order in which it came."""
+    seq = world.open()
+    world.send(seq, encode_frame(seq, bytes(400)))
+    assert len(world.got()) == 2
+    world.life.memory.cell[READING] |= BUSY
+    assert world.kill().state.streams.resync
+    world.say(*[encode_frame(frame.seq) for frame in world.got()])
+    world.send(seq, encode_frame(seq, b"goes on"))
+    assert world.got() == [Frame(seq, b"goes on")]
