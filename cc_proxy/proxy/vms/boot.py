@@ -13,7 +13,7 @@ from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.payloads import Hello
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import ControlMessage, OnAnswer, ignore
-from cc_proxy.linux.fds import Fd
+from cc_proxy.linux.fds import Fd, close_stream
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.rest import Resting
 from cc_proxy.proxy.vms.console import Console
@@ -47,7 +47,7 @@ class Ready:
 
     def __exit__(self, *_: object) -> None:
         self.control.close()
-        self.io.close()
+        close_stream(self.io)
         if self.console:
             self.console.close()
 

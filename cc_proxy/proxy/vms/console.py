@@ -5,7 +5,7 @@ import re
 import socket
 from typing import Self
 
-from cc_proxy.linux.fds import Fd, unread
+from cc_proxy.linux.fds import Fd, close_stream, unread
 from cc_proxy.log.levels import CONSOLE, logger
 from cc_proxy.log.printable import printable
 from cc_proxy.proxy.vms.dialer import Connected
@@ -110,7 +110,7 @@ class Console:
 
     def close(self) -> None:
         """Close the socket."""
-        self._sock.close()
+        close_stream(self._sock)
 
     def _take(self, lines: list[str]) -> None:
         for line in lines:

@@ -18,7 +18,7 @@ from cc_proxy.proxy.vms.console import _LONGEST_LINE, Console, LineSplitter
 from cc_proxy.proxy.vms.dialer import Connected
 from tests.proxy.conftest import Logged
 from tests.proxy.support import DIALER, open_fds
-from tests.wire.support import WAIT
+from tests.wire.support import WAIT, at_end
 
 
 def lines_of(*pieces: bytes) -> list[str]:
@@ -189,6 +189,14 @@ def test_console_is_read_to_its_end(listener: socket.socket, logged: Logged) -> 
     assert logged.fields("console")[2:] == [{"vm": "vm", "line": "login: "}]
     console.close()
     assert console.fileno() == -1
+
+
+def test_its_peer_reads_the_end_though_a_duplicate_is_kept() -> None:
+    near, far = socket.socketpair()
+    with near.dup(), far:
+        far.sendall(b"unread")
+        Console("vm", near).close()
+        assert at_end(far)
 
 
 def test_console_that_breaks_has_come_to_its_end(logged: Logged) -> None:
