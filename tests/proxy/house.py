@@ -17,6 +17,7 @@ from cc_proxy.proxy.clients import server as server_module
 from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers, Reply
 from cc_proxy.proxy.clients.listener import Listener
 from cc_proxy.proxy.clients.server import Server
+from cc_proxy.proxy.clients.state import ServerState
 from cc_proxy.proxy.users import Thing
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.settings import Limits, LiveSettings, Settings
@@ -30,7 +31,14 @@ DEFAULT_LIMITS = Limits()
 class House:
     """A server that runs, and clients of it."""
 
-    def __init__(self, directory: Path, limits: Limits = DEFAULT_LIMITS, *, own: bool = True) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        limits: Limits = DEFAULT_LIMITS,
+        *,
+        own: bool = True,
+        state: ServerState | None = None,
+    ) -> None:
         self.path = directory / "sock"
         self._stack = ExitStack()
         if own:
@@ -50,6 +58,8 @@ class House:
         self._stack.callback(sys.setswitchinterval, sys.getswitchinterval())
         self.registry = Registry(live, CONNECTOR)
         self.server = Server(listener, self.registry, live)
+        if state:
+            self.server.restore(state, [])
         self.server.start()
         self._stopped = False
 

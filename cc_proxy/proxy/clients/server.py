@@ -81,7 +81,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._registry = registry
         self._rest = Rest()
         self._resting: list[Connection] = []  # those whose threads have come to rest; any thread appends
-        self._restored: deque[Connection] = deque()  # until `start`
+        # Those that were restored, until they are served. Main thread; from `start` on the accept thread.
+        self._restored: deque[Connection] = deque()
         # Connections that may come and go, and when they came. Any thread.
         self._young: deque[tuple[float, Connection]] = deque()
         self._workers = Workers()
@@ -138,7 +139,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def hand_over(self) -> tuple[ServerState, RegistryState]:
         """Give up the connections, and the VMs with them, as values for `restore`. After `rest`."""
-        connections = [*self.parking.parked, *self._resting]
+        connections = [*self.parking.parked, *self._resting, *self._restored]
         attached = [each.client.vm for each in connections if each.client.vm]
         vms, numbers = self._registry.hand_over(attached)
         state = ServerState(
@@ -166,7 +167,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _go_on(self) -> None:
         """Serve the connections that were restored."""
-        while self._restored:
+        for _ in range(len(self._restored)):
             connection = self._restored.popleft()
             if connection.after is After.PARK:
                 self._park(connection)
@@ -223,6 +224,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def service_actions(self) -> None:
         """Called after each round of the accept loop."""
         self.turned_at = time.monotonic()
+        self._go_on()
         if not self._young or self.turned_at - self._young[0][0] < _YOUNG + _STOP_POLL:
             return
         grown: list[Connection] = []  # many at once, because that wakes the parking thread
@@ -286,7 +288,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             raise
 
     def _on_leave(self, connection: Connection) -> None:
-        """A connection leaves the parking: it has ended, or needs a thread. Parking thread."""
+        """A connection leaves the parking, or was restored: it has ended, or needs a thread."""
         try:
             while connection.after is After.THREAD:
                 try:
@@ -295,6 +297,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
                     )
                     return
                 except RuntimeError:
+                    if connection.client.resumes:  # what it waits for is in a VM's hands
+                        self._restored.append(connection)
+                        return
                     connection.decline(_NO_THREAD)
             if connection.after is After.PARK:
                 self._park(connection)

@@ -10,6 +10,7 @@ import resource
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
@@ -18,12 +19,14 @@ from typing import Any
 
 import pytest
 
-from cc_proxy.linux.fds import close_stream, may_hold_fds
+from cc_proxy.api import messages
+from cc_proxy.linux.fds import Fd, close_stream, may_hold_fds
 from cc_proxy.proxy.clients import roster as roster_module
 from cc_proxy.proxy.clients import server as server_module
 from cc_proxy.proxy.clients.connection import Connection
 from cc_proxy.proxy.clients.parking import Parking
 from cc_proxy.proxy.clients.server import Server
+from cc_proxy.proxy.clients.state import ConnectionState, ListenerState, ServerState
 from cc_proxy.proxy.clients.workers import Workers
 from cc_proxy.settings import Limits
 from tests.proxy.conftest import Logged
@@ -34,6 +37,7 @@ from tests.wire.support import (
     at_end,
     is_silent,
     message,
+    read_exact,
     refused,
     request,
     wait_until,
@@ -97,6 +101,41 @@ def test_thread_that_cannot_be_had_costs_that_request(
     assert answers == [refused("the daemon cannot start another thread"), UNKNOWN, answers[0]]
     assert client.ask("hyper") == refused("client not attached to a vm")
     assert logged.at(logging.WARNING) == ["no thread for a request"] * 3
+
+
+def test_request_from_the_process_before_waits_for_a_thread(
+    tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch, answering: Answering
+) -> None:
+    """What it waits for may be next in a VM's line, and nobody else would take it out there."""
+    ours, theirs = socket.socketpair()
+    asked = ConnectionState(
+        fd=Fd(ours.detach()),
+        number=7,
+        vm=None,
+        unread=b"",
+        text=b"x",
+        delay=0.0,
+        unsent=b"",
+        passed=None,
+        left=None,
+        counted=0,
+    )
+    refused_it = Counter[str]()
+
+    def refuse(workers: Workers, name: str, work: Callable[[], object]) -> None:
+        refused_it[name] += 1
+        raise RuntimeError("can't start new thread")
+
+    with theirs, ExitStack() as stack:
+        with monkeypatch.context() as patch:
+            patch.setattr(Workers, "start", refuse)
+            state = ServerState(ListenerState(Fd(-1), None, False), [asked], 8)
+            house = House(tmp_sock_dir, state=state)
+            stack.callback(house.close)
+            wait_until(lambda: refused_it["client 7"] > 1, "it is tried again")
+            assert is_silent(theirs)
+        assert read_exact(theirs, 14) == messages.frame_text(b"answer")
+        assert answering.clients == [7]
 
 
 def test_connection_that_may_find_no_memory_for_its_thread_is_not_let_in(
