@@ -23,8 +23,9 @@ from cc_proxy.access import (
 )
 from cc_proxy.linux.credentials import Credentials
 
-OWNER, USER, STRANGER = 1_000, 1_001, 1_002
-MEMBERS, ADMINS = 2_000, 2_001
+# Nobody's numbers: whoever runs the tests is none of them.
+OWNER, USER, STRANGER = 54_321, 54_322, 54_323
+MEMBERS, ADMINS = 54_900, 54_901
 ACCESS = Access(users=(UserId(OWNER), UserId(USER)), groups=(GroupId(MEMBERS),), admins=(GroupId(ADMINS),))
 
 # Whether one may connect, use Owner's VM, and operate the daemon.
