@@ -111,6 +111,7 @@ class Inheritance:
         why_not = self._store.take_over(describe()) if self._store else ""
         _say_what_is_lost(self._losses)
         self._losses = Losses()
+        self.keep_daemon()  # with the gaps that have been counted just now
         return why_not
 
     def keep_daemon(self) -> None:

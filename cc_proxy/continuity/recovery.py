@@ -57,6 +57,7 @@ _LINGERED = "it has lingered long enough after bye"
 _CUT = "a command to it was cut in two when cc-proxy was killed"
 _NO_ANSWER = "cc-proxy was killed while it answered a request"
 _HELLO = "cc-proxy was killed before its hello was answered"
+_LOST = "it was lost, or its pump hung, before cc-proxy was killed"
 
 
 @dataclass
@@ -140,14 +141,14 @@ class _Vms:
         if state in (State.UP, State.LEAVING):
             self._add(entry, self._up(entry, record, state, sessions), has_id=state is State.UP)
             return
-        why = _HELLO if state is State.STARTING else "it was lost"
+        why = _HELLO if state is State.STARTING else _LOST
         for fd in filter(None, (record.control, record.io, record.console)):
             self._hang_up(fd, record.container_id, None, why)
         for facts in sessions:
             self._hang_up(facts.fd, record.container_id, facts.first_seq, why)
         self._losses.unused.append(record.memory)
         if state is not State.STARTING:
-            self._add(entry, _gone(record, ""), has_id=True)
+            self._add(entry, _gone(record, why), has_id=True)
 
     def _add(self, entry: Entry, state: VmState, *, has_id: bool) -> None:
         self.numbers[entry.number] = len(self.states)

@@ -207,7 +207,7 @@ This changes nothing.""",
     Subcommand(
         name="log-level",
         summary="change what the proxy logs",
-        description="Make the proxy log events of LEVEL and above, until its next reload or restart.",
+        description="Make the proxy log events of LEVEL and above, until it reads its settings or stops.",
         examples=("log-level debug", "log-level info"),
         arguments=(_add_level, add_timeout),
         read=options.LogLevelOptions.of,

@@ -124,6 +124,20 @@ def test_a_vm_that_has_gone_keeps_its_id(town: Wire) -> None:
     assert pod.client.attach(pod.container) == refused(f"unknown containerID: {pod.container}")
 
 
+def test_a_vm_that_was_being_lost_says_so(town: Wire) -> None:
+    """Its client has not read what it sent."""
+    pod = town.pod()
+    stream = pod.open(1)
+    for _ in range(400):
+        pod.vm.io.sendall(frame(stream.base, bytes(10_000)))
+    wait_until(lambda: status(town)["spooled"] > 0, "it is spooled")
+    pod.vm.io.close()
+    wait_until(lambda: "VM lost" in town.daemon.log(), "it is lost")
+    daemon_of(town).crash()
+    pod.client.hyper("ping")
+    assert "VM gone: it was lost" in error_of(pod.client.receive())
+
+
 def test_what_ended_before_is_not_found_again(town: Wire) -> None:
     pod = town.pod()
     stream, other = pod.open(), pod.open()
@@ -194,6 +208,19 @@ def test_a_client_that_was_slow_is_hung_up_or_goes_on(town: Wire) -> None:
         assert got == payload
     town.daemon.replace()
     assert status(town)["gaps"] == len(said)
+
+
+def test_a_gap_still_counts_if_the_next_crash_comes_at_once(town: Wire) -> None:
+    pod = town.pod()
+    stream = pod.open(1)
+    for _ in range(400):
+        pod.vm.io.sendall(frame(stream.base, os.urandom(10_000)))
+    wait_until(lambda: status(town)["spooled"] > 0, "it is spooled")
+    for _ in range(2):
+        daemon_of(town).crash()
+    said = [gap["most_bytes"] for gap in gaps(town)]
+    assert said
+    assert (status(town)["gaps"], status(town)["lost"]) == (len(said), sum(said))
 
 
 # Bad luck -------------------------------------------------------------------------------------------------
