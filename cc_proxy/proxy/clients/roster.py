@@ -4,7 +4,7 @@ import contextlib
 import socket
 import threading
 
-from cc_proxy.linux.fds import close_stream
+from cc_proxy.linux.fds import close_stream, holds_fds, may_hold_fds
 from cc_proxy.proxy.users import Charge
 
 
@@ -60,3 +60,14 @@ class Roster:
         if free:
             self._lock.release()
         return free
+
+
+def may_take_long(sock: socket.socket) -> bool:
+    """Whether closing a connection may take long. It accepts no more from its client then."""
+    if not may_hold_fds(sock):
+        return False
+    try:
+        sock.shutdown(socket.SHUT_RD)
+        return holds_fds(sock)
+    except OSError:  # the client has gone, and may have left fds
+        return True

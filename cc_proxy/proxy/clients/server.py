@@ -14,7 +14,6 @@ from typing import Any
 
 from cc_proxy.access import may_connect
 from cc_proxy.linux.credentials import Credentials
-from cc_proxy.linux.fds import holds_fds, may_hold_fds
 from cc_proxy.linux.threads import check_room
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
@@ -22,7 +21,7 @@ from cc_proxy.proxy.clients.connection import After, Connection
 from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers, failure
 from cc_proxy.proxy.clients.listener import Listener
 from cc_proxy.proxy.clients.parking import Parking
-from cc_proxy.proxy.clients.roster import Roster
+from cc_proxy.proxy.clients.roster import Roster, may_take_long
 from cc_proxy.proxy.clients.state import ServerState
 from cc_proxy.proxy.clients.status import About
 from cc_proxy.proxy.clients.workers import Workers
@@ -325,7 +324,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection; in another thread if its client can make that take long."""
-        if _may_take_long(request):
+        if may_take_long(request):
             with contextlib.suppress(RuntimeError):
                 self._workers.start("close", lambda: self.roster.close(request))
                 return
@@ -342,14 +341,3 @@ class Server(socketserver.ThreadingUnixStreamServer):
         """Log an unexpected error. It ends this connection, and affects no other."""
         client = client_address.number if isinstance(client_address, ClientInfo) else None
         faults.note("connection failed", client=client)
-
-
-def _may_take_long(request: socket.socket) -> bool:
-    """Whether closing a connection may take long. It accepts no more from its client then."""
-    if not may_hold_fds(request):
-        return False
-    try:
-        request.shutdown(socket.SHUT_RD)
-        return holds_fds(request)
-    except OSError:  # the client has gone, and may have left fds
-        return True

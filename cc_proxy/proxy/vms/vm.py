@@ -243,9 +243,9 @@ class Vm:
     def _connect(self, hello: Hello, dialer: Dialer, user: User) -> Pump:
         """Connect to the VM and return its pump, not yet started. Raises the same as `Boot.run`."""
         self._boot = boot = Boot(hello, self._live.current.vm)
-        if self._booting:
-            boot.restore(self._booting)
-            self._booting = None
+        before, self._booting = self._booting, None
+        if before:
+            boot.restore(before)
         with contextlib.ExitStack() as undo:
             ready = undo.enter_context(boot.run(dialer))
             self._sessions.next_seq = ready.first_seq
@@ -278,8 +278,7 @@ class Vm:
 
     def leave(self) -> None:
         """Bye was said. End when the VM hangs up, or at the end of the linger."""
-        pump = self._pump
-        if self._move(State.LEAVING) and pump:
+        if self._move(State.LEAVING) and (pump := self._pump):
             pump.finish("it has lingered long enough after bye", self._live.current.vm.bye_linger)
 
     def lose(self, cause: str) -> None:

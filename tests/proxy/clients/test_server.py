@@ -310,7 +310,7 @@ class Closing:
         self.over = threading.Event()
         monkeypatch.setattr(roster_module, "close_stream", self._close)
         for check in ("may_hold_fds", "holds_fds"):
-            monkeypatch.setattr(server_module, check, lambda sock: True)
+            monkeypatch.setattr(roster_module, check, lambda sock: True)
 
     def _close(self, sock: socket.socket) -> None:
         self.begun.release()

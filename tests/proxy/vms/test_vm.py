@@ -120,7 +120,7 @@ def life(tmp_sock_dir: Path, space: SpoolSpace) -> Iterator[Life]:
 
 @pytest.fixture
 def hasty_life(tmp_sock_dir: Path, space: SpoolSpace) -> Iterator[Life]:
-    limits = VmSettings(ready_timeout=0.1, ready_ping_after=0.05, command_timeout=0.05, bye_linger=0.05)
+    limits = VmSettings(ready_timeout=0.5, ready_ping_after=0.05, command_timeout=0.05, bye_linger=0.05)
     life = Life(tmp_sock_dir, space, msgspec.structs.replace(SETTINGS, vm=limits))
     yield life
     life.close()
@@ -317,7 +317,7 @@ def no_answer(life: Life) -> None:
         (no_control_socket, "ctlSerial: cannot connect to .*: No such file or directory"),
         (no_io_socket, "ioSerial: cannot connect to .*: No such file or directory"),
         (not_listening, "ioSerial: cannot connect to .*: Connection refused"),
-        (no_answer, r"no READY from the VM in 0\.1 s"),
+        (no_answer, r"no READY from the VM in 0\.5 s"),
     ],
 )
 def test_hello_that_fails_leaves_nothing_open(
@@ -457,7 +457,7 @@ def test_guest_that_panics_while_it_boots_says_so(life: Life, screen: Screen, ho
     """At the level of the log that is usual, in the answer to hello."""
     assert not logger.isEnabledFor(CONSOLE)
     if how == "stays silent":
-        limits = VmSettings(ready_timeout=0.3, ready_ping_after=50)
+        limits = VmSettings(ready_timeout=0.5, ready_ping_after=50)
         life.vm._live = LiveSettings(msgspec.structs.replace(SETTINGS, vm=limits))
 
     def panic() -> None:
@@ -477,7 +477,7 @@ def test_guest_that_panics_while_it_boots_says_so(life: Life, screen: Screen, ho
     cause = {
         "hangs up both": "the VM hung up its",
         "hangs up its I/O": "the VM hung up its I/O channel",
-        "stays silent": "no READY from the VM in 0.3 s",
+        "stays silent": "no READY from the VM in 0.5 s",
     }[how]
     lines = (
         "[    0.0] Linux version 4.9 | [    0.9] Kernel panic - not syncing: no init found. | Rebooting in"
