@@ -6,7 +6,7 @@ import mmap
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -16,6 +16,7 @@ from cc_proxy.api.status import Streams
 from cc_proxy.hyperstart.control import ControlMessage
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.linux.credentials import Credentials
+from cc_proxy.proxy.keeping import CELL_SIZE, Record, Slot
 from cc_proxy.proxy.streams.interfaces import Pacing, Place, Sockets, private_memory
 from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.session import Session, Whose
@@ -304,3 +305,20 @@ def read_frames(sock: socket.socket, count: int) -> list[Frame]:
         seq, length = FRAME.unpack(read_exact(sock, FRAME.size))
         frames.append(Frame(seq, read_exact(sock, length - FRAME.size)))
     return frames
+
+
+class CellKeeper:
+    """Keeps cells, which tests read."""
+
+    def __init__(self) -> None:
+        self.cells: list[memoryview] = []
+
+    def keep(self, record: Record, memory: int = -1, words: Sequence[int] = ()) -> Slot:
+        self.cells.append(memoryview(bytearray(CELL_SIZE)).cast("Q"))
+        release = (lambda _number: os.close(memory)) if memory >= 0 else None
+        return Slot(len(self.cells), self.cells[-1], release)
+
+    def new_memory(self, size: int) -> int:
+        fd = os.memfd_create("test")
+        os.ftruncate(fd, size)
+        return fd

@@ -122,11 +122,12 @@ class Vm:
         on_event = functools.partial(note_event, self.container_id)
         if state.control:
             control = ControlLink.from_state(state.control, on_event, self._on_answer_to)
-            control.find_out()
         else:
             control = ControlLink(hung_up_socket(), on_event)
         console = Console.from_state(self.container_id, state.console) if state.console else None
         self._pump = self._make_pump(io, control, console, users.of(self.owner))
+        if state.control:
+            control.find_out()  # from here on it is kept: of what is asked, nothing has been sent yet
         sessions = [self._sessions.restore(each, users.of(each.uid)) for each in channel.streams.sessions]
         self._pump.restore(channel, sessions)
 

@@ -24,13 +24,15 @@ from cc_proxy.linux.fds import may_hold_fds
 from cc_proxy.log.levels import CONSOLE, logger
 from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.spool import SpoolSpace
+from cc_proxy.proxy.users import Users
 from cc_proxy.proxy.vms import sessions
+from cc_proxy.proxy.vms.kept import AT_SENT
 from cc_proxy.proxy.vms.sessions import session_pair
 from cc_proxy.proxy.vms.states import State, VmError
 from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import Limits, LiveSettings, Settings, StdinSettings, VmSettings
 from tests.proxy.conftest import Logged
-from tests.proxy.support import DIALER, new_user, open_fds, pair
+from tests.proxy.support import DIALER, CellKeeper, new_user, open_fds, pair
 from tests.users import ALICE, call_as, needs_root
 from tests.wire.support import (
     ACK,
@@ -732,3 +734,27 @@ def test_stop_and_abort(life: Life) -> None:
     life.vm.abort()
     life.vm.stop()
     assert life.states == [State.UP, State.LOST, State.GONE]
+
+
+def test_vm_of_which_nobody_knows_what_it_was_sent_has_no_part_of_a_command_yet(
+    life: Life, space: SpoolSpace
+) -> None:
+    """Its agent is about to be asked. If this process is killed before that, the next one asks."""
+    life.start()
+    live, keeper = LiveSettings(SETTINGS), CellKeeper()
+    life.vm.rest()
+    life.vm.rest_pump()
+    assert life.vm.join(WAIT)
+    state = life.vm.hand_over()
+    assert state.control
+    unknown = msgspec.structs.replace(state.control.channel, is_up=False)
+    control = msgspec.structs.replace(state.control, channel=unknown)
+    after = Vm("pod", ROOT, live, space, lambda _vm, _state: None, keeper)
+    after.restore(msgspec.structs.replace(state, control=control), Users(live))
+    (cell,) = keeper.cells
+    assert not cell[AT_SENT]
+    after.go_on()
+    assert life.agent.read_command()
+    after.abort()
+    assert after.join(WAIT)
+    after.kept.release()
