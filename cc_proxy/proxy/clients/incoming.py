@@ -22,6 +22,7 @@ _READ_SIZE = 448
 _LARGEST_READ = 64 * 1024
 #: A plain int, because converting the enum takes longer than the rest of a call.
 _DONTWAIT = int(socket.MSG_DONTWAIT)
+_PEEK = _DONTWAIT | socket.MSG_PEEK
 
 
 class ClientGone(Exception):
@@ -81,12 +82,14 @@ class Incoming:
         self._kept.cell[AT_PHASE] = Phase.BETWEEN if self._parser.unfinished else Phase.ASKED
 
     def _receive(self) -> bytes | None:
-        self._kept.cell[AT_PHASE] = Phase.READING
         try:
-            return self._sock.recv(_READ_SIZE, _DONTWAIT)
+            if not self._sock.recv(1, _PEEK):
+                return b""
         except BlockingIOError:
-            self._kept.cell[AT_PHASE] = Phase.SILENT
             return None
+        # Only now: if this process is killed, and nothing is there any more, it has been read.
+        self._kept.cell[AT_PHASE] = Phase.READING
+        return self._sock.recv(_READ_SIZE, _DONTWAIT)
 
     # Waiting ----------------------------------------------------------------------------------------------
 

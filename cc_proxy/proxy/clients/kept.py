@@ -26,7 +26,7 @@ class Phase(IntEnum):
     ASKED = 1
     #: Anything else: nobody can say what the client has yet to get.
     BETWEEN = 2
-    #: What has come is being read: it is either in the socket still, or one request has been read.
+    #: Something has come and is being read: it is either in the socket still, or one request has been read.
     READING = 3
     #: The last of a response is being sent. Its client is woken by that, and may well run before this process
     #: does again; before it, there is hardly a microsecond. So it counts as sent.

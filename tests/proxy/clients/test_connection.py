@@ -17,15 +17,20 @@ import pytest
 from cc_proxy.api import messages
 from cc_proxy.api.messages import MessageParser
 from cc_proxy.api.payloads import Response
+from cc_proxy.linux.credentials import Credentials
 from cc_proxy.proxy.clients import connection as connection_module
-from cc_proxy.proxy.clients.handlers import Handlers, Reply
+from cc_proxy.proxy.clients.connection import Connection
+from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers, Reply
+from cc_proxy.proxy.clients.kept import AT_PHASE, Phase
 from cc_proxy.proxy.rest import Rest
 from cc_proxy.proxy.users import User
-from cc_proxy.settings import Limits
+from cc_proxy.proxy.vms.registry import Registry
+from cc_proxy.settings import Limits, LiveSettings, Settings
 from tests.clock import Clock
+from tests.connector import CONNECTOR
 from tests.proxy.conftest import Logged
 from tests.proxy.house import UNKNOWN, Answering, House, limited
-from tests.proxy.support import read_to_end
+from tests.proxy.support import CellKeeper, new_user, read_now, read_to_end
 from tests.wire.support import WAIT, at_end, is_silent, message, refused, request, unread_by_peer, wait_until
 
 # Messages -------------------------------------------------------------------------------------------------
@@ -498,3 +503,31 @@ def test_rest_of_a_refused_message_that_dribbles_in_is_read_no_faster_than_reque
         for sent in range(1, 4):
             client.send(b"x")
             wait_until(lambda sent=sent: pieces.qsize() >= before + sent, "the piece counts")  # type: ignore[misc]
+
+
+def test_client_that_is_silent_is_at_no_moment_taken_for_one_that_asks(tmp_path: Path) -> None:
+    """Else it gets an answer that it has not asked for, if the process is killed at that moment."""
+    phases: list[int] = []
+
+    class Watched(socket.socket):
+        def recv(self, size: int, flags: int = 0) -> bytes:
+            phases.append(keeper.cells[0][AT_PHASE])
+            try:
+                return super().recv(size, flags)
+            finally:
+                phases.append(keeper.cells[0][AT_PHASE])
+
+    keeper, live = CellKeeper(), LiveSettings(Settings())
+    near, far = socket.socketpair()
+    with Watched(fileno=near.detach()) as sock, far:
+        handlers = Handlers(Registry(live, CONNECTOR, str(tmp_path / "sock")), live, None, keeper)
+        client = ClientInfo(1, Credentials.own(), new_user())
+        connection = Connection(sock, client, handlers, Limits, Rest())
+        connection.keep()
+        assert connection.on_readable()
+        assert set(phases) == {Phase.SILENT}
+        far.sendall(request("x"))
+        assert connection.on_readable()
+        assert phases[-1] == Phase.READING
+        assert read_now(far)
+        connection.end("over")
