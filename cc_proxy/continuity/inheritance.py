@@ -17,6 +17,12 @@ from cc_proxy.proxy import gaps
 from cc_proxy.proxy.keeping import NOTHING, Keeper
 from cc_proxy.settings import Settings
 
+#: A process that goes on for so many seconds is well.
+_WELL_AFTER = 10.0
+#: So many may end before that. Then it is what they find that ends them, and it has to go: beyond the start
+#: limit nobody would serve at all, and it would be gone as well.
+_MOST_TRIES = 10
+
 
 class Nothing(Exception):
     """The process before goes on after all; the text says why."""
@@ -35,6 +41,7 @@ class Inheritance:
         self._directory = directory
         self._state: DaemonState | None = None
         self._losses = Losses()
+        self._since = time.monotonic()
         self._describe: Callable[[], DaemonRecord] | None = None
         #: Seconds that it took to read what was left.
         self.reading = 0.0
@@ -83,6 +90,8 @@ class Inheritance:
         table = Table(self._store.memory)
         if table.is_empty:
             return None
+        if table.note_try() >= _MOST_TRIES:
+            raise Unreadable(f"{_MOST_TRIES} processes have ended within seconds of taking it over")
         data, fds = self._store.box.look()
         if table.is_handed_over:
             return decode(data, fds)
@@ -118,6 +127,8 @@ class Inheritance:
         """Keep what is now known of the daemon itself."""
         if self._store and self._describe:
             self._store.keep_daemon(self._describe())
+            if time.monotonic() - self._since >= _WELL_AFTER:
+                self._store.be_well()
 
     def end(self) -> None:
         """This is an end: nothing is left to anybody."""

@@ -100,6 +100,11 @@ class TableKeeper:
             self._table.set_daemon(data)
             self._fds[_DAEMON], self._daemon = known, data
 
+    def be_well(self) -> None:
+        """What was found does this process no harm."""
+        with self._lock:
+            self._table.be_well()
+
     def hand_over(self, state: bytes, fds: Sequence[int]) -> None:
         """Leave a state and its fds, which count now. Raises `OSError`, and nothing has changed.
 

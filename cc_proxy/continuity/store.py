@@ -138,6 +138,11 @@ class Store:
             except (OSError, ValueError) as error:
                 logger.warning("a crash would lose what has changed", extra={"error": str(error)})
 
+    def be_well(self) -> None:
+        """What was found does this process no harm."""
+        if self._keeper:
+            self._keeper.be_well()
+
     def forget(self) -> None:
         """Have nothing kept."""
         if self._keeper:

@@ -18,8 +18,9 @@ _WORD = struct.Struct("@Q")
 #: The last byte is the version of all that follows.
 _MAGIC = b"ccproxy\x01"
 _MAGIC_SIZE = len(_MAGIC)
-#: Where the header's words are: what counts, and how many slots have ever been used.
-_AT_STATE, _AT_SLOTS = 8, 16
+#: Where the header's words are: what counts, how many slots have ever been used, and how many processes have
+#: begun with what is here since one of them was well.
+_AT_STATE, _AT_SLOTS, _AT_TRIES = 8, 16, 24
 
 #: The daemon's own record is written where it does not count, by turns.
 _DAEMON_SIZE = 256 * 1024
@@ -118,6 +119,12 @@ class Table:
             begin = at + _SLOT.size
             yield Entry(number, self.memory[begin : begin + size], self._cell(at))
 
+    def note_try(self) -> int:
+        """This process is about to go on; returns how many have tried before, and may have died of it."""
+        tries = self._word(_AT_TRIES)
+        _WORD.pack_into(self.memory, _AT_TRIES, tries + 1)
+        return tries
+
     # What this process leaves -----------------------------------------------------------------------------
 
     def begin(self) -> None:
@@ -181,7 +188,12 @@ class Table:
 
     def hand_over(self) -> None:
         """Everything has been handed over: the slots do not count any more."""
+        self.be_well()
         self._count(self._state._replace(handed_over=True))
+
+    def be_well(self) -> None:
+        """What was found does this process no harm."""
+        _WORD.pack_into(self.memory, _AT_TRIES, 0)
 
     def end(self) -> None:
         """Nothing is left to anybody."""

@@ -282,9 +282,11 @@ class ManagedDaemon(Daemon):
         self.start_again()
 
     def die(self) -> None:
-        """Have it killed."""
+        """Have it killed, as one that was well."""
         self.process.kill()
         self.process.wait(WAIT)
+        if self.manager.keeps("cc-proxy-table"):
+            self.manager.table().be_well()
 
     def start_and_kill(self, seconds: float) -> None:
         """Start the next process, and kill it after a while, as far as it has come by then."""

@@ -74,6 +74,10 @@ class Manager:
         names, fds = ":".join(name for name, _ in self.fds), ",".join(str(fd) for _, fd in self.fds)
         return [sys.executable, "-c", _PASSING, names, fds]
 
+    def keeps(self, name: str) -> bool:
+        """Whether something is kept under a name."""
+        return name in dict(self.fds)
+
     def find(self, name: str) -> list[int]:
         """New fds of what is kept under a name."""
         return [os.dup(fd) for kept, fd in self.fds if kept == name]

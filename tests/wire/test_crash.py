@@ -20,6 +20,7 @@ from tests.wire.support import (
     OK,
     READY,
     VERSIONED,
+    WAIT,
     at_end,
     error_of,
     frame,
@@ -236,6 +237,25 @@ def test_killed_again_and_again_before_it_has_taken_over(town: Wire) -> None:
     daemon.start_again()
     pod.vm.io.sendall(frame(stream.base, b"on"))
     assert stream.read_frame().payload == b"on"
+
+
+def test_processes_that_all_end_at_once_are_bounded(town: Wire) -> None:
+    """The start limit would leave nobody to serve."""
+    pod = town.pod()
+    stream = pod.open()
+    daemon = daemon_of(town)
+    daemon.die()
+    for _ in range(10):
+        daemon.start_again()
+        daemon.process.kill()
+        daemon.process.wait(WAIT)
+    assert "nothing is taken over" not in daemon.log()
+    daemon.start_again()
+    assert "10 processes have ended within seconds of taking it over" in daemon.log()
+    assert stream.at_end()
+    assert at_end(pod.client.sock)
+    daemon.crash()
+    town.attached(town.pod())
 
 
 def test_killed_as_it_hands_over(town: Wire) -> None:
