@@ -80,6 +80,8 @@ class Inheritance:
             self._state = read()
         except (OSError, Unreadable) as error:
             self.error = str(error)
+        except Exception as error:  # whatever it is, the next process would find the same
+            self.error = f"it makes no sense: {error!r}"
         self.reading = time.monotonic() - begun
 
     def _look(self) -> DaemonState | None:

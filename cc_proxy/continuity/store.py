@@ -45,10 +45,14 @@ class Store:
         self.box: Box | None = None
         self.memory: mmap.mmap | None = None
         if len(ends) == 2 and len(tables) == 1:  # noqa: PLR2004 - a pair
-            self.box = Box(ends)
-            self.memory = mmap.mmap(tables[0], SIZE)
+            try:
+                self.memory = mmap.mmap(tables[0], SIZE)
+                self.box = Box(ends)
+            except ValueError:
+                self.lost = "the table is of another version: it is shorter"
         elif ends or tables:
             self.lost = "the service manager has dropped a part of it"
+        if self.lost:
             for end in ends:
                 end.close()
             stored |= {_BOX: [], _TABLE: []}

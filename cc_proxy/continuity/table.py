@@ -28,8 +28,9 @@ _COPIES = {1: mmap.PAGESIZE, 2: mmap.PAGESIZE + _DAEMON_SIZE}
 
 _SLOTS_AT = mmap.PAGESIZE + 2 * _DAEMON_SIZE
 _SLOT_SIZE = 1024
-#: More than the settings allow by default: connections, VMs that are up or gone, and sessions.
-MOST_SLOTS = 65_536
+#: More than the settings allow by default: connections, VMs that are up or gone, and sessions. Twice, for a
+#: process that takes over has its own beside those that it has found.
+MOST_SLOTS = 131_072
 #: Its generation, the length of its record, and its number, which no other slot of its generation ever has.
 _SLOT = struct.Struct("@IIQ")
 _GENERATION = struct.Struct("@I")

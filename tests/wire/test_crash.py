@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from cc_proxy.proxy.vms.kept import AT_STATE
 from tests.wire.crowded import crowd
 from tests.wire.daemon import PATIENT, ManagedDaemon, Wire
 from tests.wire.support import (
@@ -272,7 +273,7 @@ def test_killed_as_it_hands_over(town: Wire) -> None:
     assert "nothing is taken over" not in daemon.log()
 
 
-@pytest.mark.parametrize("spoil", ["another version", "torn", "a newer daemon"])
+@pytest.mark.parametrize("spoil", ["another version", "shorter", "torn", "no sense", "a newer daemon"])
 def test_a_table_that_cannot_be_read_is_an_end_that_is_logged(tmp_sock_dir: Path, spoil: str) -> None:
     with ManagedDaemon(tmp_sock_dir) as daemon:
         wire = Wire(daemon, tmp_sock_dir)
@@ -282,6 +283,13 @@ def test_a_table_that_cannot_be_read_is_an_end_that_is_logged(tmp_sock_dir: Path
         table = daemon.manager.table()
         if spoil == "another version":
             table.memory[7] += 1
+        elif spoil == "shorter":
+            [fd] = daemon.manager.find("cc-proxy-table")
+            os.ftruncate(fd, 65_536)
+            os.close(fd)
+        elif spoil == "no sense":
+            for entry in table.entries():
+                entry.cell[AT_STATE] = 99
         elif spoil == "torn":
             at = table.memory.find(pod.container.encode())
             table.memory[at - 3 : at] = b"\xc1\xc1\xc1"
