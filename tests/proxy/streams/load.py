@@ -33,6 +33,7 @@ class Client:
         self._longest = longest
         self._next = {seq: 0, seq + 1: 0}
         self.stdin = random.Random(seq).randbytes(1 << 20)
+        self.twice = 2 * self.stdin  # what follows the end is the beginning
         self.frames = 0
         #: How often output was missing, and how much.
         self.gaps: Counter[int] = Counter()
@@ -112,16 +113,15 @@ class Vm:
 
     def _go_on(self, seq: int, payload: bytes) -> None:
         """Stdin goes on where it ended, or further on if there is a gap."""
-        stdin = self._clients[seq].stdin
-        at = self._at[seq]
-        ahead = (stdin + stdin).find(payload, at)
+        client, at = self._clients[seq], self._at[seq]
+        ahead = client.twice.find(payload, at)
         if ahead < 0:
             self.wrong.append(f"stdin of {seq} at {at}: {payload[:20].hex()}")
             return
         if ahead > at:
             self.gaps[seq] += 1
             self.lost[seq] += ahead - at
-        self._at[seq] = (ahead + len(payload)) % len(stdin)
+        self._at[seq] = (ahead + len(payload)) % len(client.stdin)
 
 
 class Load:

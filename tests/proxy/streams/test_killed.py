@@ -129,8 +129,9 @@ def test_killed_at(tmp_path: Path, at: str, method: str, is_done: bool, pause: f
         story.go_on()
         wait_for_more(story)
     story.check()
-    in_doubt = method == "recv_into" and pause > 0.0
-    assert story.resyncs == (in_doubt and at == "vm")
+    in_doubt = method == "recv_into" and at == "vm"
+    # What was read last before may happen to have been little, in a flood too.
+    assert story.resyncs in ((in_doubt,) if pause > 0.0 else (False, in_doubt))
     assert not story.hung_up
 
 
