@@ -243,7 +243,10 @@ class ControlLink:
                 raise Resting
             self._sock.watch(False)
             if transaction.command is None:
-                self._await(self._is_sure, deadline, timeout)
+                try:
+                    self._await(self._is_sure, deadline, timeout)
+                except NoAnswer as error:
+                    raise NotSent(str(error)) from None
                 self._send(transaction)
             assert transaction.command
             self._await(transaction.command.is_answered, deadline, timeout)

@@ -15,7 +15,7 @@ import pytest
 
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import MAX_MESSAGE, ControlMessage
-from cc_proxy.proxy.vms.control import ControlLink, NoAnswer
+from cc_proxy.proxy.vms.control import ControlLink, NoAnswer, NotSent
 from cc_proxy.proxy.vms.control_socket import ControlLost
 from tests.proxy.support import NEVER, Rig, fill, pair, read_now
 from tests.wire.support import (
@@ -275,6 +275,17 @@ def test_another_command_in_the_way_all_the_time(agent: Agent) -> None:
         assert is_silent(agent.sock), "what was given up before its turn is never sent"
         agent.say(ACK)
     assert agent.link.unanswered == 0
+
+
+def test_command_behind_questions_that_are_not_answered_is_never_sent(agent: Agent) -> None:
+    agent.link.find_out()
+    with pytest.raises(NotSent, match=r"no answer from the VM in 0\.02 s"):
+        agent.transact(b"not sent", timeout=0.02)
+    answer_questions(agent)
+    with agent.asking(b"sent"):
+        assert agent.read() == (PING, b"sent")
+        agent.say(ACK)
+    assert agent.result() == ControlMessage(ACK, b"")
 
 
 def test_events_do_not_prolong_the_deadline(agent: Agent) -> None:
