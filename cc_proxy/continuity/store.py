@@ -1,5 +1,6 @@
 """The service manager's store: it keeps fds, and starts another process when this one has ended."""
 
+import contextlib
 import mmap
 import os
 import select
@@ -151,6 +152,9 @@ class Store:
         """Have nothing kept."""
         if self._keeper:
             self._keeper.end()
+        elif self.box:  # at once, and not only when the manager gets to it
+            with contextlib.suppress(OSError):
+                self.box.drop(self.box.messages)
         for name in (_BOX, _TABLE, _WITNESS):
             self._notifier.tell("FDSTOREREMOVE=1", f"FDNAME={name}")
         self.let_go()
