@@ -119,10 +119,11 @@ class Inheritance:
                 raise Nothing(str(error)) from None
             self._predecessor = None
         self._describe = describe
+        for vm, gap in self._losses.gaps:  # now, so that what is described counts them
+            gaps.note(vm, "stdin" if gap.to_vm else "output", gap.streams, gap.most)
         why_not = self._store.take_over(describe()) if self._store else ""
-        _say_what_is_lost(self._losses)
+        _let_go(self._losses)
         self._losses = Losses()
-        self.keep_daemon()  # with the gaps that have been counted just now
         return why_not
 
     def keep_daemon(self) -> None:
@@ -147,10 +148,8 @@ class Inheritance:
         return self._store or Successor(self._directory)
 
 
-def _say_what_is_lost(losses: Losses) -> None:
-    """Log what could not be saved, and hang up on whom it concerns."""
-    for vm, gap in losses.gaps:
-        gaps.note(vm, "stdin" if gap.to_vm else "output", gap.streams, gap.most)
+def _let_go(losses: Losses) -> None:
+    """Hang up on who cannot go on, and close what is no use any more."""
     for fd, fields in losses.hung_up:
         logger.error("hung up: it cannot go on after a crash", extra=fields)
         close_stream(socket.socket(fileno=fd.number))
