@@ -256,10 +256,7 @@ class ControlLink:
             self._pass_turn()
 
     def hang_up(self, cause: str = "") -> None:
-        """Hang up, so that every thread that waits finds the channel lost, with this cause if one is given.
-
-        The socket stays open until `close`.
-        """
+        """Hang up: every thread that waits finds the channel lost, with this cause if one is given."""
         self._sock.hang_up(cause)
 
     def _pass_turn(self) -> None:

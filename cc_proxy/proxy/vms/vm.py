@@ -84,8 +84,7 @@ class Vm:
 
     def rest_pump(self) -> None:
         """Have the pump's thread end after its turn, and close nothing."""
-        pump = self._pump
-        if pump:
+        if pump := self._pump:
             pump.rest()
 
     def hand_over(self) -> VmState:
