@@ -23,6 +23,7 @@ _LARGEST_READ = 64 * 1024
 #: A plain int, because converting the enum takes longer than the rest of a call.
 _DONTWAIT = int(socket.MSG_DONTWAIT)
 _PEEK = _DONTWAIT | socket.MSG_PEEK
+_URGENT = _DONTWAIT | socket.MSG_OOB
 
 
 class ClientGone(Exception):
@@ -55,12 +56,15 @@ class Incoming:
     # Without waiting --------------------------------------------------------------------------------------
 
     def receive(self) -> bool:
-        """Read what has come; returns whether anything has. Raises `ClientGone`."""
+        """Read what the kernel says has come; returns whether anything has. Raises `ClientGone`."""
         data = self._receive()
         if data:
             self._parser.receive_data(data)
         elif data is not None:
             raise ClientGone
+        else:
+            with contextlib.suppress(OSError):  # urgent data, which is announced for as long as it is there
+                self._sock.recv(1, _URGENT)
         return bool(data)
 
     def next_arrived(self) -> bytes | None:
