@@ -149,7 +149,7 @@ def test_a_vm_that_did_not_power_off_when_it_was_told_to(town: Wire) -> None:
     assert pod.client.receive() == refused("ERROR received from Hyperstart")
     pod.vm.hang_up()
     town.wait_unregistered(pod.container)
-    assert '"VM lost"' in town.daemon.log()
+    wait_until(lambda: '"VM lost"' in town.daemon.log(), "the log says so")
 
 
 def test_a_hello_that_waits_for_ready(town: Wire) -> None:

@@ -23,7 +23,6 @@ _LARGEST_READ = 64 * 1024
 #: A plain int, because converting the enum takes longer than the rest of a call.
 _DONTWAIT = int(socket.MSG_DONTWAIT)
 _PEEK = _DONTWAIT | socket.MSG_PEEK
-_URGENT = _DONTWAIT | socket.MSG_OOB
 
 
 class ClientGone(Exception):
@@ -58,13 +57,13 @@ class Incoming:
     def receive(self) -> bool:
         """Read what the kernel says has come; returns whether anything has. Raises `ClientGone`."""
         data = self._receive()
+        if data is None:  # what is announced all the same is urgent data, which only a read throws away
+            with contextlib.suppress(BlockingIOError):
+                data = self._sock.recv(_READ_SIZE, _DONTWAIT)
         if data:
             self._parser.receive_data(data)
         elif data is not None:
             raise ClientGone
-        else:
-            with contextlib.suppress(OSError):  # urgent data, which is announced for as long as it is there
-                self._sock.recv(1, _URGENT)
         return bool(data)
 
     def next_arrived(self) -> bytes | None:
