@@ -255,7 +255,9 @@ def test_processes_that_all_end_at_once_are_bounded(town: Wire) -> None:
         daemon.process.wait(WAIT)
     assert "nothing is taken over" not in daemon.log()
     daemon.start_again()
-    assert "10 processes have ended within seconds of taking it over" in daemon.log()
+    wait_until(
+        lambda: "10 processes have ended within seconds of taking it over" in daemon.log(), "the log says so"
+    )
     assert stream.at_end()
     assert at_end(pod.client.sock)
     daemon.crash()
@@ -314,7 +316,7 @@ def test_a_table_that_cannot_be_read_is_an_end_that_is_logged(tmp_sock_dir: Path
 def test_without_a_store_a_crash_is_an_end(tmp_sock_dir: Path) -> None:
     with ManagedDaemon(tmp_sock_dir, most_fds=3) as daemon:
         wire = Wire(daemon, tmp_sock_dir)
-        assert "a restart of cc-proxy ends all VMs" in daemon.log()
+        wait_until(lambda: "a restart of cc-proxy ends all VMs" in daemon.log(), "the log says so")
         pod = wire.pod()
         daemon.crash()
         assert at_end(pod.vm.io)

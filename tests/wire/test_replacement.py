@@ -389,7 +389,7 @@ def test_a_state_that_cannot_be_written_stays_where_it_is(town: Wire) -> None:
     with _limited(daemon, resource.RLIMIT_FSIZE, MIB // 2):
         daemon.process.send_signal(signal.SIGUSR2)
         wait_until(lambda: '"ready"' in daemon.log().partition("this process goes on")[2], "it goes on")
-    assert "File too large" in daemon.log()
+    wait_until(lambda: "File too large" in daemon.log(), "the log says so")
     assert _children(daemon) == children
     client.send(asked[-1:])
     assert b"no payload named" in client.receive()
@@ -457,7 +457,7 @@ def test_the_first_process_of_a_pid_namespace_cannot_be_replaced(tmp_sock_dir: P
 def test_a_manager_that_keeps_too_little(tmp_sock_dir: Path) -> None:
     with ManagedDaemon(tmp_sock_dir, most_fds=1) as daemon:
         wire = Wire(daemon, tmp_sock_dir)
-        assert "a restart of cc-proxy ends all VMs" in daemon.log()
+        wait_until(lambda: "a restart of cc-proxy ends all VMs" in daemon.log(), "the log says so")
         pod = wire.pod()
         daemon.process.send_signal(signal.SIGUSR2)
         wait_until(lambda: "not replaced: this process goes on" in daemon.log(), "it says so")
@@ -511,7 +511,7 @@ def test_a_manager_that_drops_a_part_of_it_meanwhile(tmp_sock_dir: Path) -> None
         daemon.leave_all()
         os.close(daemon.manager.fds.pop()[1])
         daemon.start_again()
-        assert "nothing is taken over: all VMs end" in daemon.log()
+        wait_until(lambda: "nothing is taken over: all VMs end" in daemon.log(), "the log says so")
         assert at_end(pod.vm.io)
         assert wire.pod().pings()
         wire.close()
@@ -559,7 +559,7 @@ def test_a_state_of_a_newer_daemon_is_an_end_that_is_logged(tmp_sock_dir: Path) 
             box.put_state(state.replace(key + bytes([VERSION]), key + b"\x63"), fds)
             close_all(fds)
         daemon.start_again()
-        assert "nothing is taken over" in daemon.log()
+        wait_until(lambda: "nothing is taken over" in daemon.log(), "the log says so")
         assert at_end(pod.vm.io)
         assert wire.pod().pings()
         wire.close()
