@@ -90,9 +90,16 @@ class Incoming:
                 return b""
         except BlockingIOError:
             return None
-        # Only now: if this process is killed, and nothing is there any more, it has been read.
+        return self._read()
+
+    def _read(self) -> bytes | None:
+        """Read what is there. If this process is killed, and it is there no more, it has been read."""
         self._kept.cell[AT_PHASE] = Phase.READING
-        return self._sock.recv(_READ_SIZE, _DONTWAIT)
+        try:
+            return self._sock.recv(_READ_SIZE, _DONTWAIT)
+        except BlockingIOError:  # it was announced, but is urgent data
+            self._kept.cell[AT_PHASE] = Phase.SILENT
+            return None
 
     # Waiting ----------------------------------------------------------------------------------------------
 
@@ -118,7 +125,7 @@ class Incoming:
     def _sleep(self) -> bytes | None:
         ready = select.poll()
         ready.register(self._sock, select.POLLIN)
-        return self._receive() if ready.poll(_LINGER) else None
+        return self._read() if ready.poll(_LINGER) else None
 
     def _finish(self) -> bytes:
         """Return the text of a message that has begun to arrive."""
