@@ -95,7 +95,7 @@ class Vms(Generator):
             io.sendall(data)
 
     def echo_on(self, clients: int) -> None:
-        """Send back what comes to any VM, markers too, until so many clients have sent their end of file."""
+        """Send back whatever comes to a VM, markers too, until this many clients have sent end of file."""
         parsers = {}
         with select.epoll() as epoll:
             for end in self.ends:

@@ -26,7 +26,8 @@ _MANY = 256
 class Box:
     """A socket pair: fds that were sent from one end, and not received at the other, wait in the kernel.
 
-    One thread at a time. Whoever has both ends can take out what is in it; it is gone once nobody has either.
+    For one thread at a time. A process that has both ends can take out what is in the box. The kernel throws
+    it away when no process has either end.
     """
 
     def __init__(self, ends: Sequence[socket.socket] = ()) -> None:
@@ -51,7 +52,7 @@ class Box:
 
     @property
     def is_crowded(self) -> bool:
-        """Whether there are so many messages in it that they should be fewer, with more fds in each."""
+        """Whether it is time to pack its fds into fewer messages, with more fds in each."""
         return self._messages >= _MANY
 
     def put(self, fds: Sequence[int]) -> None:

@@ -17,10 +17,10 @@ from cc_proxy.proxy import gaps
 from cc_proxy.proxy.keeping import NOTHING, Keeper
 from cc_proxy.settings import Settings
 
-#: A process that goes on for so many seconds is well.
+#: Seconds after which a process is known to survive what it has taken over.
 _WELL_AFTER = 10.0
-#: So many may end before that. Then it is what they find that ends them, and it has to go: beyond the start
-#: limit nobody would serve at all, and it would be gone as well.
+#: Processes in a row that may end sooner. After that the next one begins with nothing: what they took over
+#: must be what ends them, and systemd's start limit would leave no daemon at all.
 _MOST_TRIES = 10
 
 
@@ -119,7 +119,7 @@ class Inheritance:
                 raise Nothing(str(error)) from None
             self._predecessor = None
         self._describe = describe
-        for vm, gap in self._losses.gaps:  # now, so that what is described counts them
+        for vm, gap in self._losses.gaps:  # before `describe`, whose record has their number
             gaps.note(vm, "stdin" if gap.to_vm else "output", gap.streams, gap.most)
         why_not = self._store.take_over(describe()) if self._store else ""
         _let_go(self._losses)

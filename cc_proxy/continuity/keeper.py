@@ -19,7 +19,10 @@ _DAEMON = 0
 
 
 class TableKeeper:
-    """See `Keeper`. What is kept counts from `take_over` on; until then all stays that was there before."""
+    """See `Keeper`. The next process finds what is kept here only after `take_over`.
+
+    If this process is killed before that, the next one finds what the process before had left.
+    """
 
     def __init__(self, table: Table, box: Box) -> None:
         self._lock = threading.Lock()  # guards all that follows; nothing else is locked while it is held
@@ -74,9 +77,9 @@ class TableKeeper:
     # Main thread ------------------------------------------------------------------------------------------
 
     def take_over(self, daemon: DaemonRecord) -> None:
-        """From now on what is kept counts, and nothing of what was there before.
+        """Have the next process find what this one keeps, instead of what the one before had left.
 
-        Raises `OSError` or `ValueError` if it cannot be: then nothing counts.
+        Raises `OSError` or `ValueError` if that cannot be. Then the next process finds nothing.
         """
         data, fds = encode(daemon)
         with self._lock:

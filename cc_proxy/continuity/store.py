@@ -126,7 +126,7 @@ class Store:
             raise NotReplaced(f"the fds cannot be handed over: {error.strerror}") from None
 
     def take_over(self, daemon: DaemonRecord) -> str:
-        """What is kept counts now, and nothing of what was found. Returns why that fails, if it does."""
+        """Have the next process find what this one keeps. Returns why that fails; empty if it does not."""
         if self._keeper:
             try:
                 self._keeper.take_over(daemon)
