@@ -73,15 +73,17 @@ class DaemonRecord(Struct, frozen=True, kw_only=True):
     listener: ListenerState
 
 
-def encode(state: DaemonState | DaemonRecord | Record) -> tuple[bytes, list[int]]:
-    """Return a state as bytes, and the fds that it names. Raises `OSError` if one is closed."""
-    fds: list[int] = []
+def encode(state: DaemonState | DaemonRecord | Record) -> tuple[bytes, dict[int, Identity]]:
+    """Return a state as bytes, and the fds that it names, in order, each with what it stands for.
+
+    Raises `OSError` if one is closed.
+    """
+    fds: dict[int, Identity] = {}
 
     def encode_fd(value: Any) -> Identity:
         if not isinstance(value, Fd):
             raise NotImplementedError(f"no format for {type(value)}")
-        fds.append(value.number)
-        return identity_of(value.number)
+        return fds.setdefault(value.number, identity_of(value.number))
 
     return msgspec.msgpack.encode(state, enc_hook=encode_fd), fds
 

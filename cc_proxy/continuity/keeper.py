@@ -12,8 +12,6 @@ from cc_proxy.linux.fds import Identity, identity_of
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.keeping import Record, Slot
 
-#: An fd, and what it stood for when it was kept: by now it may be closed, or be another.
-_Known = tuple[int, Identity]
 #: Among the slots, the daemon itself.
 _DAEMON = 0
 
@@ -31,8 +29,9 @@ class TableKeeper:
         self._box = box
         self._counts = False
         self._daemon = b""
-        # By the numbers of slots: the fds of what is kept, and those that are closed with it.
-        self._fds: dict[int, list[_Known]] = {}
+        # By the numbers of slots: the fds of what is kept, each with what it stood for then (by now it may be
+        # closed, or be another); and those that are closed with it.
+        self._fds: dict[int, dict[int, Identity]] = {}
         self._memory: dict[int, int] = {}
 
     # Any thread -------------------------------------------------------------------------------------------
@@ -41,12 +40,11 @@ class TableKeeper:
         """Keep a part, and close the fd `memory`, if it has one, when it is released. Never raises."""
         try:
             data, fds = encode(record)
-            known = _known(fds)
             with self._lock:
                 if self._counts:
-                    self._put(fds)
+                    self._put([*fds])
                 number, cell = self._table.add(data, words)
-                self._fds[number] = known
+                self._fds[number] = fds
                 if memory >= 0:
                     self._memory[number] = memory
                 return Slot(number, cell, self._release)
@@ -83,7 +81,7 @@ class TableKeeper:
         """
         data, fds = encode(daemon)
         with self._lock:
-            self._fds[_DAEMON], self._daemon = _known(fds), data
+            self._fds[_DAEMON], self._daemon = fds, data
             try:
                 self._pack(lambda: self._table.take_over(data))
             except (OSError, ValueError):
@@ -97,11 +95,10 @@ class TableKeeper:
         if data == self._daemon:
             return
         with self._lock:
-            known = _known(fds)
-            if known != self._fds[_DAEMON]:
-                self._put(fds)
+            if fds != self._fds[_DAEMON]:
+                self._put([*fds])
             self._table.set_daemon(data)
-            self._fds[_DAEMON], self._daemon = known, data
+            self._fds[_DAEMON], self._daemon = fds, data
 
     def be_well(self) -> None:
         """What was found does this process no harm."""
@@ -148,14 +145,10 @@ class TableKeeper:
         What is there stays until the rest is, and `then` is done: the process may be killed in between.
         """
         before = self._box.messages
-        known = [pair for some in self._fds.values() for pair in some]
+        known = [pair for some in self._fds.values() for pair in some.items()]
         self._box.put([fd for fd, identity in known if _stands_for(fd) == identity])
         then()
         self._box.drop(before)
-
-
-def _known(fds: Sequence[int]) -> list[_Known]:
-    return [(fd, identity_of(fd)) for fd in fds]
 
 
 def _stands_for(fd: int) -> Identity | None:

@@ -48,7 +48,8 @@ def hand_over(
     )
     with contextlib.closing(heir):
         try:
-            heir.hand_over(*encode(state))
+            data, fds = encode(state)
+            heir.hand_over(data, [*fds])
         except NotReplaced as error:
             logger.error("not replaced: this process goes on", extra={"error": str(error)})
         except Exception:  # whatever it is, this process still has everything
