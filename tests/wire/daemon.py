@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -417,10 +417,18 @@ class Wire:
 
 @contextmanager
 def own_daemon(
-    directory: Path, tables: str = PATIENT, *, prefix: Sequence[str] = (), check: bool = False
+    directory: Path,
+    tables: str = PATIENT,
+    *,
+    prefix: Sequence[str] = (),
+    check: bool = False,
+    start: Callable[[Path, str], Daemon] | None = None,
 ) -> Iterator[Wire]:
-    """A daemon that no other test uses. With `check` it has to end as it began, and with 0."""
-    with Daemon.configured(directory, tables, prefix=prefix) as daemon:
+    """A daemon that no other test uses. With `check` it has to end as it began, and with 0.
+
+    `start` starts it, for those that cannot have a `prefix`.
+    """
+    with start(directory, tables) if start else Daemon.configured(directory, tables, prefix=prefix) as daemon:
         wire = Wire(daemon, directory)
         try:
             yield wire

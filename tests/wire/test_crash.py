@@ -16,7 +16,7 @@ import pytest
 
 from cc_proxy.proxy.vms.kept import AT_STATE
 from tests.wire.crowded import crowd
-from tests.wire.daemon import PATIENT, ManagedDaemon, Wire
+from tests.wire.daemon import ManagedDaemon, Wire, own_daemon
 from tests.wire.support import (
     OK,
     READY,
@@ -35,14 +35,8 @@ LOST = "cc-proxy was killed before it answered: whether the request was carried 
 @pytest.fixture
 def town(tmp_sock_dir: Path) -> Iterator[Wire]:
     """A daemon under a manager, its VMs and clients."""
-    with ManagedDaemon(tmp_sock_dir, PATIENT) as daemon:
-        wire = Wire(daemon, tmp_sock_dir)
-        try:
-            yield wire
-            wire.close()
-            daemon.check()
-        finally:
-            wire.close()
+    with own_daemon(tmp_sock_dir, start=ManagedDaemon, check=True) as wire:
+        yield wire
 
 
 def daemon_of(wire: Wire) -> ManagedDaemon:

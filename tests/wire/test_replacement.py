@@ -51,14 +51,8 @@ def kind(request: pytest.FixtureRequest) -> Start:
 @pytest.fixture
 def town(tmp_sock_dir: Path, kind: Start) -> Iterator[Wire]:
     """A daemon, its VMs and clients."""
-    with kind(tmp_sock_dir, PATIENT) as daemon:
-        wire = Wire(daemon, tmp_sock_dir)
-        try:
-            yield wire
-            wire.close()
-            daemon.check()
-        finally:
-            wire.close()
+    with own_daemon(tmp_sock_dir, start=kind, check=True) as wire:
+        yield wire
 
 
 def test_frames_that_are_on_their_way_arrive_once_and_whole(town: Wire) -> None:
