@@ -92,7 +92,7 @@ audit: $(READY) ## check the pins for known vulnerabilities; needs pypi.org or o
 
 .PHONY: clean
 clean: ## remove everything that these targets made
-	rm -rf .venv .tox build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage* htmlcov
+	rm -rf .venv .tox build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage* htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian's python3 has no ensurepip until python3-venv is installed.

@@ -13,12 +13,12 @@ import msgspec
 from msgspec import Struct
 
 from cc_proxy.api.status import Replaced
+from cc_proxy.continuity.state import Record
+from cc_proxy.continuity.state.clients import ConnectionRecord, ListenerState, ServerState
+from cc_proxy.continuity.state.streams import SessionRecord
+from cc_proxy.continuity.state.vms import GoneVmRecord, RegistryState, VmRecord
 from cc_proxy.continuity.table import Unreadable
 from cc_proxy.linux.fds import Fd, Identity, identity_of
-from cc_proxy.proxy.clients.state import ConnectionRecord, ListenerState, ServerState
-from cc_proxy.proxy.keeping import Record
-from cc_proxy.proxy.streams.state import SessionRecord
-from cc_proxy.proxy.vms.state import GoneVmRecord, RegistryState, VmRecord
 from cc_proxy.settings import Settings
 
 VERSION = 1

@@ -5,16 +5,16 @@ import socket
 import time
 from collections.abc import Callable
 
+from cc_proxy.continuity import gaps
 from cc_proxy.continuity.format import DaemonRecord, DaemonState, decode, decode_settings, find, taking_all
 from cc_proxy.continuity.heirs import Heir, Predecessor, Successor
+from cc_proxy.continuity.keeper import NOTHING, Keeper
 from cc_proxy.continuity.recovery import Losses, recover
 from cc_proxy.continuity.store import Store
 from cc_proxy.continuity.table import Table, Unreadable
 from cc_proxy.linux.fds import close_stream
 from cc_proxy.linux.systemd import Notifier
 from cc_proxy.log.levels import logger
-from cc_proxy.proxy import gaps
-from cc_proxy.proxy.keeping import NOTHING, Keeper
 from cc_proxy.settings import Settings
 
 #: Seconds after which a process is known to survive what it has taken over.

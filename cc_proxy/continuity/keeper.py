@@ -1,19 +1,80 @@
-"""Keeps parts of the daemon while they change: what they are in the table, their fds in the box."""
+"""What has to outlive this process, however it ends, and is kept outside of it as it changes.
+
+Each part says what it is made of (a record, with fds), and where it stands (its cell): the table has both,
+the box has the fds. If the process is killed, the next one makes the parts again from that.
+"""
 
 import contextlib
 import os
 import threading
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from cc_proxy.continuity.box import Box
+from cc_proxy.continuity.cells import NO_CELL, Cell
 from cc_proxy.continuity.format import DaemonRecord, encode
+from cc_proxy.continuity.state import Record
 from cc_proxy.continuity.table import Table
 from cc_proxy.linux.fds import Identity, identity_of
 from cc_proxy.log.levels import logger
-from cc_proxy.proxy.keeping import Record, Slot
 
 #: Among the slots, the daemon itself.
 _DAEMON = 0
+
+
+class Slot:
+    """Where one part is kept. Its owner changes the cell; any thread may release it."""
+
+    __slots__ = ("_release", "cell", "number")
+
+    def __init__(
+        self,
+        number: int = 0,
+        cell: Cell = NO_CELL,
+        release: Callable[[int], None] | None = None,
+    ) -> None:
+        #: Others' records name it by this, and no other slot of this process has it; 0 if it is not kept.
+        self.number = number
+        #: Its words; `NO_CELL` if it is not kept.
+        self.cell = cell
+        self._release = release or _ignore
+
+    def release(self) -> None:
+        """The part is over, and nobody writes into the cell any more. No matter if it was released before."""
+        self.cell = NO_CELL  # before another part has the slot
+        release, self._release = self._release, _ignore
+        release(self.number)
+
+
+def _ignore(_number: int) -> None:
+    """Nothing is kept."""
+
+
+class Keeper(Protocol):
+    """Keeps parts outside of the process. Any thread may call."""
+
+    def keep(self, record: Record, memory: int = -1, words: Sequence[int] = ()) -> Slot:
+        """Keep a part, and close the fd `memory`, if it has one, when it is released.
+
+        `words` are the first of its cell; the others are 0. Never raises: a part that cannot be kept ends
+        with the process, which is logged.
+        """
+
+    def new_memory(self, size: int) -> int:
+        """Return the fd of memory that may be part of a record; -1 if nothing is kept. Raises `OSError`."""
+
+
+class _Nothing:
+    """Keeps nothing: nobody would find it."""
+
+    def keep(self, record: Record, memory: int = -1, words: Sequence[int] = ()) -> Slot:  # noqa: ARG002
+        return Slot()
+
+    def new_memory(self, size: int) -> int:  # noqa: ARG002
+        return -1
+
+
+NOTHING: Keeper = _Nothing()
 
 
 class TableKeeper:

@@ -9,6 +9,25 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
+from cc_proxy.api import messages
+from cc_proxy.api.payloads import Response
+from cc_proxy.continuity.cells import (
+    AT_NEXT_SEQ,
+    AT_PHASE,
+    AT_PROCESS,
+    AT_RECEIVED,
+    AT_SENT,
+    AT_STATE,
+    AT_VM,
+    EXPECTED,
+    FLAGS,
+    PROCESS_COMMANDED,
+    PROCESS_STARTED,
+    STARTED,
+    VM_WORDS,
+    Phase,
+    State,
+)
 from cc_proxy.continuity.format import (
     AnyRecord,
     DaemonRecord,
@@ -19,27 +38,11 @@ from cc_proxy.continuity.format import (
     take,
     take_record,
 )
-from cc_proxy.continuity.table import Entry, Table
-from cc_proxy.hyperstart.control import state_at
-from cc_proxy.hyperstart.state import ControlChannelState
-from cc_proxy.linux.fds import Fd, unread
-from cc_proxy.proxy.clients.kept import AT_PHASE, AT_VM, LOST_ANSWER, Phase
-from cc_proxy.proxy.clients.state import ConnectionRecord, ConnectionState, ServerState
-from cc_proxy.proxy.streams.cells import EXPECTED, FLAGS
-from cc_proxy.proxy.streams.cells import STARTED as IS_STARTED
-from cc_proxy.proxy.streams.interfaces import VM_WORDS, shared_memory
-from cc_proxy.proxy.streams.regain import ChannelFacts, Gap, Regained, SessionFacts, regain
-from cc_proxy.proxy.streams.state import SessionRecord
-from cc_proxy.proxy.vms.kept import (
-    AT_NEXT_SEQ,
-    AT_PROCESS,
-    AT_RECEIVED,
-    AT_SENT,
-    AT_STATE,
-    COMMANDED,
-    STARTED,
-)
-from cc_proxy.proxy.vms.state import (
+from cc_proxy.continuity.memory import shared_memory
+from cc_proxy.continuity.regain import ChannelFacts, Gap, Regained, SessionFacts, regain
+from cc_proxy.continuity.state.clients import ConnectionRecord, ConnectionState, ServerState
+from cc_proxy.continuity.state.streams import SessionRecord
+from cc_proxy.continuity.state.vms import (
     ConsoleState,
     ControlState,
     GoneVmRecord,
@@ -48,11 +51,18 @@ from cc_proxy.proxy.vms.state import (
     VmRecord,
     VmState,
 )
-from cc_proxy.proxy.vms.states import State
+from cc_proxy.continuity.table import Entry, Table
+from cc_proxy.hyperstart.control import state_at
+from cc_proxy.hyperstart.state import ControlChannelState
+from cc_proxy.linux.fds import Fd, unread
 from cc_proxy.settings import Settings
 
 #: What the streams say of a session's process, by what its VM says.
-_PROCESSES = {0: 0, COMMANDED: EXPECTED, STARTED: EXPECTED | IS_STARTED}
+_PROCESSES = {0: 0, PROCESS_COMMANDED: EXPECTED, PROCESS_STARTED: EXPECTED | STARTED}
+#: What a client is told whose request had no answer yet.
+_LOST_ANSWER = messages.encode(
+    Response(False, "cc-proxy was killed before it answered: whether the request was carried out is unknown")
+)
 _LINGERED = "it has lingered long enough after bye"
 _CUT = "a command to it was cut in two when cc-proxy was killed"
 _NO_ANSWER = "cc-proxy was killed while it answered a request"
@@ -236,7 +246,7 @@ def _connections(parts: _Parts, vms: Mapping[int, int], losses: Losses) -> Itera
             unread=b"",
             text=None,
             delay=0.0,
-            unsent=LOST_ANSWER if phase is Phase.ASKED else b"",
+            unsent=_LOST_ANSWER if phase is Phase.ASKED else b"",
             passed=None,
             left=None,
             counted=0,

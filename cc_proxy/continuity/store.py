@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from cc_proxy.continuity.box import Box, close_all
 from cc_proxy.continuity.format import DaemonRecord
 from cc_proxy.continuity.heirs import NotReplaced
-from cc_proxy.continuity.keeper import TableKeeper
+from cc_proxy.continuity.keeper import NOTHING, Keeper, TableKeeper
 from cc_proxy.continuity.table import SIZE, Table
 from cc_proxy.linux.systemd import Notifier, take_stored
 from cc_proxy.log.levels import logger
-from cc_proxy.proxy.keeping import NOTHING, Keeper
 
 #: <sysexits.h>; the unit has it mean that another process is to be started.
 EX_TEMPFAIL = 75

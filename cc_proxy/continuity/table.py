@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from cc_proxy.proxy.keeping import CELL_SIZE
+from cc_proxy.continuity.cells import CELL_SIZE
 
 #: In native order: it is stored at once.
 _WORD = struct.Struct("@Q")

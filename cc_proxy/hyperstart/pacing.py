@@ -24,6 +24,13 @@ LOSSLESS = b"\1"
 #: Bytes of stdin that it keeps for each process.
 LOSSLESS_WINDOW = 64 * 1024
 
+#: Once pings were faster than a marker, they go out together with the next markers, until this many markers
+#: in a row were faster. While output floods, one in ten markers comes back.
+MARKERS_TO_TRUST = 8
+#: The most frames that can wait in the guest: a virtio-serial port has 128 buffers. Without this limit, many
+#: short stdins, which need no marker, would add up.
+MOST_QUEUED = 128
+
 
 def marked_stream(seq: int) -> int:
     """Return the stream that a marker belongs to."""

@@ -7,11 +7,11 @@ from msgspec.structs import replace
 
 from cc_proxy import __version__
 from cc_proxy.access import names_others
+from cc_proxy.continuity import gaps
 from cc_proxy.continuity.format import DaemonRecord, DaemonState, encode, encode_settings
 from cc_proxy.continuity.heirs import Heir, NotReplaced
 from cc_proxy.log import faults
 from cc_proxy.log.levels import LEVELS, current_level, logger, set_level
-from cc_proxy.proxy import gaps
 from cc_proxy.proxy.clients.listener import Listener
 from cc_proxy.proxy.clients.server import Server
 from cc_proxy.proxy.clients.status import About

@@ -6,17 +6,9 @@ from collections.abc import Iterator
 
 from cc_proxy.api.status import Replaced, Traffic
 from cc_proxy.continuity.format import DaemonState
-from cc_proxy.hyperstart.state import (
-    ControlChannelState,
-    ParserState,
-    QuizState,
-    SplitterState,
-    WindowState,
-)
-from cc_proxy.linux.fds import Fd
-from cc_proxy.proxy.clients.state import ConnectionState, ListenerState, ServerState
-from cc_proxy.proxy.streams.state import ChannelState, PacerState, SessionState, SpoolFile, StreamsState
-from cc_proxy.proxy.vms.state import (
+from cc_proxy.continuity.state.clients import ConnectionState, ListenerState, ServerState
+from cc_proxy.continuity.state.streams import ChannelState, PacerState, SessionState, SpoolFile, StreamsState
+from cc_proxy.continuity.state.vms import (
     BootState,
     CommandState,
     ConsoleState,
@@ -29,6 +21,14 @@ from cc_proxy.proxy.vms.state import (
     TroubleState,
     VmState,
 )
+from cc_proxy.hyperstart.state import (
+    ControlChannelState,
+    ParserState,
+    QuizState,
+    SplitterState,
+    WindowState,
+)
+from cc_proxy.linux.fds import Fd
 
 TRAFFIC = Traffic(
     bytes_to_clients=1, bytes_to_vm=2, frames_to_clients=3, frames_to_vm=4, stray_frames=5, pauses=6

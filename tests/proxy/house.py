@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from cc_proxy.api import messages
+from cc_proxy.continuity.state.clients import ServerState
 from cc_proxy.proxy.clients import server as server_module
 from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers, Reply
 from cc_proxy.proxy.clients.listener import Listener
 from cc_proxy.proxy.clients.server import Server
-from cc_proxy.proxy.clients.state import ServerState
 from cc_proxy.proxy.users import Thing
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.settings import Limits, LiveSettings, Settings

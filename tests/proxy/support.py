@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from cc_proxy.api.status import Streams
+from cc_proxy.continuity.cells import CELL_SIZE
+from cc_proxy.continuity.keeper import Slot
+from cc_proxy.continuity.memory import private_memory
+from cc_proxy.continuity.state import Record
 from cc_proxy.hyperstart.control import ControlMessage
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.linux.credentials import Credentials
-from cc_proxy.proxy.keeping import CELL_SIZE, Record, Slot
-from cc_proxy.proxy.streams.interfaces import Pacing, Place, Sockets, private_memory
+from cc_proxy.proxy.streams.interfaces import Pacing, Place, Sockets
 from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.session import Session, Whose
 from cc_proxy.proxy.streams.spool import Spool, SpoolSpace

@@ -17,6 +17,7 @@ from typing import NoReturn
 import pytest
 
 from cc_proxy.api.payloads import Hello
+from cc_proxy.continuity.cells import State
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import ControlChannel
 from cc_proxy.linux.credentials import ROOT, Credentials
@@ -36,7 +37,7 @@ from cc_proxy.proxy.users import User
 from cc_proxy.proxy.vms.console import Console
 from cc_proxy.proxy.vms.control import ControlLink
 from cc_proxy.proxy.vms.registry import Registry
-from cc_proxy.proxy.vms.states import State, VmError
+from cc_proxy.proxy.vms.states import VmError
 from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import LiveSettings, Settings
 from tests.connector import CONNECTOR

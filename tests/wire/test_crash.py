@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cc_proxy.proxy.vms.kept import AT_STATE
+from cc_proxy.continuity.cells import AT_STATE
 from tests.wire.crowded import crowd
 from tests.wire.daemon import ManagedDaemon, Wire, own_daemon
 from tests.wire.support import (

@@ -10,14 +10,15 @@ from enum import Enum, auto
 
 from cc_proxy.api.errors import ProtocolError
 from cc_proxy.api.transport import limit_send
+from cc_proxy.continuity.cells import Phase
+from cc_proxy.continuity.state.clients import ConnectionState
 from cc_proxy.linux.fds import Fd
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers, Reply, failure
 from cc_proxy.proxy.clients.incoming import ClientGone, Incoming
-from cc_proxy.proxy.clients.kept import KeptConnection, Phase
+from cc_proxy.proxy.clients.kept import KeptConnection
 from cc_proxy.proxy.clients.outgoing import Outgoing
-from cc_proxy.proxy.clients.state import ConnectionState
 from cc_proxy.proxy.clients.unfinished import UNCOUNTED, Unfinished
 from cc_proxy.proxy.rest import LOOK_UP, Rest, Resting
 from cc_proxy.proxy.users import LimitReached

@@ -28,11 +28,11 @@ from cc_proxy.api.payloads import (
     SetLogLevel,
     Version,
 )
+from cc_proxy.continuity.keeper import NOTHING, Keeper
 from cc_proxy.hyperstart.codes import COMMANDS
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.log.levels import LEVELS, current_level, logger, set_level
 from cc_proxy.proxy.clients.status import About, describe
-from cc_proxy.proxy.keeping import NOTHING, Keeper
 from cc_proxy.proxy.users import LimitReached, User
 from cc_proxy.proxy.vms.registry import Registry, RegistryError
 from cc_proxy.proxy.vms.states import VmError

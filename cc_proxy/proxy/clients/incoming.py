@@ -8,7 +8,8 @@ import time
 from cc_proxy.api.errors import ProtocolError
 from cc_proxy.api.messages import MessageParser
 from cc_proxy.api.transport import limit_receive
-from cc_proxy.proxy.clients.kept import AT_PHASE, KeptConnection, Phase
+from cc_proxy.continuity.cells import AT_PHASE, Phase
+from cc_proxy.proxy.clients.kept import KeptConnection
 from cc_proxy.proxy.clients.unfinished import UNCOUNTED, Unfinished
 from cc_proxy.proxy.rest import LOOK_UP, Rest
 from cc_proxy.proxy.spin import Spin

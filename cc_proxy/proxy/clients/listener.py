@@ -7,10 +7,10 @@ import socket
 import stat
 from collections.abc import Iterator
 
+from cc_proxy.continuity.state.clients import ListenerState
 from cc_proxy.linux.fds import Fd, refuse_rights
 from cc_proxy.linux.socketfile import MAX_SOCKET_PATH, Identity, identity, locked, remove_stale
 from cc_proxy.log.levels import logger
-from cc_proxy.proxy.clients.state import ListenerState
 
 #: The most connections that wait to be accepted.
 _BACKLOG = 4096

@@ -4,9 +4,10 @@ import array
 import socket
 
 from cc_proxy.api.fdpassing import TAG
+from cc_proxy.continuity.cells import AT_PHASE, Phase
 from cc_proxy.linux.fds import Fd, is_for_now
 from cc_proxy.proxy.clients.handlers import Reply
-from cc_proxy.proxy.clients.kept import AT_PHASE, KeptConnection, Phase
+from cc_proxy.proxy.clients.kept import KeptConnection
 
 #: The most bytes in one send. The kernel splits longer ones, and its timeout starts anew with each piece.
 _LARGEST_SEND = 32 * 1024

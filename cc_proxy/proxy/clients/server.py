@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from cc_proxy.access import may_connect
+from cc_proxy.continuity.keeper import NOTHING, Keeper
+from cc_proxy.continuity.state.clients import ServerState
+from cc_proxy.continuity.state.vms import RegistryState
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.linux.threads import check_room
 from cc_proxy.log import faults
@@ -22,14 +25,11 @@ from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers, failure
 from cc_proxy.proxy.clients.listener import Listener
 from cc_proxy.proxy.clients.parking import Parking
 from cc_proxy.proxy.clients.roster import Roster, may_take_long
-from cc_proxy.proxy.clients.state import ServerState
 from cc_proxy.proxy.clients.status import About
 from cc_proxy.proxy.clients.workers import Workers
-from cc_proxy.proxy.keeping import NOTHING, Keeper
 from cc_proxy.proxy.rest import Rest
 from cc_proxy.proxy.users import LimitReached
 from cc_proxy.proxy.vms.registry import Registry
-from cc_proxy.proxy.vms.state import RegistryState
 from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import Limits, LiveSettings
 

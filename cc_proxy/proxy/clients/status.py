@@ -25,9 +25,9 @@ from cc_proxy.api.status import (
     WaitingCommand,
     shorten,
 )
+from cc_proxy.continuity import gaps
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.log.levels import current_level
-from cc_proxy.proxy import gaps
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.proxy.vms.states import Trouble
 from cc_proxy.proxy.vms.vm import Vm

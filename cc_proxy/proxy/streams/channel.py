@@ -13,18 +13,19 @@ import time
 from collections.abc import Iterable, Sequence
 
 from cc_proxy.api.status import Streams
+from cc_proxy.continuity.memory import Memory
+from cc_proxy.continuity.state.streams import ChannelState
 from cc_proxy.linux.fds import Fd, close_stream
 from cc_proxy.linux.selector import NOTHING_ELSE, READ, WRITE
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.streams.handover import give_up, take_over
 from cc_proxy.proxy.streams.intake import Intake
-from cc_proxy.proxy.streams.interfaces import Lost, Memory, Owner, Pacing, Sockets
+from cc_proxy.proxy.streams.interfaces import Lost, Owner, Pacing, Sockets
 from cc_proxy.proxy.streams.mailbox import Mailbox
 from cc_proxy.proxy.streams.output import FramingLost, Output
 from cc_proxy.proxy.streams.pacer import Pacer
 from cc_proxy.proxy.streams.routes import Routes
 from cc_proxy.proxy.streams.session import Session
-from cc_proxy.proxy.streams.state import ChannelState
 from cc_proxy.proxy.streams.stats import describe_streams
 from cc_proxy.proxy.streams.stdin import Stdin
 from cc_proxy.proxy.streams.watch import Ready, Watch

@@ -2,11 +2,11 @@
 
 from collections.abc import Collection, Sequence
 
+from cc_proxy.continuity.state.streams import StreamsState
 from cc_proxy.proxy.streams.output import Output
 from cc_proxy.proxy.streams.pacer import Pacer
 from cc_proxy.proxy.streams.routes import Routes
 from cc_proxy.proxy.streams.session import Session
-from cc_proxy.proxy.streams.state import StreamsState
 from cc_proxy.proxy.streams.stats import traffic_of
 from cc_proxy.proxy.streams.stdin import Stdin
 

@@ -3,9 +3,8 @@
 import socket
 from mmap import mmap
 
+from cc_proxy.continuity.cells import READING, SEEKING, WHERE_AT, Cell
 from cc_proxy.linux.fds import unread
-from cc_proxy.proxy.streams.cells import READING, SEEKING, WHERE_AT
-from cc_proxy.proxy.streams.interfaces import Cell
 from cc_proxy.proxy.streams.reading import MUCH, read_noted
 
 

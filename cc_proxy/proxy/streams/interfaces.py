@@ -2,47 +2,13 @@
 
 import socket
 from collections.abc import Callable
-from mmap import MAP_SHARED, mmap
 from typing import NamedTuple, Protocol
 
-from cc_proxy.linux.memory import new_buffer
-
-#: Words of 64 bits, which another process can read once this one has been killed. Storing into one takes
-#: 35 ns, and then it has either the old value or the new one. `cells` has what the words mean.
-Cell = memoryview
-VM_WORDS = 16
-SESSION_WORDS = 8
-#: For what nobody is to read. One for all threads.
-NO_CELL: Cell = memoryview(bytearray(8 * VM_WORDS)).cast("Q")
-
-#: Bytes of each of a channel's two buffers.
-BUFFER_SIZE = 256 * 1024
+from cc_proxy.continuity.cells import NO_CELL, Cell
 
 #: Sends the agent this many pings, one after the other, and calls back with whether all were answered. It
 #: does not wait. It may call back from any thread, at once, later or never.
 Acknowledge = Callable[[int, Callable[[bool], None]], None]
-
-
-class Memory(NamedTuple):
-    """What a channel works in: the buffers for what it reads, and its cell."""
-
-    output: mmap
-    stdin: mmap
-    cell: Cell
-
-
-def private_memory() -> Memory:
-    """Return memory that goes with this process. Raises `OSError`."""
-    return Memory(new_buffer(BUFFER_SIZE), new_buffer(BUFFER_SIZE), NO_CELL)
-
-
-def shared_memory(fd: int, cell: Cell) -> Memory:
-    """Return memory that stays for as long as anybody has `fd`, a memfd of twice `BUFFER_SIZE`.
-
-    The fd stays the caller's, who may close it. Raises `OSError`.
-    """
-    output, stdin = (mmap(fd, BUFFER_SIZE, MAP_SHARED, offset=offset) for offset in (0, BUFFER_SIZE))
-    return Memory(output, stdin, cell)
 
 
 class Place(NamedTuple):

@@ -5,9 +5,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
+from cc_proxy.continuity.cells import Cell
 from cc_proxy.hyperstart.splitter import whole_frames
 from cc_proxy.linux.fds import IOV_MAX, Piece, cut, is_for_now, send_pieces, taken_whole, untaken
-from cc_proxy.proxy.streams.interfaces import Cell
 
 
 class Outlet:

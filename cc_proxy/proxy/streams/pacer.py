@@ -15,22 +15,25 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from cc_proxy.hyperstart.pacing import FIRST_MARKER, LOSSLESS, LOSSLESS_WINDOW, StdinWindow, marked_stream
+from cc_proxy.continuity import cells
+from cc_proxy.continuity.cells import Cell
+from cc_proxy.continuity.state.streams import PacerState
+from cc_proxy.hyperstart.pacing import (
+    FIRST_MARKER,
+    LOSSLESS,
+    LOSSLESS_WINDOW,
+    MARKERS_TO_TRUST,
+    MOST_QUEUED,
+    StdinWindow,
+    marked_stream,
+)
 from cc_proxy.linux.fds import untaken
-from cc_proxy.proxy.streams import cells
-from cc_proxy.proxy.streams.interfaces import Acknowledge, Cell
+from cc_proxy.proxy.streams.interfaces import Acknowledge
 from cc_proxy.proxy.streams.session import Session
-from cc_proxy.proxy.streams.state import PacerState
 
 #: Seconds until the second look whether the VM has taken everything, which nothing announces. Each later
 #: look waits twice as long.
 _LOOK_AGAIN = 0.001
-#: Once pings were faster than a marker, they go out together with the next markers, until this many markers
-#: in a row were faster. While output floods, one in ten markers comes back.
-MARKERS_TO_TRUST = 8
-#: The most frames that can wait in the guest: a virtio-serial port has 128 buffers. Without this limit, many
-#: short stdins, which need no marker, would add up.
-MOST_QUEUED = 128
 #: Seconds until a lossless agent is asked again, in case its answer was lost on this side.
 _PATIENCE = 10.0
 

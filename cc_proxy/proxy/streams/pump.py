@@ -11,15 +11,16 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 
 from cc_proxy.api.status import Streams
+from cc_proxy.continuity.memory import Memory
+from cc_proxy.continuity.state.streams import ChannelState
 from cc_proxy.linux.threads import start_thread
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.streams.channel import Channel
-from cc_proxy.proxy.streams.interfaces import Memory, Owner, Pacing, Sockets
+from cc_proxy.proxy.streams.interfaces import Owner, Pacing, Sockets
 from cc_proxy.proxy.streams.mailbox import Mailbox
 from cc_proxy.proxy.streams.session import Session
 from cc_proxy.proxy.streams.spool import is_at_disk
-from cc_proxy.proxy.streams.state import ChannelState
 
 #: Bytes of a batch that is large. What people and shims say to each other line by line is less.
 _LARGE = 4 * 1024

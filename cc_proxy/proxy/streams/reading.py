@@ -2,14 +2,12 @@
 
 import socket
 
+from cc_proxy.continuity.cells import BUSY, NO_CELL, READING, SIZE_AT, Cell
+from cc_proxy.continuity.memory import STAMP
 from cc_proxy.linux.fds import is_for_now, receive_into, unread
-from cc_proxy.proxy.streams.cells import BUSY, READING, SIZE_AT
-from cc_proxy.proxy.streams.interfaces import NO_CELL, Cell
 
 #: If a read brought this much, it pays to ask how much the next will bring: that leaves no doubt about it.
 MUCH = 16 * 1024
-#: What is put where the last bytes will be read to. If it still stands there, none have been read.
-STAMP = b"\xe9nobody\x17"
 
 
 def read_noted(sock: socket.socket, room: memoryview, cell: Cell, place: int, much: bool) -> int:

@@ -7,11 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cc_proxy.hyperstart.pacing import StdinWindow
-from cc_proxy.hyperstart.splitter import StdinSplitter
-from cc_proxy.linux.fds import Fd, Piece, close_stream, cut, is_for_now, unread
-from cc_proxy.log.levels import logger
-from cc_proxy.proxy.streams.cells import (
+from cc_proxy.continuity.cells import (
     ENDED,
     EXPECTED,
     FLAGS,
@@ -24,11 +20,15 @@ from cc_proxy.proxy.streams.cells import (
     TORN,
     WHERE_AT,
 )
+from cc_proxy.continuity.state.streams import SessionState
+from cc_proxy.hyperstart.pacing import StdinWindow
+from cc_proxy.hyperstart.splitter import StdinSplitter
+from cc_proxy.linux.fds import Fd, Piece, close_stream, cut, is_for_now, unread
+from cc_proxy.log.levels import logger
 from cc_proxy.proxy.streams.interfaces import Place
 from cc_proxy.proxy.streams.outlet import Outlet
 from cc_proxy.proxy.streams.reading import read_noted
 from cc_proxy.proxy.streams.spool import Spool
-from cc_proxy.proxy.streams.state import SessionState
 
 #: The errors of a socket whose client has gone.
 _GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})

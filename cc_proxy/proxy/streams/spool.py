@@ -9,8 +9,8 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from cc_proxy.continuity.state.streams import SpoolFile
 from cc_proxy.linux.fds import IOV_MAX, Fd, Piece, cut
-from cc_proxy.proxy.streams.state import SpoolFile
 from cc_proxy.settings import LiveSettings, SpoolSettings
 
 #: The most `sendfile` is asked to move at once, so that one client's backlog does not hold up the others.

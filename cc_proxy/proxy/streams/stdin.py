@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from cc_proxy.api.frames import encode_frame
+from cc_proxy.continuity.cells import SENT_TURN, TURNS, VM_TORN
+from cc_proxy.continuity.memory import BUFFER_SIZE, Memory
 from cc_proxy.hyperstart.frames import frames_of
 from cc_proxy.linux.fds import Piece
 from cc_proxy.linux.selector import HANG_UP, NOTHING_ELSE, READ, Selector
 from cc_proxy.log.levels import IO, logger
-from cc_proxy.proxy.streams.cells import SENT_TURN, TURNS, VM_TORN
 from cc_proxy.proxy.streams.dump import dump_frames
-from cc_proxy.proxy.streams.interfaces import BUFFER_SIZE, Memory
 from cc_proxy.proxy.streams.outlet import Outlet
 from cc_proxy.proxy.streams.pacer import Pacer
 from cc_proxy.proxy.streams.session import Session

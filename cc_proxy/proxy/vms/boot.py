@@ -11,6 +11,7 @@ from typing import Self
 
 from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.payloads import Hello
+from cc_proxy.continuity.state.vms import BootState
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import ControlMessage, OnAnswer, ignore
 from cc_proxy.linux.fds import Fd, close_stream
@@ -20,7 +21,6 @@ from cc_proxy.proxy.vms.console import Console
 from cc_proxy.proxy.vms.control import ControlLink, NoAnswer
 from cc_proxy.proxy.vms.control_socket import ControlLost
 from cc_proxy.proxy.vms.dialer import CannotConnect, Connected, Dialer
-from cc_proxy.proxy.vms.state import BootState
 from cc_proxy.settings import VmSettings
 
 #: poll(2) calls a socket writable when three quarters of this are free. The rest has to last until then.

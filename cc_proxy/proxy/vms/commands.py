@@ -5,11 +5,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from cc_proxy.continuity.state.vms import CommandState, ControlState, RequestState
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import Command, ControlChannel, ControlMessage, OnAnswer, ignore
 from cc_proxy.linux.fds import Fd
 from cc_proxy.proxy.turns import Waiter
-from cc_proxy.proxy.vms.state import CommandState, ControlState, RequestState
 
 #: What is to happen once a command is answered, which may start processes on these seqs.
 OnAnswerTo = Callable[[Code, Sequence[int]], OnAnswer]

@@ -5,11 +5,11 @@ import re
 import socket
 from typing import Self
 
+from cc_proxy.continuity.state.vms import ConsoleState
 from cc_proxy.linux.fds import Fd, close_stream, unread
 from cc_proxy.log.levels import CONSOLE, logger
 from cc_proxy.log.printable import printable
 from cc_proxy.proxy.vms.dialer import Connected
-from cc_proxy.proxy.vms.state import ConsoleState
 
 _LONGEST_LINE = 1024
 #: Small, so that a console that floods does not hold up the VM's streams.

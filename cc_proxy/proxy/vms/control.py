@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Self
 
+from cc_proxy.continuity.state.vms import ControlState
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import ControlChannel, ControlMessage, OnAnswer, Quiz, ignore
 from cc_proxy.proxy.rest import LOOK_UP, Resting
@@ -24,7 +25,6 @@ from cc_proxy.proxy.vms.commands import (
     transactions_of,
 )
 from cc_proxy.proxy.vms.control_socket import ControlLost, ControlSocket
-from cc_proxy.proxy.vms.state import ControlState
 
 #: The most commands without an answer. After that no more are sent.
 _MOST_UNANSWERED = 64

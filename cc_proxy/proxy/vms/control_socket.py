@@ -7,9 +7,10 @@ import socket
 from collections.abc import Callable
 
 from cc_proxy.api.transport import limit_receive
+from cc_proxy.continuity.cells import NO_CELL
 from cc_proxy.hyperstart.control import ControlChannel, ControlMessage
 from cc_proxy.linux.fds import is_for_now
-from cc_proxy.proxy.streams.interfaces import NO_CELL, Lost
+from cc_proxy.proxy.streams.interfaces import Lost
 
 #: Most answers are short. More is read at once of a long message.
 _READ_SIZE = 512

@@ -3,7 +3,7 @@
 from collections import Counter, deque
 from typing import NamedTuple, Self, TypeVar
 
-from cc_proxy.proxy.vms.state import FailedVmState
+from cc_proxy.continuity.state.vms import FailedVmState
 from cc_proxy.proxy.vms.states import Trouble
 from cc_proxy.proxy.vms.vm import Vm
 

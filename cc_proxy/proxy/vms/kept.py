@@ -3,28 +3,13 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from cc_proxy.continuity.cells import AT_NEXT_SEQ, AT_PROCESS, AT_RECEIVED, AT_SENT, AT_STATE, VM_WORDS, State
+from cc_proxy.continuity.keeper import NOTHING, Keeper, Slot
+from cc_proxy.continuity.memory import BUFFER_SIZE, Memory, private_memory, shared_memory
+from cc_proxy.continuity.state.streams import SessionRecord
+from cc_proxy.continuity.state.vms import GoneVmRecord, VmRecord
 from cc_proxy.linux.fds import Fd
-from cc_proxy.proxy.keeping import NOTHING, Keeper, Slot
-from cc_proxy.proxy.streams.interfaces import (
-    BUFFER_SIZE,
-    SESSION_WORDS,
-    VM_WORDS,
-    Memory,
-    private_memory,
-    shared_memory,
-)
 from cc_proxy.proxy.streams.session import Whose
-from cc_proxy.proxy.streams.state import SessionRecord
-from cc_proxy.proxy.vms.state import GoneVmRecord, VmRecord
-from cc_proxy.proxy.vms.states import State
-
-#: Words of a VM's cell, behind those of its streams: its state, by value, 0 until it is up; its next seq; and
-#: what has come, and been sent, of unfinished messages on its control channel.
-AT_STATE, AT_NEXT_SEQ, AT_RECEIVED, AT_SENT = range(VM_WORDS, VM_WORDS + 4)
-#: The word of a session's cell, behind those of its streams, that says how far its process has come. The pump
-#: may hear of that only after the client whose command started it.
-AT_PROCESS = SESSION_WORDS
-COMMANDED, STARTED = 1, 2
 
 
 class Facts(NamedTuple):
@@ -84,7 +69,7 @@ class KeptVm:
         slot.release()
 
     def note_processes(self, seqs: Iterable[int], how_far: int) -> None:
-        """Processes on these stdios are `COMMANDED` or `STARTED`."""
+        """Processes on these stdios are `PROCESS_COMMANDED` or `PROCESS_STARTED`."""
         for slot in filter(None, map(self._sessions.get, seqs)):
             slot.cell[AT_PROCESS] = how_far
 

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable
 from cc_proxy.access import is_admin, may_use
 from cc_proxy.api.payloads import Hello
 from cc_proxy.api.status import MOST_USERS, UserStatus, shorten
+from cc_proxy.continuity.cells import State
+from cc_proxy.continuity.keeper import NOTHING, Keeper
+from cc_proxy.continuity.state.vms import HelloState, RegistryState
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.log.levels import logger
-from cc_proxy.proxy.keeping import NOTHING, Keeper
 from cc_proxy.proxy.rest import Resting
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.users import Charge, User, Users
@@ -19,8 +21,7 @@ from cc_proxy.proxy.vms.connector import Connector
 from cc_proxy.proxy.vms.dialer import Dialer, Peer
 from cc_proxy.proxy.vms.failed import FailedVm, drop_one_over
 from cc_proxy.proxy.vms.kept import Facts
-from cc_proxy.proxy.vms.state import HelloState, RegistryState
-from cc_proxy.proxy.vms.states import State, VmError
+from cc_proxy.proxy.vms.states import VmError
 from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import LiveSettings
 

@@ -5,12 +5,13 @@ import socket
 import threading
 from collections.abc import Callable
 
+from cc_proxy.continuity.cells import NO_CELL, SESSION_WORDS
+from cc_proxy.continuity.state.streams import SessionState
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.linux.fds import check_passable, refuse_rights
-from cc_proxy.proxy.streams.interfaces import NO_CELL, SESSION_WORDS, Place
+from cc_proxy.proxy.streams.interfaces import Place
 from cc_proxy.proxy.streams.session import Session, Whose
 from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
-from cc_proxy.proxy.streams.state import SessionState
 from cc_proxy.proxy.users import Charge, User
 from cc_proxy.proxy.vms.kept import KeptVm
 from cc_proxy.proxy.vms.states import VmError

@@ -2,24 +2,14 @@
 
 import threading
 import time
-from enum import Enum, auto
 from typing import NamedTuple, Self
 
-from cc_proxy.proxy.vms.state import LifeState, TroubleState
+from cc_proxy.continuity.cells import State
+from cc_proxy.continuity.state.vms import LifeState, TroubleState
 
 
 class VmError(Exception):
     """Something failed in a VM; the text is the cause, as clients are told it."""
-
-
-class State(Enum):
-    """Where a VM is in its life."""
-
-    STARTING = auto()  # hello has begun
-    UP = auto()
-    LEAVING = auto()  # bye was said: its clients may stay until the linger is over
-    LOST = auto()  # what it has sent is still delivered
-    GONE = auto()
 
 
 #: Where it can get from each.

@@ -9,18 +9,20 @@ from concurrent.futures import Future
 
 from cc_proxy.api.payloads import Hello
 from cc_proxy.api.status import Streams
+from cc_proxy.continuity.cells import PROCESS_COMMANDED, PROCESS_STARTED, State
+from cc_proxy.continuity.keeper import NOTHING, Keeper
+from cc_proxy.continuity.state.streams import ChannelState
+from cc_proxy.continuity.state.vms import BootState, VmState
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage, OnAnswer, ignore
 from cc_proxy.hyperstart.stdio import STARTS, stdio_seqs
 from cc_proxy.linux.fds import Fd, hung_up_socket
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
-from cc_proxy.proxy.keeping import NOTHING, Keeper
 from cc_proxy.proxy.rest import Resting
 from cc_proxy.proxy.streams.interfaces import Pacing, Sockets
 from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.spool import SpoolSpace
-from cc_proxy.proxy.streams.state import ChannelState
 from cc_proxy.proxy.users import User, Users
 from cc_proxy.proxy.vms.boot import Boot, NotReady, note_event
 from cc_proxy.proxy.vms.commands import Started
@@ -28,10 +30,9 @@ from cc_proxy.proxy.vms.console import Console
 from cc_proxy.proxy.vms.control import ControlLink, NoAnswer, NotSent
 from cc_proxy.proxy.vms.control_socket import ControlLost
 from cc_proxy.proxy.vms.dialer import Dialer, Peer
-from cc_proxy.proxy.vms.kept import COMMANDED, STARTED, Facts, KeptVm
+from cc_proxy.proxy.vms.kept import Facts, KeptVm
 from cc_proxy.proxy.vms.sessions import Sessions, session_pair
-from cc_proxy.proxy.vms.state import BootState, VmState
-from cc_proxy.proxy.vms.states import Life, State, Trouble, VmError
+from cc_proxy.proxy.vms.states import Life, Trouble, VmError
 from cc_proxy.settings import LiveSettings
 
 #: The cause of every VM's end once the daemon stops.
@@ -174,7 +175,7 @@ class Vm:
             raise VmError(f"message too long {length}")
         pump, stdio = self._pump, stdio_seqs(payload) if name in STARTS else []
         if pump and stdio:
-            self.kept.note_processes(stdio, COMMANDED)
+            self.kept.note_processes(stdio, PROCESS_COMMANDED)
             pump.expect_processes(stdio)
         return self._command(name, payload, client, self._on_answer_to(name, stdio))
 
@@ -185,7 +186,7 @@ class Vm:
         return Started(starts, self._open_stdin) if starts else ignore
 
     def _open_stdin(self, seqs: Sequence[int]) -> None:
-        self.kept.note_processes(seqs, STARTED)
+        self.kept.note_processes(seqs, PROCESS_STARTED)
         pump = self._pump
         if pump:
             pump.open_stdin(seqs)

@@ -17,11 +17,11 @@ import pytest
 from cc_proxy.api import messages
 from cc_proxy.api.messages import MessageParser
 from cc_proxy.api.payloads import Response
+from cc_proxy.continuity.cells import AT_PHASE, Phase
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.proxy.clients import connection as connection_module
 from cc_proxy.proxy.clients.connection import Connection
 from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers, Reply
-from cc_proxy.proxy.clients.kept import AT_PHASE, Phase
 from cc_proxy.proxy.rest import Rest
 from cc_proxy.proxy.users import User
 from cc_proxy.proxy.vms.registry import Registry

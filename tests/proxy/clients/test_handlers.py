@@ -14,6 +14,7 @@ import pytest
 
 from cc_proxy.api.errors import ProtocolError
 from cc_proxy.api.payloads import AllocateIoResult, Hello
+from cc_proxy.continuity.cells import State
 from cc_proxy.hyperstart.codes import FROM_AGENT, Code
 from cc_proxy.hyperstart.control import ControlMessage
 from cc_proxy.linux.credentials import Credentials
@@ -21,7 +22,7 @@ from cc_proxy.log.levels import logger
 from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers, Reply, failure, success
 from cc_proxy.proxy.users import User
 from cc_proxy.proxy.vms.registry import Registry, RegistryError
-from cc_proxy.proxy.vms.states import State, VmError
+from cc_proxy.proxy.vms.states import VmError
 from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import Limits, LiveSettings, Settings
 from tests.proxy.conftest import Logged

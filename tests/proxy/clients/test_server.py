@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 
 from cc_proxy.api import messages
+from cc_proxy.continuity.state.clients import ConnectionState, ListenerState, ServerState
 from cc_proxy.linux.fds import Fd, close_stream, may_hold_fds
 from cc_proxy.proxy.clients import roster as roster_module
 from cc_proxy.proxy.clients import server as server_module
 from cc_proxy.proxy.clients.connection import Connection
 from cc_proxy.proxy.clients.parking import Parking
 from cc_proxy.proxy.clients.server import Server
-from cc_proxy.proxy.clients.state import ConnectionState, ListenerState, ServerState
 from cc_proxy.proxy.clients.workers import Workers
 from cc_proxy.settings import Limits
 from tests.proxy.conftest import Logged

@@ -23,12 +23,13 @@ from cc_proxy.api import (
 )
 from cc_proxy.api.messages import MAX_STATUS
 from cc_proxy.api.status import LONGEST_TEXT, MOST_LISTED, MOST_USERS, MOST_VMS, shorten
+from cc_proxy.continuity.cells import State
 from cc_proxy.linux.credentials import ROOT, Credentials
 from cc_proxy.proxy.clients import status
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.vms.failed import FailedVm
 from cc_proxy.proxy.vms.registry import Registry
-from cc_proxy.proxy.vms.states import Life, State
+from cc_proxy.proxy.vms.states import Life
 from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import LiveSettings, Settings
 from tests.proxy.support import Rig, frames_of

@@ -14,21 +14,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from cc_proxy.continuity.cells import SESSION_WORDS, VM_WORDS, Cell
+from cc_proxy.continuity.memory import Memory, shared_memory
+from cc_proxy.continuity.regain import ChannelFacts, SessionFacts, regain
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.linux.fds import Fd
 from cc_proxy.proxy.streams.channel import Channel
-from cc_proxy.proxy.streams.interfaces import (
-    SESSION_WORDS,
-    VM_WORDS,
-    Cell,
-    Memory,
-    Pacing,
-    Place,
-    Sockets,
-    shared_memory,
-)
+from cc_proxy.proxy.streams.interfaces import Pacing, Place, Sockets
 from cc_proxy.proxy.streams.mailbox import Mailbox
-from cc_proxy.proxy.streams.regain import ChannelFacts, SessionFacts, regain
 from cc_proxy.proxy.streams.session import Session, Whose
 from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
 from cc_proxy.settings import LiveSettings, Settings, SpoolSettings

@@ -17,12 +17,13 @@ from typing import TypeVar
 import pytest
 
 from cc_proxy.api.status import Streams, WaitingStream
+from cc_proxy.continuity.memory import private_memory
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.linux.selector import Selector
 from cc_proxy.log.levels import CONSOLE, logger
 from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.streams.channel import Channel
-from cc_proxy.proxy.streams.interfaces import Pacing, Sockets, private_memory
+from cc_proxy.proxy.streams.interfaces import Pacing, Sockets
 from cc_proxy.proxy.streams.mailbox import Mailbox
 from cc_proxy.proxy.streams.outlet import Outlet
 from cc_proxy.proxy.streams.output import Output

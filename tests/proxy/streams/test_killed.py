@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cc_proxy.proxy.streams.interfaces import BUFFER_SIZE
+from cc_proxy.continuity.memory import BUFFER_SIZE
 from tests.proxy.streams.load import Load
 from tests.wire.support import WAIT, wait_until
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from cc_proxy.api.frames import MAX_FRAME
+from cc_proxy.continuity.memory import BUFFER_SIZE, private_memory
 from cc_proxy.linux.selector import WRITE, Selector
 from cc_proxy.log.levels import IO, logger
 from cc_proxy.proxy.streams.intake import Intake
-from cc_proxy.proxy.streams.interfaces import BUFFER_SIZE, private_memory
 from cc_proxy.proxy.streams.output import FramingLost, Output
 from cc_proxy.proxy.streams.routes import Routes
 from cc_proxy.proxy.streams.session import Session

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from cc_proxy.continuity.memory import private_memory
 from cc_proxy.linux.selector import Selector
 from cc_proxy.proxy.streams.channel import Channel
-from cc_proxy.proxy.streams.interfaces import Pacing, Sockets, private_memory
+from cc_proxy.proxy.streams.interfaces import Pacing, Sockets
 from cc_proxy.proxy.streams.output import Output
 from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.session import Session

@@ -11,11 +11,12 @@ from contextlib import ExitStack
 
 import pytest
 
+from cc_proxy.continuity.cells import NO_CELL
+from cc_proxy.continuity.memory import private_memory
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.linux.fds import Piece
 from cc_proxy.linux.selector import NOTHING_ELSE, Selector
 from cc_proxy.log.levels import IO, logger
-from cc_proxy.proxy.streams.interfaces import NO_CELL, private_memory
 from cc_proxy.proxy.streams.pacer import Pacer
 from cc_proxy.proxy.streams.session import Session
 from cc_proxy.proxy.streams.spool import SpoolSpace

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from cc_proxy.api.payloads import Hello
+from cc_proxy.continuity.cells import State
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.users import Charge, LimitReached
 from cc_proxy.proxy.vms.dialer import Dialer
 from cc_proxy.proxy.vms.registry import Registry, RegistryError
-from cc_proxy.proxy.vms.states import State, VmError
+from cc_proxy.proxy.vms.states import VmError
 from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import Limits, LiveSettings, Settings, SpoolSettings, VmSettings
 from tests.connector import CONNECTOR

@@ -7,7 +7,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from cc_proxy.proxy.vms.states import Life, State
+from cc_proxy.continuity.cells import State
+from cc_proxy.proxy.vms.states import Life
 from tests.wire.support import WAIT, in_background
 
 LEGAL = {

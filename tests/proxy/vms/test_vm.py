@@ -18,6 +18,7 @@ import msgspec
 import pytest
 
 from cc_proxy.api.payloads import Hello
+from cc_proxy.continuity.cells import AT_SENT, State
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.linux.credentials import ROOT
 from cc_proxy.linux.fds import may_hold_fds
@@ -26,9 +27,8 @@ from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.users import Users
 from cc_proxy.proxy.vms import sessions
-from cc_proxy.proxy.vms.kept import AT_SENT
 from cc_proxy.proxy.vms.sessions import session_pair
-from cc_proxy.proxy.vms.states import State, VmError
+from cc_proxy.proxy.vms.states import VmError
 from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import Limits, LiveSettings, Settings, StdinSettings, VmSettings
 from tests.proxy.conftest import Logged

@@ -11,23 +11,14 @@ from pathlib import Path
 import pytest
 
 from cc_proxy.api.frames import encode_frame
+from cc_proxy.continuity.cells import BUSY, READING, SESSION_WORDS, VM_TORN, VM_WORDS, Cell
+from cc_proxy.continuity.memory import BUFFER_SIZE, Memory, shared_memory
+from cc_proxy.continuity.regain import ChannelFacts, Gap, Regained, SessionFacts, regain
 from cc_proxy.hyperstart.pacing import FIRST_MARKER, LOSSLESS, StdinWindow
 from cc_proxy.linux.fds import Fd
-from cc_proxy.proxy.streams.cells import BUSY, READING, VM_TORN
 from cc_proxy.proxy.streams.channel import Channel
-from cc_proxy.proxy.streams.interfaces import (
-    BUFFER_SIZE,
-    SESSION_WORDS,
-    VM_WORDS,
-    Cell,
-    Memory,
-    Pacing,
-    Place,
-    Sockets,
-    shared_memory,
-)
+from cc_proxy.proxy.streams.interfaces import Pacing, Place, Sockets
 from cc_proxy.proxy.streams.mailbox import Mailbox
-from cc_proxy.proxy.streams.regain import ChannelFacts, Gap, Regained, SessionFacts, regain
 from cc_proxy.proxy.streams.session import Session, Whose
 from cc_proxy.proxy.streams.spool import Spool
 from tests.proxy.streams.killed import Owner, Quiet

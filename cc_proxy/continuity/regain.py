@@ -11,12 +11,7 @@ from typing import NamedTuple
 
 from cc_proxy.api.frames import encode_frame
 from cc_proxy.api.status import Traffic
-from cc_proxy.hyperstart.frames import MAX_FROM_AGENT, gather
-from cc_proxy.hyperstart.pacing import FIRST_MARKER, StdinWindow
-from cc_proxy.hyperstart.splitter import StdinSplitter, state_of
-from cc_proxy.hyperstart.state import ResyncState, SplitterState, WindowState
-from cc_proxy.linux.fds import Fd
-from cc_proxy.proxy.streams.cells import (
+from cc_proxy.continuity.cells import (
     ENDED,
     EXPECTED,
     FLAGS,
@@ -33,13 +28,16 @@ from cc_proxy.proxy.streams.cells import (
     TURNS,
     VM_TORN,
     WHERE_AT,
+    Cell,
     Reading,
 )
-from cc_proxy.proxy.streams.interfaces import BUFFER_SIZE, Cell, Memory
-from cc_proxy.proxy.streams.pacer import MARKERS_TO_TRUST, MOST_QUEUED
-from cc_proxy.proxy.streams.reading import STAMP
-from cc_proxy.proxy.streams.session import PATIENCE
-from cc_proxy.proxy.streams.state import ChannelState, PacerState, SessionState, StreamsState
+from cc_proxy.continuity.memory import BUFFER_SIZE, STAMP, Memory
+from cc_proxy.continuity.state.streams import ChannelState, PacerState, SessionState, StreamsState
+from cc_proxy.hyperstart.frames import MAX_FROM_AGENT, gather
+from cc_proxy.hyperstart.pacing import FIRST_MARKER, MARKERS_TO_TRUST, MOST_QUEUED, StdinWindow
+from cc_proxy.hyperstart.splitter import StdinSplitter, state_of
+from cc_proxy.hyperstart.state import ResyncState, SplitterState, WindowState
+from cc_proxy.linux.fds import Fd
 
 
 class SessionFacts(NamedTuple):
@@ -197,7 +195,7 @@ def _session(session: SessionFacts, facts: ChannelFacts, to_vm: list[bytes], gap
         pending=b"",
         stuck="",
         spool=[],
-        patience=PATIENCE,
+        patience=0.0,
         patient=None,
         idle=0.0,
     )

@@ -5,8 +5,8 @@ Times are in seconds, and what is left of them.
 
 from msgspec import Struct
 
+from cc_proxy.continuity.state import Record
 from cc_proxy.linux.fds import Fd
-from cc_proxy.proxy.keeping import Record
 
 
 class ConnectionState(Struct, frozen=True):

@@ -2,10 +2,10 @@
 
 from msgspec import Struct
 
+from cc_proxy.continuity.state import Record
+from cc_proxy.continuity.state.streams import ChannelState
 from cc_proxy.hyperstart.state import ControlChannelState
 from cc_proxy.linux.fds import Fd
-from cc_proxy.proxy.keeping import Record
-from cc_proxy.proxy.streams.state import ChannelState
 
 
 class CommandState(Struct, frozen=True):

@@ -6,9 +6,9 @@ Times are in seconds, and what is left of them.
 from msgspec import Struct
 
 from cc_proxy.api.status import Traffic
+from cc_proxy.continuity.state import Record
 from cc_proxy.hyperstart.state import ResyncState, SplitterState, WindowState
 from cc_proxy.linux.fds import Fd
-from cc_proxy.proxy.keeping import Record
 
 
 class SpoolFile(Struct, frozen=True):
