@@ -16,7 +16,7 @@ from cc_proxy.access import Access
 from cc_proxy.api.transport import DEFAULT_SOCKET
 from cc_proxy.linux.socketfile import MAX_SOCKET_PATH
 from cc_proxy.log.levels import LogFormat, LogLevel
-from cc_proxy.settingsfile import AbsolutePath, SettingsError, Table
+from cc_proxy.settingsfile import AbsolutePath, SettingsError, SettingsTable
 
 #: Read if it exists and no other file is named.
 DEFAULT_FILE = "/etc/cc-proxy/cc-proxy.toml"
@@ -28,14 +28,14 @@ _Bytes = Annotated[int, Meta(ge=0, le=2**50)]
 _Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 
 
-class LogSettings(Table, frozen=True):
+class LogSettings(SettingsTable, frozen=True):
     """What is logged, and in which format."""
 
     level: LogLevel = "info"
     format: LogFormat = "auto"
 
 
-class VmSettings(Table, frozen=True):
+class VmSettings(SettingsTable, frozen=True):
     """How long a VM may take for what it does. In seconds."""
 
     ready_timeout: _Seconds = 30.0
@@ -44,7 +44,7 @@ class VmSettings(Table, frozen=True):
     bye_linger: Annotated[float, Meta(ge=0, le=86_400)] = 10.0
 
 
-class StdinSettings(Table, frozen=True):
+class StdinSettings(SettingsTable, frozen=True):
     """How stdin is paced (docs/protocol.md, the agent's stdin)."""
 
     #: Bytes of payload that a process may be sent before its agent acknowledges them; 0: no pacing.
@@ -53,7 +53,7 @@ class StdinSettings(Table, frozen=True):
     echo_timeout: _Seconds = 0.1
 
 
-class SpoolSettings(Table, frozen=True):
+class SpoolSettings(SettingsTable, frozen=True):
     """Where output waits for clients that do not read it."""
 
     directory: AbsolutePath = "/var/tmp"  # noqa: S108 - files there are made without a name
@@ -62,7 +62,7 @@ class SpoolSettings(Table, frozen=True):
     total_limit: _Bytes = 1024 * 1024 * 1024
 
 
-class UserLimits(Table, frozen=True):
+class UserLimits(SettingsTable, frozen=True):
     """How much one user may have at once. For root only the totals apply."""
 
     connections: _Count = 1_024
@@ -74,7 +74,7 @@ class UserLimits(Table, frozen=True):
     request_rate: _Count = 100
 
 
-class Limits(Table, frozen=True):
+class Limits(SettingsTable, frozen=True):
     """How much there may be at once, for all users together."""
 
     connections: _Count = 16_384
@@ -90,7 +90,7 @@ class Limits(Table, frozen=True):
     message_timeout: _Seconds = 30.0
 
 
-class Settings(Table, frozen=True):
+class Settings(SettingsTable, frozen=True):
     """Everything that can be set."""
 
     socket_path: AbsolutePath = DEFAULT_SOCKET

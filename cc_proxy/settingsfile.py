@@ -51,7 +51,7 @@ class SettingsError(Exception):
     """A settings file cannot be used; the text names the file, the key and what was expected."""
 
 
-class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class SettingsTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Common shape of the tables: immutable, and strict about unknown keys."""
 
 

@@ -25,8 +25,8 @@ _LAST_READ = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where an agent is."""
+class Surroundings:
+    """What an agent finds around it."""
 
     #: Makes a port of the loop, a path, and the turn of what happens there. Raises `ListenError`.
     port: Callable[[Loop, str, Turn], Port] = SocketPort
@@ -47,8 +47,8 @@ class Agent:
     `lossless` it does not (`IoChannel`), and ends of processes do not wait for a moment without output.
 
     It is meant to have a process for itself and to run in its only thread: `run_agent` sees to that. It works
-    among other threads too, but then there must be no `Place.orphans`, and a terminal, a user or a limit has
-    Python code run between fork and exec, which is never quite safe there.
+    among other threads too, but then there must be no `Surroundings.orphans`, and a terminal, a user or a
+    limit has Python code run between fork and exec, which is never quite safe there.
     """
 
     def __init__(
@@ -58,23 +58,23 @@ class Agent:
         quirks: Quirks = NO_QUIRKS,
         *,
         lossless: bool = False,
-        place: Place | None = None,
+        surroundings: Surroundings | None = None,
     ) -> None:
-        place = place or Place()
+        surroundings = surroundings or Surroundings()
         self._quirks = quirks
-        self._orphans = place.orphans
+        self._orphans = surroundings.orphans
         self._processes = Processes()
         with ExitStack() as made:
             self._loop = Loop()
             made.callback(self._loop.close)
-            self._ctl = place.port(self._loop, os.fspath(ctl), Turn.COMMANDS)
+            self._ctl = surroundings.port(self._loop, os.fspath(ctl), Turn.COMMANDS)
             made.callback(self._ctl.close)
-            self._io = place.port(self._loop, os.fspath(io), Turn.FRAMES)
+            self._io = surroundings.port(self._loop, os.fspath(io), Turn.FRAMES)
             made.callback(self._io.close)
             self._made = made.pop_all()
         self._channel = IoChannel(self._io, self._processes, quirks, lossless=lossless)
-        self._pod = Pod(self._loop, self._channel, self._processes, place.machine, quirks)
-        self._server = CommandServer(self._ctl, self._pod, quirks, self._power_off, place.on_refused)
+        self._pod = Pod(self._loop, self._channel, self._processes, surroundings.machine, quirks)
+        self._server = CommandServer(self._ctl, self._pod, quirks, self._power_off, surroundings.on_refused)
         self._loop.on_wake = self._reap
 
     # Any thread, and signal handlers -----------------------------------------------------------------

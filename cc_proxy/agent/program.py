@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 
 from cc_proxy.agent import guest
-from cc_proxy.agent.agent import Agent, Place
+from cc_proxy.agent.agent import Agent, Surroundings
 from cc_proxy.agent.errors import CannotListen, Panic
 from cc_proxy.agent.orphans import Orphans
 from cc_proxy.agent.quirks import NO_QUIRKS, Quirks
@@ -49,8 +49,12 @@ def run_agent(
     sockets take connections. For `lossless` see `Agent`.
     Takes the whole process for itself, its signals and its children: to be called in its main thread.
     """
-    place = Place(orphans=Orphans(), on_refused=_Refusals())
-    return _run(lambda: Agent(ctl, io, quirks, lossless=lossless, place=place), place, on_listening)
+    surroundings = Surroundings(orphans=Orphans(), on_refused=_Refusals())
+    return _run(
+        lambda: Agent(ctl, io, quirks, lossless=lossless, surroundings=surroundings),
+        surroundings,
+        on_listening,
+    )
 
 
 def run_guest() -> int:
@@ -66,16 +70,22 @@ def run_guest() -> int:
 
 def _serve_guest() -> None:
     guest.prepare(_say)
-    place = Place(VirtioPort, guest.Guest(_say), Orphans(), _Refusals())
+    surroundings = Surroundings(VirtioPort, guest.Guest(_say), Orphans(), _Refusals())
     try:
         ctl, io = find_ports(guest.PORTS)
     except CannotListen as error:
         _say(str(error))
         return
-    _run(lambda: Agent(ctl, io, lossless=True, place=place), place, lambda: _say("serves its two ports"))
+    _run(
+        lambda: Agent(ctl, io, lossless=True, surroundings=surroundings),
+        surroundings,
+        lambda: _say("serves its two ports"),
+    )
 
 
-def _run(make: Callable[[], Agent], place: Place, on_listening: Callable[[], None] | None) -> int:
+def _run(
+    make: Callable[[], Agent], surroundings: Surroundings, on_listening: Callable[[], None] | None
+) -> int:
     """Make an agent and let it serve; returns the exit status."""
     held_back = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
@@ -84,7 +94,7 @@ def _run(make: Callable[[], Agent], place: Place, on_listening: Callable[[], Non
         return _fail(str(error), EXIT_NO_SOCKET)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
-    with agent, place.orphans or nullcontext(), _signals_for(agent):
+    with agent, surroundings.orphans or nullcontext(), _signals_for(agent):
         if on_listening is not None:
             on_listening()
         try:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cc_proxy.agent import Agent, CannotListen
-from cc_proxy.agent.agent import Place
+from cc_proxy.agent.agent import Surroundings
 from cc_proxy.agent.virtioport import VirtioPort, find_ports
 from cc_proxy.api.frames import FRAME_HEADER, encode_frame
 from cc_proxy.hyperstart.codes import Code
@@ -51,7 +51,7 @@ class Terminal:
 @contextmanager
 def agent_on(ctl: Terminal, io: Terminal) -> Iterator[threading.Thread]:
     """An agent that serves two devices; yields its thread."""
-    with Agent(ctl.path, io.path, lossless=True, place=Place(VirtioPort)) as agent:
+    with Agent(ctl.path, io.path, lossless=True, surroundings=Surroundings(VirtioPort)) as agent:
         thread = threading.Thread(target=agent.serve, name="agent")
         thread.start()
         try:
@@ -82,7 +82,7 @@ def cpu_time(thread: threading.Thread) -> float:
 
 def test_device_that_is_not_there(tmp_path: Path) -> None:
     with closing(Terminal()) as io, pytest.raises(CannotListen, match="no/such: No such file or directory"):
-        Agent("no/such", io.path, place=Place(VirtioPort))
+        Agent("no/such", io.path, surroundings=Surroundings(VirtioPort))
 
 
 def make_port(sysfs: Path, device: str, name: str) -> None:

@@ -7,9 +7,9 @@ from typing import get_args
 
 from cc_proxy.ctl.options import GUEST_VARIABLE
 from cc_proxy.ctl.parser import seconds, text
-from cc_proxy.ctl.vm.settings import DEFAULT_FILE, MOST_CPUS, MOST_MEMORY, Accelerator, Machine, VmSettings
+from cc_proxy.ctl.vm.settings import DEFAULT_FILE, MOST_CPUS, MOST_MEMORY, Accelerator, Machine, QemuSettings
 
-_DEFAULTS = VmSettings()
+_DEFAULTS = QemuSettings()
 
 
 def add_vm_settings(parser: ArgumentParser) -> None:

@@ -29,7 +29,7 @@ class QemuFailed(Failure):
         super().__init__(f"QEMU failed: {self.complaint}", hint=_OPTIONS if complaint else "")
 
 
-class Boot:
+class BootWatch:
     """Waits for one VM to boot."""
 
     def __init__(self, machine: Machine, note: str, advice: str) -> None:

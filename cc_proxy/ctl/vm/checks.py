@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Mapping
 
 from cc_proxy.ctl.errors import Failure, reason
-from cc_proxy.ctl.vm.settings import VmSettings
+from cc_proxy.ctl.vm.settings import QemuSettings
 
 _KVM = "/dev/kvm"
 
@@ -31,7 +31,7 @@ _GET_RIGHTS = f"become root or a member of its group, or {WITHOUT_KVM}"
 _GET_KVM = f"load the module kvm_intel or kvm_amd, or {WITHOUT_KVM}"
 
 
-def check_files(settings: VmSettings) -> None:
+def check_files(settings: QemuSettings) -> None:
     """Look for QEMU, kernel and image. Raises `Failure`, which says what to do."""
     if not shutil.which(settings.qemu):
         raise Failure(f"{settings.qemu}: no program that can be run", hint=_GET_QEMU)
@@ -49,7 +49,7 @@ def _check_file(path: str, marks: Mapping[bytes, int], kind: str, hint: str) -> 
         raise Failure(f"{path}: not {kind}", hint=hint)
 
 
-def no_kvm(settings: VmSettings) -> str:
+def no_kvm(settings: QemuSettings) -> str:
     """Return why KVM cannot be used; nothing if it may be. Raises `Failure` if the settings insist on it."""
     try:
         os.close(os.open(_KVM, os.O_RDWR | os.O_CLOEXEC))

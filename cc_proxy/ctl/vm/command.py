@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from cc_proxy.ctl.vm.settings import VmSettings
+from cc_proxy.ctl.vm.settings import QemuSettings
 
 #: The sockets a VM has, as they are called in its directory, and QEMU's character devices. All but the
 #: console's are QEMU's own.
@@ -19,7 +19,7 @@ _KERNEL = "console=ttyS0 quiet panic=-1 reboot=t"
 
 
 def qemu_command(
-    settings: VmSettings, accelerator: str, listeners: Mapping[str, int], console: int
+    settings: QemuSettings, accelerator: str, listeners: Mapping[str, int], console: int
 ) -> list[str]:
     """Return the command that starts a VM, which waits for `cont` before it boots.
 

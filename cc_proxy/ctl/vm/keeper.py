@@ -29,7 +29,7 @@ _READ_SIZE = 64 * 1024
 _LONGEST_LOG = 64 * 1024
 
 
-class Console:
+class GuestConsole:
     """What the guest says. The daemon connects only when the guest has booted, and is told all of it."""
 
     def __init__(self, source: int, listener: int, log: BinaryIO) -> None:
@@ -73,7 +73,7 @@ class Console:
         self._unsent = self._unsent[sent:]
 
 
-def main(life: int, console: Console, passed: list[int], directory: str, command: list[str]) -> None:
+def main(life: int, console: GuestConsole, passed: list[int], directory: str, command: list[str]) -> None:
     """Run QEMU until it ends or has to."""
     for number in _STOPPING:
         signal.signal(number, lambda *_: sys.exit())
@@ -104,7 +104,7 @@ def _start(command: list[str], passed: list[int]) -> "subprocess.Popen[bytes]":
     return qemu
 
 
-def _wait(life: int, qemu: "subprocess.Popen[bytes]", console: Console) -> None:
+def _wait(life: int, qemu: "subprocess.Popen[bytes]", console: GuestConsole) -> None:
     """Return when QEMU has ended, or LIFE has before anything was said there."""
     ended = os.pidfd_open(qemu.pid)
     poll = select.poll()
@@ -139,4 +139,4 @@ if __name__ == "__main__":
         os.set_inheritable(own, False)
     fds = [int(fd) for fd in sys.argv[6].split(",")]
     with open(sys.argv[5], "ab", 0) as log_file:
-        main(life_fd, Console(console_fd, listener_fd, log_file), fds, sys.argv[7], sys.argv[8:])
+        main(life_fd, GuestConsole(console_fd, listener_fd, log_file), fds, sys.argv[7], sys.argv[8:])

@@ -5,17 +5,17 @@ from contextlib import ExitStack, contextmanager
 
 from cc_proxy.ctl.errors import Failure
 from cc_proxy.ctl.signals import Signals
-from cc_proxy.ctl.vm.boot import Boot, QemuFailed
+from cc_proxy.ctl.vm.boot import BootWatch, QemuFailed
 from cc_proxy.ctl.vm.checks import WITHOUT_KVM, check_files, no_kvm
 from cc_proxy.ctl.vm.directory import InUse, VmDirectory
 from cc_proxy.ctl.vm.machine import Machine
-from cc_proxy.ctl.vm.settings import VmSettings
+from cc_proxy.ctl.vm.settings import QemuSettings
 
 _SLOWER = "the VM is emulated, which is slower"
 
 
 @contextmanager
-def virtual_machine(signals: Signals, settings: VmSettings, container_id: str) -> Iterator[Machine]:
+def virtual_machine(signals: Signals, settings: QemuSettings, container_id: str) -> Iterator[Machine]:
     """Start a VM and wait until it has booted; it ends with the context, unless it is kept.
 
     Raises `Failure` if that does not work, `Interrupted` if a signal comes first. A `Failure` raised inside
@@ -44,7 +44,7 @@ def virtual_machine(signals: Signals, settings: VmSettings, container_id: str) -
 
 @contextmanager
 def _booted(
-    signals: Signals, settings: VmSettings, container_id: str, accelerator: str, note: str
+    signals: Signals, settings: QemuSettings, container_id: str, accelerator: str, note: str
 ) -> Iterator[Machine]:
     try:
         directory = VmDirectory.make(container_id)
@@ -54,13 +54,13 @@ def _booted(
     machine = Machine(directory, settings, accelerator)
     try:
         with signals.may_interrupt():
-            Boot(machine, note, _advice(settings, accelerator)).wait(settings.boot_timeout)
+            BootWatch(machine, note, _advice(settings, accelerator)).wait(settings.boot_timeout)
         yield machine
     finally:
         machine.end(signals)
 
 
-def _advice(settings: VmSettings, accelerator: str) -> str:
+def _advice(settings: QemuSettings, accelerator: str) -> str:
     """Return what to do about a VM that hangs while it boots, where its kind makes that likely."""
     if accelerator == "kvm":
         return f"{WITHOUT_KVM}; or wait longer: --boot-timeout"

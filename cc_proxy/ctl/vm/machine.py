@@ -14,7 +14,7 @@ from cc_proxy.ctl.signals import Signals
 from cc_proxy.ctl.vm import keeper
 from cc_proxy.ctl.vm.command import CONSOLE, CTL, IO, QMP, qemu_command
 from cc_proxy.ctl.vm.directory import VmDirectory
-from cc_proxy.ctl.vm.settings import VmSettings
+from cc_proxy.ctl.vm.settings import QemuSettings
 from cc_proxy.ctl.vm.words import first_complaint, last_words, panic
 
 #: Seconds that the owner has to end, more than it gives QEMU.
@@ -28,7 +28,7 @@ _MOST_READ = 256 * 1024
 class Machine:
     """A VM that has been started, by a process of its own (keeper.py). `end` has to be called. One thread."""
 
-    def __init__(self, directory: VmDirectory, settings: VmSettings, accelerator: str) -> None:
+    def __init__(self, directory: VmDirectory, settings: QemuSettings, accelerator: str) -> None:
         """Start it: it waits for QMP's `cont` then. Raises `Failure` or `OSError`; nothing is left then."""
         self.sockets = VmSockets(*map(directory.socket_path, (CTL, IO, CONSOLE)))
         self.qmp_path = directory.socket_path(QMP)
@@ -89,7 +89,7 @@ class Machine:
 
 def _start_owner(
     directory: VmDirectory,
-    settings: VmSettings,
+    settings: QemuSettings,
     accelerator: str,
     life: socket.socket,
     errors: BinaryIO,

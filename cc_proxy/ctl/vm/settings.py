@@ -12,7 +12,7 @@ from msgspec import Meta
 from cc_proxy import settingsfile
 from cc_proxy.ctl.errors import Failure
 from cc_proxy.ctl.options import GuestOptions
-from cc_proxy.settingsfile import Path, SettingsError, Table, Text
+from cc_proxy.settingsfile import Path, SettingsError, SettingsTable, Text
 
 #: Read if it exists and no other file is named.
 DEFAULT_FILE = "/etc/cc-proxy/guest.toml"
@@ -28,7 +28,7 @@ MOST_MEMORY = 2**24
 MOST_CPUS = 1024
 
 
-class VmSettings(Table, frozen=True):
+class QemuSettings(SettingsTable, frozen=True):
     """How QEMU is started."""
 
     qemu: Path = "qemu-system-x86_64"
@@ -47,27 +47,27 @@ class VmSettings(Table, frozen=True):
     boot_timeout: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
 
 
-def parse(text: str, source: str) -> VmSettings:
+def parse(text: str, source: str) -> QemuSettings:
     """Return the settings that a TOML text describes. Raises `SettingsError`, naming `source` and the key.
 
     Paths of kernel and image are relative to where `source` is.
     """
-    settings = settingsfile.decode(text, source, VmSettings, _CHOICES)
+    settings = settingsfile.decode(text, source, QemuSettings, _CHOICES)
     here = os.path.dirname(os.path.abspath(source))
     kernel, image = os.path.join(here, settings.kernel), os.path.join(here, settings.image)
     return msgspec.structs.replace(settings, kernel=kernel, image=image)
 
 
-def load(path: str | None = None) -> VmSettings:
+def load(path: str | None = None) -> QemuSettings:
     """Read `path`, or the default file if that exists, or take the defaults.
 
     Raises `SettingsError` if the file cannot be read or has a mistake.
     """
     text = settingsfile.read(path or DEFAULT_FILE, optional=path is None)
-    return VmSettings() if text is None else parse(text, path or DEFAULT_FILE)
+    return QemuSettings() if text is None else parse(text, path or DEFAULT_FILE)
 
 
-def choose(asked: GuestOptions) -> VmSettings:
+def choose(asked: GuestOptions) -> QemuSettings:
     """Return the settings of the file, overridden by the command line. Raises `Failure`."""
     try:
         return msgspec.structs.replace(load(asked.file), **asked.overrides)

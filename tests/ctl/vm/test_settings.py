@@ -11,7 +11,7 @@ import pytest
 from cc_proxy.ctl.errors import Failure
 from cc_proxy.ctl.options import VM_OPTIONS, GuestOptions
 from cc_proxy.ctl.vm.command import SOCKETS, qemu_command
-from cc_proxy.ctl.vm.settings import VmSettings, choose, load, parse
+from cc_proxy.ctl.vm.settings import QemuSettings, choose, load, parse
 from cc_proxy.settingsfile import SettingsError
 
 CONF = Path(__file__).parents[3] / "conf" / "guest.toml"
@@ -21,12 +21,12 @@ LISTENERS = {name: 10 + number for number, name in enumerate(SOCKETS)}
 def test_shipped_settings_are_the_defaults_and_all_there_are() -> None:
     text = CONF.read_text()
     uncommented = re.sub(r"^#([a-z_]+ = )", r"\1", text, flags=re.MULTILINE)
-    assert parse(text, "/etc/x") == parse(uncommented, "/etc/x") == VmSettings()
-    assert set(re.findall(r"^#([a-z_]+) = ", text, re.MULTILINE)) == set(VmSettings.__struct_fields__)
+    assert parse(text, "/etc/x") == parse(uncommented, "/etc/x") == QemuSettings()
+    assert set(re.findall(r"^#([a-z_]+) = ", text, re.MULTILINE)) == set(QemuSettings.__struct_fields__)
 
 
 def test_each_setting_has_an_option() -> None:
-    assert set(VM_OPTIONS) == set(VmSettings.__struct_fields__)
+    assert set(VM_OPTIONS) == set(QemuSettings.__struct_fields__)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
     ],
 )
 def test_the_machine(machine: str, accelerator: str, options: str, bus: str) -> None:
-    settings = msgspec.convert({"machine": machine}, VmSettings)
+    settings = msgspec.convert({"machine": machine}, QemuSettings)
     command = qemu_command(settings, accelerator, LISTENERS, 20)
     assert command[command.index("-machine") + 1] == options
     assert command[command.index("-accel") + 1] == accelerator
@@ -85,7 +85,7 @@ def test_the_machine(machine: str, accelerator: str, options: str, bus: str) -> 
 
 
 def test_what_the_user_adds_comes_last() -> None:
-    settings = VmSettings(append="loglevel=7", arguments=("-device", "virtio-rng-pci"), memory=300, cpus=3)
+    settings = QemuSettings(append="loglevel=7", arguments=("-device", "virtio-rng-pci"), memory=300, cpus=3)
     command = qemu_command(settings, "kvm", LISTENERS, 20)
     assert command[-2:] == ["-device", "virtio-rng-pci"]
     assert command[command.index("-append") + 1].endswith(" loglevel=7")
