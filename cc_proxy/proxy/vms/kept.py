@@ -79,8 +79,9 @@ class KeptVm:
         return self._slot.cell[AT_RECEIVED : AT_SENT + 1]
 
     def note_state(self, state: State) -> None:
-        """It is here in its life. One that was leaving has no id, lost or not."""
-        if state is not State.LOST or self._slot.cell[AT_STATE] != State.LEAVING.value:
+        """It has come up, or further. One thread at a time, as for `note_next_seq`; nothing after GONE."""
+        # What was leaving has no id, whatever comes after that.
+        if self._slot.cell[AT_STATE] != State.LEAVING.value:
             self._slot.cell[AT_STATE] = state.value
 
     def note_next_seq(self, seq: int) -> None:

@@ -298,7 +298,6 @@ class Registry:
 
     def _on_change(self, vm: Vm, state: State) -> None:
         """A VM has moved to another state. Calls may overlap, and come in any order."""
-        vm.kept.note_state(vm.life.state)
         if state is State.UP and vm.life.state is State.UP:
             logger.info("VM registered", extra={"vm": vm.container_id, "uid": vm.owner})
         if state is not State.GONE:

@@ -2,7 +2,6 @@
 
 import contextlib
 import socket
-import threading
 from collections.abc import Callable
 
 from cc_proxy.continuity.cells import NO_CELL, SESSION_WORDS
@@ -14,7 +13,7 @@ from cc_proxy.proxy.streams.session import Session, Whose
 from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
 from cc_proxy.proxy.users import Charge, User
 from cc_proxy.proxy.vms.kept import KeptVm
-from cc_proxy.proxy.vms.states import VmError
+from cc_proxy.proxy.vms.states import Life, VmError
 from cc_proxy.settings import LiveSettings
 
 _SEND_BUFFER = 256 * 1024
@@ -40,47 +39,35 @@ def session_pair() -> tuple[socket.socket, socket.socket]:
 class Sessions:
     """Makes the sessions of one VM. Any thread."""
 
-    def __init__(self, vm: str, space: SpoolSpace, kept: KeptVm, live: LiveSettings) -> None:
+    def __init__(self, vm: str, life: Life, kept: KeptVm, space: SpoolSpace, live: LiveSettings) -> None:
         self._vm = vm
-        self._space = space
+        self._life = life
         self._kept = kept
+        self._space = space
         self._live = live
-        self._lock = threading.Lock()  # guards next_seq; innermost
-        #: The first seq that has not been handed out.
-        self.next_seq = 1
 
     def open(
-        self,
-        pair: tuple[socket.socket, socket.socket],
-        n_streams: int,
-        user: User,
-        pid: int,
-        add: Callable[[Session], bool],
-    ) -> tuple[int, socket.socket] | None:
-        """Make a session of a socket pair, `add` it to a pump, and return its first seq and the client's end.
+        self, n_streams: int, user: User, pid: int, add: Callable[[Session], bool]
+    ) -> tuple[int, socket.socket]:
+        """Make a session, `add` it to the VM's pump, and return its first seq and the client's end.
 
-        Returns None if the pump has ended. Raises `LimitReached`; no seq is used up then. Unless a session is
-        returned, the pair is closed.
+        `add` returns False if the pump has ended. Raises `VmError` or `LimitReached`; nothing is left open
+        then, and unless the VM has gone, no seq is used up.
         """
-        ours, theirs = pair
         with contextlib.ExitStack() as undo:
-            undo.callback(theirs.close)
-            undo.callback(ours.close)
+            ours, theirs = map(undo.enter_context, session_pair())
             charge = undo.enter_context(user.charge("sessions"))
-            with self._lock:
-                seqs = range(self.next_seq, self.next_seq + n_streams)
-                self.next_seq = seqs.stop
-                self._kept.note_next_seq(seqs.stop)
+            seqs = self._life.take_seqs(n_streams)
             window = self._live.current.stdin.window
             paced = StdinWindow(seqs.start, window) if window else None
-            session = self.make(seqs, ours, user.uid, pid, paced, charge)
+            session = self._make(seqs, ours, user.uid, pid, paced, charge)
             if not add(session):
                 session.close()
-                return None
+                raise VmError(self._life.why_gone)
             undo.pop_all()  # now they are the pump's
         return seqs.start, theirs
 
-    def make(
+    def _make(
         self, seqs: range, sock: socket.socket, uid: int, pid: int, window: StdinWindow | None, charge: Charge
     ) -> Session:
         """Return a session, which is kept and charged for until it closes."""
@@ -103,6 +90,6 @@ class Sessions:
         seqs = range(state.first_seq, state.first_seq + state.seqs)
         window = StdinWindow.from_state(seqs.start, state.window) if state.window else None
         sock = socket.socket(fileno=state.fd.number)
-        session = self.make(seqs, sock, state.uid, state.pid, window, user.charge_again("sessions"))
+        session = self._make(seqs, sock, state.uid, state.pid, window, user.charge_again("sessions"))
         session.restore(state)
         return session

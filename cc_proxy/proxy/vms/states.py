@@ -1,4 +1,4 @@
-"""Where a VM is in its life, where it can get from there, and what went wrong."""
+"""What changes in a VM's life: where it is, where it can get from there, and what went wrong."""
 
 import threading
 import time
@@ -6,6 +6,7 @@ from typing import NamedTuple, Self
 
 from cc_proxy.continuity.cells import State
 from cc_proxy.continuity.state.vms import LifeState, TroubleState
+from cc_proxy.proxy.vms.kept import KeptVm
 
 
 class VmError(Exception):
@@ -41,9 +42,12 @@ class Trouble(NamedTuple):
 class Life:
     """One VM's life. Any thread may call, and read what is public; only `trouble` is set from outside."""
 
-    def __init__(self) -> None:
-        # Guards what follows against changes by two threads; reading one of them takes no lock. Innermost.
+    def __init__(self, kept: KeptVm | None = None) -> None:
+        """`kept` is told where it is, and which seqs are handed out, whenever that changes."""
+        # Guards what follows, and what is kept of it, against changes by two threads. Reading one of them
+        # takes no lock. Innermost.
         self._lock = threading.Lock()
+        self._kept = kept or KeptVm()
         self.state = State.STARTING
         #: Why it was lost; empty if it was not.
         self.cause = ""
@@ -53,6 +57,8 @@ class Life:
         self.came_up = False
         #: The last thing that went wrong. Any thread replaces it as a whole.
         self.trouble: Trouble | None = None
+        #: The first seq that has not been handed out. Whoever brings the VM up sets it before that.
+        self.next_seq = 1
         self._ends = 0  # how many reasons there are for it to end that are no failure
 
     def hand_over(self, state: State) -> LifeState:
@@ -66,14 +72,46 @@ class Life:
         self.state, self.cause, self._ends = State[state.state], state.cause, state.ends
         self.failed, self.came_up = state.failed, state.came_up
 
+    def note_all(self) -> None:
+        """It is kept from now on."""
+        with self._lock:
+            self._note(self.state)
+            self._kept.note_next_seq(self.next_seq)
+
+    def note_health(self, *, is_well: bool) -> None:
+        """If its pump hangs, it is lost to the next process, which would hang for the same reason."""
+        with self._lock:
+            if self.state is not State.GONE:
+                self._note(self.state if is_well else State.LOST)
+
+    def take_seqs(self, number: int) -> range:
+        """Hand out the next seqs. Raises `VmError` if it cannot be used."""
+        with self._lock:
+            if not self.can_be_used:
+                raise VmError(self.why_gone)
+            seqs = range(self.next_seq, self.next_seq + number)
+            self.next_seq = seqs.stop
+            self._kept.note_next_seq(seqs.stop)
+        return seqs
+
     def move(self, to: State) -> bool:
         """Move to another state; returns False, and changes nothing, if that is not a legal move."""
         with self._lock:
-            if to not in MOVES[self.state]:
-                return False
-            self.state = to
-            self.came_up = self.came_up or to is State.UP
+            return self._move(to)
+
+    def _move(self, to: State) -> bool:
+        """Requires _lock."""
+        if to not in MOVES[self.state]:
+            return False
+        self.state = to
+        self.came_up = self.came_up or to is State.UP
+        self._note(to)
         return True
+
+    def _note(self, state: State) -> None:
+        """Requires _lock."""
+        if self.came_up:  # no client knows a VM that was lost before that by its id
+            self._kept.note_state(state)
 
     def expect_end(self, more: int = 1) -> None:
         """Its end is no failure from now on, for one reason more; or for one less, with -1."""
@@ -91,9 +129,11 @@ class Life:
         with self._lock:
             self.cause = self.cause or cause
             expected = self._ends > 0 or self.state is State.LEAVING
-            if not expected and State.LOST in MOVES[self.state]:
+            if not self._move(State.LOST):
+                return None
+            if not expected:
                 self.fail(cause)
-        return expected if self.move(State.LOST) else None
+        return expected
 
     @property
     def is_gone(self) -> bool:

@@ -31,7 +31,7 @@ from cc_proxy.proxy.vms.control import ControlLink, NoAnswer, NotSent
 from cc_proxy.proxy.vms.control_socket import ControlLost
 from cc_proxy.proxy.vms.dialer import Dialer, Peer
 from cc_proxy.proxy.vms.kept import Facts, KeptVm
-from cc_proxy.proxy.vms.sessions import Sessions, session_pair
+from cc_proxy.proxy.vms.sessions import Sessions
 from cc_proxy.proxy.vms.states import Life, Trouble, VmError
 from cc_proxy.settings import LiveSettings
 
@@ -58,15 +58,15 @@ class Vm:
         self.container_id = container_id
         self.owner = owner
         self.created = time.monotonic()
+        #: What is kept of it in case that this process is killed.
+        self.kept = KeptVm(keeper)
         #: Where it is in its life, and what went wrong.
-        self.life = Life()
+        self.life = Life(self.kept)
         self._on_change = on_change
         #: What its channels are connected to. Guarded by the registry's lock.
         self.peers: set[Peer] = set()
         self._live = live
-        #: What is kept of it in case that this process is killed.
-        self.kept = KeptVm(keeper)
-        self._sessions = Sessions(container_id, space, self.kept, live)
+        self._sessions = Sessions(container_id, self.life, self.kept, space, live)
         # The thread that says hello sets these once; the pump thread drops _pump at its end.
         self._boot: Boot | None = None
         #: The control channel, for its figures; None before the VM is up.
@@ -98,7 +98,7 @@ class Vm:
             owner=self.owner,
             age=time.monotonic() - self.created,
             life=self.life.hand_over(self.life.state if channel or starting else State.GONE),
-            next_seq=self._sessions.next_seq,
+            next_seq=self.life.next_seq,
             peers=sorted(self.peers),
             boot=boot,
             control=self.control.hand_over() if channel and self.control else None,
@@ -110,7 +110,7 @@ class Vm:
         """Go on where the process before stood. Before anybody knows it. Raises `OSError`."""
         self.created = time.monotonic() - state.age
         self.life.restore(state.life)
-        self._sessions.next_seq, self._booting = state.next_seq, state.boot
+        self.life.next_seq, self._booting = state.next_seq, state.boot
         if not state.boot or state.boot.io:  # else it dials, and claims its peers, once more
             self.peers = set(state.peers)
         if state.channel:
@@ -236,10 +236,7 @@ class Vm:
         pump = self._pump
         if pump is None or not self.life.can_be_used:
             raise VmError(self.life.why_gone)
-        opened = self._sessions.open(session_pair(), n_streams, user, pid, pump.add)
-        if opened is None:
-            raise VmError(self.life.why_gone)
-        return opened
+        return self._sessions.open(n_streams, user, pid, pump.add)
 
     def _connect(self, hello: Hello, dialer: Dialer, user: User) -> Pump:
         """Connect to the VM and return its pump, not yet started. Raises the same as `Boot.run`."""
@@ -249,7 +246,7 @@ class Vm:
             boot.restore(before)
         with contextlib.ExitStack() as undo:
             ready = undo.enter_context(boot.run(dialer))
-            self._sessions.next_seq = ready.first_seq
+            self.life.next_seq = ready.first_seq
             self._pump = self._make_pump(ready.io, ready.control, ready.console, user)
             undo.pop_all()
         return self._pump
@@ -261,8 +258,7 @@ class Vm:
         fds = Fd(control.fd), Fd(io.fileno()), Fd(console.fileno()) if console else None
         facts = Facts(self.container_id, self.owner, self.created)
         memory = self.kept.begin(facts, sorted(self.peers), fds)
-        self.kept.note_next_seq(self._sessions.next_seq)
-        self.kept.note_state(self.life.state)
+        self.life.note_all()
         control.keep(self.kept.control)
         pacing = Pacing(self._live.current.stdin.echo_timeout, control.acknowledge)
         sockets = Sockets(io, control, console)
@@ -330,8 +326,7 @@ class Vm:
         """Return whether its pump has answered the last probe; if so, send another. One thread at a time."""
         pump = self._pump
         is_well = pump is None or pump.probe()
-        # If the daemon is ended for that, the next process is not to hang for the same reason.
-        self.kept.note_state(self.life.state if is_well else State.LOST)
+        self.life.note_health(is_well=is_well)
         return is_well
 
     def _move(self, to: State) -> bool:
