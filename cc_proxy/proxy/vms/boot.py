@@ -1,13 +1,11 @@
 """Connecting to a VM, and waiting until its agent is ready."""
 
 import contextlib
-import functools
 import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.payloads import Hello
@@ -20,32 +18,25 @@ from cc_proxy.proxy.rest import Resting
 from cc_proxy.proxy.vms.console import Console
 from cc_proxy.proxy.vms.control import ControlLink, NoAnswer
 from cc_proxy.proxy.vms.control_socket import ControlLost
-from cc_proxy.proxy.vms.dialer import CannotConnect, Connected, Dialer
+from cc_proxy.proxy.vms.dialer import CannotConnect, Dialer
+from cc_proxy.proxy.vms.states import VmError
 from cc_proxy.settings import VmSettings
 
 #: poll(2) calls a socket writable when three quarters of this are free. The rest has to last until then.
 _SEND_BUFFER = 1024 * 1024
 
 
-class NotReady(Exception):
-    """The VM cannot be reached, or its agent is not ready in time; the text is the cause."""
-
-
 @dataclass(slots=True)
-class Ready:
-    """The sockets of a VM that is up, and their owner: a context manager that closes them. One thread."""
+class Channels:
+    """What is open to a VM. Whoever has it closes it."""
 
     control: ControlLink
     io: socket.socket
     #: None if there is none, or the log does not take its lines.
     console: Console | None
-    #: The first seq to hand out.
-    first_seq: int
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close all. Every thread that uses the control channel finds it lost."""
         self.control.close()
         close_stream(self.io)
         if self.console:
@@ -53,135 +44,123 @@ class Ready:
 
 
 class Boot:
-    """One attempt to connect to a VM and see it ready. One thread, except for `give_up`."""
+    """One attempt to connect to a VM and see it ready. One thread, except for `rest` and `give_up`."""
 
     def __init__(self, hello: Hello, limits: VmSettings) -> None:
         self._hello = hello
-        self._vm = hello.container_id
-        self._note_event = functools.partial(note_event, self._vm)
         self._limits = limits
         self._given_up = ""  # why; set once, by any thread
-        self._control: ControlLink | None = None
-        self._io: socket.socket | None = None  # until it is ready; as is _console
-        self._console: Console | None = None
-        self._deadline = Deadline(limits.ready_timeout)
-        self._quiz_at = self._deadline  # from when it is connected
         self._resting = False
+        self._channels: Channels | None = None  # once they are connected
+        self._deadline = Deadline(limits.ready_timeout)
+        self._quiz_at = self._deadline  # from when they are connected
 
     # Between two processes --------------------------------------------------------------------------------
 
     def rest(self) -> None:
         """Have `run` leave with `Resting`, and `hand_over` keep how far it has come. Any thread."""
         self._resting = True
-        if self._control:
-            self._control.rest()
+        if channels := self._channels:
+            channels.control.rest()
 
     def hand_over(self) -> BootState:
         """Give up what is open as a value. After `run` has left."""
+        channels = self._channels
         return BootState(
             left=self._deadline.remaining(),
             quizzed_in=self._quiz_at.remaining(),
-            io=Fd(self._io.detach()) if self._io else None,
-            control=self._control.hand_over() if self._control else None,
-            console=self._console.hand_over() if self._console else None,
+            io=Fd(channels.io.detach()) if channels else None,
+            control=channels.control.hand_over() if channels else None,
+            console=channels.console.hand_over() if channels and channels.console else None,
         )
 
     def restore(self, state: BootState) -> None:
         """Go on where another one of this VM stood. Before `run`. Raises `OSError`."""
         self._deadline, self._quiz_at = Deadline(state.left), Deadline(state.quizzed_in)
         if state.io and state.control:
-            self._io = socket.socket(fileno=state.io.number)
-            self._control = ControlLink.from_state(state.control, self._note_event, _no_commands)
-            self._console = Console.from_state(self._vm, state.console) if state.console else None
+            vm = self._hello.container_id
+            self._channels = Channels(
+                ControlLink.from_state(state.control, event_logger(vm), _no_commands),
+                socket.socket(fileno=state.io.number),
+                Console.from_state(vm, state.console) if state.console else None,
+            )
 
-    # One thread, but for `give_up` ------------------------------------------------------------------------
-
-    def run(self, dialer: Dialer) -> Ready:
-        """Connect all sockets, and wait until the agent is ready, within one deadline.
-
-        Raises `NotReady`, or `OSError` or `RuntimeError` if the daemon lacks resources; nothing is left open
-        then. Raises `Resting`, and then `hand_over` has what is open.
-        """
-        with contextlib.ExitStack() as undo:
-            control, io, console = self._connect(dialer, undo)
-            try:
-                booted = self._wait_until_up(control, io, console, dialer.is_here)
-            except Resting:
-                undo.pop_all()
-                raise
-            if console and not Console.is_logged():
-                console.close()
-                console = None
-            undo.pop_all()
-        self._io = self._console = None
-        return Ready(control, io, console, 1 if booted else _unused_seq())
-
-    def _connect(
-        self, dialer: Dialer, undo: contextlib.ExitStack
-    ) -> tuple[ControlLink, socket.socket, Console | None]:
-        """Return what is open, or what has been restored; `undo` closes it."""
-        if not self._control or not self._io:
-            sockets = undo.enter_context(self._dial(dialer))
-            self._control = ControlLink(sockets.ctl, self._note_event)
-            undo.callback(self._control.close)  # before anything else can fail
-            self._io, self._quiz_at = sockets.io, Deadline(self._limits.ready_ping_after)
-            self._console = Console.open(self._vm, self._hello.console, sockets)
-            for channel in (sockets.ctl, sockets.io):
-                channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        undo.callback(self._io.close)
-        if self._console:
-            undo.callback(self._console.close)
-        undo.callback(self._control.close)
-        return self._control, self._io, self._console
+    # Any thread -------------------------------------------------------------------------------------------
 
     def give_up(self, cause: str) -> None:
-        """Make `run` fail soon, with this cause. Any thread."""
+        """Make `run` fail soon, with this cause."""
         self._given_up = cause
-        if self._control:
-            self._control.hang_up(cause)
+        if channels := self._channels:
+            channels.control.hang_up(cause)
 
-    def _dial(self, dialer: Dialer) -> Connected:
-        try:
-            return dialer.connect(self._hello, self._deadline, still_wanted=self._is_wanted)
-        except CannotConnect as error:
-            raise NotReady(self._given_up or str(error)) from None
+    # One thread -------------------------------------------------------------------------------------------
 
-    def _is_wanted(self) -> bool:
-        if self._resting:
-            raise Resting
-        return not self._given_up
+    def run(self, dialer: Dialer, is_here: Callable[[], bool]) -> tuple[Channels, int]:
+        """Connect all channels, and wait until the agent is ready, within one deadline.
 
-    def _wait_until_up(
-        self,
-        control: ControlLink,
-        io: socket.socket,
-        console: Console | None,
-        is_here: Callable[[], bool],
-    ) -> bool:
-        """Wait for the agent; returns whether it said READY. An error has the console's last lines."""
+        Returns the channels, and the first seq to hand out. Ends early if `is_here` says that the client has
+        gone. Raises `VmError`, or `OSError` or `RuntimeError` if the daemon lacks resources; nothing is left
+        open then. Raises `Resting`, and then `hand_over` has what is open.
+        """
 
-        def still_waits() -> bool:
+        def is_wanted() -> bool:
             if self._resting:
                 raise Resting
-            return is_here()
+            return not self._given_up and is_here()
 
-        if not self._is_wanted():  # when there was no channel yet that `give_up` could hang up
-            raise NotReady(self._given_up)
+        channels = self._channels
         try:
-            left, quiz_in = self._deadline.remaining(), self._quiz_at.remaining()
-            return control.wait_until_up(io, left, quiz_in, console, still_waits)
+            if channels is None:
+                channels = self._channels = self._connect(dialer, is_wanted)
+            booted = self._wait_until_up(channels, is_wanted)
+        except Resting:
+            raise
+        except BaseException:
+            if channels:
+                channels.close()
+            raise
+        if channels.console and not Console.is_logged():
+            channels.console.close()
+            channels.console = None
+        return channels, 1 if booted else _unused_seq()
+
+    def _connect(self, dialer: Dialer, is_wanted: Callable[[], bool]) -> Channels:
+        try:
+            sockets = dialer.connect(self._hello, self._deadline, still_wanted=is_wanted)
+        except CannotConnect as error:
+            raise VmError(self._given_up or str(error)) from None
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(sockets)
+            self._quiz_at = Deadline(self._limits.ready_ping_after)
+            for channel in (sockets.ctl, sockets.io):
+                channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+            vm = self._hello.container_id
+            console = Console.open(vm, self._hello.console, sockets)
+            control = ControlLink(sockets.ctl, event_logger(vm))
+            undo.pop_all()
+        return Channels(control, sockets.io, console)
+
+    def _wait_until_up(self, channels: Channels, is_wanted: Callable[[], bool]) -> bool:
+        """Wait for the agent; returns whether it said READY. An error has the console's last lines."""
+        left, quiz_in, console = self._deadline.remaining(), self._quiz_at.remaining(), channels.console
+        try:
+            return channels.control.wait_until_up(channels.io, left, quiz_in, console, is_wanted)
         except NoAnswer as error:
             cause = f"{error} in {self._limits.ready_timeout:g} s"
         except ControlLost as error:
-            cause = str(error)
+            cause = self._given_up or str(error)
         lines = console.last_lines() if console else ""
-        raise NotReady(f"{cause}; the console's last lines: {lines}" if lines else cause)
+        raise VmError(f"{cause}; the console's last lines: {lines}" if lines else cause)
 
 
-def note_event(vm: str, event: ControlMessage) -> None:
-    """Log an event of a VM's agent."""
-    if logger.isEnabledFor(logging.DEBUG):  # an agent sends two of them for each command
-        logger.debug("event from the VM", extra={"vm": vm, "event": str(event)})
+def event_logger(vm: str) -> Callable[[ControlMessage], None]:
+    """Return what logs an event of a VM's agent."""
+
+    def log(event: ControlMessage) -> None:
+        if logger.isEnabledFor(logging.DEBUG):  # an agent sends two of them for each command
+            logger.debug("event from the VM", extra={"vm": vm, "event": str(event)})
+
+    return log
 
 
 def _no_commands(_code: Code, _seqs: Sequence[int]) -> OnAnswer:

@@ -65,17 +65,14 @@ class Dialer:
         client: Credentials,
         connector: Connector,
         own_address: str | bytes | None = None,
-        is_here: Callable[[], bool] = lambda: True,
         claim: Callable[[Peer], str] = lambda _: "",
     ) -> None:
         """`own_address` is the address of the daemon's own socket, which cannot be a VM's.
 
-        `is_here` returns whether the client still waits. `claim` is called with the peer of each channel, and
-        returns why that cannot be used, or nothing.
+        `claim` is called with the peer of each channel, and returns why that cannot be used, or nothing.
         """
-        self.is_here = is_here
         self._claim = claim
-        self.client = client
+        self._client = client
         self._connector = connector
         self._own_address = own_address
 
@@ -95,27 +92,23 @@ class Dialer:
         with contextlib.ExitStack() as undo:
             ctl = undo.enter_context(_Socket("ctlSerial", hello.ctl_serial))
             io = undo.enter_context(_Socket("ioSerial", hello.io_serial))
-            connected = Connected(ctl.sock, io.sock)
-            extra = None
+            connected, sockets = Connected(ctl.sock, io.sock), [ctl, io]
             if hello.console:
                 try:
-                    extra = undo.enter_context(_Socket("console", hello.console, blocking=False))
+                    sockets.append(undo.enter_context(_Socket("console", hello.console, blocking=False)))
                 except CannotConnect as error:
                     connected.console_error = str(error)
-            self._dial(
-                [ctl, io, extra] if extra else [ctl, io],
-                Deadline(timeout),
-                lambda: still_wanted() and self.is_here(),
-            )
+            self._dial(sockets, Deadline(timeout), still_wanted)
             for channel in (ctl, io):
                 if not channel.is_connected:
                     raise channel.error()
             undo.pop_all()
-        if extra and extra.is_connected:
-            connected.console = extra.sock
-        elif extra:
-            connected.console_error = str(extra.error())
-            extra.sock.close()
+        for console in sockets[len(_CHANNELS) :]:
+            if console.is_connected:
+                connected.console = console.sock
+            else:
+                connected.console_error = str(console.error())
+                console.sock.close()
         return connected
 
     def _dial(
@@ -125,7 +118,7 @@ class Dialer:
         first, *_ = sockets
         targets = [Target(each.sock, each.path, patient=each.sock.getblocking()) for each in sockets]
         try:
-            with self._connector.connecting(self.client, targets, deadline) as attempt:
+            with self._connector.connecting(self._client, targets, deadline) as attempt:
                 while report := _next_report(attempt, deadline, still_wanted):
                     if not self._take_in(report, sockets):
                         return
@@ -148,7 +141,7 @@ class Dialer:
         if report.number == NOT_STARTED:
             raise RuntimeError(f"no process to connect from: {os.strerror(report.errno)}")
         if report.number == NOT_ALLOWED:
-            raise CannotConnect(f"{sockets[0].member}: {CannotAct(self.client.uid, report.errno)}")
+            raise CannotConnect(f"{sockets[0].member}: {CannotAct(self._client.uid, report.errno)}")
         sock = sockets[report.number]
         if report.errno == errno.EAGAIN:
             sock.cause = _TOO_LATE

@@ -148,7 +148,7 @@ class Registry:
             before = self._before.pop(vm, None)
         try:
             claim = functools.partial(self._claim, vm, client)
-            vm.start(hello, Dialer(client, self._connector, self._own_address, is_here, claim), user)
+            vm.start(hello, Dialer(client, self._connector, self._own_address, claim), user, is_here)
             if not is_here():  # nobody is told that it is registered, so nobody would say bye
                 self.unregister(hello.container_id, client)
                 raise VmError("nobody waits for it any more")

@@ -1,7 +1,6 @@
 """One VM, from hello to its end, with its control channel and its pump."""
 
 import contextlib
-import functools
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from cc_proxy.proxy.streams.interfaces import Pacing, Sockets
 from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.users import User, Users
-from cc_proxy.proxy.vms.boot import Boot, NotReady, note_event
+from cc_proxy.proxy.vms.boot import Boot, Channels, event_logger
 from cc_proxy.proxy.vms.commands import Started
 from cc_proxy.proxy.vms.console import Console
 from cc_proxy.proxy.vms.control import ControlLink, NoAnswer, NotSent
@@ -119,13 +118,13 @@ class Vm:
     def _restore_pump(self, state: VmState, channel: ChannelState, users: Users) -> None:
         # What has hung up stands for what is closed already.
         io = socket.socket(fileno=channel.io.number) if channel.io else hung_up_socket()
-        on_event = functools.partial(note_event, self.container_id)
+        on_event = event_logger(self.container_id)
         if state.control:
             control = ControlLink.from_state(state.control, on_event, self._on_answer_to)
         else:
             control = ControlLink(hung_up_socket(), on_event)
         console = Console.from_state(self.container_id, state.console) if state.console else None
-        self._pump = self._make_pump(io, control, console, users.of(self.owner))
+        self._pump = self._make_pump(Channels(control, io, console), users.of(self.owner))
         if state.control:
             control.find_out()  # from here on it is kept: of what is asked, nothing has been sent yet
         sessions = [self._sessions.restore(each, users.of(each.uid)) for each in channel.streams.sessions]
@@ -143,13 +142,16 @@ class Vm:
 
     # A client's thread ------------------------------------------------------------------------------------
 
-    def start(self, hello: Hello, dialer: Dialer, user: User) -> None:
-        """Connect to the VM and wait until it is ready. Raises `VmError`; nothing is left open then.
+    def start(
+        self, hello: Hello, dialer: Dialer, user: User, is_here: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Connect to the VM and wait until it is ready, as long as `is_here` says that the client does too.
 
-        Raises `Resting`, and then `hand_over` has how far it came.
+        Raises `VmError`; nothing is left open then. Raises `Resting`, and then `hand_over` has how far it
+        came.
         """
         try:
-            pump = self._connect(hello, dialer, user)
+            pump = self._connect(hello, dialer, user, is_here)
             pump.start()
             if not self._move(State.UP):
                 raise VmError(self.life.why_gone)
@@ -159,8 +161,6 @@ class Vm:
             self.life.fail(str(error))
             self.abort()
             self._move(State.GONE)
-            if isinstance(error, NotReady):
-                raise VmError(str(error)) from None
             if isinstance(error, OSError | RuntimeError):
                 raise VmError(f"the daemon is short of resources: {error}") from None
             raise
@@ -238,22 +238,21 @@ class Vm:
             raise VmError(self.life.why_gone)
         return self._sessions.open(n_streams, user, pid, pump.add)
 
-    def _connect(self, hello: Hello, dialer: Dialer, user: User) -> Pump:
+    def _connect(self, hello: Hello, dialer: Dialer, user: User, is_here: Callable[[], bool]) -> Pump:
         """Connect to the VM and return its pump, not yet started. Raises the same as `Boot.run`."""
         self._boot = boot = Boot(hello, self._live.current.vm)
         before, self._booting = self._booting, None
         if before:
             boot.restore(before)
+        channels, self.life.next_seq = boot.run(dialer, is_here)
         with contextlib.ExitStack() as undo:
-            ready = undo.enter_context(boot.run(dialer))
-            self.life.next_seq = ready.first_seq
-            self._pump = self._make_pump(ready.io, ready.control, ready.console, user)
+            undo.callback(channels.close)
+            self._pump = self._make_pump(channels, user)
             undo.pop_all()
         return self._pump
 
-    def _make_pump(
-        self, io: socket.socket, control: ControlLink, console: Console | None, user: User
-    ) -> Pump:
+    def _make_pump(self, channels: Channels, user: User) -> Pump:
+        control, io, console = channels.control, channels.io, channels.console
         self.control, self._console = control, console
         fds = Fd(control.fd), Fd(io.fileno()), Fd(console.fileno()) if console else None
         facts = Facts(self.container_id, self.owner, self.created)
