@@ -43,38 +43,42 @@ class Outlet:
 
         Once it is torn, it stays so until everything is sent. Raises `OSError` if the peer has gone.
         """
-        # What fits into one send is the most frequent case, in the fewest steps.
-        one = len(pieces) == 1
-        size = len(pieces[0]) if one else sum(map(len, pieces))
-        if size > self._at_once or len(pieces) > IOV_MAX:
-            return self._send_torn(pieces) if self._at_once < 0 else self._send_whole(pieces)
+        size = len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces))
+        if size <= self._at_once and len(pieces) <= IOV_MAX:
+            return self._send_whole(pieces, size)
+        if self._at_once < 0:
+            return self._send_torn(pieces)
+        if size <= self._room() and len(pieces) <= IOV_MAX:
+            return self._send_whole(pieces, size)
+        return self._send_parts(pieces)
+
+    def _send_whole(self, pieces: Sequence[Piece], size: int) -> Sequence[Piece]:
+        """Send at once what the kernel takes all of, or nothing."""
         try:
-            sent = self._sock.send(pieces[0]) if one else self._sock.sendmsg(pieces)
+            sent = self._sock.send(pieces[0]) if len(pieces) == 1 else self._sock.sendmsg(pieces)
         except OSError as error:
             if not is_for_now(error):
                 raise
             return pieces
-        return () if sent == size else self._rest(pieces, sent)
+        if sent == size:
+            return ()
+        self.tear()  # it has taken a part, which it should not do
+        return cut(pieces, sent)
 
-    def _send_whole(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
+    def _send_parts(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
+        """Send each time as many pieces as the kernel takes whole."""
         ends = [0, *accumulate(map(len, pieces))]
         first, count = 0, len(pieces)
-        most = max(self._most, self._room())
         while first < count:
+            most = max(self._most, self._room())
             last = bisect_right(ends, ends[first] + most, first, min(first + IOV_MAX, count) + 1) - 1
             if first < last < count:
                 last = whole_frames(pieces, last)
             if last <= first:
                 return self._send_torn(pieces[first:])
-            try:
-                sent = self._sock.sendmsg(pieces[first:last])
-            except OSError as error:
-                if not is_for_now(error):
-                    raise
-                return pieces[first:]
-            if sent < ends[last] - ends[first]:
-                return self._rest(pieces[first:], sent)
-            first, most = last, self._most
+            if rest := self._send_whole(pieces[first:last], ends[last] - ends[first]):
+                return [*rest, *pieces[last:]]
+            first = last
         return ()
 
     def _room(self) -> int:
@@ -87,8 +91,3 @@ class Outlet:
         if not rest:
             self.mend()
         return rest
-
-    def _rest(self, pieces: Sequence[Piece], sent: int) -> Sequence[Piece]:
-        """The socket has taken a part, which it should not do."""
-        self.tear()
-        return cut(pieces, sent)
