@@ -14,31 +14,38 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 @contextmanager
-def adopting_orphans() -> Iterator[None]:
-    """Become the parent of processes whose own ends meanwhile."""
+def adopting_orphans() -> Iterator[set[int]]:
+    """Become the parent of processes whose own ends meanwhile. Yields their pids, complete at the end."""
     prctl = ctypes.CDLL(None).prctl
+    before = set(children())
+    orphans: set[int] = set()
     assert not prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
-        yield
+        yield orphans
     finally:
         prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        orphans |= set(children()) - before
 
 
-def dialers() -> set[int]:
-    """The children of this process that connect for a daemon: this one's own, and what daemons have left."""
-    found = set()
+def children() -> Iterator[int]:
+    """The children of this process, and its zombies."""
+    # From each process's stat: not every kernel has /proc/PID/task/TID/children.
     for entry in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            name, _, fields = entry.read_text().partition("(")[2].rpartition(")")
-            if name == "cc-proxy-dial" and int(fields.split()[1]) == os.getpid():
-                found.add(int(entry.parent.name))
-    return found
+        with suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            # The command, in parentheses, may hold blanks and parentheses of its own.
+            _state, parent, *_ = entry.read_text(errors="replace").rpartition(")")[2].split()
+            if int(parent) == os.getpid():
+                yield int(entry.parent.name)
 
 
-def reap(pids: set[int]) -> None:
-    """Let go of children that have ended, or are about to."""
+def reap(pids: set[int], timeout: float) -> None:
+    """Wait for the end of children that are about to end. Raises `TimeoutError` if one does not."""
     for pid in pids:
-        os.waitpid(pid, 0)
+        try:
+            Adopted(pid).wait(timeout)
+        except subprocess.TimeoutExpired:
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
+            raise TimeoutError(f"{name} ({pid}) has not ended within {timeout} seconds") from None
 
 
 class Adopted:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from bench.adopted import Adopted, adopting_orphans, dialers, reap
+from bench.adopted import Adopted, adopting_orphans, reap
 from cc_proxy.api import Client
 
 _CHECKOUT = Path(__file__).parent.parent
@@ -116,14 +116,13 @@ class Daemon(Service):
 
         That process does not end with the benchmark if somebody kills the benchmark.
         """
-        others = dialers()
-        with adopting_orphans():
+        with adopting_orphans() as orphans:
             self.process.send_signal(signal.SIGUSR2)
             if status := self.process.wait(_START_TIMEOUT):
                 raise BenchError(f"{self.name} has ended with status {status} and was not replaced")
-        reap(dialers() - others)
         with Client(self.path, timeout=_START_TIMEOUT) as client:
             self.process = Adopted(client.status().pid)
+        reap(orphans - {self.process.pid}, _STOP_TIMEOUT)
 
     def log(self) -> list[dict[str, Any]]:
         """Return what it has logged so far."""

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.adopted import children
+
 # Seconds that threads and children on their way out get. Only a test that leaks waits that long.
 GRACE = 2.0
 POLL_INTERVAL = 0.01
@@ -31,7 +33,7 @@ class Snapshot:
 
     @classmethod
     def take(cls) -> Snapshot:
-        return cls(_open_fds(), frozenset(threading.enumerate()), frozenset(_child_pids()))
+        return cls(_open_fds(), frozenset(threading.enumerate()), frozenset(children()))
 
     def since(self, before: Snapshot) -> list[str]:
         """Describes what is held now and was not before, one line each."""
@@ -76,20 +78,6 @@ def _open_fds() -> dict[int, str]:
         if int(name) not in STANDARD_FDS and target not in KEPT_OPEN:
             fds[int(name)] = target
     return fds
-
-
-def _child_pids() -> Iterator[int]:
-    """Children and zombies, from each process's stat: not every kernel has /proc/PID/task/TID/children."""
-    me = os.getpid()
-    for name in filter(str.isdecimal, os.listdir("/proc")):
-        try:
-            stat = Path("/proc", name, "stat").read_text(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
-            continue
-        # The command, in parentheses, may hold blanks and parentheses of its own.
-        _state, parent, *_ = stat.rpartition(")")[2].split()
-        if int(parent) == me:
-            yield int(name)
 
 
 def _command(pid: int) -> str:

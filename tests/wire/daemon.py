@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from bench.adopted import Adopted, adopting_orphans, dialers, reap
+from bench.adopted import Adopted, adopting_orphans, reap
 from cc_proxy.api.status import shorten
 from cc_proxy.continuity.store import EX_TEMPFAIL
 from tests.wire.successors import ENDED_FROM_THE_START, Manager
@@ -125,7 +125,6 @@ class Daemon:
         self.socket_path = socket_path
         self.log_path = directory / "log"
         self._checked = 0
-        self._dialers = dialers()  # of others
         self.process: subprocess.Popen[bytes] | Adopted = self._start(arguments, prefix, pass_fds)
         try:
             self._wait_for_socket()
@@ -141,13 +140,20 @@ class Daemon:
 
     def replace(self) -> None:
         """Have another process go on with everything; returns when it does."""
+        with self.being_replaced():
+            self.process.send_signal(signal.SIGUSR2)
+
+    @contextmanager
+    def being_replaced(self) -> Iterator[None]:
+        """Expects that another process goes on with everything at the end, and has been told to meanwhile."""
         before = self.process
-        with adopting_orphans():
-            before.send_signal(signal.SIGUSR2)
+        with adopting_orphans() as orphans:
+            yield
             assert before.wait(WAIT) == 0
         with closing(self.connect()) as client:
             self.process = Adopted(json.loads(client.ask("status"))["data"]["pid"])
         assert self.pid != before.pid
+        reap(orphans - {self.pid}, WAIT)
 
     @classmethod
     def configured(cls, directory: Path, tables: str = PATIENT, *, prefix: Sequence[str] = ()) -> Self:
@@ -210,8 +216,7 @@ class Daemon:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
-        reap(dialers() - self._dialers)
+        self.process.wait(WAIT)
 
     def _wait_for_socket(self) -> None:
         for _ in range(2000):
@@ -262,6 +267,7 @@ class ManagedDaemon(Daemon):
         self, arguments: Sequence[str | Path], prefix: Sequence[str], pass_fds: Sequence[int]
     ) -> subprocess.Popen[bytes]:
         manager = self.manager
+        manager.catch_up()
         fds = [fd for _, fd in manager.fds]
         return start(
             arguments,
@@ -285,6 +291,7 @@ class ManagedDaemon(Daemon):
         """Have it killed, as one that was well."""
         self.process.kill()
         self.process.wait(WAIT)
+        self.manager.catch_up()
         if self.manager.keeps("cc-proxy-table"):
             self.manager.table().be_well()
 
@@ -312,8 +319,10 @@ class ManagedDaemon(Daemon):
         return self.process.wait(WAIT)
 
     def kill(self) -> None:
-        super().kill()
-        self.manager.close()
+        try:
+            super().kill()
+        finally:
+            self.manager.close()
 
 
 @dataclass

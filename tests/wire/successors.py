@@ -56,7 +56,8 @@ class Manager:
         self.fds: list[tuple[str, int]] = []
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._sock.bind(str(self._path))
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._caught_up = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="manager", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -98,12 +99,23 @@ class Manager:
         while self.fds:
             os.close(self.fds.pop()[1])
 
+    def catch_up(self) -> None:
+        """Wait until all that daemons have said so far has been done."""
+        self._caught_up.clear()
+        self._say(b"CATCH UP")
+        assert self._caught_up.wait(WAIT), "the manager's thread does not catch up with what daemons said"
+
     def close(self) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(b"STOP", str(self._path))
+        self._say(b"STOP")
         self._thread.join(WAIT)
+        assert not self._thread.is_alive(), "the manager's thread does not end"
         self._sock.close()
         self.drop()
+
+    def _say(self, text: bytes) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(WAIT)
+            sock.sendto(text, str(self._path))
 
     def _run(self) -> None:
         while True:
@@ -113,6 +125,9 @@ class Manager:
                 fds.frombytes(data)
             if text == b"STOP":
                 return
+            if text == b"CATCH UP":
+                self._caught_up.set()
+                continue
             self._serve(dict(line.partition("=")[::2] for line in text.decode().split("\n")), list(fds))
 
     def _serve(self, said: dict[str, str], fds: Sequence[int]) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from bench.adopted import adopting_orphans
 from cc_proxy.continuity.box import close_all
 from cc_proxy.continuity.format import VERSION
 from cc_proxy.continuity.store import EX_TEMPFAIL
@@ -419,11 +418,10 @@ def _children(daemon: Daemon) -> str:
 def test_settings_to_be_read_again_are_read_by_the_next_process(tmp_sock_dir: Path) -> None:
     with own_daemon(tmp_sock_dir, check=True) as town:
         daemon, alone = town.daemon, _children(town.daemon)
-        with adopting_orphans():
+        with daemon.being_replaced():
             daemon.process.send_signal(signal.SIGUSR2)
             wait_until(lambda: _children(daemon) != alone, "the next process is started")
             daemon.process.send_signal(signal.SIGHUP)
-            daemon.replace()
         wait_until(lambda: "settings reloaded" in daemon.log(), "they are read")
 
 
