@@ -218,6 +218,18 @@ def state_of(pid: int) -> str:
         return ""
 
 
+def named(name: str) -> list[int]:
+    """The children of this process that run a program of this name, and those that did and are zombies."""
+    return [pid for pid in children_of(os.getpid()) if _name_of(pid) == name]
+
+
+def _name_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def written_by(pid: int) -> int:
     """Bytes that a process has written so far."""
     fields = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import grp
+import json
 import os
 import pwd
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,12 @@ from typing import Any
 import pytest
 
 from cc_proxy.agent import commands, credentials
-from cc_proxy.agent.errors import CommandRefused
 from cc_proxy.api.frames import Frame
 from cc_proxy.hyperstart.codes import Code
 from tests.agent.conftest import MakeAgent
-from tests.agent.host import Channel, Host, process, state_of, until
+from tests.agent.host import PATIENCE, Channel, Host, process, state_of, until
 from tests.agent.running import AgentThread
+from tests.users import needs_root
 
 CONTAINER = {"id": "c", "process": process("true")}
 
@@ -416,8 +418,8 @@ def spec(**more: Any) -> commands.ProcessSpec:
     return commands.ProcessSpec(args=["true"], stdio=1, stderr=2, **more)
 
 
-def test_whom_root_may_run_processes_as(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
+@needs_root
+def test_whom_root_may_run_processes_as() -> None:
     assert credentials.resolve(spec()) is None
     user = pwd.getpwnam("daemon")
     own = credentials.resolve(spec(user="daemon"))
@@ -428,10 +430,29 @@ def test_whom_root_may_run_processes_as(monkeypatch: pytest.MonkeyPatch) -> None
     assert more == credentials.Identity(54321, group.gr_gid, (group.gr_gid, 54322))
 
 
-def test_who_is_not_root_runs_processes_as_himself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 54321)
-    own = spec(user=str(os.getuid()), group=str(os.getgid()), additional_groups=[str(os.getgid())])
-    assert credentials.resolve(own) is None
-    for other in ({"user": "54322"}, {"group": "54322"}, {"additional_groups": ["54322"]}):
-        with pytest.raises(CommandRefused):
-            credentials.resolve(spec(**other))
+#: Prints which of its arguments, processes to be run by somebody without rights, are refused.
+AS_NOBODY = """
+import os, sys
+import msgspec
+from cc_proxy.agent.commands import ProcessSpec
+from cc_proxy.agent.credentials import resolve
+from cc_proxy.agent.errors import CommandRefused
+os.setgroups([54_323])
+os.setresgid(54_322, 54_322, 54_322)
+os.setresuid(54_321, 54_321, 54_321)
+for number, spec in enumerate(sys.argv[1:]):
+    try:
+        assert resolve(msgspec.json.decode(spec, type=ProcessSpec)) is None
+    except CommandRefused:
+        print(number)
+"""
+
+
+@needs_root
+def test_who_is_not_root_runs_processes_as_himself() -> None:
+    own = {"user": "54321", "group": "54322", "additionalGroups": ["54322", "54323"]}
+    others = [{"user": "54322"}, {"group": "54321"}, {"additionalGroups": ["54324"]}]
+    specs = [json.dumps({**process("true"), **more}) for more in (own, *others)]
+    command = [sys.executable, "-c", AS_NOBODY, *specs]
+    refused = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
+    assert refused.stdout.split() == ["1", "2", "3"]

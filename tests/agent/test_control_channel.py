@@ -12,7 +12,7 @@ import pytest
 from cc_proxy.api.frames import Frame
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import ControlMessage, encode
-from tests.agent.host import ACK, ERROR, READY, Channel, Host, connected, next_, process, until
+from tests.agent.host import ACK, ERROR, READY, Channel, Host, connected, named, next_, process, until
 from tests.agent.running import AgentThread
 
 # What a shell's trap does, without the moments in which a signal comes too early for it.
@@ -153,7 +153,7 @@ def test_output_waits_for_the_host(agent: AgentThread) -> None:
         ctl.send(encode(Code.NEW_CONTAINER, command))
         wanted = READY + next_(8, 2) + ACK + next_(8, len(command)) + ACK
         assert ctl.read(len(wanted)) == wanted
-        until(lambda: not agent.agent._processes)
+        until(lambda: not named("echo"))
         with Channel(agent.io) as io:
             assert io.read(39) == bytes.fromhex(
                 "0000000000000001 0000000e 410a0000000000000001 0000000c0000000000000001 0000000d 00"

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from cc_proxy.agent.process import Process
 from cc_proxy.api.frames import FRAME_HEADER, Frame, FrameParser, encode_frame
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.frames import MAX_FROM_AGENT
 from cc_proxy.linux.fds import unread
 from tests.agent.conftest import MakeAgent
-from tests.agent.host import MARKER, Host, connected, state_of, until, written_by
+from tests.agent.host import MARKER, Host, connected, named, state_of, until, written_by
 from tests.agent.running import AgentThread
 
 OUT = bytes.fromhex("0000000000000003 0000000e") + b"A\n"
@@ -45,19 +44,21 @@ def fill_pipe(host: Host) -> int:
     return 15 * 4096 + 512 + 512
 
 
-def start_flood(host: Host, agent: AgentThread) -> int:
+def start_flood(host: Host) -> int:
     """Starts a container that writes `TOO_MUCH`; returns its pid once the agent's buffer is full of that."""
     host.start("sh", "-c", f"echo $$; read x; exec head -c {TOO_MUCH} /dev/zero")
     pid = int(host.read_frame().payload)
     host.feed(1, b"\n")
-    until(lambda: agent.agent._channel.room <= 0)
+    until(lambda: is_held_up(host, pid))
     return pid
 
 
-def owner(agent: AgentThread, seq: int) -> Process:
-    found = agent.agent._processes.owner(seq)
-    assert found is not None
-    return found
+def is_held_up(host: Host, pid: int) -> bool:
+    """Whether a process has written more than its pipe holds, and the agent takes no more of it."""
+    written = written_by(pid)
+    for _ in range(2):  # rounds of the agent, in each of which it would read on
+        host.ok(Code.PING)
+    return state_of(pid) == "S" and written_by(pid) == written > 65_536
 
 
 # From the guest --------------------------------------------------------------------------------------
@@ -92,8 +93,8 @@ def test_output_is_whole_and_in_frames_of_up_to_10240_bytes(host: Host, tmp_path
     assert max(len(frame.payload) for frame in frames) == 10_228
 
 
-def test_a_host_that_does_not_read_stops_the_processes(host: Host, agent: AgentThread) -> None:
-    pid = start_flood(host, agent)
+def test_a_host_that_does_not_read_stops_the_processes(host: Host) -> None:
+    pid = start_flood(host)
     assert written_by(pid) < TOO_MUCH
     # Commands and stdin are not held up by it.
     host.ok(Code.PING)
@@ -110,13 +111,15 @@ def test_a_host_that_does_not_read_stops_the_processes(host: Host, agent: AgentT
     assert ends == {1: b"\0", 3: b"\0"}
 
 
-def test_ends_wait_for_room_too(host: Host, agent: AgentThread) -> None:
-    host.start("sh", "-c", "exec >&- 2>&-; read x; exit 6", container="d", stdio=5, stderr=6)
-    until(lambda: not owner(agent, 5)._outputs)
-    start_flood(host, agent)
+def test_ends_wait_for_room_too(host: Host) -> None:
+    script = "echo $$; exec >&- 2>&-; read x; exit 6"
+    host.start("sh", "-c", script, container="d", stdio=5, stderr=6)
+    pid = int(host.read_frame().payload)
+    until(lambda: not Path(f"/proc/{pid}/fd/2").exists())
+    start_flood(host)
     host.exec("true", container="unknown", stdio=7, stderr=8)
     host.feed(5, b"\n")
-    until(lambda: state_of(owner(agent, 5).pid) == "Z")
+    until(lambda: state_of(pid) == "Z")
     ends: dict[int, bytes] = {}
     while len(ends) < 3:
         frame = host.read_frame()
@@ -127,7 +130,7 @@ def test_ends_wait_for_room_too(host: Host, agent: AgentThread) -> None:
 
 def test_a_frame_that_was_begun_is_not_finished_for_the_next_host(agent: AgentThread) -> None:
     with connected(agent.ctl, agent.io) as host:
-        start_flood(host, agent)
+        start_flood(host)
         host.io.read(1000)
     with Host(agent.ctl, agent.io) as host:
         output, status = host.run_to_end()
@@ -137,15 +140,16 @@ def test_a_frame_that_was_begun_is_not_finished_for_the_next_host(agent: AgentTh
         assert not any(output[1])
 
 
-def test_no_exit_is_reported_while_output_floods(host: Host, agent: AgentThread) -> None:
+def test_no_exit_is_reported_while_output_floods(host: Host) -> None:
     host.start("yes")
     for seq in (5, 7, 9):
         host.exec("yes", stdio=seq, stderr=seq + 1)
     # Nobody reads: each of them fills its pipe.
-    floods = [process.pid for process in agent.agent._processes]
+    until(lambda: len(named("yes")) == 4)
+    floods = named("yes")
     until(lambda: all(state_of(pid) == "S" for pid in floods))
     host.exec("true", stdio=3, stderr=4)
-    until(lambda: state_of(owner(agent, 3).pid) == "Z")
+    until(lambda: [state_of(pid) for pid in named("true")] == ["Z"])
     # For so long there is output without a pause, however slow they are.
     left = unread(host.io.sock) + MAX_FROM_AGENT + len(floods) * 32 * 1024
     while left > 0:
@@ -303,7 +307,7 @@ def test_an_echo_comes_after_what_was_before_it(host: Host) -> None:
 
 
 def test_no_echo_without_room_for_it(host: Host, agent: AgentThread) -> None:
-    start_flood(host, agent)
+    start_flood(host)
     host.feed(MARKER)
     host.ok(Code.PING)  # was sent later and so is taken later
     frames: list[Frame] = []
