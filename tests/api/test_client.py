@@ -9,13 +9,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import msgspec
 import pytest
 
-from cc_proxy.api import DEFAULT_SOCKET, Attach, Client, Deadline, Hyper, ProtocolError, Refused, TimedOut
+from cc_proxy.api import (
+    DEFAULT_SOCKET,
+    Attach,
+    Client,
+    Deadline,
+    Hyper,
+    ProtocolError,
+    Refused,
+    TimedOut,
+    deadline,
+)
 from tests.api.support import expect, expect_end, message, peer, say
+from tests.clock import Clock
 
 OK = message(b'{"success":true}')
 VERSION = message(b'{"success":true,"data":{"version":1}}')
@@ -401,12 +411,12 @@ def test_a_request_that_is_not_taken_in_time() -> None:
 
 def test_the_deadline_is_for_all_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """When the response has come, by the end of it, no time is left for the fd."""
-    now = [0.0]
-    monkeypatch.setattr("cc_proxy.api.deadline.time", SimpleNamespace(monotonic=lambda: now[0]))
+    clock = Clock()
+    clock.rule(monkeypatch, deadline)
 
     def script(far: socket.socket) -> None:
         expect(far, ALLOCATE_1)
-        now[0] += 1.0
+        clock.now += 1.0
         far.sendall(IO_BASE)
         expect_end(far)
 
@@ -418,14 +428,14 @@ def test_the_deadline_is_for_all_of_a_request(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_deadline_of_the_client_is_for_everything_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("cc_proxy.api.deadline.time", SimpleNamespace(monotonic=lambda: now[0]))
+    clock = Clock()
+    clock.rule(monkeypatch, deadline)
     with (
         peer(answers((ATTACH, VERSION), (ATTACH, b""))) as near,
         Client(near, timeout=Deadline(5.0)) as client,
     ):
         client.attach("c")
-        now[0] += 5.0
+        clock.now += 5.0
         with pytest.raises(TimedOut):
             client.attach("c")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from typing import Any
 
@@ -205,10 +204,3 @@ def test_examples_are_ones(
     for example in command.examples:
         assert f"\n  cc-proxyctl {example}\n" in printed
         assert example.split()[0] in (command.name, *command.aliases)
-
-
-def test_the_parser_is_one_that_documentation_can_be_made_from() -> None:
-    parser = build_parser()
-    assert parser.prog == "cc-proxyctl"
-    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    assert set(actions[0].choices) == {name for c in COMMANDS for name in (c.name, *c.aliases)}

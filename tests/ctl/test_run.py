@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,10 +13,11 @@ import pytest
 from cc_proxy.api import EndedVm, LastError, VmStatus
 from cc_proxy.ctl.signals import ENDING
 from tests.ctl.fake_proxy import ERROR, FakeProcess, FakeProxy, exits
-from tests.ctl.running import RUN, VM, ctl, interrupt
+from tests.ctl.running import RUN, VM, ctl, interrupt, popen_piped
 from tests.ctl.test_single import GIVE_IT_TIME, error_line
 from tests.ctl.test_status import STATUS
 from tests.ctl.test_status import VM as SOME_VM
+from tests.wire.support import WAIT, wait_until
 
 SETUP = ["hello", "startpod", "allocateIO", "newcontainer"]
 DESTROYED = ["attach", "destroypod", "bye"]
@@ -309,15 +311,22 @@ def test_no_terminal(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize("argv", [RUN, ("exec", "pod")], ids=["run", "exec"])
-def test_a_signal_while_cc_proxy_takes_no_connections(
-    proxy: FakeProxy, monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...]
-) -> None:
-    def connects(*_arguments: object, **_options: object) -> None:
-        signal.raise_signal(signal.SIGTERM)
-        pytest.fail("it goes on waiting")
+def test_a_signal_while_cc_proxy_takes_no_connections(tmp_sock_dir: Path, argv: tuple[str, ...]) -> None:
+    path = str(tmp_sock_dir / "full")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(path)
+        listener.listen(0)
+        first.connect(path)  # nobody else fits into its backlog
+        with popen_piped(path, *argv, "x") as child:
+            wait_until(lambda: catches(child.pid, signal.SIGTERM), "it looks for signals")
+            child.terminate()
+            assert child.wait(WAIT) == 143
 
-    monkeypatch.setattr("cc_proxy.ctl.connection.Client", connects)
-    assert ctl(proxy, *argv, "x") == 143
+
+def catches(pid: int, signum: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    fields = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(fields["SigCgt"], 16) >> (signum - 1) & 1)
 
 
 @pytest.mark.parametrize("signum", ENDING, ids=lambda signum: signum.name)

@@ -10,17 +10,21 @@ import sys
 import termios
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 
+from cc_proxy.ctl import attendance
+from cc_proxy.ctl import signals as signals_module
 from cc_proxy.ctl.errors import Interrupted
-from cc_proxy.ctl.pod import _GRACE
 from cc_proxy.ctl.signals import ENDING, Signals
+from tests.clock import Clock
 from tests.ctl.fake_proxy import FakeProcess, FakeProxy
 from tests.ctl.running import RUN, ctl, interrupt, popen_piped
 from tests.ctl.window import Window
 from tests.wire.support import wait_until
+
+#: Seconds that a step of clearing up may take, unless the user insists on an end.
+GRACE = 5.0
 
 
 def ends_by_signals(count: int) -> Callable[[FakeProcess], None]:
@@ -191,20 +195,20 @@ def test_the_third_signal_ends_run_whatever_the_process_does(proxy: FakeProxy, l
         began = time.monotonic()
         child.send_signal(last)
         assert child.wait() == 128 + last
-        assert time.monotonic() - began < _GRACE
+        assert time.monotonic() - began < GRACE
     assert proxy.wait_for("killcontainer", 3).arguments["allProcesses"]
     assert proxy.names[-4:] == ["attach", "killcontainer", "destroypod", "bye"]
 
 
 def test_signals_that_come_far_apart_are_all_the_processs(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("cc_proxy.ctl.signals.time", SimpleNamespace(monotonic=lambda: now[0]))
+    clock = Clock()
+    clock.rule(monkeypatch, signals_module)
     with Signals() as signals:
         for _ in range(4):
             signal.raise_signal(signal.SIGINT)
-            now[0] += 3.0
+            clock.now += 3.0
             assert not signals.insistent
-        now[0] -= 2.0
+        clock.now -= 2.0
         signal.raise_signal(signal.SIGTERM)
         assert signals.insistent
 
@@ -230,7 +234,7 @@ def test_the_third_signal_cuts_clearing_up_short(proxy: FakeProxy, capfd: pytest
     proxy.hold("bye")
     began = time.monotonic()
     assert ctl(proxy, *RUN, "x") == 7
-    assert time.monotonic() - began < _GRACE
+    assert time.monotonic() - began < GRACE
     assert proxy.names[-3:] == ["attach", "destroypod", "bye"]
     late = f"{proxy.path} has not answered bye in time"
     assert capfd.readouterr().err.startswith(f"cc-proxyctl: pod may still be registered: {late}")
@@ -271,8 +275,15 @@ def test_the_last_signal_has_ended_the_process(proxy: FakeProxy) -> None:
 def test_a_signal_that_was_long_ago_has_not_ended_the_process(
     proxy: FakeProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cc_proxy.ctl.attendance._KILLED_WITHIN", -1.0)
-    proxy.script = killed
+    clock = Clock()
+    clock.rule(monkeypatch, attendance)
+
+    def script(process: FakeProcess) -> None:
+        process.proxy.wait_for("killcontainer")
+        clock.now += 5.1
+        process.exit(0)
+
+    proxy.script = script
     proxy.when_asked["newcontainer"] = interrupt(signal.SIGUSR1)
     assert ctl(proxy, *RUN, "x") == 0
 

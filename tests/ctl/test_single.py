@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -17,9 +16,11 @@ import pytest
 from cc_proxy.api import ProtocolError, TimedOut
 from cc_proxy.cli.ctl import main
 from cc_proxy.ctl.agentlog import log_name
-from cc_proxy.ctl.errors import explain, say
+from cc_proxy.ctl.errors import explain
 from tests.ctl.fake_proxy import ERROR, FakeProxy
-from tests.ctl.running import ctl, interrupt
+from tests.ctl.running import CHECKOUT, ctl, interrupt, popen_piped
+from tests.users import ALICE, call_as, needs_root
+from tests.wire.support import WAIT
 
 #: What to do about an answer that does not come in time.
 GIVE_IT_TIME = "(--timeout gives it longer; `cc-proxyctl status` shows what it waits for)"
@@ -95,9 +96,10 @@ def test_hyper_without_data(proxy: FakeProxy) -> None:
     assert proxy.wait_for("testcmd").data == b""
 
 
-def test_hyper_reads_stdin(proxy: FakeProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"a": 1}\n')))
-    assert ctl(proxy, "hyper", "ID", "testcmd", "-") == 0
+def test_hyper_reads_stdin(proxy: FakeProxy) -> None:
+    with popen_piped(proxy.path, "hyper", "ID", "testcmd", "-") as child:
+        assert child.communicate(b'{"a": 1}\n', timeout=WAIT) == (b"", b"")
+    assert child.returncode == 0
     assert proxy.wait_for("testcmd").data == b'{"a": 1}'
 
 
@@ -133,15 +135,14 @@ def test_no_proxy(tmp_path: Path, capfd: pytest.CaptureFixture[str], argv: list[
     )
 
 
-def test_a_socket_that_is_for_others(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def refuse(*_arguments: object, **_options: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", "/p")
-
-    monkeypatch.setattr("cc_proxy.ctl.connection.Client", refuse)
-    assert main(["--socket-path", "/p", "bye", "ID"]) == 125
-    assert error_line(capfd).endswith("become root, or a member of the group)")
+@needs_root
+def test_a_socket_that_is_for_others(proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
+    Path(proxy.path).parent.chmod(0o755)
+    assert call_as(ALICE, lambda: ctl(proxy, "bye", "ID")) == 125
+    assert error_line(capfd) == (
+        f"cannot reach cc-proxy at {proxy.path}: Permission denied "
+        "(the socket is for its owner and group: become root, or a member of the group)"
+    )
 
 
 def test_a_server_that_is_not_the_proxy(tmp_sock_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -285,15 +286,10 @@ def test_explanations(error: Exception, text: str) -> None:
     assert explain(error) == text
 
 
-class FullStream(io.StringIO):
-    def write(self, text: str) -> int:
-        raise OSError(28, "No space left on device")
-
-
-@pytest.mark.parametrize("stderr", [None, FullStream()], ids=["closed", "full"])
-def test_nobody_listens(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], stderr: io.StringIO | None
-) -> None:
-    monkeypatch.setattr(sys, "stderr", stderr)
-    say("hello")
-    assert capfd.readouterr() == ("", "")
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"], ids=["closed", "full"])
+def test_nobody_listens(stderr: str) -> None:
+    """What it has to say of its failure goes nowhere, and changes nothing."""
+    command = [sys.executable, "-m", "cc_proxy.cli.ctl", "--socket-path", "/nonexistent", "bye", "ID"]
+    shell = ["sh", "-c", f'exec "$@" {stderr}', "sh", *command]
+    ended = subprocess.run(shell, cwd=CHECKOUT, stdout=subprocess.PIPE, timeout=WAIT, check=False)
+    assert (ended.returncode, ended.stdout) == (125, b"")

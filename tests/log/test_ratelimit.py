@@ -21,8 +21,7 @@ pytestmark = pytest.mark.usefixtures("logging_as_it_was")
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(ratelimit, "time", clock)
-    monkeypatch.setattr(log_module, "time", clock)
+    clock.rule(monkeypatch, ratelimit, log_module)
     return clock
 
 
