@@ -41,7 +41,7 @@ except ImportError:  # its place before 3.1; Debian 12 has an older one
 _REPORT_INTERVAL = 30.0
 
 
-class _Json(JsonFormatter):
+class JsonLines(JsonFormatter):
     """Formats a line as a JSON object; with `priority`, puts the syslog priority before it."""
 
     def __init__(self, *, timestamp: bool, priority: bool = False) -> None:
@@ -55,7 +55,7 @@ class _Json(JsonFormatter):
         return f"<{priority_of(record.levelno)}>{line}" if self._priority else line
 
 
-class _Text(logging.Formatter):
+class TextLines(logging.Formatter):
     """Formats a line for people: time, level, text, and the fields as `name=value`."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -227,9 +227,9 @@ def stderr_is_journal(stream: TextIO) -> bool:
 
 def _sink(form: LogFormat, stream: TextIO) -> _Sink:
     if form == "text" or (form == "auto" and stream.isatty()):
-        return _Stream(stream, _Text())
+        return _Stream(stream, TextLines())
     if not stderr_is_journal(stream):
-        return _Stream(stream, _Json(timestamp=True))
+        return _Stream(stream, JsonLines(timestamp=True))
     if journal.is_there():
-        return _Journal(_Json(timestamp=False))
-    return _Stream(stream, _Json(timestamp=False, priority=True))
+        return _Journal(JsonLines(timestamp=False))
+    return _Stream(stream, JsonLines(timestamp=False, priority=True))

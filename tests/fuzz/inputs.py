@@ -8,23 +8,23 @@ from pathlib import Path
 DIRECTORY = Path(__file__).with_name("corpus")
 
 
-def read(target: str) -> list[bytes]:
+def read(target: str, directory: Path = DIRECTORY) -> list[bytes]:
     """All inputs for a target."""
-    return [bytes.fromhex(line.split()[-1]) for line in _lines(target)]
+    return [bytes.fromhex(line.split()[-1]) for line in _lines(target, directory)]
 
 
-def write(target: str, inputs: Iterable[bytes]) -> int:
+def write(target: str, inputs: Iterable[bytes], directory: Path = DIRECTORY) -> int:
     """Keep those that have a name, and these; returns how many there are."""
-    lines = [line for line in _lines(target) if " " in line]
+    lines = [line for line in _lines(target, directory) if " " in line]
     named = {bytes.fromhex(line.split()[-1]) for line in lines}
     lines += [data.hex() for data in sorted(set(inputs) - named, key=lambda data: (len(data), data)) if data]
-    _path(target).write_text("".join(f"{line}\n" for line in lines))
+    _path(target, directory).write_text("".join(f"{line}\n" for line in lines))
     return len(lines)
 
 
-def _lines(target: str) -> list[str]:
-    return _path(target).read_text().splitlines()
+def _lines(target: str, directory: Path) -> list[str]:
+    return _path(target, directory).read_text().splitlines()
 
 
-def _path(target: str) -> Path:
-    return DIRECTORY / f"{target}.txt"
+def _path(target: str, directory: Path) -> Path:
+    return directory / f"{target}.txt"

@@ -15,6 +15,7 @@ import pytest
 from cc_proxy.log import journal
 from cc_proxy.log.levels import logger
 from cc_proxy.log.writing import Logging
+from tests.log.losing import lost
 from tests.log.test_writing import journal_of, piped
 from tests.wire.support import wait_until
 
@@ -89,7 +90,7 @@ def test_journal_that_is_away_loses_lines_and_the_next_says_how_many(native: Fak
     native.stop()
     logger.info("lost")
     logger.info("lost")
-    wait_until(lambda: native.log._sink.lost == 2, "both are lost")
+    wait_until(lambda: lost(native.log) == 2, "both are lost")
     native.start()
     logger.info("back")
     logger.info("on")

@@ -21,7 +21,6 @@ from typing import Any, TextIO, get_args
 
 import pytest
 
-from cc_proxy.log import waiting
 from cc_proxy.log.levels import (
     CONSOLE,
     IO,
@@ -34,6 +33,7 @@ from cc_proxy.log.levels import (
     priority_of,
 )
 from cc_proxy.log.writing import Logging, stderr_is_journal
+from tests.log.losing import lost
 from tests.wire.support import WAIT, in_background, wait_until
 
 pytestmark = pytest.mark.usefixtures("logging_as_it_was")
@@ -278,42 +278,39 @@ class Stalled(io.StringIO):
         return super().write(text)
 
 
-@pytest.fixture
-def short_queue(monkeypatch: pytest.MonkeyPatch) -> int:
-    """How many events fit that have a number and nothing else."""
-    monkeypatch.setattr(waiting, "_MOST_WAITING", 20 * waiting._EVENT_SIZE)
-    return 20
+#: How many events may wait that have a number and nothing else: 4 MiB, of a kibibyte each.
+MOST_WAITING = 4_096
 
 
-def test_lines_that_do_not_fit_are_counted_and_the_next_one_says_so(short_queue: int) -> None:
+def test_lines_that_do_not_fit_are_counted_and_the_next_one_says_so() -> None:
     stream = Stalled()
-    log = Logging("info", "json", stream)
+    log = Logging("debug", "json", stream)
     log.start()
-    logger.info("the first")
+    logger.debug("the first")
     assert stream.reached.wait(WAIT)
-    for number in range(short_queue + 7):
-        logger.info("event", extra={"number": number})
+    for number in range(MOST_WAITING + 7):
+        logger.debug("event", extra={"number": number})
     stream.goes_on.set()
-    wait_until(lambda: stream.getvalue().count("\n") == short_queue + 1, "all that waited is written")
-    logger.info("after that")
-    logger.info("and on")
+    wait_until(lambda: stream.getvalue().count("\n") == MOST_WAITING + 1, "all that waited is written")
+    logger.debug("after that")
+    logger.debug("and on")
     log.stop()
     events = [json.loads(line) for line in stream.getvalue().splitlines()]
-    assert [event["number"] for event in events[1:-2]] == list(range(short_queue))
+    assert [event["number"] for event in events[1:-2]] == list(range(MOST_WAITING))
     assert events[-2]["message"] == "after that"
     assert events[-2]["dropped_before"] == 7
     assert "dropped_before" not in events[-1]
 
 
-def test_stop_while_the_queue_is_full_writes_all_that_waits(short_queue: int) -> None:
+def test_stop_while_the_queue_is_full_writes_all_that_waits() -> None:
     """Or a daemon whose log is read slowly ends with a traceback."""
     stream = Stalled()
-    log = Logging("info", "json", stream)
+    log = Logging("debug", "json", stream)
     log.start()
-    logger.info("the first")
+    logger.debug("the first")
     assert stream.reached.wait(WAIT)
-    for _ in range(short_queue):
-        logger.info("event")
+    for _ in range(MOST_WAITING):
+        logger.debug("event")
     ended = threading.Event()
     results: list[bool] = []
 
@@ -327,7 +324,7 @@ def test_stop_while_the_queue_is_full_writes_all_that_waits(short_queue: int) ->
         with in_background(stop):
             ended.wait(0.05)  # it finds the queue full
             stream.goes_on.set()
-        wait_until(lambda: stream.getvalue().count("\n") > short_queue, "all that waited is written")
+        wait_until(lambda: stream.getvalue().count("\n") > MOST_WAITING, "all that waited is written")
         assert results, "it ended without an error"
     finally:
         if results != [True]:
@@ -388,14 +385,12 @@ def test_closed_stderr_keeps_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
     log.start()
     tracemalloc.start()
     try:
-        for _ in range(40):
-            for number in range(100):
-                logger.log(logging.INFO, f"event {number}", extra={"text": "x" * 1_000})
-            wait_until(lambda: not log._listener._waiting.qsize(), "all is written")
+        for number in range(1_900):  # as many as may wait
+            logger.log(logging.INFO, f"event {number}", extra={"text": "x" * 1_000})
+        assert log.stop()
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-        assert log.stop()
     assert held < 1_000_000
 
 
@@ -408,9 +403,9 @@ def test_line_after_a_full_disk_is_a_line_of_its_own(tmp_path: Path) -> None:
         wait_until(lambda: path.read_text().count("\n") == 1, "the first is written")
         with disk_full_after(path.stat().st_size + 20):
             logger.info("half of it is written")
-            wait_until(lambda: log._sink.lost == 1, "the disk is full")
+            wait_until(lambda: lost(log) == 1, "the disk is full")
             logger.info("nothing of it is written")
-            wait_until(lambda: log._sink.lost == 2, "the disk is full")
+            wait_until(lambda: lost(log) == 2, "the disk is full")
         logger.info("after")
         assert log.stop()
     first, half, last = path.read_text().splitlines()

@@ -24,7 +24,7 @@ from cc_proxy.api.payloads import Hello, Request
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.log import faults
 from cc_proxy.log.levels import CONSOLE, logger
-from cc_proxy.log.writing import _Json, _Text
+from cc_proxy.log.writing import JsonLines, TextLines
 from cc_proxy.proxy.clients.connection import After, Connection
 from cc_proxy.proxy.clients.handlers import MAX_RESPONSE, ClientInfo, Handlers
 from cc_proxy.proxy.rest import Rest
@@ -221,7 +221,7 @@ class _Log(logging.Handler):
         logger.propagate = True
 
     def emit(self, record: logging.LogRecord) -> None:
-        text, as_json = _Text().format(record), _Json(timestamp=True).format(record)
+        text, as_json = TextLines().format(record), JsonLines(timestamp=True).format(record)
         if record.exc_info:
             self._traces.append(text)
         else:
