@@ -22,16 +22,19 @@ from cc_proxy.access import (
     unknown_names,
 )
 from cc_proxy.linux.credentials import Credentials
+from tests.users import call_as, needs_root
 
 # Nobody's numbers: whoever runs the tests is none of them.
 OWNER, USER, STRANGER = 54_321, 54_322, 54_323
 MEMBERS, ADMINS = 54_900, 54_901
+#: The daemon's own user.
+DAEMON = Credentials(0, 54_377, 54_377)
 ACCESS = Access(users=(UserId(OWNER), UserId(USER)), groups=(GroupId(MEMBERS),), admins=(GroupId(ADMINS),))
 
 # Whether one may connect, use Owner's VM, and operate the daemon.
 TABLE = {
     "root": (Credentials(1, 0, 5), True, True, True),
-    "the daemon's own user": (Credentials(1, 77, 5), True, False, True),
+    "the daemon's own user": (Credentials(1, DAEMON.uid, 5), True, False, True),
     "the owner": (Credentials(1, OWNER, 5), True, True, False),
     "another user": (Credentials(1, USER, 5), True, False, False),
     "a member": (Credentials(1, STRANGER, MEMBERS), True, False, False),
@@ -42,14 +45,16 @@ TABLE = {
 }
 
 
+@needs_root
 @pytest.mark.parametrize("who", TABLE)
-def test_who_may_do_what(monkeypatch: pytest.MonkeyPatch, who: str) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 77)
+def test_who_may_do_what(who: str) -> None:
     client, connects, uses, operates = TABLE[who]
-    assert may_connect(ACCESS, client) is connects
-    assert may_use(ACCESS, client, OWNER) is uses
-    assert may_operate(ACCESS, client) is operates
-    assert is_admin(ACCESS, client) is (uses and client.uid != OWNER)
+
+    def may() -> tuple[bool, ...]:
+        use = may_use(ACCESS, client, OWNER), is_admin(ACCESS, client)
+        return may_connect(ACCESS, client), may_operate(ACCESS, client), *use
+
+    assert call_as(DAEMON, may) == (connects, operates, uses, uses and client.uid != OWNER)
 
 
 def test_by_default_the_daemons_group_may_connect_and_only_root_is_an_admin() -> None:

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (kept := inheritance.settings):
             return _refuse(error)
         chosen, wrong = kept, str(error)
-    _leave_directory(options)
+    leave_directory(options)
     have_one_arena()  # before the log's thread, which would get an arena of its own
     connector = Connector()
     with contextlib.suppress(OSError):  # no process can be forked: a hello will try again, and report it
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if wrong:
                 logger.error("settings not read: those from before stay", extra={"error": wrong})
             host = Host(
-                lambda: _read_again(options),
+                lambda: read_again(options),
                 lambda: options.config or "",
                 notifier,
                 log,
@@ -130,7 +130,7 @@ def _check_settings(chosen: Settings, path: str | None) -> int:
     return 0
 
 
-def _leave_directory(options: argparse.Namespace) -> None:
+def leave_directory(options: argparse.Namespace) -> None:
     """Change to `/`, so that a client that names a path through /proc/self/cwd gains nothing."""
     _stay_with_file(options)
     if options.socket_path is not None:
@@ -143,7 +143,7 @@ def _stay_with_file(options: argparse.Namespace) -> None:
     options.config = settings.file_read(options.config) or None
 
 
-def _read_again(options: argparse.Namespace) -> Settings:
+def read_again(options: argparse.Namespace) -> Settings:
     """Return the settings as they are now. Raises `SettingsError`."""
     chosen = choose_settings(options)
     _stay_with_file(options)

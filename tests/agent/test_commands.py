@@ -450,9 +450,13 @@ for number, spec in enumerate(sys.argv[1:]):
 
 @needs_root
 def test_who_is_not_root_runs_processes_as_himself() -> None:
-    own = {"user": "54321", "group": "54322", "additionalGroups": ["54322", "54323"]}
-    others = [{"user": "54322"}, {"group": "54321"}, {"additionalGroups": ["54324"]}]
-    specs = [json.dumps({**process("true"), **more}) for more in (own, *others)]
+    own = process("true", user="54321", group="54322", additionalGroups=["54322", "54323"])
+    others = [
+        process("true", user="54322"),
+        process("true", group="54321"),
+        process("true", additionalGroups=["54324"]),
+    ]
+    specs = map(json.dumps, [own, *others])
     command = [sys.executable, "-c", AS_NOBODY, *specs]
     refused = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
     assert refused.stdout.split() == ["1", "2", "3"]

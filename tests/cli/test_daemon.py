@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cc_proxy import __version__, settings
+import cc_proxy
+from cc_proxy import settings
 from cc_proxy.cli import daemon as cli
 from cc_proxy.cli.daemon import build_parser, choose_settings, main
 from cc_proxy.log.levels import LEVELS
@@ -23,12 +25,13 @@ CHECKOUT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No settings but those of a test."""
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No settings but those of a test. The test process keeps its own signals."""
     monkeypatch.delenv(cli.LOG_LEVEL_VARIABLE, raising=False)
     monkeypatch.setattr(settings, "DEFAULT_FILE", str(tmp_path / "default.toml"))
-    # The test process keeps its own signals.
-    monkeypatch.setattr(signal, "pthread_sigmask", lambda how, signals: set())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def chosen(*arguments: str) -> Settings:
@@ -187,10 +190,7 @@ def test_check_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert not path.parent.exists()
 
 
-def test_check_config_without_a_file(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cc_proxy.settings.DEFAULT_FILE", "/nonexistent/cc-proxy.toml")
+def test_check_config_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--check-config"]) == 0
     assert capsys.readouterr() == ("cc-proxy: no file: the defaults\n", "")
 
@@ -205,7 +205,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as status:
         main(["--version"])
     assert status.value.code == 0
-    assert capsys.readouterr().out == f"cc-proxy {__version__}\n"
+    assert capsys.readouterr().out == f"cc-proxy {cc_proxy.__version__}\n"
 
 
 def test_help_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,7 +340,7 @@ def test_what_was_read_is_what_is_read_again(tmp_path: Path, monkeypatch: pytest
     default.write_text("[limits]\nvms = 5\n")
     options = build_parser().parse_args(["--socket-path", "sock"])
     before = choose_settings(options)
-    cli._leave_directory(options)
+    cli.leave_directory(options)
     assert choose_settings(options) == before
     default.unlink()
     with pytest.raises(SettingsError, match=r"default.toml: cannot be read: No such file"):
@@ -350,15 +350,15 @@ def test_what_was_read_is_what_is_read_again(tmp_path: Path, monkeypatch: pytest
 def test_file_that_comes_later_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     options = build_parser().parse_args([])
-    cli._leave_directory(options)
-    assert cli._read_again(options) == Settings()
+    cli.leave_directory(options)
+    assert cli.read_again(options) == Settings()
     default = tmp_path / "default.toml"
     default.write_text("[limits]\nvms = 5\n")
-    assert cli._read_again(options).limits.vms == 5
+    assert cli.read_again(options).limits.vms == 5
     assert options.config == str(default)
     default.unlink()
     with pytest.raises(SettingsError, match=r"default.toml: cannot be read: No such file"):
-        cli._read_again(options)
+        cli.read_again(options)
 
 
 def test_check_config_names_users_and_groups_that_nobody_knows(

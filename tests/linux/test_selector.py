@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 
@@ -58,7 +58,7 @@ def test_loading_selectors2_leaves_the_process_as_it_was(ends: tuple[socket.sock
 
 
 def test_selectors2_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "selectors2", None)
     with pytest.raises(ImportError, match="selectors2 is not installed") as error:
         import_anew(selector.__spec__)
     assert error.value.name == "selectors2"
@@ -88,18 +88,37 @@ def test_what_cannot_be_watched_is_not_watched(
         chosen.remove(fd)
 
 
-def test_watches_that_have_run_out_are_called_that(
-    chosen: Selector, ends: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+class FullOnce:
+    """An epoll instance whose user has as many watches as the kernel allows, but for a moment only.
 
-    monkeypatch.setattr(chosen._selector, "_epoll", SimpleNamespace(register=refuse, unregister=refuse))
-    with pytest.raises(OSError, match="max_user_watches is reached"):
+    The limit is one of the whole host, not of a process.
+    """
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._full = True
+
+    def register(self, fd: int, events: int) -> None:
+        if self._full:
+            self._full = False
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._epoll.register(fd, events)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._epoll, name)
+
+
+def test_watches_that_have_run_out_are_called_that(
+    ends: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = FullOnce()
+    monkeypatch.setattr(select, "epoll", lambda: full)
+    with contextlib.closing(Selector()) as chosen:
+        with pytest.raises(OSError, match="max_user_watches is reached"):
+            chosen.add(ends[0].fileno(), READ)
+        assert not chosen.watches(ends[0].fileno())
         chosen.add(ends[0].fileno(), READ)
-    assert not chosen.watches(ends[0].fileno())
-    monkeypatch.undo()
-    chosen.add(ends[0].fileno(), READ)
+        assert chosen.watches(ends[0].fileno())
 
 
 def test_hang_ups_alone_can_be_watched(chosen: Selector, ends: tuple[socket.socket, socket.socket]) -> None:

@@ -41,6 +41,7 @@ def docs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    # argparse has no other way to ask a parser for its options.
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):

@@ -41,8 +41,7 @@ def test_each_lock_is_in_the_document_and_no_other() -> None:
 
 
 def test_locks_of_the_project_are_watched_and_no_others(space: SpoolSpace) -> None:
-    lock: object = space._lock
-    assert isinstance(lock, WatchedLock)
+    (lock,) = (value for value in vars(space).values() if isinstance(value, WatchedLock))
     assert lock.name == "SpoolSpace._lock"
     assert not isinstance(queue.Queue[int]().mutex, WatchedLock)
 

@@ -108,7 +108,7 @@ class Box:
                 # nspawn passes on what the box's systemd says; once this is full, both would wait for ever.
                 notified.close()
                 box = cls(int((cgroup / "payload/init.scope/cgroup.procs").read_text().split()[0]))
-                box._open_the_way()
+                box.open_the_way()
                 yield box
             finally:
                 process.kill()
@@ -161,7 +161,7 @@ class Box:
         self.path(path).parent.mkdir(parents=True, exist_ok=True)
         self.path(path).write_text(text)
 
-    def _open_the_way(self) -> None:
+    def open_the_way(self) -> None:
         """Let every user of the box reach what is visible, as they could if it were installed."""
         visible = _visible()
         for directory in {parent for path in visible for parent in path.parents}:
