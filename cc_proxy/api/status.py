@@ -14,6 +14,8 @@ MOST_LISTED = 8
 MOST_VMS = 2_048
 #: The most users that are listed.
 MOST_USERS = 1_024
+#: The most VMs that failed.
+MOST_ENDED = 32
 
 
 class _Part(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
@@ -162,7 +164,7 @@ class Status(_Part, frozen=True):
     #: Ordered by id, `MOST_VMS` at most; and how many VMs there are.
     vms: list[VmStatus]
     vm_count: int
-    #: VMs that failed, the latest first.
+    #: VMs that failed, the latest first, `MOST_ENDED` at most.
     ended: list[EndedVm]
     #: Since the first of the processes that have followed each other: no VM is known for longer. 0 from a
     #: daemon that does not say.

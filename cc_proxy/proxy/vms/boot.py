@@ -4,17 +4,18 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.payloads import Hello
-from cc_proxy.continuity.state.vms import BootState
-from cc_proxy.hyperstart.codes import Code
-from cc_proxy.hyperstart.control import ControlMessage, OnAnswer, ignore
-from cc_proxy.linux.fds import Fd, close_stream
+from cc_proxy.continuity.state.vms import BootState, ConsoleState, ControlState
+from cc_proxy.hyperstart.control import ControlMessage
+from cc_proxy.linux.fds import Fd, close_stream, hung_up_socket
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.rest import Resting
+from cc_proxy.proxy.vms.commands import OnAnswered
 from cc_proxy.proxy.vms.console import Console
 from cc_proxy.proxy.vms.control import ControlLink, NoAnswer
 from cc_proxy.proxy.vms.control_socket import ControlLost
@@ -35,6 +36,31 @@ class Channels:
     #: None if there is none, or the log does not take its lines.
     console: Console | None
 
+    @classmethod
+    def from_state(
+        cls,
+        vm: str,
+        io: Fd | None,
+        control: ControlState | None,
+        console: ConsoleState | None,
+        on_answered: OnAnswered,
+    ) -> Self:
+        """Return what another process had open. Raises `OSError`."""
+        # What has hung up stands for what is closed already.
+        if control:
+            link = ControlLink.from_state(control, event_logger(vm), on_answered)
+        else:
+            link = ControlLink(hung_up_socket(), event_logger(vm))
+        return cls(
+            link,
+            socket.socket(fileno=io.number) if io else hung_up_socket(),
+            Console.from_state(vm, console) if console else None,
+        )
+
+    def hand_over(self) -> tuple[ControlState | None, ConsoleState | None]:
+        """Give up all but the I/O channel as values, for `from_state`; None for what is closed."""
+        return self.control.hand_over(), self.console.hand_over() if self.console else None
+
     def close(self) -> None:
         """Close all. Every thread that uses the control channel finds it lost."""
         self.control.close()
@@ -46,9 +72,11 @@ class Channels:
 class Boot:
     """One attempt to connect to a VM and see it ready. One thread, except for `rest` and `give_up`."""
 
-    def __init__(self, hello: Hello, limits: VmSettings) -> None:
-        self._hello = hello
+    def __init__(self, vm: str, limits: VmSettings, on_answered: OnAnswered) -> None:
+        """`on_answered` is for the control channel."""
+        self._vm = vm
         self._limits = limits
+        self._on_answered = on_answered
         self._given_up = ""  # why; set once, by any thread
         self._resting = False
         self._channels: Channels | None = None  # once they are connected
@@ -66,23 +94,21 @@ class Boot:
     def hand_over(self) -> BootState:
         """Give up what is open as a value. After `run` has left."""
         channels = self._channels
+        control, console = channels.hand_over() if channels else (None, None)
         return BootState(
             left=self._deadline.remaining(),
             quizzed_in=self._quiz_at.remaining(),
             io=Fd(channels.io.detach()) if channels else None,
-            control=channels.control.hand_over() if channels else None,
-            console=channels.console.hand_over() if channels and channels.console else None,
+            control=control,
+            console=console,
         )
 
     def restore(self, state: BootState) -> None:
         """Go on where another one of this VM stood. Before `run`. Raises `OSError`."""
         self._deadline, self._quiz_at = Deadline(state.left), Deadline(state.quizzed_in)
-        if state.io and state.control:
-            vm = self._hello.container_id
-            self._channels = Channels(
-                ControlLink.from_state(state.control, event_logger(vm), _no_commands),
-                socket.socket(fileno=state.io.number),
-                Console.from_state(vm, state.console) if state.console else None,
+        if state.io:
+            self._channels = Channels.from_state(
+                self._vm, state.io, state.control, state.console, self._on_answered
             )
 
     # Any thread -------------------------------------------------------------------------------------------
@@ -95,7 +121,7 @@ class Boot:
 
     # One thread -------------------------------------------------------------------------------------------
 
-    def run(self, dialer: Dialer, is_here: Callable[[], bool]) -> tuple[Channels, int]:
+    def run(self, hello: Hello, dialer: Dialer, is_here: Callable[[], bool]) -> tuple[Channels, int]:
         """Connect all channels, and wait until the agent is ready, within one deadline.
 
         Returns the channels, and the first seq to hand out. Ends early if `is_here` says that the client has
@@ -111,7 +137,7 @@ class Boot:
         channels = self._channels
         try:
             if channels is None:
-                channels = self._channels = self._connect(dialer, is_wanted)
+                channels = self._channels = self._connect(hello, dialer, is_wanted)
             booted = self._wait_until_up(channels, is_wanted)
         except Resting:
             raise
@@ -124,9 +150,9 @@ class Boot:
             channels.console = None
         return channels, 1 if booted else _unused_seq()
 
-    def _connect(self, dialer: Dialer, is_wanted: Callable[[], bool]) -> Channels:
+    def _connect(self, hello: Hello, dialer: Dialer, is_wanted: Callable[[], bool]) -> Channels:
         try:
-            sockets = dialer.connect(self._hello, self._deadline, still_wanted=is_wanted)
+            sockets = dialer.connect(hello, self._deadline, still_wanted=is_wanted)
         except CannotConnect as error:
             raise VmError(self._given_up or str(error)) from None
         with contextlib.ExitStack() as undo:
@@ -134,9 +160,8 @@ class Boot:
             self._quiz_at = Deadline(self._limits.ready_ping_after)
             for channel in (sockets.ctl, sockets.io):
                 channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-            vm = self._hello.container_id
-            console = Console.open(vm, self._hello.console, sockets)
-            control = ControlLink(sockets.ctl, event_logger(vm))
+            console = Console.open(self._vm, hello.console, sockets)
+            control = ControlLink(sockets.ctl, event_logger(self._vm), self._on_answered)
             undo.pop_all()
         return Channels(control, sockets.io, console)
 
@@ -161,11 +186,6 @@ def event_logger(vm: str) -> Callable[[ControlMessage], None]:
             logger.debug("event from the VM", extra={"vm": vm, "event": str(event)})
 
     return log
-
-
-def _no_commands(_code: Code, _seqs: Sequence[int]) -> OnAnswer:
-    """None has been sent yet."""
-    return ignore
 
 
 def _unused_seq() -> int:

@@ -11,8 +11,8 @@ from cc_proxy.hyperstart.control import Command, ControlChannel, ControlMessage,
 from cc_proxy.linux.fds import Fd
 from cc_proxy.proxy.turns import Waiter
 
-#: What is to happen once a command is answered, which may start processes on these seqs.
-OnAnswerTo = Callable[[Code, Sequence[int]], OnAnswer]
+#: Called with a client's command, the stdios of the processes that it may have started, and its answer.
+OnAnswered = Callable[[Code, Sequence[int], ControlMessage], None]
 
 
 @dataclass(eq=False, slots=True)
@@ -30,15 +30,16 @@ class Transaction(Waiter):
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
-    """What is to happen once a command is answered that starts processes: tell who waits for them."""
+class Asked:
+    """What is to happen once a client's command is answered."""
 
-    seqs: Sequence[int]
-    tell: Callable[[Sequence[int]], None]
+    code: Code
+    #: The stdios of the processes that it starts.
+    starts: Sequence[int]
+    on_answered: OnAnswered
 
     def __call__(self, answer: ControlMessage) -> None:
-        if answer.code == Code.ACK:
-            self.tell(self.seqs)
+        self.on_answered(self.code, self.starts, answer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,69 +55,55 @@ class Posted:
 
 
 def control_state(
-    sock: socket.socket,
-    channel: ControlChannel,
-    waiting: Mapping[int, Transaction],
-    in_line: Sequence[Transaction],
+    sock: socket.socket, channel: ControlChannel, waiting: Mapping[int, Transaction]
 ) -> ControlState:
-    """Return what is known of a control channel, which owns the socket now.
-
-    `waiting` has those that clients wait for, `in_line` those that have not had their turn.
-    """
-    commands = channel.commands
-    first = [pair for pair in waiting.items() if pair[1] not in in_line]
-    others = [pair for pair in waiting.items() if pair[1] in in_line]
-    others.sort(key=lambda pair: in_line.index(pair[1]))
+    """Return what is known of a control channel, which owns the socket now; `waiting` by client."""
+    now, commands = time.monotonic(), channel.commands
     return ControlState(
         Fd(sock.detach()),
         channel.state(),
-        [_command_state(command) for command in commands],
-        [_request_state(client, request, commands) for client, request in [*first, *others]],
+        [
+            CommandState(command.code, _starts(command.on_answer), isinstance(command.on_answer, Posted))
+            for command in commands
+        ],
+        [
+            RequestState(
+                client=client,
+                code=request.code,
+                payload=request.payload,
+                age=now - request.begun,
+                starts=_starts(request.on_answer),
+                sent=commands.index(request.command) if request.command else None,
+            )
+            for client, request in waiting.items()
+        ],
     )
 
 
-def commands_of(state: ControlState, on_answer_to: OnAnswerTo, posted: Posted) -> list[Command]:
+def commands_of(state: ControlState, on_answered: OnAnswered, posted: Posted) -> list[Command]:
     """Return the commands that were sent and have no answer yet."""
     return [
-        Command(Code(each.code), posted if each.posted else on_answer_to(Code(each.code), each.starts))
+        Command(Code(each.code), posted if each.posted else Asked(Code(each.code), each.starts, on_answered))
         for each in state.commands
     ]
 
 
 def transactions_of(
-    state: ControlState, on_answer_to: OnAnswerTo, commands: Sequence[Command]
-) -> list[tuple[int, Transaction]]:
+    state: ControlState, on_answered: OnAnswered, commands: Sequence[Command]
+) -> dict[int, Transaction]:
     """Return each client's transaction, in the order of their turns."""
     now = time.monotonic()
-    return [
-        (
-            each.client,
-            Transaction(
-                Code(each.code),
-                each.payload,
-                now - each.age,
-                on_answer_to(Code(each.code), each.starts),
-                command=None if each.sent is None else commands[each.sent],
-            ),
+    return {
+        each.client: Transaction(
+            Code(each.code),
+            each.payload,
+            now - each.age,
+            Asked(Code(each.code), each.starts, on_answered),
+            command=None if each.sent is None else commands[each.sent],
         )
         for each in state.requests
-    ]
-
-
-def _command_state(command: Command) -> CommandState:
-    return CommandState(command.code, _starts(command.on_answer), isinstance(command.on_answer, Posted))
-
-
-def _request_state(client: int, request: Transaction, commands: list[Command]) -> RequestState:
-    return RequestState(
-        client=client,
-        code=request.code,
-        payload=request.payload,
-        age=time.monotonic() - request.begun,
-        starts=_starts(request.on_answer),
-        sent=commands.index(request.command) if request.command else None,
-    )
+    }
 
 
 def _starts(on_answer: OnAnswer) -> list[int]:
-    return list(on_answer.seqs) if isinstance(on_answer, Started) else []
+    return list(on_answer.starts) if isinstance(on_answer, Asked) else []

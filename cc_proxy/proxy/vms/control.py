@@ -6,7 +6,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from cc_proxy.continuity.state.vms import ControlState
@@ -17,7 +17,8 @@ from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.streams.interfaces import Beside
 from cc_proxy.proxy.turns import Turns
 from cc_proxy.proxy.vms.commands import (
-    OnAnswerTo,
+    Asked,
+    OnAnswered,
     Posted,
     Transaction,
     commands_of,
@@ -48,8 +49,17 @@ class ControlLink:
     the pump calls `read`.
     """
 
-    def __init__(self, sock: socket.socket, on_event: Callable[[ControlMessage], None]) -> None:
-        """`on_event` is called with each message of the agent that answers no command."""
+    def __init__(
+        self,
+        sock: socket.socket,
+        on_event: Callable[[ControlMessage], None],
+        on_answered: OnAnswered = lambda *_: None,
+    ) -> None:
+        """`on_event` is called with each message of the agent that answers no command.
+
+        `on_answered` is called with what answers a client's command, however late it is.
+        """
+        self._on_answered = on_answered
         # Only the thread that has the turn uses these three, but for what any thread may do with _sock.
         self._sock = ControlSocket(sock, on_event)
         self._posted = 0  # commands that nobody waits for and that have no answer yet
@@ -73,25 +83,21 @@ class ControlLink:
         if self._sock.is_closed or self._is_to_close:
             self._sock.close()
             return None
-        sock = self._sock.give_up()
-        return control_state(sock, self._channel, self._waiting, self._turns.waiting)
+        return control_state(self._sock.give_up(), self._channel, self._waiting)
 
     @classmethod
     def from_state(
         cls,
         state: ControlState,
         on_event: Callable[[ControlMessage], None],
-        on_answer_to: OnAnswerTo,
+        on_answered: OnAnswered,
     ) -> Self:
-        """Return one that goes on where another one stood.
-
-        `on_answer_to` says what is to happen once a command is answered. Raises `OSError`.
-        """
-        link = cls(socket.socket(fileno=state.fd.number), on_event)
-        commands = commands_of(state, on_answer_to, Posted(link._count_posted, ignore))
+        """Return one that goes on where another one stood. Raises `OSError`."""
+        link = cls(socket.socket(fileno=state.fd.number), on_event, on_answered)
+        commands = commands_of(state, on_answered, Posted(link._count_posted, ignore))
         link._posted = sum(each.posted for each in state.commands)
         link._channel.restore(state.channel, commands)
-        link._waiting.update(transactions_of(state, on_answer_to, commands))
+        link._waiting = transactions_of(state, on_answered, commands)
         link._turns.restore(link._waiting.values())
         if state.channel.is_up:
             link._sock.watch(True)
@@ -170,9 +176,9 @@ class ControlLink:
         return self._channel.is_up
 
     def transact(
-        self, code: Code, payload: bytes, timeout: float, on_answer: OnAnswer = ignore, client: int = 0
+        self, code: Code, payload: bytes, timeout: float, starts: Sequence[int] = (), client: int = 0
     ) -> ControlMessage:
-        """Send a command and return its ACK or ERROR, of which `on_answer` is told too, however late it is.
+        """Send a command, which starts processes on the stdios `starts`, and return its ACK or ERROR.
 
         `timeout` is in seconds and includes waiting for the commands of others. Raises `NoAnswer` (the
         command may yet be carried out; its answer will be taken for its own) or `ControlLost`; or `Resting`:
@@ -182,6 +188,7 @@ class ControlLink:
         client = client or -threading.get_ident()
         transaction = self._waiting.get(client)
         if transaction is None:
+            on_answer = Asked(code, starts, self._on_answered)
             transaction = self._waiting[client] = Transaction(code, payload, time.monotonic(), on_answer)
         try:
             answer = self._transact(transaction, timeout)

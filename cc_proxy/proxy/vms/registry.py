@@ -3,15 +3,16 @@
 import functools
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from cc_proxy.access import is_admin, may_use
 from cc_proxy.api.payloads import Hello
-from cc_proxy.api.status import MOST_USERS, UserStatus, shorten
+from cc_proxy.api.status import MOST_ENDED, MOST_USERS, UserStatus, shorten
 from cc_proxy.continuity.cells import State
 from cc_proxy.continuity.keeper import NOTHING, Keeper
-from cc_proxy.continuity.state.vms import HelloState, RegistryState
+from cc_proxy.continuity.state.vms import FailedVmState, HelloState, RegistryState
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.rest import Resting
@@ -19,14 +20,11 @@ from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.users import Charge, User, Users
 from cc_proxy.proxy.vms.connector import Connector
 from cc_proxy.proxy.vms.dialer import Dialer, Peer
-from cc_proxy.proxy.vms.failed import FailedVm, drop_one_over
 from cc_proxy.proxy.vms.kept import Facts
-from cc_proxy.proxy.vms.states import VmError
+from cc_proxy.proxy.vms.states import FailedVm, Trouble, VmError
 from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import LiveSettings
 
-#: The most failed VMs whose last error `status` shows.
-_MOST_FAILED = 32
 #: The longest id, in characters, that outlives its VM. Clients in the field use 64.
 _LONGEST_KEPT = 4_096
 
@@ -62,10 +60,9 @@ class Registry:
         self._by_id: dict[str, Vm] = {}  # from the beginning of hello until bye, even if the VM has gone
         self._vms: dict[Vm, list[Charge]] = {}  # VMs that have not gone, and their charges
         self._failed: deque[FailedVm] = deque()  # the latest last
-        # Hellos that came to rest, by their clients' numbers; and who had their ids before. Each client's
-        # thread adds and removes its own: atomic under the GIL.
-        self._hellos: dict[int, Vm] = {}
-        self._before: dict[Vm, Vm] = {}
+        # By their clients' numbers, the VMs of hellos that came to rest, and who had their ids before. Each
+        # client's thread adds and removes its own: atomic under the GIL.
+        self._hellos: dict[int, tuple[Vm, Vm | None]] = {}
 
     # Between two processes --------------------------------------------------------------------------------
 
@@ -86,16 +83,19 @@ class Registry:
 
         Returns also where each VM is in that. Nobody may use any of them any more.
         """
-        vms = list(dict.fromkeys([*self._vms, *self._by_id.values(), *attached, *self._before.values()]))
+        before = [before for _, before in self._hellos.values() if before]
+        vms = list(dict.fromkeys([*self._vms, *self._by_id.values(), *attached, *before]))
         numbers = {vm: number for number, vm in enumerate(vms)}
         state = RegistryState(
             vms=[vm.hand_over() for vm in vms],
             by_id={container_id: numbers[vm] for container_id, vm in self._by_id.items()},
             hellos=[
-                HelloState(client, numbers[vm], numbers[self._before[vm]] if vm in self._before else None)
-                for client, vm in self._hellos.items()
+                HelloState(client, numbers[vm], numbers[before] if before else None)
+                for client, (vm, before) in self._hellos.items()
             ],
-            failed=[each.state() for each in self._failed],
+            failed=[
+                FailedVmState(each.container_id, each.owner, each.trouble.state()) for each in self._failed
+            ],
         )
         return state, numbers
 
@@ -104,22 +104,20 @@ class Registry:
 
         Before anybody else does anything here; `go_on` is next.
         """
-        vms = [
-            Vm(each.container_id, each.owner, self._live, self._space, self._on_change, self._keeper)
-            for each in state.vms
-        ]
+        vms = [self._new_vm(each.container_id, each.owner) for each in state.vms]
         self._by_id = {container_id: vms[number] for container_id, number in state.by_id.items()}
-        for vm, before in zip(vms, state.vms, strict=True):
-            vm.restore(before, self.users)
+        for vm, each in zip(vms, state.vms, strict=True):
+            vm.restore(each, self.users)
             if vm.life.state is not State.GONE:
                 charge = self.users.of(vm.owner).charge_again
                 self._vms[vm] = [charge("vms"), charge("request_bytes", len(vm.container_id))]
             self._settle(vm)
         for hello in state.hellos:
-            self._hellos[hello.client] = vms[hello.vm]
-            if hello.before is not None:
-                self._before[vms[hello.vm]] = vms[hello.before]
-        self._failed.extend(map(FailedVm.from_state, state.failed))
+            before = None if hello.before is None else vms[hello.before]
+            self._hellos[hello.client] = vms[hello.vm], before
+        self._failed.extend(
+            FailedVm(each.container_id, each.owner, Trouble.from_state(each.trouble)) for each in state.failed
+        )
         return vms
 
     def go_on(self) -> None:
@@ -140,25 +138,22 @@ class Registry:
         or `Resting`: then the client with the same `number` is to say it again.
         """
         user = self.users.of(client.uid)
-        vm = self._hellos.pop(number, None)
-        if vm is None:
-            vm = Vm(hello.container_id, client.uid, self._live, self._space, self._on_change, self._keeper)
-            before = self._enter(vm, client, user)
-        else:
-            before = self._before.pop(vm, None)
+        resumed = self._hellos.pop(number, None)
+        vm, before = resumed or self._enter(hello.container_id, client, user)
+        claim = functools.partial(self._claim, vm, client)
+        dialer = Dialer(client, self._connector, self._own_address, claim)
         try:
-            claim = functools.partial(self._claim, vm, client)
-            vm.start(hello, Dialer(client, self._connector, self._own_address, claim), user, is_here)
+            vm.start(hello, dialer, user, is_here)
             if not is_here():  # nobody is told that it is registered, so nobody would say bye
                 self.unregister(hello.container_id, client)
                 raise VmError("nobody waits for it any more")
         except Resting:
-            self._hellos[number] = vm
-            if before:
-                self._before[vm] = before
+            self._hellos[number] = vm, before
             raise
         except BaseException as error:
-            self._leave_to(before)
+            if before:
+                with self._lock:
+                    self._by_id.setdefault(before.container_id, before)
             if isinstance(error, VmError):
                 fields = {"vm": hello.container_id, "uid": client.uid, "error": str(error)}
                 logger.warning("VM not registered", extra=fields)
@@ -167,45 +162,36 @@ class Registry:
             self._settle(before)
         return vm
 
-    def _enter(self, vm: Vm, client: Credentials, user: User) -> Vm | None:
-        """Take an id, and charge its user for the VM. Returns the VM that had the id before, if it has gone.
+    def _new_vm(self, container_id: str, owner: int) -> Vm:
+        return Vm(container_id, owner, self._live, self._space, self._on_change, self._keeper)
+
+    def _enter(self, container_id: str, client: Credentials, user: User) -> tuple[Vm, Vm | None]:
+        """Take an id for a new VM, and charge its user. Returns it, and the one that had the id, if any.
 
         Raises `RegistryError` or `LimitReached`; nothing is taken then.
         """
+        vm, taken = self._new_vm(container_id, client.uid), f"{container_id}: container already registered"
         with self._lock:
-            before = self._by_id.get(vm.container_id)
-        # Before the charges: a user at a limit should still be told that the id is taken.
-        self._check_free(before, vm.container_id, client)
+            before = self._by_id.get(container_id)
+        # A VM that has gone leaves its id only to those who could say bye for it, since a client that
+        # attaches by name trusts the name. Before the charges: a user at a limit should still be told.
+        if before and not (before.life.is_gone and self._may_use(client, before.owner)):
+            raise RegistryError(taken)
         charges = [user.charge("vms")]
         try:
-            charges.append(user.charge("request_bytes", len(vm.container_id)))
+            charges.append(user.charge("request_bytes", len(container_id)))
             with self._lock:
-                if self._by_id.get(vm.container_id) is not before:
-                    raise _taken(vm.container_id)
+                if self._by_id.get(container_id) is not before:
+                    raise RegistryError(taken)
                 self._vms[vm] = charges
-                self._by_id[vm.container_id] = vm
+                self._by_id[container_id] = vm
         except BaseException:
             with self._lock:
                 self._vms.pop(vm, None)
             for charge in charges:
                 charge.give_back()
             raise
-        return before
-
-    def _leave_to(self, before: Vm | None) -> None:
-        """Give an id back to the VM that had it before a hello which failed."""
-        with self._lock:
-            if before:
-                self._by_id.setdefault(before.container_id, before)
-
-    def _check_free(self, before: Vm | None, container_id: str, client: Credentials) -> None:
-        """Check that a client may take an id. Raises `RegistryError`.
-
-        It may take over the id of a VM that has gone only if it could also say bye for it: a client that
-        attaches by name trusts the name.
-        """
-        if before and not (before.life.is_gone and self._may_use(client, before.owner)):
-            raise _taken(container_id)
+        return vm, before
 
     def _claim(self, vm: Vm, client: Credentials, peer: Peer) -> str:
         """Claim a peer for a VM; returns why that is not possible, or nothing.
@@ -309,7 +295,7 @@ class Registry:
                 del self._by_id[vm.container_id]
             if vm.life.failed and vm.life.trouble:
                 self._failed.append(FailedVm(vm.container_id[:_LONGEST_KEPT], vm.owner, vm.life.trouble))
-                drop_one_over(self._failed, _MOST_FAILED)
+                _drop_one_over(self._failed, MOST_ENDED)
             forgotten = self._forget_gone()
         for over in filter(None, (vm, forgotten)):
             self._settle(over)
@@ -331,10 +317,19 @@ class Registry:
         Returns the VM that has lost its own.
         """
         gone = deque(vm for vm in self._by_id.values() if vm.life.state is State.GONE)
-        if (forgotten := drop_one_over(gone, self._live.current.limits.vms)) is not None:
+        if (forgotten := _drop_one_over(gone, self._live.current.limits.vms)) is not None:
             del self._by_id[forgotten.container_id]
         return forgotten
 
 
-def _taken(container_id: str) -> RegistryError:
-    return RegistryError(f"{container_id}: container already registered")
+T = TypeVar("T", FailedVm, Vm)
+
+
+def _drop_one_over(vms: deque[T], most: int) -> T | None:
+    """Drop the oldest VM of the user who has most, if there are more than `most`; returns it."""
+    if len(vms) <= most:
+        return None
+    [(owner, _)] = Counter(vm.owner for vm in vms).most_common(1)
+    oldest = next(vm for vm in vms if vm.owner == owner)
+    vms.remove(oldest)
+    return oldest

@@ -39,6 +39,14 @@ class Trouble(NamedTuple):
         return TroubleState(self.text, time.monotonic() - self.at)
 
 
+class FailedVm(NamedTuple):
+    """What is remembered of a VM that failed."""
+
+    container_id: str
+    owner: int
+    trouble: Trouble
+
+
 class Life:
     """One VM's life. Any thread may call, and read what is public; only `trouble` is set from outside."""
 

@@ -10,12 +10,11 @@ from cc_proxy.api.payloads import Hello
 from cc_proxy.api.status import Streams
 from cc_proxy.continuity.cells import PROCESS_COMMANDED, PROCESS_STARTED, State
 from cc_proxy.continuity.keeper import NOTHING, Keeper
-from cc_proxy.continuity.state.streams import ChannelState
-from cc_proxy.continuity.state.vms import BootState, VmState
+from cc_proxy.continuity.state.vms import VmState
 from cc_proxy.hyperstart.codes import Code
-from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage, OnAnswer, ignore
+from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage
 from cc_proxy.hyperstart.stdio import STARTS, stdio_seqs
-from cc_proxy.linux.fds import Fd, hung_up_socket
+from cc_proxy.linux.fds import Fd
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
 from cc_proxy.proxy.rest import Resting
@@ -23,9 +22,7 @@ from cc_proxy.proxy.streams.interfaces import Pacing, Sockets
 from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.users import User, Users
-from cc_proxy.proxy.vms.boot import Boot, Channels, event_logger
-from cc_proxy.proxy.vms.commands import Started
-from cc_proxy.proxy.vms.console import Console
+from cc_proxy.proxy.vms.boot import Boot, Channels
 from cc_proxy.proxy.vms.control import ControlLink, NoAnswer, NotSent
 from cc_proxy.proxy.vms.control_socket import ControlLost
 from cc_proxy.proxy.vms.dialer import Dialer, Peer
@@ -70,9 +67,8 @@ class Vm:
         self._boot: Boot | None = None
         #: The control channel, for its figures; None before the VM is up.
         self.control: ControlLink | None = None
+        self._channels: Channels | None = None  # what the pump closes
         self._pump: Pump | None = None
-        self._console: Console | None = None  # the pump's; to be asked for its state
-        self._booting: BootState | None = None  # how far the process before came with hello
 
     # Between two processes --------------------------------------------------------------------------------
 
@@ -91,7 +87,7 @@ class Vm:
         """Give up everything as a value, for `restore`. Nobody may use it any more."""
         starting, pump = self.life.state is State.STARTING, self._pump
         channel = pump.hand_over() if pump else None
-        boot = self._boot.hand_over() if starting and self._boot else None
+        control, console = self._channels.hand_over() if channel and self._channels else (None, None)
         return VmState(
             container_id=self.container_id,
             owner=self.owner,
@@ -99,9 +95,9 @@ class Vm:
             life=self.life.hand_over(self.life.state if channel or starting else State.GONE),
             next_seq=self.life.next_seq,
             peers=sorted(self.peers),
-            boot=boot,
-            control=self.control.hand_over() if channel and self.control else None,
-            console=self._console.hand_over() if channel and self._console else None,
+            boot=self._boot.hand_over() if starting and self._boot else None,
+            control=control,
+            console=console,
             channel=channel,
         )
 
@@ -109,26 +105,22 @@ class Vm:
         """Go on where the process before stood. Before anybody knows it. Raises `OSError`."""
         self.created = time.monotonic() - state.age
         self.life.restore(state.life)
-        self.life.next_seq, self._booting = state.next_seq, state.boot
+        self.life.next_seq = state.next_seq
+        if state.boot:
+            self._boot = self._new_boot()
+            self._boot.restore(state.boot)
         if not state.boot or state.boot.io:  # else it dials, and claims its peers, once more
             self.peers = set(state.peers)
-        if state.channel:
-            self._restore_pump(state, state.channel, users)
-
-    def _restore_pump(self, state: VmState, channel: ChannelState, users: Users) -> None:
-        # What has hung up stands for what is closed already.
-        io = socket.socket(fileno=channel.io.number) if channel.io else hung_up_socket()
-        on_event = event_logger(self.container_id)
-        if state.control:
-            control = ControlLink.from_state(state.control, on_event, self._on_answer_to)
-        else:
-            control = ControlLink(hung_up_socket(), on_event)
-        console = Console.from_state(self.container_id, state.console) if state.console else None
-        self._pump = self._make_pump(Channels(control, io, console), users.of(self.owner))
-        if state.control:
-            control.find_out()  # from here on it is kept: of what is asked, nothing has been sent yet
-        sessions = [self._sessions.restore(each, users.of(each.uid)) for each in channel.streams.sessions]
-        self._pump.restore(channel, sessions)
+        if channel := state.channel:
+            channels = Channels.from_state(
+                self.container_id, channel.io, state.control, state.console, self._answered
+            )
+            self._pump = self._make_pump(channels, users.of(self.owner))
+            if state.control:
+                # From here on it is kept: of what is asked, nothing has been sent yet.
+                channels.control.find_out()
+            sessions = [self._sessions.restore(each, users.of(each.uid)) for each in channel.streams.sessions]
+            self._pump.restore(channel, sessions)
 
     def go_on(self) -> None:
         """Start the thread of a pump that has been restored."""
@@ -150,8 +142,13 @@ class Vm:
         Raises `VmError`; nothing is left open then. Raises `Resting`, and then `hand_over` has how far it
         came.
         """
+        self._boot = boot = self._boot or self._new_boot()
         try:
-            pump = self._connect(hello, dialer, user, is_here)
+            channels, self.life.next_seq = boot.run(hello, dialer, is_here)
+            with contextlib.ExitStack() as undo:
+                undo.callback(channels.close)
+                self._pump = pump = self._make_pump(channels, user)
+                undo.pop_all()
             pump.start()
             if not self._move(State.UP):
                 raise VmError(self.life.why_gone)
@@ -165,6 +162,21 @@ class Vm:
                 raise VmError(f"the daemon is short of resources: {error}") from None
             raise
 
+    def _new_boot(self) -> Boot:
+        return Boot(self.container_id, self._live.current.vm, self._answered)
+
+    def _make_pump(self, channels: Channels, user: User) -> Pump:
+        """Return the VM's pump, not yet started. Raises `OSError`; the caller keeps the channels then."""
+        control, io, console = channels.control, channels.io, channels.console
+        self._channels, self.control = channels, control
+        fds = Fd(control.fd), Fd(io.fileno()), Fd(console.fileno()) if console else None
+        facts = Facts(self.container_id, self.owner, self.created)
+        memory = self.kept.begin(facts, sorted(self.peers), fds)
+        self.life.note_all()
+        control.keep(self.kept.control)
+        pacing = Pacing(self._live.current.stdin.echo_timeout, control.acknowledge)
+        return Pump(self, Sockets(io, control, console), memory, user.one_batch, pacing)
+
     def command(self, name: Code, payload: bytes, client: int = 0) -> ControlMessage:
         """Have the agent carry out a command; returns its ACK. Raises `VmError`.
 
@@ -173,37 +185,29 @@ class Vm:
         length = HEADER.size + len(payload)
         if length > MAX_COMMAND:
             raise VmError(f"message too long {length}")
-        pump, stdio = self._pump, stdio_seqs(payload) if name in STARTS else []
-        if pump and stdio:
-            self.kept.note_processes(stdio, PROCESS_COMMANDED)
-            pump.expect_processes(stdio)
-        return self._command(name, payload, client, self._on_answer_to(name, stdio))
-
-    def _on_answer_to(self, name: Code, starts: Sequence[int]) -> OnAnswer:
-        """Return what is to happen once a command is answered, which starts processes on these seqs."""
-        if name is Code.DESTROY_POD:
-            return self._power_off_answered
-        return Started(starts, self._open_stdin) if starts else ignore
-
-    def _open_stdin(self, seqs: Sequence[int]) -> None:
-        self.kept.note_processes(seqs, PROCESS_STARTED)
-        pump = self._pump
-        if pump:
-            pump.open_stdin(seqs)
-
-    def _power_off_answered(self, answer: ControlMessage) -> None:
-        if answer.code == Code.ERROR:
-            self.life.expect_end(-1)
-
-    def _command(self, name: Code, payload: bytes, client: int, on_answer: OnAnswer) -> ControlMessage:
-        control = self.control
+        control, pump = self.control, self._pump
         if control is None or not self.life.can_be_used:
             raise VmError(self.life.why_gone)
+        starts = stdio_seqs(payload) if name in STARTS else []
+        if pump and starts:
+            self.kept.note_processes(starts, PROCESS_COMMANDED)
+            pump.expect_processes(starts)
         if name is Code.DESTROY_POD and not control.is_waited_for_by(client):
             self.life.expect_end()
+        answer = self._transact(control, name, payload, starts, client)
+        if answer.code == Code.ERROR:
+            said = answer.payload.decode(errors="replace")
+            refusal = "ERROR received from Hyperstart" + (f": {said}" if said else "")
+            self.life.trouble = Trouble(f"{name.hyper_name}: {refusal}", time.monotonic())
+            raise VmError(refusal)
+        return answer
+
+    def _transact(
+        self, control: ControlLink, name: Code, payload: bytes, starts: Sequence[int], client: int
+    ) -> ControlMessage:
         timeout = self._live.current.vm.command_timeout
         try:
-            answer = control.transact(name, payload, timeout, on_answer, client)
+            return control.transact(name, payload, timeout, starts, client)
         except Resting:
             raise
         except NoAnswer as error:
@@ -220,12 +224,15 @@ class Vm:
             faults.note("control channel failed", vm=self.container_id, command=name.hyper_name)
             self.lose("internal error in its control channel")
             raise VmError(self.life.why_gone) from None
-        if answer.code == Code.ERROR:
-            said = answer.payload.decode(errors="replace")
-            refusal = "ERROR received from Hyperstart" + (f": {said}" if said else "")
-            self.life.trouble = Trouble(f"{name.hyper_name}: {refusal}", time.monotonic())
-            raise VmError(refusal)
-        return answer
+
+    def _answered(self, name: Code, starts: Sequence[int], answer: ControlMessage) -> None:
+        """A client's command is answered, however late. Called by the thread that has read that."""
+        if name is Code.DESTROY_POD and answer.code == Code.ERROR:
+            self.life.expect_end(-1)
+        if starts and answer.code == Code.ACK:
+            self.kept.note_processes(starts, PROCESS_STARTED)
+            if pump := self._pump:
+                pump.open_stdin(starts)
 
     def open_session(self, n_streams: int, user: User, pid: int = 0) -> tuple[int, socket.socket]:
         """Allocate streams for a client: `user` is whose it is, `pid` its process.
@@ -237,31 +244,6 @@ class Vm:
         if pump is None or not self.life.can_be_used:
             raise VmError(self.life.why_gone)
         return self._sessions.open(n_streams, user, pid, pump.add)
-
-    def _connect(self, hello: Hello, dialer: Dialer, user: User, is_here: Callable[[], bool]) -> Pump:
-        """Connect to the VM and return its pump, not yet started. Raises the same as `Boot.run`."""
-        self._boot = boot = Boot(hello, self._live.current.vm)
-        before, self._booting = self._booting, None
-        if before:
-            boot.restore(before)
-        channels, self.life.next_seq = boot.run(dialer, is_here)
-        with contextlib.ExitStack() as undo:
-            undo.callback(channels.close)
-            self._pump = self._make_pump(channels, user)
-            undo.pop_all()
-        return self._pump
-
-    def _make_pump(self, channels: Channels, user: User) -> Pump:
-        control, io, console = channels.control, channels.io, channels.console
-        self.control, self._console = control, console
-        fds = Fd(control.fd), Fd(io.fileno()), Fd(console.fileno()) if console else None
-        facts = Facts(self.container_id, self.owner, self.created)
-        memory = self.kept.begin(facts, sorted(self.peers), fds)
-        self.life.note_all()
-        control.keep(self.kept.control)
-        pacing = Pacing(self._live.current.stdin.echo_timeout, control.acknowledge)
-        sockets = Sockets(io, control, console)
-        return Pump(self, sockets, memory, user.one_batch, pacing)
 
     # Pump thread ------------------------------------------------------------------------------------------
 

@@ -27,9 +27,8 @@ from cc_proxy.continuity.cells import State
 from cc_proxy.linux.credentials import ROOT, Credentials
 from cc_proxy.proxy.clients import status
 from cc_proxy.proxy.streams.spool import SpoolSpace
-from cc_proxy.proxy.vms.failed import FailedVm
 from cc_proxy.proxy.vms.registry import Registry
-from cc_proxy.proxy.vms.states import Life
+from cc_proxy.proxy.vms.states import FailedVm, Life
 from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import LiveSettings, Settings
 from tests.proxy.support import Rig, frames_of

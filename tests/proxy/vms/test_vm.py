@@ -23,6 +23,7 @@ from cc_proxy.hyperstart.codes import Code
 from cc_proxy.linux.credentials import ROOT
 from cc_proxy.linux.fds import may_hold_fds
 from cc_proxy.log.levels import CONSOLE, logger
+from cc_proxy.proxy.rest import Resting
 from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.users import Users
@@ -758,3 +759,28 @@ def test_vm_of_which_nobody_knows_what_it_was_sent_has_no_part_of_a_command_yet(
     after.abort()
     assert after.join(WAIT)
     after.kept.release()
+
+
+def test_hello_that_is_not_asked_for_again_is_handed_over_once_more(
+    tmp_sock_dir: Path, space: SpoolSpace
+) -> None:
+    """The next process may be replaced before the client's thread gets to it."""
+    limits = VmSettings(ready_timeout=60, ready_ping_after=0)
+    settings = msgspec.structs.replace(SETTINGS, vm=limits)
+    live = LiveSettings(settings)
+    with closing(Life(tmp_sock_dir, space, settings)) as slow:
+
+        def rest() -> None:
+            slow.agent.accept()
+            slow.agent.read_command()
+            slow.vm.rest()
+
+        with in_background(rest), pytest.raises(Resting):
+            slow.vm.start(slow.hello, DIALER, new_user())
+        for _ in range(3):
+            state = slow.vm.hand_over()
+            slow.vm = Vm("pod", ROOT, live, space, lambda _vm, state: slow.states.append(state))
+            slow.vm.restore(state, Users(live))
+        slow.agent.say(READY)
+        slow.vm.start(slow.hello, DIALER, new_user())
+        assert slow.states == [State.UP]
