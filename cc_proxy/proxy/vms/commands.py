@@ -42,18 +42,6 @@ class Asked:
         self.on_answered(self.code, self.starts, answer)
 
 
-@dataclass(frozen=True, slots=True)
-class Posted:
-    """What is to happen once a command is answered that nobody waits for: it counts no more."""
-
-    count: Callable[[int], None]
-    on_answer: OnAnswer
-
-    def __call__(self, answer: ControlMessage) -> None:
-        self.count(-1)
-        self.on_answer(answer)
-
-
 def control_state(
     sock: socket.socket, channel: ControlChannel, waiting: Mapping[int, Transaction]
 ) -> ControlState:
@@ -63,7 +51,7 @@ def control_state(
         Fd(sock.detach()),
         channel.state(),
         [
-            CommandState(command.code, _starts(command.on_answer), isinstance(command.on_answer, Posted))
+            CommandState(command.code, _starts(command.on_answer), posted=not is_clients(command))
             for command in commands
         ],
         [
@@ -80,10 +68,15 @@ def control_state(
     )
 
 
-def commands_of(state: ControlState, on_answered: OnAnswered, posted: Posted) -> list[Command]:
+def is_clients(command: Command) -> bool:
+    """Whether a client has asked for a command, and not the daemon itself."""
+    return isinstance(command.on_answer, Asked)
+
+
+def commands_of(state: ControlState, on_answered: OnAnswered) -> list[Command]:
     """Return the commands that were sent and have no answer yet."""
     return [
-        Command(Code(each.code), posted if each.posted else Asked(Code(each.code), each.starts, on_answered))
+        Command(Code(each.code), ignore if each.posted else Asked(Code(each.code), each.starts, on_answered))
         for each in state.commands
     ]
 

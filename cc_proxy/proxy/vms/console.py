@@ -11,9 +11,9 @@ from cc_proxy.log.levels import CONSOLE, logger
 from cc_proxy.log.printable import printable
 from cc_proxy.proxy.vms.dialer import Connected
 
+#: Bytes of a line in the log, and of one read: few, so that a console that floods does not hold up the VM's
+#: streams.
 _LONGEST_LINE = 1024
-#: Small, so that a console that floods does not hold up the VM's streams.
-_READ_SIZE = 512
 #: The most characters of the last lines. An error that ends with them fits into a response.
 _MOST_REMEMBERED = 500
 _BETWEEN = " | "
@@ -92,7 +92,7 @@ class Console:
     def read(self) -> bool:
         """Read once, without waiting; returns False at the end of file."""
         try:
-            data = self._sock.recv(_READ_SIZE)
+            data = self._sock.recv(_LONGEST_LINE)
         except BlockingIOError:
             return True
         except OSError:
@@ -103,7 +103,7 @@ class Console:
     def last_lines(self) -> str:
         """Return the last lines as one printable line. Read nothing after that."""
         with contextlib.suppress(OSError):
-            for _ in range(0, unread(self._sock), _READ_SIZE):
+            for _ in range(0, unread(self._sock), _LONGEST_LINE):
                 self.read()
         self._take(self._lines.finish())
         return self._last

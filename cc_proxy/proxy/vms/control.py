@@ -11,7 +11,7 @@ from typing import Self
 
 from cc_proxy.continuity.state.vms import ControlState
 from cc_proxy.hyperstart.codes import Code
-from cc_proxy.hyperstart.control import ControlChannel, ControlMessage, OnAnswer, Quiz, ignore
+from cc_proxy.hyperstart.control import ControlChannel, ControlMessage, OnAnswer, Quiz
 from cc_proxy.proxy.rest import LOOK_UP, Resting
 from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.streams.interfaces import Beside
@@ -19,10 +19,10 @@ from cc_proxy.proxy.turns import Turns
 from cc_proxy.proxy.vms.commands import (
     Asked,
     OnAnswered,
-    Posted,
     Transaction,
     commands_of,
     control_state,
+    is_clients,
     transactions_of,
 )
 from cc_proxy.proxy.vms.control_socket import ControlLost, ControlSocket
@@ -60,9 +60,8 @@ class ControlLink:
         `on_answered` is called with what answers a client's command, however late it is.
         """
         self._on_answered = on_answered
-        # Only the thread that has the turn uses these three, but for what any thread may do with _sock.
+        # Only the thread that has the turn uses these two, but for what any thread may do with _sock.
         self._sock = ControlSocket(sock, on_event)
-        self._posted = 0  # commands that nobody waits for and that have no answer yet
         self._spin = Spin()
         self._turns = Turns[Transaction](functools.partial(self._sock.watch, True))
         # By the client that waits. Each one's thread adds and removes them, which is atomic under the GIL.
@@ -94,8 +93,7 @@ class ControlLink:
     ) -> Self:
         """Return one that goes on where another one stood. Raises `OSError`."""
         link = cls(socket.socket(fileno=state.fd.number), on_event, on_answered)
-        commands = commands_of(state, on_answered, Posted(link._count_posted, ignore))
-        link._posted = sum(each.posted for each in state.commands)
+        commands = commands_of(state, on_answered)
         link._channel.restore(state.channel, commands)
         link._waiting = transactions_of(state, on_answered, commands)
         link._turns.restore(link._waiting.values())
@@ -210,8 +208,7 @@ class ControlLink:
         `on_answer` is called by the thread that happens to read the answer, and never if the channel is lost.
         `on_refusal` is called if too many commands are without an answer.
         """
-        posted = Posted(self._count_posted, on_answer)
-        if self._turns.join(Transaction(code, b"", 0.0, posted, on_refusal)):
+        if self._turns.join(Transaction(code, b"", 0.0, on_answer, on_refusal)):
             self._pass_turn()
 
     def acknowledge(self, pings: int, done: Callable[[bool], None]) -> None:
@@ -228,10 +225,6 @@ class ControlLink:
 
         self.post(Code.PING, answered, functools.partial(done, False))
 
-    def _count_posted(self, more: int) -> None:
-        """Requires the turn."""
-        self._posted += more
-
     def waiting(self) -> list[tuple[Code, float]]:
         """Return the commands that threads wait for, and since when (`time.monotonic`), the oldest first."""
         return [(transaction.code, transaction.begun) for transaction in list(self._waiting.values())]
@@ -239,7 +232,7 @@ class ControlLink:
     @property
     def unanswered(self) -> int:
         """The number of clients' commands without an answer, including those given up. A snapshot."""
-        return max(0, self._channel.unanswered - self._posted)
+        return sum(map(is_clients, self._channel.commands))
 
     def _transact(self, transaction: Transaction, timeout: float) -> ControlMessage:
         deadline = transaction.begun + timeout
@@ -276,9 +269,7 @@ class ControlLink:
                 self._sock.watch(False)  # the pump has watched, if it is the pump that passes the turn on
                 transaction.turn.release()
                 return
-            if transaction.command:
-                self._count_posted(1)
-            else:
+            if transaction.command is None:
                 transaction.on_refusal()
 
     # Pump thread ------------------------------------------------------------------------------------------

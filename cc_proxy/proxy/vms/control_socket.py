@@ -8,15 +8,12 @@ from collections.abc import Callable
 
 from cc_proxy.api.transport import limit_receive
 from cc_proxy.continuity.cells import NO_CELL
-from cc_proxy.hyperstart.control import ControlChannel, ControlMessage
-from cc_proxy.linux.fds import is_for_now
+from cc_proxy.hyperstart.control import KEPT_PAYLOAD, ControlChannel, ControlMessage
+from cc_proxy.linux.fds import is_for_now, unread
 from cc_proxy.proxy.streams.interfaces import Lost
 
-#: Most answers are short. More is read at once of a long message.
+#: Most answers are shorter. More is read at once of a long message.
 _READ_SIZE = 512
-_LONG_READ = 64 * 1024
-#: Enough reads to empty a socket's buffer. A limit, because an agent may never stop sending.
-_MOST_LAST_READS = 512
 _HUNG_UP = "the VM hung up its control channel"
 
 
@@ -25,7 +22,7 @@ class ControlLost(Lost):
 
 
 class ControlSocket:
-    """Owner of the socket. One thread at a time, but for `hang_up`, `is_hung_up` and `fileno`.
+    """Owner of the socket. One thread at a time, but for `hang_up`, `check` and `fileno`.
 
     An epoll instance (`fileno`) with the socket in it is for a thread that waits for much else too. It is
     readable when the agent has said something or hung up, unless another thread waits for that (`watch`).
@@ -112,9 +109,9 @@ class ControlSocket:
         return self._has_read(socket.MSG_DONTWAIT) or None
 
     def read_what_is_there(self) -> None:
-        """Read all that is there: an answer that came in time may be behind events."""
+        """Read what is there by now: an answer may be behind events, of which there may be no end."""
         with contextlib.suppress(BlockingIOError):
-            for _ in range(_MOST_LAST_READS):
+            for _ in range(0, unread(self.sock) + 1, _READ_SIZE):
                 self._read(socket.MSG_DONTWAIT)
 
     def write(self) -> None:
@@ -163,7 +160,7 @@ class ControlSocket:
         return False
 
     def _read(self, flags: int) -> None:
-        size = max(_READ_SIZE, min(self.channel.missing, _LONG_READ))
+        size = max(_READ_SIZE, min(self.channel.missing, KEPT_PAYLOAD))
         try:
             data = self.sock.recv(size, flags)
         except OSError as error:

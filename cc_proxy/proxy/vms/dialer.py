@@ -119,22 +119,39 @@ class Dialer:
         targets = [Target(each.sock, each.path, patient=each.sock.getblocking()) for each in sockets]
         try:
             with self._connector.connecting(self._client, targets, deadline) as attempt:
-                while report := _next_report(attempt, deadline, still_wanted):
-                    if not self._take_in(report, sockets):
-                        return
-                    if all(sockets[channel].is_connected for channel in _CHANNELS):
-                        deadline = Deadline(min(_CONSOLE_TIMEOUT, deadline.remaining()))
+                self._follow(attempt, sockets, deadline, still_wanted)
         except TimedOut:
             return
-        except _NotWanted:
-            first.cause = f"{first.cause or _TOO_LATE}, and nobody waits for it any more"
         except TooManyHang as error:
             first.cause = str(error)
         except OSError as error:
             first.cause = error.strerror or str(error)
-        else:
-            for each in sockets:
-                each.cause = each.cause or "the process that was to connect has been killed"
+
+    def _follow(
+        self,
+        attempt: Attempt,
+        sockets: Sequence["_Socket"],
+        deadline: Deadline,
+        still_wanted: Callable[[], bool],
+    ) -> None:
+        """Record in each socket how connecting it goes, until there is no more to wait for."""
+        while deadline.remaining():
+            try:
+                report = attempt.next_report(Deadline(min(LOOK_UP, deadline.remaining())))
+            except TimedOut:
+                if still_wanted():
+                    continue
+                cause = sockets[0].cause or _TOO_LATE
+                sockets[0].cause = f"{cause}, and nobody waits for it any more"
+                return
+            if report is None:
+                for each in sockets:
+                    each.cause = each.cause or "the process that was to connect has been killed"
+                return
+            if not self._take_in(report, sockets):
+                return
+            if all(sockets[channel].is_connected for channel in _CHANNELS):
+                deadline = Deadline(min(_CONSOLE_TIMEOUT, deadline.remaining()))
 
     def _take_in(self, report: Report, sockets: Sequence["_Socket"]) -> bool:
         """Record in a socket how its last try went; returns whether to go on."""
@@ -167,10 +184,6 @@ class Dialer:
         return self._claim((text, Credentials.of_peer(sock).pid)) if is_channel else ""
 
 
-class _NotWanted(Exception):
-    pass
-
-
 class _Socket:
     """A socket for a path of a hello, and its owner: a context manager that closes it."""
 
@@ -198,18 +211,6 @@ class _Socket:
 
     def error(self) -> CannotConnect:
         return CannotConnect(f"{self.member}: cannot connect to {self._said}: {self.cause or _TOO_LATE}")
-
-
-def _next_report(attempt: Attempt, deadline: Deadline, still_wanted: Callable[[], bool]) -> Report | None:
-    """Return the next report, or None once the attempt has ended. Raises `TimedOut` or `_NotWanted`."""
-    while True:
-        try:
-            return attempt.next_report(Deadline(min(LOOK_UP, deadline.remaining())))
-        except TimedOut:
-            if not deadline.remaining():
-                raise
-        if not still_wanted():
-            raise _NotWanted
 
 
 def _check(member: str, path: str) -> None:

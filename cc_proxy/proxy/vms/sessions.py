@@ -5,6 +5,7 @@ import socket
 from collections.abc import Callable
 
 from cc_proxy.continuity.cells import NO_CELL, SESSION_WORDS
+from cc_proxy.continuity.memory import BUFFER_SIZE
 from cc_proxy.continuity.state.streams import SessionState
 from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.linux.fds import check_passable, refuse_rights
@@ -16,8 +17,6 @@ from cc_proxy.proxy.vms.kept import KeptVm
 from cc_proxy.proxy.vms.states import Life, VmError
 from cc_proxy.settings import LiveSettings
 
-_SEND_BUFFER = 256 * 1024
-
 
 def session_pair() -> tuple[socket.socket, socket.socket]:
     """Return both ends of a session's socket pair, ours and then the client's. Raises `VmError`."""
@@ -28,7 +27,7 @@ def session_pair() -> tuple[socket.socket, socket.socket]:
                 undo.enter_context(end)
             refuse_rights(pair[0])
             for end in pair:
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_SIZE)  # room for a whole batch
             check_passable(*pair)
         except OSError as error:
             raise VmError(f"the daemon is short of resources: {error.strerror}") from None
