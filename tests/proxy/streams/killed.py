@@ -78,10 +78,11 @@ class Mortal(socket.socket):
             ends = not self._left
         if ends and not self._is_done:
             os.kill(os.getpid(), signal.SIGKILL)
-        result = call(*args)
-        if ends:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
+        try:
+            return call(*args)
+        finally:
+            if ends:
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def cell(page: mmap.mmap, number: int) -> Cell:
