@@ -13,7 +13,7 @@ from cc_proxy.linux import fds
 from cc_proxy.linux.fds import Piece, cut
 from cc_proxy.log.levels import fields_of, logger
 from cc_proxy.proxy import users
-from cc_proxy.proxy.streams import channel, output, pacer, session, stats, stdin
+from cc_proxy.proxy.streams import channel, pacer, session, stats, stdin
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from tests.clock import Clock
 from tests.proxy.house import Answering, House
@@ -97,6 +97,6 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Answering:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The time of the streams and of users."""
     clock = Clock()
-    for module in (channel, fds, output, pacer, session, stats, stdin, users):
+    for module in (channel, fds, pacer, session, stats, stdin, users):
         monkeypatch.setattr(module, "time", clock)
     return clock

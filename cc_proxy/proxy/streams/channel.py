@@ -4,32 +4,35 @@
 One call reads everything that is ready, one walk takes it apart, and one call for each receiver writes it.
 Nothing is copied: slices of the buffer are written. While slices of a buffer wait, it is not read into again.
 That is the back-pressure between the VM and its clients: while the VM takes nothing, clients are not read
-(`Stdin.blocked`); while a client takes nothing, the VM is not read (`Output.paused`). A client whose stdin
+(`Stdin.to_vm`); while a client takes nothing, the VM is not read (`Output.holding`). A client whose stdin
 waits for the agent's acknowledgement is not read either.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable, Sequence
 
 from cc_proxy.api.status import Streams
 from cc_proxy.continuity.memory import Memory
-from cc_proxy.continuity.state.streams import ChannelState
+from cc_proxy.continuity.state.streams import ChannelState, StreamsState
 from cc_proxy.linux.fds import Fd, close_stream
 from cc_proxy.linux.selector import NOTHING_ELSE, READ, WRITE
 from cc_proxy.log.levels import logger
-from cc_proxy.proxy.streams.handover import give_up, take_over
-from cc_proxy.proxy.streams.intake import Intake
+from cc_proxy.proxy.streams.intake import LARGE, Intake
 from cc_proxy.proxy.streams.interfaces import Lost, Owner, Pacing, Sockets
 from cc_proxy.proxy.streams.mailbox import Mailbox
 from cc_proxy.proxy.streams.output import FramingLost, Output
 from cc_proxy.proxy.streams.pacer import Pacer
 from cc_proxy.proxy.streams.routes import Routes
 from cc_proxy.proxy.streams.session import Session
-from cc_proxy.proxy.streams.stats import describe_streams
+from cc_proxy.proxy.streams.stats import describe_streams, traffic_of
 from cc_proxy.proxy.streams.stdin import Stdin
 from cc_proxy.proxy.streams.watch import Ready, Watch
 
+#: Seconds between two looks for what nothing announces, while anything waits: clients that have gone, or will
+#: never take what waits for them; room in the spool; and clients that have been kept for long enough.
+_LOOK_INTERVAL = 1.0
 _HUNG_UP = "the VM hung up its I/O channel"
 
 
@@ -84,8 +87,9 @@ class Channel:
                 self._watch.add_console(console, self._vm)
             undo.pop_all()
         self._io_open = True
-        self._finish_at: float | None = None
-        self._finish_cause = ""
+        self._finish_at, self._finish_cause = math.inf, ""
+        self._look_at = 0.0
+        self._bytes = 0  # all that has been read from the VM and the clients
 
     # Between two processes --------------------------------------------------------------------------------
 
@@ -94,8 +98,17 @@ class Channel:
 
         No thread may drive the channel any more.
         """
-        finish_in = None if self._finish_at is None else self._finish_at - time.monotonic()
-        streams = give_up(self._sessions, self._routes, self._output, self._stdin, self._pacer)
+        finish_in = None if self._finish_at == math.inf else self._finish_at - time.monotonic()
+        sessions = sorted(self._sessions, key=lambda session: session.seqs.start)
+        resync = self._output.resync
+        streams = StreamsState(
+            unfinished=self._output.unfinished,
+            to_vm=b"".join(self._stdin.to_vm),
+            sessions=[each.hand_over(expected=each.seqs.start in self._routes.owners) for each in sessions],
+            pacer=self._pacer.state(),
+            traffic=traffic_of(self._output, self._stdin),
+            resync=resync.state if resync else None,
+        )
         io = Fd(self._io.detach()) if self._io_open else None
         self._watch.close()
         self._let_go()
@@ -107,7 +120,12 @@ class Channel:
         Before anybody drives it. Raises `OSError`.
         """
         self._sessions.update(sessions)
-        take_over(state.streams, sessions, self._routes, self._output, self._stdin, self._pacer)
+        for session, before in zip(sessions, state.streams.sessions, strict=True):
+            self._routes.add(session)
+            if before.expected:
+                self._routes.expect(session.seqs.start)
+        self._stdin.restore(state.streams, sessions)
+        self._output.restore(state.streams, sessions)
         if state.finish_in is not None:
             self.finish_by(time.monotonic() + state.finish_in, state.finish_cause)
         self._watch_io()
@@ -128,9 +146,8 @@ class Channel:
         """Wait until something is ready, or a timer is due; returns what is ready, for `serve`."""
         return self._watch.wait(self._timeout() if self._timed else None, self._reads_clients)
 
-    def serve(self, ready: list[Ready]) -> int:
-        """Do what there is to do about what `wait` returned; returns how many bytes were read for that."""
-        before = self._output.bytes + self._stdin.bytes
+    def serve(self, ready: list[Ready]) -> bool:
+        """Do what there is to do about what `wait` returned; returns whether that was a large batch."""
         if self._reads_clients:
             clients = self._watch.serve(ready)
             if clients and self._reads_clients:  # which others may just have changed
@@ -140,41 +157,47 @@ class Channel:
         if self._timed:
             self._run_timers(time.monotonic())
         self._watch_io()
-        return self._output.bytes + self._stdin.bytes - before
+        before, self._bytes = self._bytes, self._output.bytes + self._stdin.bytes
+        return self._bytes - before >= LARGE
 
     def describe(self) -> Streams:
         """Return how the streams stand now."""
-        return describe_streams(self._sessions, self._output, self._stdin)
+        return describe_streams(self._sessions, self._output, self._stdin, self._pacer)
 
     @property
     def _reads_clients(self) -> bool:
-        return self._io_open and not self._stdin.blocked
+        return self._io_open and not self._stdin.to_vm
+
+    @property
+    def _looks(self) -> bool:
+        return bool(self._output.waiting or self._stdin.to_vm or self._stdin.orphans)
 
     @property
     def _timed(self) -> bool:
-        if self._output.waiting or self._pacer.asked or self._stdin.blocked:
-            return True
-        return bool(self._stdin.orphans) or self._finish_at is not None
+        return bool(self._pacer.asked) or self._looks or self._finish_at < math.inf
 
     def _timeout(self) -> float | None:
-        """Requires that something is `_timed`."""
-        moments = [*self._output.moments()]
-        if self._stdin.blocked or not self._output.paused:
-            moments += self._stdin.moments()
-        if self._finish_at is not None:
-            moments.append(self._finish_at)
-        return max(0.0, min(moments) - time.monotonic()) if moments else None
+        moment = min(self._finish_at, self._output.moment())
+        if self._looks:
+            moment = min(moment, self._look_at)
+        if not self._stdin.to_vm and not self._output.holding:
+            moment = min(moment, self._pacer.moment())
+        return None if moment == math.inf else max(0.0, moment - time.monotonic())
 
     def _run_timers(self, now: float) -> None:
-        if self._finish_at is not None and now >= self._finish_at:
-            self._finish_at = None
+        if now >= self._finish_at:
+            self._finish_at = math.inf
             self._lose(self._finish_cause)
         self._output.run_timers(now)
+        if now >= self._look_at:
+            self._look_at = now + _LOOK_INTERVAL
+            self._output.look()
+            self._stdin.look(now)
         if not self._io_open:
             self._drop_delivered()
-        if self._output.paused:
+        if self._output.holding:
             self._pacer.put_off(now)
-        if self._stdin.blocked or not self._output.paused:
+        elif not self._stdin.to_vm:
             self._stdin.run_timers(now)
 
     def _watch_io(self) -> None:
@@ -182,8 +205,8 @@ class Channel:
         if self._stdin.error:
             self._lose(self._stdin.error)
         if self._io_open:
-            reading = NOTHING_ELSE if self._output.paused else READ
-            self._watch.set_io(reading, WRITE if self._stdin.blocked else NOTHING_ELSE)
+            reading = NOTHING_ELSE if self._output.holding else READ
+            self._watch.set_io(reading, WRITE if self._stdin.to_vm else NOTHING_ELSE)
 
     # What is ready ----------------------------------------------------------------------------------------
 
@@ -194,18 +217,13 @@ class Channel:
             self._lose(str(lost))
 
     def _on_io(self, events: int) -> None:
-        if events == READ and self._io_open and not self._output.paused:
-            self._read_vm()  # what there is nearly always
-            return
-        if events & WRITE and self._stdin.blocked:
+        if events & WRITE and self._stdin.to_vm:
             self._stdin.flush()
-        if not events & ~WRITE or not self._io_open:
-            return
-        if self._output.paused:
-            # A hang-up is noticed even while it is not read.
-            self._lose(_HUNG_UP)
-        else:
-            self._read_vm()
+        if events & ~WRITE and self._io_open:
+            if self._output.holding:
+                self._lose(_HUNG_UP)  # which is noticed even while it is not read
+            else:
+                self._read_vm()
 
     def _read_vm(self) -> None:
         try:
@@ -214,11 +232,9 @@ class Channel:
             return
         except (FramingLost, OSError) as error:
             self._lose(f"I/O channel: {error}")
-            self._end_io()
             return
         if not size:
             self._lose(_HUNG_UP)
-            self._end_io()
 
     def _on_writable(self, fd: int) -> None:
         session = self._output.waiting.get(fd)
@@ -282,7 +298,7 @@ class Channel:
     def finish_by(self, at: float, cause: str) -> None:
         """Close both channels at this moment (`time.monotonic`), and deliver what came by then."""
         self._finish_cause = cause
-        self._finish_at = at if self._finish_at is None else min(at, self._finish_at)
+        self._finish_at = min(at, self._finish_at)
 
     def finish_reading(self) -> None:
         """Deliver what has arrived by now, and close both channels."""

@@ -1,11 +1,38 @@
-"""What has been read and not passed on, in memory that another process may find."""
+"""Reading, so that another process can tell what was read, wherever this one is killed."""
 
 import socket
 from mmap import mmap
 
-from cc_proxy.continuity.cells import READING, SEEKING, WHERE_AT, Cell
-from cc_proxy.linux.fds import unread
-from cc_proxy.proxy.streams.reading import MUCH, read_noted
+from cc_proxy.continuity.cells import BUSY, NO_CELL, READING, SEEKING, SIZE_AT, WHERE_AT, Cell
+from cc_proxy.continuity.memory import STAMP
+from cc_proxy.linux.fds import receive_into, unread
+
+#: Bytes of a large batch: passing it on takes longer than waking a thread. Streams are steady, so the next one
+#: is likely to be large too.
+LARGE = 16 * 1024
+
+
+def read_noted(sock: socket.socket, room: memoryview, cell: Cell, place: int, large: bool) -> int:
+    """Read once from a non-blocking socket, and note it in a cell; returns how many bytes came, 0 at the end.
+
+    `place` is a `Reading` of nothing so far. With `large`, it asks first how much will come, which leaves no
+    doubt about it. Raises `BlockingIOError` if there is nothing for now, or another `OSError`.
+    """
+    if cell is NO_CELL:  # nobody will ask
+        return receive_into(sock, room)
+    size = 0
+    coming = min(unread(sock), len(room)) if large else 0
+    if coming >= len(STAMP):
+        room = room[:coming]
+        room[-len(STAMP) :] = STAMP
+        cell[READING] = BUSY | place | coming << SIZE_AT
+    else:
+        cell[READING] = BUSY | place
+    try:
+        size = receive_into(sock, room)
+    finally:
+        cell[READING] = place | size << SIZE_AT
+    return size
 
 
 class Intake:
@@ -47,7 +74,7 @@ class Intake:
         else:
             room = self._room_behind()
         place = self.stop << WHERE_AT | self.start
-        self._last = size = read_noted(self._io, room, self._cell, place, self._last >= MUCH)
+        self._last = size = read_noted(self._io, room, self._cell, place, self._last >= LARGE)
         self.stop += size
         return size
 

@@ -1,21 +1,18 @@
 """Output: frames from one VM to its clients. The thread that drives the channel does everything here."""
 
-import time
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 from cc_proxy.api.frames import FRAME_HEADER
+from cc_proxy.continuity.state.streams import StreamsState
 from cc_proxy.hyperstart.frames import HEADER_SIZE, Batch, Buffer, gather
 from cc_proxy.hyperstart.resync import Resync, Unrecognisable
-from cc_proxy.hyperstart.state import ResyncState
 from cc_proxy.linux.selector import WRITE, Selector
 from cc_proxy.log.levels import IO, logger
 from cc_proxy.proxy.streams.dump import dump_frames
 from cc_proxy.proxy.streams.intake import Intake
 from cc_proxy.proxy.streams.routes import Routes
 from cc_proxy.proxy.streams.session import Session
-
-#: Seconds between two looks for clients that will never take what waits for them.
-_LOOK_INTERVAL = 1.0
 
 
 class FramingLost(Exception):
@@ -45,15 +42,13 @@ class Output:
         self._routes = routes
         self._before_delivery = before_delivery
         self._on_stray = on_stray
-        self._resync: Resync | None = None  # while it is not known where frames begin
+        #: Finds where frames begin, while that is not known.
+        self.resync: Resync | None = None
         #: Sessions whose clients have output waiting, by fd. They are watched.
         self.waiting: dict[int, Session] = {}
-        self._look_at = 0.0  # when to look for clients among them that take no more
-        # Those of them that still need the buffer, and those that the log has named for that.
-        self._holding: set[Session] = set()
-        self._stuck: set[Session] = set()
-        #: Whether slices of the buffer still wait, so that the VM cannot be read.
-        self.paused = False
+        #: Those of them that still need the buffer. While there are any, the VM cannot be read.
+        self.holding: set[Session] = set()
+        self._stuck: set[Session] = set()  # those that the log has named for that
         #: Bytes and whole frames for clients, including what still waits for them.
         self.bytes = self.frames = 0
         #: Frames that nobody owned.
@@ -64,20 +59,15 @@ class Output:
     @property
     def unfinished(self) -> bytes:
         """What has been read of a frame that has not arrived whole."""
-        return b"" if self._resync else self._intake.unfinished
+        return b"" if self.resync else self._intake.unfinished
 
-    @property
-    def resync(self) -> ResyncState | None:
-        """What frames are looked for with, while it is not known where they begin."""
-        return self._resync.state if self._resync else None
-
-    def restore(self, unfinished: bytes, resync: ResyncState | None, sessions: Iterable[Session]) -> None:
-        """Go on behind what another one had read, with what waited for clients there.
-
-        With `resync`, nothing is known of what had been read.
-        """
-        self._resync = Resync(resync) if resync else None
-        self._intake.restore(unfinished, seeking=resync is not None)
+    def restore(self, state: StreamsState, sessions: Sequence[Session]) -> None:
+        """Go on behind what another one had read, with what waited for clients there."""
+        before = state.traffic
+        self.bytes, self.frames = before.bytes_to_clients, before.frames_to_clients
+        self.strays, self.pauses = before.stray_frames, before.pauses
+        self.resync = Resync(state.resync) if state.resync else None
+        self._intake.restore(state.unfinished, seeking=state.resync is not None)
         for session in sessions:
             if session.stuck:
                 self._stuck.add(session)
@@ -86,13 +76,13 @@ class Output:
     def read(self) -> int:
         """Read once and deliver what came; returns how many bytes that was, 0 at end of file.
 
-        Not while `paused`. Raises `BlockingIOError`, `FramingLost` (what came before is delivered), or
-        another `OSError`.
+        Not while sessions are `holding` the buffer. Raises `BlockingIOError`, `FramingLost` (what came before
+        is delivered), or another `OSError`.
         """
         intake = self._intake
         size = intake.read()
         if size:
-            if self._resync and not self._find_frames(self._resync):
+            if self.resync and not self._find_frames(self.resync):
                 return size
             self._before_delivery()
             for batch in self._batches(intake.buffer, intake.view, intake.start, intake.stop):
@@ -100,7 +90,7 @@ class Output:
                 self._deliver(batch)
                 if batch.error:
                     raise FramingLost(batch.error)
-            if not self.paused:
+            if not self.holding:
                 intake.passed_on()
         return size
 
@@ -113,16 +103,17 @@ class Output:
         self._intake.restore(found or b"", seeking=found is None)
         if found is not None:
             logger.info("framing is regained", extra={"vm": self._vm})
-            self._resync = None
+            self.resync = None
         return found is not None
 
     def read_rest(self) -> None:
-        """Read what has arrived by now, for the last time, even while `paused`: into a buffer of its own.
+        """Read what has arrived by now, for the last time. It goes into a buffer of its own: sessions may be
+        `holding` the other.
 
         Raises `OSError`.
         """
         rest = self._intake.read_rest()
-        if self._resync:
+        if self.resync:
             return  # it cannot be told what is whose
         self._before_delivery()
         for batch in self._batches(rest, memoryview(rest), 0, len(rest)):
@@ -187,64 +178,48 @@ class Output:
         session.flush()
         self._settle(session)
 
-    def holds(self, session: Session) -> bool:
-        """Whether the VM is not read because of this session."""
-        return session in self._holding
-
     def forget(self, session: Session) -> None:
-        """The session is to be closed."""
-        self._selector.remove(session.fd)
-        self.waiting.pop(session.fd, None)
+        """Nothing waits for the session's client any more, or the session is to be closed."""
+        if self.waiting.pop(session.fd, None):
+            self._selector.remove(session.fd)
         self._release(session)
         self._stuck.discard(session)
 
-    def moments(self) -> Iterator[float]:
-        """Yield when `run_timers` has something to do."""
-        if self.waiting:
-            yield self._look_at
-        for session in self._holding:
-            if session.patient_until is not None:
-                yield session.patient_until
+    def moment(self) -> float:
+        """Return when `run_timers` has something to do."""
+        return min((session.patient_until for session in self.holding), default=math.inf)
+
+    def look(self) -> None:
+        """Look for what nothing announces (`Session.look`). To be called now and then."""
+        for session in list(self.waiting.values()):
+            session.look()
+            self._settle(session)
 
     def run_timers(self, now: float) -> None:
-        """Spool for clients that have had their patience; give up those that take no more."""
-        if now >= self._look_at:
-            self._look_at = now + _LOOK_INTERVAL
-            for session in list(self.waiting.values()):
-                session.look()
-                self._settle(session)
-        for session in list(self._holding):
-            if session.patient_until is not None and now >= session.patient_until:
+        """Spool for clients that have had their patience."""
+        for session in list(self.holding):
+            if now >= session.patient_until:
                 session.spill()
                 self._settle(session)
 
     def _settle(self, session: Session) -> None:
         """Watch the session's client for as long as something waits for it."""
         if session.waits and session.fd not in self.waiting:
-            self._watch(session)
+            try:
+                self._selector.add(session.fd, WRITE)
+                self.waiting[session.fd] = session
+            except OSError as error:
+                session.fail(error)
         if not session.waits:
-            self._stuck.discard(session)
-            if self.waiting.pop(session.fd, None):
-                self._selector.remove(session.fd)
-        self._hold(session)
-
-    def _watch(self, session: Session) -> None:
-        try:
-            self._selector.add(session.fd, WRITE)
-        except OSError as error:
-            session.fail(error)
-            return
-        if not self.waiting:
-            self._look_at = time.monotonic() + _LOOK_INTERVAL
-        self.waiting[session.fd] = session
+            self.forget(session)
+        elif session.pending:
+            self._hold(session)
+        else:
+            self._release(session)
 
     def _hold(self, session: Session) -> None:
-        """Keep the buffer for as long as the session needs it."""
-        if not session.pending:
-            self._release(session)
-            return
-        self._holding.add(session)
-        self.paused = True
+        """Keep the buffer, which the session still needs."""
+        self.holding.add(session)
         if session.stuck and session not in self._stuck:
             self._stuck.add(session)
             self.pauses += 1
@@ -261,7 +236,7 @@ class Output:
 
     def _release(self, session: Session) -> None:
         """The session needs the buffer no more."""
-        self._holding.discard(session)
-        if self.paused and not self._holding:
-            self.paused = False
-            self._intake.passed_on()
+        if session in self.holding:
+            self.holding.remove(session)
+            if not self.holding:
+                self._intake.passed_on()

@@ -6,14 +6,15 @@ back in time, the agent is sent pings on the control channel, once the VM has ta
 socket. In each round of its loop the agent takes one command and one frame. So one more ping than there may
 be frames waiting proves that all of them are handled.
 
-A lossless agent never drops a marker, and sends it back when the process has taken its stdin. With such an
-agent the pacer just waits.
+A lossless agent never drops a marker, and sends it back when the process has taken its stdin. It is asked
+once, and waited for.
 """
 
 import functools
+import math
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from cc_proxy.continuity import cells
 from cc_proxy.continuity.cells import Cell
@@ -34,8 +35,6 @@ from cc_proxy.proxy.streams.session import Session
 #: Seconds until the second look whether the VM has taken everything, which nothing announces. Each later
 #: look waits twice as long.
 _LOOK_AGAIN = 0.001
-#: Seconds until a lossless agent is asked again, in case its answer was lost on this side.
-_PATIENCE = 10.0
 
 
 class Pacer:
@@ -58,13 +57,13 @@ class Pacer:
         self._owners = owners
         self._echo_timeout = echo_timeout
         self._acknowledge = acknowledge
-        #: Whose marker is on its way, and when to ask again; who is due first is first.
-        self.asked: dict[Session, float] = {}
+        #: Whose marker is on its way, in the order in which they are due: when to ask again, and which of
+        #: `frames` the marker was.
+        self.asked: dict[Session, tuple[float, int]] = {}
         # The sessions that the pings on their way are for. Stdin sent after those pings needs another round.
         self._round: set[Session] | None = None
-        self._look_at: float | None = None  # when to look whether the VM has taken everything, for a round
+        self._look_at = math.inf  # when to look whether the VM has taken everything, for a round
         self._look_again = _LOOK_AGAIN
-        self._markers: dict[Session, int] = {}  # for those in `asked`: which of `frames` the marker was
         self._handled = 0  # how many of `frames` the agent is known to have handled
         self._echoes_in_a_row = MARKERS_TO_TRUST
         #: Frames that were sent to the agent, and the markers among them.
@@ -89,7 +88,7 @@ class Pacer:
         if state.lossless:
             self._be_lossless()
         ask_at = time.monotonic() + self._echo_timeout
-        self.asked = {session: ask_at for session in sessions if session.window and session.window.asked}
+        self.asked = {session: (ask_at, 0) for session in sessions if session.window and session.window.asked}
 
     def state(self) -> PacerState:
         """Return where it stands, for `restore`."""
@@ -104,9 +103,8 @@ class Pacer:
         if marker:
             session.note_marker()
             now = time.monotonic()
-            self.asked[session] = now + self._echo_timeout
             self._count_marker()
-            self._markers[session] = self.frames
+            self.asked[session] = now + self._echo_timeout, self.frames
             if self._echoes_in_a_row < MARKERS_TO_TRUST:
                 self._prepare_round(now)
         return marker
@@ -118,7 +116,6 @@ class Pacer:
     def forget(self, session: Session) -> None:
         """The session is to be closed."""
         self.asked.pop(session, None)
-        self._markers.pop(session, None)
         if self._round:
             self._round.discard(session)
 
@@ -134,19 +131,25 @@ class Pacer:
                 self._be_lossless()
             self._echoes_in_a_row += 1
             # Frames are handled in their order. A copy of the marker may have been later than this one.
-            self._handled = max(self._handled, self._markers.get(session, 0))
+            self._handled = max(self._handled, self.asked[session][1])
             self._let_go_on(session)
         return True
 
-    def moments(self) -> Iterator[float]:
-        """Yield when `run_timers` has something to do."""
-        yield from list(self.asked.values())[:1]
-        if self._look_at is not None:
-            yield self._look_at
+    @property
+    def _ask_at(self) -> float:
+        """When to send the first marker again that is on its way."""
+        if not self.asked or self._is_lossless:
+            return math.inf
+        return next(iter(self.asked.values()))[0]
+
+    def moment(self) -> float:
+        """Return when `run_timers` has something to do."""
+        return min(self._ask_at, self._look_at)
 
     def put_off(self, now: float) -> None:
         """No marker can have come back: their time begins anew."""
-        self.asked = dict.fromkeys(self.asked, now + self._echo_timeout)
+        ask_at = now + self._echo_timeout
+        self.asked = {session: (ask_at, number) for session, (_, number) in self.asked.items()}
 
     def run_timers(self, now: float) -> list[bytes]:
         """Return markers to send again, as they did not come back in time.
@@ -154,28 +157,26 @@ class Pacer:
         There are none while the VM stands still: it would find all of them once it goes on.
         """
         markers = []
-        if self.asked and now >= next(iter(self.asked.values())) and untaken(self._io):
-            self.put_off(now)
+        if now >= self._ask_at:
             self._prepare_round(now)
-        while self.asked:
-            session, ask_at = next(iter(self.asked.items()))
-            if now < ask_at:
-                break
-            del self.asked[session]
-            self.asked[session] = now + self._echo_timeout
+            if untaken(self._io):
+                self.put_off(now)
+        while now >= self._ask_at:
+            session = next(iter(self.asked))
+            _, number = self.asked.pop(session)
+            self.asked[session] = now + self._echo_timeout, number
             if session.window:
                 markers.append(session.window.ask_again())
                 self._count_marker()
-            self._prepare_round(now)
         # Not before the markers are sent: they are data that the VM has to take.
-        if not markers and self._look_at is not None and now >= self._look_at:
+        if not markers and now >= self._look_at:
             self._look(now)
         return markers
 
     # The control channel ----------------------------------------------------------------------------------
 
     def _prepare_round(self, now: float) -> None:
-        if self._round is None and self._look_at is None and not self._is_lossless:
+        if self._round is None and self._look_at == math.inf and not self._is_lossless:
             self._look_at, self._look_again = now, _LOOK_AGAIN
 
     def _look(self, now: float) -> None:
@@ -184,7 +185,7 @@ class Pacer:
             self._look_at = now + self._look_again
             self._look_again = min(2 * self._look_again, max(self._echo_timeout, _LOOK_AGAIN))
             return
-        self._look_at = None
+        self._look_at = math.inf
         if self.asked:
             self._round = set(self.asked)
             sent = self.frames
@@ -211,16 +212,14 @@ class Pacer:
             self._prepare_round(time.monotonic())
 
     def _let_go_on(self, session: Session) -> None:
-        self._markers.pop(session, None)
         if self.asked.pop(session, None) is not None:
             if self._round:
                 self._round.discard(session)
             if not self.asked:
-                self._look_at = None
+                self._look_at = math.inf
             self._on_room(session)
 
     def _be_lossless(self) -> None:
         if not self._is_lossless:
             self._cell[cells.LOSSLESS] = self._is_lossless = True
-            self._echo_timeout = max(self._echo_timeout, _PATIENCE)
-            self._round = self._look_at = None
+            self._round, self._look_at = None, math.inf

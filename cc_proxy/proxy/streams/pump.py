@@ -22,9 +22,6 @@ from cc_proxy.proxy.streams.mailbox import Mailbox
 from cc_proxy.proxy.streams.session import Session
 from cc_proxy.proxy.streams.spool import is_at_disk
 
-#: Bytes of a batch that is large. What people and shims say to each other line by line is less.
-_LARGE = 4 * 1024
-
 
 class Pump:
     """A thread that works on one VM's channel, and ends when all is delivered.
@@ -187,7 +184,7 @@ class Pump:
             ready = channel.wait()
             with self._one_at_a_time(large):
                 # Nobody knows before it is read whether it is large, but streams are steady.
-                large = channel.serve(ready) >= _LARGE
+                large = channel.serve(ready)
 
     def _answer(self, answer: Future[Streams]) -> None:
         try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import socket
 import time
 from collections.abc import Sequence
@@ -25,9 +26,9 @@ from cc_proxy.hyperstart.pacing import StdinWindow
 from cc_proxy.hyperstart.splitter import StdinSplitter
 from cc_proxy.linux.fds import Fd, Piece, close_stream, cut, is_for_now, unread
 from cc_proxy.log.levels import logger
+from cc_proxy.proxy.streams.intake import read_noted
 from cc_proxy.proxy.streams.interfaces import Place
 from cc_proxy.proxy.streams.outlet import Outlet
-from cc_proxy.proxy.streams.reading import read_noted
 from cc_proxy.proxy.streams.spool import Spool
 
 #: The errors of a socket whose client has gone.
@@ -36,8 +37,6 @@ _GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 PATIENCE = 0.02
 #: Seconds of patience that come back each second. One client can slow its VM down by this much at most.
 _PATIENCE_REGAINED = 0.25
-#: Seconds until a spool that was full, or could not be used, is tried again.
-_SPOOL_RETRY = 1.0
 
 
 class Whose(NamedTuple):
@@ -83,8 +82,8 @@ class Session:
         self.window = window
         #: Output that still needs the pump's buffer. Everything read later goes behind it.
         self.pending: Sequence[Piece] = ()
-        #: When `pending` is to be spilled; None if nothing is pending.
-        self.patient_until: float | None = None
+        #: When `pending` is to be spilled; never, if nothing is pending, or the spool has not taken it.
+        self.patient_until = math.inf
         #: Why the spool has not taken what is pending.
         self.stuck = ""
         #: Whether its process has been started, so that stdin has somewhere to go.
@@ -113,7 +112,7 @@ class Session:
             stuck=self.stuck,
             spool=self._spool.hand_over(),
             patience=self._patience,
-            patient=None if self.patient_until is None else self.patient_until - now,
+            patient=None if self.patient_until == math.inf else self.patient_until - now,
             idle=now - self.idle_since,
         )
 
@@ -125,7 +124,7 @@ class Session:
         self.pending = (state.pending,) if state.pending else ()
         self.stuck = state.stuck
         self._patience, self._patience_at = state.patience, now - state.idle
-        self.patient_until = None if state.patient is None else now + state.patient
+        self.patient_until = math.inf if state.patient is None else now + state.patient
         self.is_started = state.started
         self.stdin_open, self.output_gone = state.stdin_open, state.output_gone
         self._store(state)
@@ -171,14 +170,17 @@ class Session:
             self.pending = pieces
             self.spill()
             return True
-        try:
-            self.pending = self._outlet.send(pieces)
-        except OSError as error:
-            self.fail(error)
+        self._send(pieces)
         if self.pending:
             self.patient_until = self._end_of_patience()
             return True
         return False
+
+    def _send(self, pieces: Sequence[Piece]) -> None:
+        try:
+            self.pending = self._outlet.send(pieces)
+        except OSError as error:
+            self.fail(error)
 
     def flush(self) -> None:
         """The client takes output again, or has gone: pass on what waits, oldest first."""
@@ -195,27 +197,29 @@ class Session:
         if not self.waits:
             self._outlet.mend()
         if self.pending and not self._spool.size:
-            self._write(self.pending)
+            self._send(self.pending)
+            if not self.pending:
+                self._stop_being_patient()
+                self.stuck = ""
         if self.pending and (self.stuck or self._spool.size):
             self.spill()
 
     def look(self) -> None:
-        """Find out whether the client still takes output, or has shut its fd for reading.
+        """Look for what nothing announces. To be called now and then while output waits.
 
-        Nothing announces that while its socket is full, but sending fails at once, even nothing.
+        The client may have shut its fd for reading: while its socket is full, that shows only when something
+        is sent, even nothing. And others may have made room in the spool.
         """
         try:
             self._sock.send(b"")
         except OSError as error:
             if not is_for_now(error):
                 self.fail(error)
+        if self.stuck:
+            self.spill()
 
     def spill(self) -> None:
-        """Move pending output to the spool, as much as that takes.
-
-        If something is left, `stuck` says why, and `patient_until` is when to try again: others may have made
-        room by then.
-        """
+        """Move pending output to the spool, as much as that takes. If something is left, `stuck` says why."""
         self._stop_being_patient()
         try:
             while self.pending and (stored := self._spool.append(self.pending)):
@@ -224,18 +228,6 @@ class Session:
         except OSError as error:
             self.stuck = f"the spool cannot be used: {error.strerror}"
         self._cell[SPOOLED] = self._spool.size
-        if self.stuck:
-            self.patient_until = time.monotonic() + _SPOOL_RETRY
-
-    def _write(self, pieces: Sequence[Piece]) -> None:
-        try:
-            self.pending = self._outlet.send(pieces)
-        except OSError as error:
-            self.fail(error)
-            return
-        if not self.pending:
-            self._stop_being_patient()
-            self.stuck = ""
 
     def fail(self, error: OSError) -> None:
         """Give up output because of an error. A client that is still there sees its stream closed."""
@@ -260,14 +252,13 @@ class Session:
         self._mark(GONE)
         self.pending = ()
         self.stuck = ""
-        self.patient_until = None
+        self.patient_until = math.inf
         self._spool.close()
 
     def _stop_being_patient(self) -> None:
-        if self.patient_until is not None:
-            if not self.stuck:  # else it is no patience, but the time until the spool is tried again
-                self._patience = max(0.0, self.patient_until - time.monotonic())
-            self.patient_until = None
+        if self.patient_until < math.inf:
+            self._patience = max(0.0, self.patient_until - time.monotonic())
+            self.patient_until = math.inf
 
     def _end_of_patience(self) -> float:
         now = time.monotonic()
@@ -287,7 +278,7 @@ class Session:
         try:
             # Always without doubt, which would cost the session: other threads may keep this one from noting
             # it for a millisecond.
-            return read_noted(self._sock, view[start : start + room], self._cell, place, much=True)
+            return read_noted(self._sock, view[start : start + room], self._cell, place, large=True)
         except BlockingIOError:
             raise
         except OSError:

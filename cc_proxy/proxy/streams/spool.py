@@ -9,12 +9,11 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from cc_proxy.continuity.memory import BUFFER_SIZE
 from cc_proxy.continuity.state.streams import SpoolFile
 from cc_proxy.linux.fds import IOV_MAX, Fd, Piece, cut
 from cc_proxy.settings import LiveSettings, SpoolSettings
 
-#: The most `sendfile` is asked to move at once, so that one client's backlog does not hold up the others.
-_DRAIN_AT_ONCE = 256 * 1024
 #: A spool that is full has this many files. The disk gets a file back once all of it has been read: the more
 #: there are, the less is held for nothing, and the more fds it takes.
 _FILES = 32
@@ -158,7 +157,8 @@ class Spool:
         """
         file = self._files[0]
         with _waiting_for_disk():
-            moved = os.sendfile(fd, file.fd, file.start, min(file.stop - file.start, _DRAIN_AT_ONCE))
+            # No more than what is read at once, so that one client's backlog does not hold up the others.
+            moved = os.sendfile(fd, file.fd, file.start, min(file.stop - file.start, BUFFER_SIZE))
         file.start += moved
         self.size -= moved
         if file.start == file.stop:
@@ -205,7 +205,7 @@ class Spool:
         except OSError:
             os.close(fd)
             raise
-        return _File(fd, size)
+        return _File(fd, size, 0, 0)
 
 
 @dataclass(slots=True)
@@ -214,8 +214,8 @@ class _File:
 
     fd: int
     size: int
-    start: int = 0
-    stop: int = 0
+    start: int
+    stop: int
 
     @property
     def held(self) -> int:

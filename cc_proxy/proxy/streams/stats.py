@@ -5,11 +5,12 @@ from collections.abc import Collection
 
 from cc_proxy.api.status import MOST_LISTED, Streams, Traffic, WaitingStream
 from cc_proxy.proxy.streams.output import Output
+from cc_proxy.proxy.streams.pacer import Pacer
 from cc_proxy.proxy.streams.session import Session
 from cc_proxy.proxy.streams.stdin import Stdin
 
 
-def describe_streams(sessions: Collection[Session], output: Output, stdin: Stdin) -> Streams:
+def describe_streams(sessions: Collection[Session], output: Output, stdin: Stdin, pacer: Pacer) -> Streams:
     """Return how the streams of one VM are now."""
     now = time.monotonic()
     waiting = [_waiting(session, output, now) for session in sessions if session.waits]
@@ -17,14 +18,14 @@ def describe_streams(sessions: Collection[Session], output: Output, stdin: Stdin
     return Streams(
         sessions=len(sessions),
         traffic=traffic_of(output, stdin),
-        paused=output.paused,
+        paused=bool(output.holding),
         waiting=waiting[:MOST_LISTED],
         waiting_sessions=len(waiting),
         spooled=sum(stream.spooled for stream in waiting),
         pending=sum(stream.pending for stream in waiting),
-        stdin_held=stdin.held,
-        stdin_stalled=now - stdin.stalled_since if stdin.blocked else 0.0,
-        stdin_unacknowledged=stdin.unacknowledged,
+        stdin_held=sum(map(len, stdin.to_vm)),
+        stdin_stalled=now - stdin.stalled_since if stdin.to_vm else 0.0,
+        stdin_unacknowledged=len(pacer.asked),
     )
 
 
@@ -48,6 +49,6 @@ def _waiting(session: Session, output: Output, now: float) -> WaitingStream:
         spooled=session.spooled,
         pending=sum(map(len, session.pending)),
         idle=now - session.idle_since,
-        holds_vm=output.holds(session),
+        holds_vm=session in output.holding,
         reason=session.stuck,
     )

@@ -3,12 +3,13 @@
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from cc_proxy.api.frames import encode_frame
 from cc_proxy.continuity.cells import SENT_TURN, TURNS, VM_TORN
 from cc_proxy.continuity.memory import BUFFER_SIZE, Memory
-from cc_proxy.hyperstart.frames import frames_of
+from cc_proxy.continuity.state.streams import StreamsState
+from cc_proxy.hyperstart.frames import HEADER_SIZE, MAX_TO_AGENT, frames_of
 from cc_proxy.linux.fds import Piece
 from cc_proxy.linux.selector import HANG_UP, NOTHING_ELSE, READ, Selector
 from cc_proxy.log.levels import IO, logger
@@ -17,12 +18,6 @@ from cc_proxy.proxy.streams.outlet import Outlet
 from cc_proxy.proxy.streams.pacer import Pacer
 from cc_proxy.proxy.streams.session import Session
 
-#: The most clients among which the buffer is divided in one turn.
-_MOST_SHARES = 2
-#: A turn ends when less of the buffer than this is left.
-_LEAST_READ = 16 * 1024
-#: Seconds between two looks for clients that have gone while the VM takes nothing.
-_LOOK_INTERVAL = 1.0
 #: Seconds that stdin waits for its process after its client has gone. By then every command that was on its
 #: way has its answer.
 _KEPT = 60.0
@@ -52,15 +47,14 @@ class Stdin:
         self._buffer = memory.stdin
         self._view = memoryview(self._buffer)
         self._turn = 0  # counts the times that clients were read, modulo TURNS
+        self._served = 0  # how many of them had their turn, all told
         self._sessions: dict[int, Session] = {}  # by fd
-        #: Clients that went before their process was started, in that order, and until when each is kept.
+        #: Clients that went before their process was started, and until when each is kept.
         self.orphans: dict[Session, float] = {}
-        self._left_out: list[int] = []  # fds that were ready, in order, when the buffer was full
-        self._to_vm: Sequence[Piece] = ()
-        self._stalled_at = 0.0
-        self._look_at = 0.0  # for clients that are gone, while the VM takes nothing
-        #: Whether slices of the buffer still wait for the VM, so that no client can be read.
-        self.blocked = False
+        #: What the VM has not taken yet. While there is any, it needs the buffer, and no client can be read.
+        self.to_vm: Sequence[Piece] = ()
+        #: While there is any: since when the VM has taken nothing.
+        self.stalled_since = 0.0
         #: Bytes of stdin, as the agent gets them.
         self.bytes = 0
         #: Why the VM takes nothing any more.
@@ -71,33 +65,18 @@ class Stdin:
         """Frames of stdin, as the agent gets them: a long frame of a client's is several."""
         return self._pacer.frames - self._pacer.markers
 
-    @property
-    def to_vm(self) -> bytes:
-        """What waits for the VM to take it."""
-        return b"".join(self._to_vm)
-
-    def restore(self, to_vm: bytes) -> None:
-        """Go on with what waited for the VM in another one."""
+    def restore(self, state: StreamsState, sessions: Sequence[Session]) -> None:
+        """Go on where another one stood, with what waited for the VM there."""
+        self.bytes = state.traffic.bytes_to_vm
+        self._pacer.restore(state.pacer, sessions)
+        for session in sessions:
+            self.add(session)
+            if session.is_started and session not in self._pacer.asked:
+                self.resume(session)
         self._cell[SENT_TURN] = self._turn
         self._outlet.mend()
-        if to_vm:
-            self._to_vm = frames_of(memoryview(to_vm))
-            self._block()
-
-    @property
-    def held(self) -> int:
-        """Bytes that wait for the VM to take them."""
-        return sum(map(len, self._to_vm))
-
-    @property
-    def stalled_since(self) -> float:
-        """While `blocked`: since when the VM has taken nothing."""
-        return self._stalled_at
-
-    @property
-    def unacknowledged(self) -> int:
-        """Streams whose stdin waits until the agent has acknowledged what it was sent."""
-        return len(self._pacer.asked)
+        self.to_vm = frames_of(memoryview(state.to_vm))
+        self.stalled_since = time.monotonic()
 
     def add(self, session: Session) -> None:
         """Take over a client. It is read once its process has been started (`resume`)."""
@@ -114,58 +93,45 @@ class Stdin:
     def read_clients(self, ready: list[tuple[int, int]]) -> None:
         """Read the clients that have sent something or hung up, and pass it all on in one write.
 
-        `ready` are their fds with the events of each. Not while `blocked`.
+        `ready` are their fds with the events of each. Not while anything waits for the VM.
         """
         pieces: list[Piece] = []
         used = 0
         self._turn = (self._turn + 1) % TURNS
-        share = BUFFER_SIZE // min(len(ready), _MOST_SHARES)
-        if self._left_out:
-            ready = self._left_out_first(ready)
-        for number, (fd, events) in enumerate(ready):
-            if BUFFER_SIZE - used < _LEAST_READ:
-                self._left_out = [fd for fd, _ in ready[number:]]
+        # epoll names them in the same order each time. So those for whom there is no room are the first ones
+        # in the next turn.
+        first = self._served % len(ready)
+        for fd, events in ready[first:] + ready[:first]:
+            if BUFFER_SIZE - used < MAX_TO_AGENT:
                 break
+            self._served += 1
             session = self._sessions.get(fd)
             if session is None:
                 continue
             if events & READ:
-                used += self._read(session, used, min(share, BUFFER_SIZE - used), events, pieces)
+                used += self._read(session, used, events, pieces)
             else:
                 self._hung_up(session)
         self._send(pieces)
 
-    def _left_out_first(self, ready: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        # epoll names them in the same order each time: those at the end would never have their turn.
-        events = dict(ready)
-        first = [(fd, events.pop(fd)) for fd in self._left_out if fd in events]
-        self._left_out = []
-        return [*first, *events.items()]
-
     def flush(self) -> None:
         """The VM takes something again."""
-        pieces, self._to_vm, self.blocked = self._to_vm, (), False
+        pieces, self.to_vm = self.to_vm, ()
         self._send(pieces)
 
-    def moments(self) -> Iterator[float]:
-        """Yield when `run_timers` has something to do."""
-        if self._to_vm:
-            yield self._look_at
-            return
-        yield from self._pacer.moments()
-        yield from list(self.orphans.values())[:1]
+    def look(self, now: float) -> None:
+        """Give up clients that have gone. To be called now and then, while there may be some."""
+        if self.to_vm:
+            self._give_up_gone()
+        for session in [orphan for orphan, until in self.orphans.items() if now >= until]:
+            self._drop(session, "closed by its client, and its process was not started")
 
     def run_timers(self, now: float) -> None:
-        """Ask again where a marker did not come back, and give up clients that have gone."""
-        if not self._to_vm:
-            self._send(self._pacer.run_timers(now))
-            for session in [orphan for orphan, until in self.orphans.items() if now >= until]:
-                self._drop(session, "closed by its client, and its process was not started")
-        elif now >= self._look_at:
-            self._look_at = now + _LOOK_INTERVAL
-            self._give_up_gone()
+        """Ask again where a marker did not come back. Not while anything waits for the VM."""
+        self._send(self._pacer.run_timers(now))
 
-    def _read(self, session: Session, start: int, room: int, events: int, pieces: list[Piece]) -> int:
+    def _read(self, session: Session, start: int, events: int, pieces: list[Piece]) -> int:
+        room = BUFFER_SIZE - start
         if session.window:
             room = min(room, self._pacer.room(session.window))
         try:
@@ -176,19 +142,20 @@ class Stdin:
             self._end(session, events, pieces)
             return 0
         splitter = session.splitter
-        before, frames = splitter.payload_bytes, splitter.frames
+        payload, frames = splitter.payload_bytes, splitter.frames
         good = splitter.split(self._buffer, self._view, start, start + size)
         session.note_split(self._turn)
         if splitter.joints:
             splitter.join(self._view)
-        self._pacer.frames += splitter.frames - frames
-        self.bytes += sum(map(len, good))
+        payload, frames = splitter.payload_bytes - payload, splitter.frames - frames
+        self._pacer.frames += frames
+        self.bytes += payload + frames * HEADER_SIZE
         if logger.isEnabledFor(IO):
             dump_frames(self._vm, "stdin", good)
         pieces += good
         if splitter.error:
             self._drop(session, splitter.error)
-        elif marker := self._pacer.sent(session, splitter.payload_bytes - before):
+        elif marker := self._pacer.sent(session, payload):
             pieces.append(marker)
             self._clients.change(session.fd, NOTHING_ELSE)
         return size
@@ -250,21 +217,16 @@ class Stdin:
             session.fail(error)
             self._drop(session, "it cannot be watched")
 
-    def _block(self) -> None:
-        self.blocked = True
-        self._stalled_at = time.monotonic()
-        self._look_at = self._stalled_at + _LOOK_INTERVAL
-
     def _send(self, pieces: Sequence[Piece]) -> None:
-        if self._to_vm:
-            self._to_vm = [*self._to_vm, *pieces]
+        if self.to_vm:
+            self.to_vm = [*self.to_vm, *pieces]
             return
         try:
-            self._to_vm = self._outlet.send(pieces) if pieces else ()
+            self.to_vm = self._outlet.send(pieces) if pieces else ()
         except OSError as error:
             self.error = self.error or f"I/O channel: {os.strerror(error.errno or 0)}"
             return
-        if self._to_vm:
-            self._block()
+        if self.to_vm:
+            self.stalled_since = time.monotonic()
         else:
             self._cell[SENT_TURN] = self._turn

@@ -102,25 +102,21 @@ class Watch:
         return self._spin.wait(lambda: poll(0) or None, lambda: poll(timeout))
 
     def serve(self, ready: list[Ready]) -> list[Ready]:
-        """Have all handled that was ready with clients, but for those: they are returned."""
-        clients = []
+        """Have all handled that is ready, but for sessions' fds, which are returned."""
+        unhandled = []
         for pair in ready:
+            # Looked up as late as this: one handler may remove what another was to handle.
             handler = self._handlers.get(pair[0])
             if handler:
                 handler(pair[1])
             else:
-                clients.append(pair)
-        return clients
+                unhandled.append(pair)
+        return unhandled
 
     def serve_others(self, ready: list[Ready]) -> None:
         """Have all handled that was ready without clients."""
-        for fd, events in ready:
-            # Looked up as late as this: one handler may remove what another was to handle.
-            handler = self._handlers.get(fd)
-            if handler:
-                handler(events)
-            else:
-                self._on_writable(fd)
+        for fd, _ in self.serve(ready):
+            self._on_writable(fd)
 
     def close(self) -> None:
         """Close both instances; what they watched stays open, the console too."""

@@ -414,6 +414,24 @@ def test_total_limit_is_shared_by_the_vms(make_bench: BenchMaker, tmp_path: Path
     assert space.used == 0
 
 
+def test_room_that_others_have_made_in_the_spool_is_used_within_a_second(
+    make_bench: BenchMaker, tmp_path: Path
+) -> None:
+    space = spool_space(tmp_path, total_limit=8 * BLOCK)
+    bench, other = make_bench(space), make_bench(space)
+    greedy, modest = bench.open(buffer=SMALL), other.open(buffer=SMALL)
+    sent = numbered(1, 50)
+    bench.say(sent)
+    bench.pass_time(A_MOMENT)
+    more = other.stall(modest)
+    assert other.paused()
+    assert bench.read(greedy.sock, len(sent)) == sent
+    assert other.paused()
+    other.pass_time(1)
+    assert not other.paused()
+    assert other.read(modest.sock, len(more)) == more
+
+
 def test_missing_spool_directory_is_logged_once_and_loses_nothing(
     make_bench: BenchMaker, tmp_path: Path, logged: Logged
 ) -> None:
@@ -926,6 +944,20 @@ def test_vm_that_did_not_read_and_hangs_up_while_a_client_is_slow_delivers_all(
     assert bench.owner.causes
     assert bench.read_to_end(slow.sock) == sent
     assert not bench.channel.is_in_use
+
+
+def test_vm_that_takes_nothing_has_no_markers_to_be_waited_for(make_bench: BenchMaker) -> None:
+    """Or the pump is woken up for nothing, again and again."""
+    bench = make_bench(window=WINDOW)
+    paced, other = bench.open(), bench.open()
+    paced.send(bytes(600))
+    assert bench.frames()
+    fill(bench.near_io)
+    other.send(b"x")
+    bench.settle()
+    assert bench.blocked()
+    bench.pass_time(10 * ECHO_TIMEOUT)
+    assert bench.is_at_rest()
 
 
 @pytest.mark.parametrize("end", ENDS)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cc_proxy.continuity.memory import BUFFER_SIZE
 from cc_proxy.linux.credentials import ROOT
 from cc_proxy.linux.fds import Piece
 from cc_proxy.proxy.streams import spool as spool_module
@@ -61,7 +62,7 @@ def in_pieces(rng: random.Random, data: bytes) -> list[Piece]:
 def test_order_over_many_files_and_partial_drains(
     tmp_path: Path, ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spool_module, "_DRAIN_AT_ONCE", 3_000)
+    monkeypatch.setattr(spool_module, "BUFFER_SIZE", 3_000)
     limit = 100 * BLOCK
     space = spool_space(tmp_path, session_limit=limit)
     rng = random.Random(1)
@@ -131,7 +132,7 @@ def test_room_comes_back_long_before_all_is_read(tmp_path: Path, ends: Ends) -> 
         read += spool.drain_to(near.fileno())
         read_now(far)
     assert room == limit // spool_module._FILES
-    assert read <= room + spool_module._DRAIN_AT_ONCE
+    assert read <= room + BUFFER_SIZE
     spool.close()
 
 
@@ -151,7 +152,7 @@ def test_one_drain_moves_no_more_than_is_fair(tmp_path: Path, ends: Ends) -> Non
     near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
     spool = Spool(spool_space(tmp_path), ROOT)
     spool.append([bytes(1_000_000)])
-    assert spool.drain_to(near.fileno()) <= spool_module._DRAIN_AT_ONCE
+    assert spool.drain_to(near.fileno()) <= BUFFER_SIZE
     spool.close()
 
 
