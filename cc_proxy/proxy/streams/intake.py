@@ -7,8 +7,8 @@ from cc_proxy.continuity.cells import BUSY, NO_CELL, READING, SEEKING, SIZE_AT, 
 from cc_proxy.continuity.memory import STAMP
 from cc_proxy.linux.fds import receive_into, unread
 
-#: Bytes of a large batch: passing it on takes longer than waking a thread. Streams are steady, so the next one
-#: is likely to be large too.
+#: Bytes of a large batch: passing it on takes longer than waking a thread. Streams are steady, so the next
+#: batch is likely to be large too.
 LARGE = 16 * 1024
 
 
