@@ -1,5 +1,5 @@
 """What these tests share with those of the daemon's modules."""
 
-from tests.proxy.conftest import logged, rig, space
+from tests.proxy.conftest import house, logged, rig, space
 
-__all__ = ["logged", "rig", "space"]
+__all__ = ["house", "logged", "rig", "space"]
