@@ -1,4 +1,4 @@
-"""Faults that are put into the program: what no client and no kernel can be made to do at the right moment."""
+"""Faults put into the program: what no client and no kernel can be made to do at the right moment."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ UNEXPECTED = KeyError("nobody expects it")
 
 @contextmanager
 def broken(
-    owner: object, name: str, error: BaseException = UNEXPECTED, *, when: Callable[..., bool] | None = None
+    owner: object, name: str, error: BaseException = UNEXPECTED, *, when: Callable[..., object] | None = None
 ) -> Iterator[threading.Event]:
     """Meanwhile calls of `owner.name` fail, or those of which `when` says so; yields whether one has failed.
 
-    `when` gets the arguments of the call.
+    `when` gets the arguments of the call. It may be what makes others wait, or note that they are there.
     """
     real = getattr(owner, name)
     failed = threading.Event()

@@ -73,6 +73,12 @@ class WatchedLock:
         self.release()
 
 
+def lock_of(owner: object) -> WatchedLock:
+    """The lock of an object, to be held as by a thread that hangs."""
+    (lock,) = (value for value in vars(owner).values() if isinstance(value, WatchedLock))
+    return lock
+
+
 @pytest.fixture(autouse=True)
 def watched_locks(monkeypatch: pytest.MonkeyPatch) -> Iterator[LockWatch]:
     """Fails a test in which a lock was taken while another was held, or is held at the end by its thread."""

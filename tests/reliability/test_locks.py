@@ -11,7 +11,7 @@ from pathlib import Path
 
 import cc_proxy
 from cc_proxy.proxy.streams.spool import SpoolSpace
-from tests.locks import LockWatch, WatchedLock
+from tests.locks import LockWatch, WatchedLock, lock_of
 from tests.wire.daemon import CHECKOUT
 
 
@@ -41,8 +41,7 @@ def test_each_lock_is_in_the_document_and_no_other() -> None:
 
 
 def test_locks_of_the_project_are_watched_and_no_others(space: SpoolSpace) -> None:
-    (lock,) = (value for value in vars(space).values() if isinstance(value, WatchedLock))
-    assert lock.name == "SpoolSpace._lock"
+    assert lock_of(space).name == "SpoolSpace._lock"
     assert not isinstance(queue.Queue[int]().mutex, WatchedLock)
 
 

@@ -6,32 +6,32 @@ import errno
 import json
 import logging
 import os
-import resource
+import select
 import socket
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from itertools import pairwise
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cc_proxy.api import messages
 from cc_proxy.continuity.state.clients import ConnectionState, ListenerState, ServerState
+from cc_proxy.linux.credentials import Credentials
 from cc_proxy.linux.fds import Fd, close_stream, may_hold_fds
 from cc_proxy.proxy.clients import roster as roster_module
 from cc_proxy.proxy.clients import server as server_module
-from cc_proxy.proxy.clients.connection import Connection
 from cc_proxy.proxy.clients.parking import Parking
 from cc_proxy.proxy.clients.server import Server
 from cc_proxy.proxy.clients.workers import Workers
 from cc_proxy.settings import Limits
+from tests.faults import broken
+from tests.locks import lock_of
 from tests.proxy.conftest import Logged
 from tests.proxy.house import UNKNOWN, Answering, House, limited
 from tests.proxy.support import open_fds
+from tests.shortages import few_fds, no_threads
 from tests.wire.support import (
     WAIT,
     at_end,
@@ -84,15 +84,9 @@ def test_turned_away_though_it_reads_and_sends_what_it_likes(tmp_sock_dir: Path)
             assert at_end(client.sock)
 
 
-def test_thread_that_cannot_be_had_costs_that_request(
-    house: House, monkeypatch: pytest.MonkeyPatch, logged: Logged
-) -> None:
-    def refuse(workers: Workers, name: str, work: Callable[[], object]) -> None:
-        raise RuntimeError("can't start new thread")
-
+def test_thread_that_cannot_be_had_costs_that_request(house: House, logged: Logged) -> None:
     client, half = house.connect(), house.connect()
-    with monkeypatch.context() as patch:
-        patch.setattr(Workers, "start", refuse)
+    with no_threads():
         client.send(request("hyper") + request("x") + request("hyper"))
         answers = [client.receive() for _ in range(3)]
         half.send(b"\0")
@@ -103,9 +97,7 @@ def test_thread_that_cannot_be_had_costs_that_request(
     assert logged.at(logging.WARNING) == ["no thread for a request"] * 3
 
 
-def test_request_from_the_process_before_waits_for_a_thread(
-    tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch, answering: Answering
-) -> None:
+def test_request_from_the_process_before_waits_for_a_thread(tmp_sock_dir: Path, answering: Answering) -> None:
     """What it waits for may be next in a VM's line, and nobody else would take it out there."""
     ours, theirs = socket.socketpair()
     asked = ConnectionState(
@@ -120,34 +112,28 @@ def test_request_from_the_process_before_waits_for_a_thread(
         left=None,
         counted=0,
     )
-    refused_it = Counter[str]()
+    tries: list[str] = []
 
-    def refuse(workers: Workers, name: str, work: Callable[[], object]) -> None:
-        refused_it[name] += 1
-        raise RuntimeError("can't start new thread")
+    def note(_workers: Workers, name: str, _work: object) -> bool:
+        tries.append(name)
+        return True
 
     with theirs, ExitStack() as stack:
-        with monkeypatch.context() as patch:
-            patch.setattr(Workers, "start", refuse)
+        with broken(Workers, "start", RuntimeError("can't start new thread"), when=note):
             state = ServerState(ListenerState(Fd(-1), None, False), [asked], 8)
             house = House(tmp_sock_dir, state=state)
             stack.callback(house.close)
-            wait_until(lambda: refused_it["client 7"] > 1, "it is tried again")
+            wait_until(lambda: tries.count("client 7") > 1, "it is tried again")
             assert is_silent(theirs)
         assert read_exact(theirs, 14) == messages.frame_text(b"answer")
         assert answering.clients == [7]
 
 
 def test_connection_that_may_find_no_memory_for_its_thread_is_not_let_in(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    house: House,
 ) -> None:
     """Its requests may need one."""
-
-    def refuse() -> None:
-        raise RuntimeError("no memory for another thread")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(server_module, "check_room", refuse)
+    with broken(server_module, "check_room", RuntimeError("no memory for another thread")):
         client = house.connect()
         assert client.receive() == refused("the daemon cannot start another thread")
         assert at_end(client.sock)
@@ -156,15 +142,10 @@ def test_connection_that_may_find_no_memory_for_its_thread_is_not_let_in(
 
 
 def test_connection_that_cannot_be_watched_is_told_so_and_forgotten(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    house: House,
 ) -> None:
     """As when its user has as many fds in epoll instances as the kernel allows."""
-
-    def refuse(parking: Parking[Connection], connection: Connection) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Parking, "park", refuse)
+    with broken(Parking, "park", OSError(errno.ENOSPC, "No space left on device")):
         client = house.connect()
         assert b"No space left on device" in client.receive()
         assert at_end(client.sock)
@@ -176,74 +157,38 @@ def test_connection_that_cannot_be_watched_is_told_so_and_forgotten(
 # Fds ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def without_fds() -> Iterator[None]:
-    """Not one fd is to be had in this process."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with ExitStack() as stack:
-        highest = max(open_fds()) + 1
-        while (fd := os.eventfd(0)) < highest:
-            stack.callback(os.close, fd)
-        os.close(fd)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (fd, hard))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def test_without_fds_it_waits_and_says_so_once_and_accepts_again(
-    house: House, monkeypatch: pytest.MonkeyPatch, logged: Logged
-) -> None:
-    monkeypatch.setattr(server_module, "_SHORTAGE_PAUSE", 0.02)
-    tries = Tries(house.server.socket)
-    monkeypatch.setattr(house.server, "socket", tries)
+def test_without_fds_it_waits_and_says_so_once_and_accepts_again(house: House, logged: Logged) -> None:
     first = house.connect()
     assert first.ask("x") == UNKNOWN
     fds = len(open_fds())
-    for times in (1, 2):
+    for _ in range(2):
+        logged.records.clear()
         wait_until(lambda: len(open_fds()) == fds, "none is about to be closed")
-        waiting = socket.socket(socket.AF_UNIX)
-        waiting.settimeout(WAIT)
-        with waiting:
-            del tries.failed_at[:]
-            with without_fds():
+        with socket.socket(socket.AF_UNIX) as waiting:
+            waiting.settimeout(WAIT)
+            with few_fds():
                 waiting.connect(str(house.path))
-                wait_until(lambda: len(tries.failed_at) >= 4, "it tries again")
+                wait_until(lambda: bool(logged.at(logging.ERROR)), "it has tried")
+                before = cpu_seconds("accept")
+                assert not select.select([waiting], [], [], 0.3)[0]
                 assert first.ask("x") == UNKNOWN, "who is there is served"
+                assert cpu_seconds("accept") - before < 0.1, "it waits between tries: it does not spin"
             waiting.sendall(request("x"))
             assert waiting.recv(8)
             assert waiting.recv(100) == UNKNOWN
-        waits = [after - before for before, after in pairwise(tries.failed_at)]
-        assert min(waits) >= 0.015, "it waits between tries: it does not spin"
-        assert logged.fields("no connection can be accepted") == [{"error": "Too many open files"}] * times
+        assert logged.fields("no connection can be accepted") == [{"error": "Too many open files"}]
 
 
-class Tries:
-    """A listening socket that notes when it could not accept."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self.failed_at: list[float] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sock, name)
-
-    def accept(self) -> object:
-        try:
-            return self._sock.accept()
-        except BlockingIOError:
-            raise
-        except OSError:
-            self.failed_at.append(time.monotonic())
-            raise
+def cpu_seconds(name: str) -> float:
+    """What a thread of this process has run so far."""
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == name)
+    return float(time.clock_gettime(time.pthread_getcpuclockid(thread.ident or 0)))
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EPERM])
 def test_every_shortage_is_waited_out(
     house: House, monkeypatch: pytest.MonkeyPatch, logged: Logged, number: int
 ) -> None:
-    monkeypatch.setattr(server_module, "_SHORTAGE_PAUSE", 0.001)
     short = Short(house.server.socket, number)
     monkeypatch.setattr(house.server, "socket", short)
     client = house.connect()
@@ -274,18 +219,6 @@ class Short:
         if self._tries == 5:
             self.given_up.set()
         raise OSError(self._number, os.strerror(self._number))
-
-
-def test_shortage_does_not_delay_the_end(
-    house: House, monkeypatch: pytest.MonkeyPatch, logged: Logged
-) -> None:
-    monkeypatch.setattr(server_module, "_SHORTAGE_PAUSE", 3_600.0)
-    waiting = socket.socket(socket.AF_UNIX)
-    with waiting:
-        with without_fds():
-            waiting.connect(str(house.path))
-            wait_until(lambda: bool(logged.at(logging.ERROR)), "there is no room")
-        assert house.stop()
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own socket", "inherited"])
@@ -356,17 +289,14 @@ def test_only_who_has_passed_fds_takes_a_thread_to_be_turned_away(
     assert started == ["close"] * passes
 
 
-def test_connection_that_cannot_be_closed_in_order_counts_no_more(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(sock: socket.socket) -> None:
+def test_connection_that_cannot_be_closed_in_order_counts_no_more(house: House) -> None:
+    def closed(sock: socket.socket) -> bool:
         sock.close()
-        raise MemoryError
+        return True
 
     client = house.connect()
     assert client.ask("x") == UNKNOWN
-    with monkeypatch.context() as patch:
-        patch.setattr(roster_module, "close_stream", fail)
+    with broken(roster_module, "close_stream", MemoryError(), when=closed):
         client.close()
         wait_until(lambda: not house.has("connections"), "it counts no more")
 
@@ -419,72 +349,70 @@ def test_at_the_end_who_is_not_ready_in_time_is_cut_off(house: House, answering:
     wait_until(lambda: not house.has("connections"), "it is forgotten")
 
 
-def test_it_stops_even_if_it_is_told_before_it_has_begun(
-    tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = Server._accept_all
+def test_it_stops_even_if_it_is_told_before_it_has_begun(tmp_sock_dir: Path) -> None:
+    told = threading.Event()
 
-    def begin_late(server: Server) -> None:
-        assert server._stopping.wait(WAIT)
-        real(server)
+    def begin_late(thread: threading.Thread) -> bool:
+        return thread.name == "accept" and not told.wait(WAIT)
 
-    monkeypatch.setattr(Server, "_accept_all", begin_late)
-    stopping = threading.Thread(target=House(tmp_sock_dir).stop, daemon=True)
-    stopping.start()
-    stopping.join(WAIT)
-    assert not stopping.is_alive()
+    with (
+        broken(threading.Thread, "run", when=begin_late),
+        broken(Server, "shutdown", when=lambda _: told.set()),
+    ):
+        stopping = threading.Thread(target=House(tmp_sock_dir).stop, daemon=True)
+        stopping.start()
+        stopping.join(WAIT)
+        assert not stopping.is_alive()
 
 
-def test_who_has_connected_to_an_own_socket_is_still_served(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Server, "get_request", no_request)
-    late = [house.connect() for _ in range(5)]
-    for client in late:
-        client.send(request("x"))
-    assert house.stop()
+def not_accepted() -> AbstractContextManager[object]:
+    """The accept thread does not get to those who connect meanwhile."""
+    return broken(Server, "get_request", BlockingIOError())
+
+
+def test_who_has_connected_to_an_own_socket_is_still_served(house: House) -> None:
+    with not_accepted():
+        late = [house.connect() for _ in range(5)]
+        for client in late:
+            client.send(request("x"))
+        assert house.stop()
     for client in late:
         assert client.receive() == UNKNOWN
         assert at_end(client.sock)
 
 
-def test_nobody_comes_any_more_through_a_socket_that_was_removed(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nobody_comes_any_more_through_a_socket_that_was_removed(house: House) -> None:
     """Who has it open still has a path to it, and could keep the daemon from its end."""
     still_open = os.open(house.path, os.O_PATH)
-    take_in = Server._take_in
     refusals: list[OSError] = []
 
-    def bring_another(server: Server, sock: socket.socket) -> None:
-        take_in(server, sock)
+    def bring_another(_: socket.socket) -> bool:
         assert house.has("connections") <= 10, "there would be no end"
         another = stack.enter_context(socket.socket(socket.AF_UNIX))
         try:
             another.connect(f"/proc/self/fd/{still_open}")
         except ConnectionRefusedError as error:
             refusals.append(error)
+        return False
 
-    monkeypatch.setattr(Server, "get_request", no_request)
-    monkeypatch.setattr(Server, "_take_in", bring_another)
     with ExitStack() as stack:
         stack.callback(os.close, still_open)
+        stack.enter_context(not_accepted())
         late = [house.connect() for _ in range(2)]
         for client in late:
             client.send(request("x"))
-        assert house.stop()
+        with broken(Credentials, "of_peer", when=bring_another):  # whenever one is taken in
+            assert house.stop()
         assert [client.receive() for client in late] == [UNKNOWN] * 2
     assert len(refusals) == 2
 
 
-def test_who_has_connected_to_an_inherited_socket_is_left_to_the_next_daemon(
-    tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_has_connected_to_an_inherited_socket_is_left_to_the_next_daemon(tmp_sock_dir: Path) -> None:
     house = House(tmp_sock_dir, own=False)
-    monkeypatch.setattr(Server, "get_request", no_request)
-    late = house.connect()
-    late.send(request("x"))
-    assert house.stop()
+    with not_accepted():
+        late = house.connect()
+        late.send(request("x"))
+        assert house.stop()
     assert is_silent(late.sock)
     assert house.path.exists()
     house.kept.settimeout(WAIT)
@@ -492,11 +420,6 @@ def test_who_has_connected_to_an_inherited_socket_is_left_to_the_next_daemon(
     with successors:
         assert successors.recv(100) == request("x")
     house.close()
-
-
-def no_request(server: Server) -> object:
-    """The accept thread does not get to it before the end."""
-    raise OSError(errno.EAGAIN, "not now")
 
 
 # What the watchdog looks at -------------------------------------------------------------------------------
@@ -509,6 +432,5 @@ def test_accept_thread_takes_its_turns_while_nobody_connects(house: House) -> No
 
 def test_lock_is_free_unless_somebody_holds_it(house: House) -> None:
     assert house.server.roster.is_free(WAIT)
-    assert not house.server.roster._lock.locked()
-    with house.server.roster._lock:
+    with lock_of(house.server.roster):
         assert not house.server.roster.is_free(0.01)
