@@ -97,8 +97,12 @@ def limited(directory: Path, limits: Limits) -> Iterator[House]:
         house.close()
 
 
+#: More than a socket takes at once.
+LONG = b"x" * 1_000_000
+
+
 class Answering:
-    """Handlers whose answers a test chooses."""
+    """Handlers whose answers a test chooses by what it asks: `wait`, `long`, `fd`, `error`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.clients: list[int] = []  # by number, once for each request
@@ -111,18 +115,19 @@ class Answering:
         )
 
     def at_once(self, client: ClientInfo, text: bytes) -> Reply | None:
-        return None if text == b"wait" else self.answer(client, text)
+        return None if b"wait" in text else self.answer(client, text)
 
     def answer(self, client: ClientInfo, text: bytes) -> Reply:
         self.asker = client
         self.clients.append(client.number)
-        if text == b"wait":
+        if b"wait" in text:
             assert self.proceed.wait(WAIT)
         if text == b"error":
             raise KeyError("nobody expects it")
-        if text == b"fd":
-            near, far = socket.socketpair()
-            near.close()
-            self.passed.append(far)
-            return Reply(messages.frame_text(b"here it is"), far)
-        return Reply(messages.frame_text(b"answer"))
+        answer = LONG if b"long" in text else b"here it is" if text == b"fd" else b"answer"
+        if not text.endswith(b"fd"):
+            return Reply(messages.frame_text(answer))
+        near, far = socket.socketpair()
+        near.close()
+        self.passed.append(far)
+        return Reply(messages.frame_text(answer), far)

@@ -17,8 +17,10 @@ from tests.wire.support import (
     OK,
     READY,
     VERSIONED,
+    RawClient,
     error_of,
     hello_data,
+    in_pieces,
     is_silent,
     message,
     refused,
@@ -238,6 +240,59 @@ def test_connections_that_come_too_fast_are_served_later_and_others_meanwhile(op
         assert is_silent(alices[-1].sock)
         assert all(alice.receive() == refused("no payload named 'x'") for alice in alices)
         assert time.monotonic() - begun >= 0.6
+
+
+#: So many requests are answered at once, and then sixteen a second.
+AT_ONCE = 80
+
+
+@pytest.fixture
+def used_up(open_dir: Path) -> Iterator[tuple[Town, RawClient, RawClient]]:
+    """A client of Alice, who has just asked for all that she may ask for at once, and one of Bob."""
+    for town in town_of(open_dir, CROWD):
+        bob, alice = town.client(BOB), town.client(ALICE)
+        assert bob.ask("x") == refused("no payload named 'x'")
+        alice.send(request("x") * AT_ONCE)
+        for _ in range(AT_ONCE):
+            assert alice.receive() == refused("no payload named 'x'")
+        yield town, alice, bob
+
+
+def test_requests_that_come_too_fast_are_answered_later_and_others_meanwhile(
+    used_up: tuple[Town, RawClient, RawClient],
+) -> None:
+    _, alice, bob = used_up
+    begun = time.monotonic()
+    alice.send(request("x") * 20)
+    assert bob.ask("x") == refused("no payload named 'x'")
+    for _ in range(20):
+        assert alice.receive() == refused("no payload named 'x'")
+    assert time.monotonic() - begun >= 0.6
+
+
+def send_in_pieces(client: RawClient, data: bytes) -> float:
+    """Sends byte by byte, each once the one before has been read; returns the seconds that it took."""
+    begun = time.monotonic()
+    for piece in in_pieces(data, 1):
+        client.send(piece)
+        wait_until(lambda: unread_by_peer(client.sock) == 0, "it is read")
+    return time.monotonic() - begun
+
+
+def test_pieces_of_a_request_count_like_requests(used_up: tuple[Town, RawClient, RawClient]) -> None:
+    _, alice, _ = used_up
+    assert send_in_pieces(alice, request("x")) >= 0.6
+    assert alice.receive() == refused("no payload named 'x'")
+
+
+def test_pieces_of_a_refused_request_count_too(used_up: tuple[Town, RawClient, RawClient]) -> None:
+    town, alice, _ = used_up
+    alice.send(struct.pack(">II", 1_000_000, 0) + b"{")
+    wait_until(lambda: unread_by_peer(alice.sock) == 0, "it is begun")
+    other = town.client(ALICE)
+    other.send(struct.pack(">II", 1_000_000, 0))
+    assert other.receive() == reached(1_500_000, BYTES)
+    assert send_in_pieces(other, bytes(20)) >= 0.6
 
 
 def test_connections_that_wait_are_served_when_the_daemon_stops(open_dir: Path) -> None:

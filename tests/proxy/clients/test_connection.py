@@ -5,45 +5,45 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import queue
 import select
 import socket
 import threading
+import tracemalloc
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
-from cc_proxy.api import messages
-from cc_proxy.api.messages import MessageParser
-from cc_proxy.api.payloads import Response
 from cc_proxy.continuity.cells import AT_PHASE, Phase
 from cc_proxy.linux.credentials import Credentials
-from cc_proxy.proxy.clients import connection as connection_module
 from cc_proxy.proxy.clients.connection import Connection
-from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers, Reply
+from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers
 from cc_proxy.proxy.rest import Rest
-from cc_proxy.proxy.users import User
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.settings import Limits, LiveSettings, Settings
-from tests.clock import Clock
 from tests.connector import CONNECTOR
 from tests.proxy.conftest import Logged
-from tests.proxy.house import UNKNOWN, Answering, House, limited
+from tests.proxy.house import LONG, UNKNOWN, Answering, House, limited
 from tests.proxy.support import CellKeeper, new_user, read_now, read_to_end
-from tests.wire.support import WAIT, at_end, is_silent, message, refused, request, unread_by_peer, wait_until
+from tests.wire.support import (
+    WAIT,
+    RawClient,
+    at_end,
+    is_silent,
+    message,
+    refused,
+    request,
+    unread_by_peer,
+    wait_until,
+)
 
 # Messages -------------------------------------------------------------------------------------------------
 
 
-def test_responses_are_written_whole(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = messages.encode(Response(False, "x" * 1_000_000))
-    for answer in ("answer", "answer_at_once"):
-        monkeypatch.setattr(Handlers, answer, lambda *_: Reply(text))
+def test_responses_are_written_whole(house: House, answering: Answering) -> None:
     client = house.connect()
-    client.send(request("x") * 3)
+    client.send(message("long") * 3)
     for _ in range(3):
-        assert len(client.receive()) == len(text) - 8
+        assert client.receive() == LONG
 
 
 @pytest.mark.parametrize("number", [errno.ENOBUFS, errno.ENOMEM])
@@ -112,60 +112,6 @@ def test_requests_behind_one_that_waits_are_answered_after_it(house: House, answ
         assert client.receive() == b"answer"
 
 
-def test_user_that_asks_for_too_much_waits_and_holds_up_nobody(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slow, other = house.connect(), house.connect()
-    assert [client.ask("x") for client in (slow, other)] == [UNKNOWN] * 2
-    waits, goes_on = threading.Event(), threading.Event()
-    clock = Sleeper(waits, goes_on)
-    monkeypatch.setattr(connection_module, "time", clock)
-    monkeypatch.setattr(Rest, "sleep", lambda _rest, seconds: clock.sleep(seconds))
-    delays = [0.5]
-    monkeypatch.setattr(User, "delay", lambda *_: delays.pop() if delays else 0.0)
-    slow.send(request("x") * 2)
-    assert waits.wait(WAIT)
-    assert other.ask("x") == UNKNOWN
-    assert is_silent(slow.sock)
-    delays.append(0.25)
-    goes_on.set()
-    assert [slow.receive() for _ in range(2)] == [UNKNOWN] * 2
-    assert clock.slept == [0.5, 0.25], "for each request"
-
-
-def test_message_in_many_pieces_counts_like_many_requests(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    client = house.connect()
-    assert client.ask("x") == UNKNOWN
-    waits, goes_on = threading.Event(), threading.Event()
-    clock = Sleeper(waits, goes_on)
-    monkeypatch.setattr(connection_module, "time", clock)
-    monkeypatch.setattr(Rest, "sleep", lambda _rest, seconds: clock.sleep(seconds))
-    monkeypatch.setattr(User, "delay", lambda *_: 0.5)
-    data = message(b'{"id":"x"' + b" " * 2_000 + b"}")
-    client.send(data[:-1])
-    assert waits.wait(WAIT)
-    assert clock.slept == [0.5], "though no request has been made so far"
-    client.send(data[-1:])
-    goes_on.set()
-    assert client.receive() == UNKNOWN
-
-
-class Sleeper(Clock):
-    """Lets whoever sleeps go on when the test says so."""
-
-    def __init__(self, sleeps: threading.Event, goes_on: threading.Event) -> None:
-        super().__init__()
-        self._sleeps = sleeps
-        self._goes_on = goes_on
-
-    def sleep(self, seconds: float) -> None:
-        super().sleep(seconds)
-        self._sleeps.set()
-        assert self._goes_on.wait(WAIT)
-
-
 def test_it_is_known_whether_a_client_still_waits(house: House, answering: Answering) -> None:
     client = house.connect()
     client.send(message("wait"))
@@ -179,60 +125,45 @@ def test_it_is_known_whether_a_client_still_waits(house: House, answering: Answe
     answering.proceed.set()
 
 
-class Kept(bytes):
-    """Says when it is gone."""
-
-    gone: ClassVar[list[bytes]] = []
-
-    def __del__(self) -> None:
-        self.gone.append(bytes(self))
-
-
-def test_silent_client_takes_no_memory_for_what_it_has_asked(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_silent_client_takes_no_memory_for_what_it_has_asked(house: House, answering: Answering) -> None:
     """Neither for the request, which may have had a megabyte, nor for the response."""
-    next_text = MessageParser.next_text
-
-    def next_kept(parser: MessageParser) -> bytes | None:
-        text = next_text(parser)
-        return text if text is None else Kept(text)
-
-    monkeypatch.setattr(MessageParser, "next_text", next_kept)
-    for answer in ("answer", "answer_at_once"):
-        monkeypatch.setattr(Handlers, answer, lambda *_: Reply(Kept(messages.frame_text(b"answer"))))
-    monkeypatch.setattr(Kept, "gone", [])
-    client = house.connect()
-    client.send(message("x"))
-    assert client.receive() == b"answer"
-    wait_until(lambda: len(Kept.gone) == 2, "both are gone")
-    assert set(Kept.gone) == {b"x", messages.frame_text(b"answer")}
+    clients = [house.connect() for _ in range(10)]
+    ask = message(b"long" + b" " * 500_000)
+    tracemalloc.start()
+    try:
+        for client in clients:
+            client.send(ask)
+            assert client.receive() == LONG
+        wait_until(lambda: tracemalloc.get_traced_memory()[0] < 1_000_000, "all of it is given back")
+    finally:
+        tracemalloc.stop()
 
 
-def test_long_responses_that_nobody_takes_are_limited(
-    tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    long = messages.encode(Response(False, "x" * 1_000_000))
-    monkeypatch.setattr(Handlers, "answer", lambda *_: Reply(long))
-    monkeypatch.setattr(Handlers, "answer_at_once", lambda *_: None)
+def test_long_responses_that_nobody_takes_are_limited(tmp_sock_dir: Path, answering: Answering) -> None:
+    size = 8 + len(LONG)
+    answering.proceed.set()
     with limited(tmp_sock_dir, Limits(request_bytes=1_500_000)) as house:
+
+        def answer_to(client: RawClient) -> bytes:
+            client.send(message("wait, long"))
+            return client.receive()
 
         def counted() -> int:
             return house.has("request_bytes")
 
         slow, other = house.connect(), house.connect()
-        slow.send(message("x"))
-        wait_until(lambda: counted() == len(long), "it is on its way")
-        assert other.ask("x") == refused(
-            f"it was carried out, but its response of {len(long)} bytes cannot be sent: "
+        slow.send(message("wait, long"))
+        wait_until(lambda: counted() == size, "it is on its way")
+        assert answer_to(other) == refused(
+            f"it was carried out, but its response of {size} bytes cannot be sent: "
             "the limit of 1500000 bytes of ids, and of messages that are on their way is reached"
         )
-        assert len(slow.receive()) == len(long) - 8
+        assert slow.receive() == LONG
         wait_until(lambda: counted() == 0, "it is given back")
-        assert len(other.ask("x")) == len(long) - 8
+        assert answer_to(other) == LONG
         wait_until(lambda: counted() == 0, "it is given back")
-        slow.send(message("x"))
-        wait_until(lambda: counted() == len(long), "it is on its way")
+        slow.send(message("wait, long"))
+        wait_until(lambda: counted() == size, "it is on its way")
         slow.close()
         wait_until(lambda: counted() == 0, "it is given back though nobody took it")
 
@@ -296,22 +227,17 @@ def test_fd_that_was_passed_is_closed_here(house: House, answering: Answering) -
 
 
 def test_fd_goes_out_behind_its_response_however_late_that_is_taken(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    house: House, answering: Answering
 ) -> None:
     """More than fits at once, so that a worker sends the rest."""
-    near, far = socket.socketpair()
-    near.close()
-    replies = iter([Reply(messages.frame_text(b"x" * 1_000_000), far)])
-    monkeypatch.setattr(Handlers, "answer_at_once", lambda *_: next(replies))
     client, other = house.connect(), house.connect()
-    client.send(message("x"))
+    client.send(message("long, fd"))
     wait_until(lambda: not is_silent(client.sock), "it is being sent")
-    replies = iter([Reply(messages.frame_text(b"answer"))])
     other.send(message("x"))
     assert other.receive() == b"answer", "nobody waits for that"
-    assert client.receive() == b"x" * 1_000_000
+    assert client.receive() == LONG
     assert at_end(client.receive_fd(1).sock)
-    wait_until(lambda: far.fileno() == -1, "it is closed here")
+    wait_until(lambda: answering.passed[0].fileno() == -1, "it is closed here")
     client.close_all()
 
 
@@ -483,26 +409,6 @@ def test_empty_message_in_pieces_breaks_the_protocol_as_a_whole_one_does(
     assert at_end(client.sock)
     (fields,) = logged.fields("client broke the protocol")
     assert str(fields["error"]).startswith("not a JSON object")
-
-
-def test_rest_of_a_refused_message_that_dribbles_in_is_read_no_faster_than_requests(
-    tmp_sock_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pieces: queue.SimpleQueue[int] = queue.SimpleQueue()
-
-    def count(_user: User, requests: int = 1) -> float:
-        pieces.put(requests)
-        return 0.0
-
-    with limited(tmp_sock_dir, Limits(request_bytes=5_000)) as house:
-        client = house.connect()
-        monkeypatch.setattr(User, "delay", count)
-        client.send(message("x" * 6_000)[:9])
-        assert b"the limit of 5000 bytes" in client.receive()
-        before = pieces.qsize()
-        for sent in range(1, 4):
-            client.send(b"x")
-            wait_until(lambda sent=sent: pieces.qsize() >= before + sent, "the piece counts")  # type: ignore[misc]
 
 
 def test_client_that_is_silent_is_at_no_moment_taken_for_one_that_asks(tmp_path: Path) -> None:
