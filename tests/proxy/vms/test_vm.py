@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import logging
-import os
 import resource
-import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from cc_proxy.agent import Quirks
 from cc_proxy.api.payloads import Hello
 from cc_proxy.continuity.cells import AT_SENT, State
 from cc_proxy.hyperstart.codes import Code
@@ -32,8 +30,11 @@ from cc_proxy.proxy.vms.sessions import session_pair
 from cc_proxy.proxy.vms.states import VmError
 from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import Limits, LiveSettings, Settings, StdinSettings, VmSettings
+from tests.agent.running import AgentProgram
+from tests.faults import broken
 from tests.proxy.conftest import Logged
 from tests.proxy.support import DIALER, CellKeeper, new_user, open_fds, pair
+from tests.shortages import few_fds, no_threads
 from tests.users import ALICE, call_as, needs_root
 from tests.wire.support import (
     ACK,
@@ -63,7 +64,8 @@ class Life:
     def __init__(self, directory: Path, space: SpoolSpace, settings: Settings = SETTINGS) -> None:
         self.agent = FakeVm(directory, "vm")
         self.states: list[State] = []
-        self.vm = Vm("pod", ROOT, LiveSettings(settings), space, lambda vm, state: self.states.append(state))
+        self.live = LiveSettings(settings)
+        self.vm = Vm("pod", ROOT, self.live, space, lambda vm, state: self.states.append(state))
         self.hello = Hello("pod", str(self.agent.ctl_path), str(self.agent.io_path))
         self._clients: list[socket.socket] = []
 
@@ -170,18 +172,11 @@ def test_end_of_a_vm_that_refused_to_power_off_too_late_is_not_what_was_asked_fo
         assert "VM lost" in logged.at(logging.WARNING)
 
 
-def test_session_that_there_is_no_memory_for_leaves_nothing(
-    life: Life, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_session_that_there_is_no_memory_for_leaves_nothing(life: Life) -> None:
     life.start()
     user = new_user()
     before = open_fds()
-
-    def fail(*_: object) -> bool:
-        raise MemoryError
-
-    monkeypatch.setattr(Pump, "add", fail)
-    with pytest.raises(MemoryError):
+    with broken(Pump, "add", MemoryError()), pytest.raises(MemoryError):
         life.vm.open_session(1, user)
     assert open_fds() == before
     assert user.has["sessions"] == 0
@@ -245,35 +240,36 @@ def test_losing_it_is_told_once_and_as_loudly_as_it_is_unexpected(
         life.vm.open_session(1, new_user())
 
 
-def test_lost_as_it_starts(life: Life) -> None:
-    """Between READY and the moment it is up."""
+@contextmanager
+def as_it_starts(action: Callable[[Pump], object]) -> Iterator[None]:
+    """Something happens between READY and the moment the VM is up."""
     pump_start = Pump.start
 
-    def start_and_lose(pump: Pump) -> None:
+    def start(pump: Pump) -> None:
         pump_start(pump)
-        life.vm.lose("right away")
+        action(pump)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pump, "start", start_and_lose)
-        with pytest.raises(VmError, match="VM gone: right away"):
-            life.start()
+        patch.setattr(Pump, "start", start)
+        yield
+
+
+def test_lost_as_it_starts(life: Life) -> None:
+    lost = as_it_starts(lambda _: life.vm.lose("right away"))
+    with lost, pytest.raises(VmError, match="VM gone: right away"):
+        life.start()
     life.wait_for(State.GONE)
     assert State.UP not in life.states
     assert life.agent.is_hung_up()
 
 
 def test_ended_as_it_starts(life: Life) -> None:
-    pump_start = Pump.start
-
-    def start_and_end(pump: Pump) -> None:
-        pump_start(pump)
+    def end(pump: Pump) -> None:
         life.agent.hang_up()
         assert pump.join(WAIT)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pump, "start", start_and_end)
-        with pytest.raises(VmError, match="VM gone: the VM hung up its"):
-            life.start()
+    with as_it_starts(end), pytest.raises(VmError, match="VM gone: the VM hung up its"):
+        life.start()
     assert life.vm.life.state is State.GONE
 
 
@@ -339,83 +335,67 @@ def test_hello_that_fails_leaves_nothing_open(
     assert threading.active_count() == threads
 
 
-def no_fd(*_: object, **__: object) -> int:
-    raise OSError(errno.EMFILE, "Too many open files")
-
-
-class OneIn:
-    """Lets so many calls pass before it fails as if there were no fds."""
-
-    def __init__(self, real: Callable[..., object], passes: int) -> None:
-        self._real = real
-        self._passes = passes
-
-    def __call__(self, *args: object) -> object:
-        self._passes -= 1
-        return no_fd() if self._passes < 0 else self._real(*args)
-
-
-@pytest.mark.parametrize("step", ["epoll 1", "epoll 2", "epoll 3", "eventfd", "thread"])
-def test_hello_without_resources_leaves_nothing_open_for_the_garbage_collector(
-    life: Life, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
+@pytest.fixture
+def without_collector() -> Iterator[None]:
     """Short of fds, the daemon cannot wait until somebody collects those it has forgotten."""
-
-    def no_thread(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    def hello() -> None:
-        with monkeypatch.context() as patch:
-            if step == "eventfd":
-                patch.setattr(os, "eventfd", no_fd)
-            elif step == "thread":
-                patch.setattr(Pump, "start", start_without_thread)
-            else:
-                patch.setattr(select, "epoll", OneIn(select.epoll, int(step[-1]) - 1))
-            try:
-                life.vm.start(life.hello, DIALER, new_user())
-            except VmError as error:  # pytest.raises would keep what it refers to
-                causes.append(str(error))
-
-    causes: list[str] = []
-    pump_start = Pump.start
-
-    def start_without_thread(pump: Pump) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(threading.Thread, "start", no_thread)
-            pump_start(pump)
-
     gc.collect()
     gc.disable()
-    try:
-        before = set(open_fds())
-        with ExitStack() as stack:
-            if step != "epoll 1":  # by then the I/O channel is not even dialled
-                stack.enter_context(in_background(life.say_ready))
-            hello()
-        life.agent.hang_up()
-        assert [target for fd, target in open_fds().items() if fd not in before] == []
-    finally:
-        gc.enable()
-        gc.collect()
-    (cause,) = causes
+    yield
+    gc.enable()
+    gc.collect()
+
+
+@pytest.mark.usefixtures("without_collector")
+def test_hello_without_fds_leaves_nothing_open(tmp_sock_dir: Path, space: SpoolSpace) -> None:
+    """Whichever it is that it cannot have."""
+    limits = VmSettings(ready_timeout=60, ready_ping_after=0.01)
+    live = LiveSettings(msgspec.structs.replace(SETTINGS, vm=limits))
+    causes: list[str] = []
+    with AgentProgram(tmp_sock_dir, Quirks()) as agent:
+        before = open_fds()
+        while True:
+            vm = Vm("pod", ROOT, live, space, lambda _vm, _state: None)
+            try:
+                with few_fds(len(causes)):
+                    vm.start(Hello("pod", str(agent.ctl), str(agent.io)), DIALER, new_user())
+                break
+            except VmError as error:  # pytest.raises would keep what it refers to
+                causes.append(str(error))
+            assert vm.life.state is State.GONE
+            assert open_fds() == before
+        vm.abort()
+        assert vm.join(WAIT)
+    assert len(causes) > 5
+    assert [cause for cause in causes if not cause.endswith("Too many open files")] == []
+
+
+@pytest.mark.usefixtures("without_collector")
+def test_hello_without_a_thread_leaves_nothing_open(life: Life) -> None:
+    before = open_fds()
+    with in_background(life.say_ready), no_threads():
+        try:
+            life.vm.start(life.hello, DIALER, new_user())
+        except VmError as error:  # pytest.raises would keep what it refers to
+            cause = str(error)
+    life.agent.hang_up()
+    assert open_fds() == before
     assert cause.startswith("the daemon is short of resources: ")
     assert life.vm.life.state is State.GONE
 
 
-def test_console_that_was_open_is_closed_when_hello_fails(
-    life: Life, monkeypatch: pytest.MonkeyPatch, logged: Logged
-) -> None:
+def test_console_that_was_open_is_closed_when_hello_fails(life: Life, logged: Logged) -> None:
     logger.setLevel(CONSOLE)
-    monkeypatch.setattr(os, "eventfd", no_fd)
     hello = msgspec.structs.replace(life.hello, console=str(life.agent.ctl_path.with_suffix(".console")))
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(hello.console)
         listener.listen()
         listener.settimeout(WAIT)
-        life.hello = hello
-        with pytest.raises(VmError, match="short of resources"):
-            life.start()
+        with (
+            in_background(life.say_ready),
+            no_threads(),
+            pytest.raises(VmError, match="short of resources"),
+        ):
+            life.vm.start(hello, DIALER, new_user())
         console, _ = listener.accept()
         with console:
             assert at_end(console)
@@ -461,7 +441,7 @@ def test_guest_that_panics_while_it_boots_says_so(life: Life, screen: Screen, ho
     assert not logger.isEnabledFor(CONSOLE)
     if how == "stays silent":
         limits = VmSettings(ready_timeout=0.5, ready_ping_after=50)
-        life.vm._live = LiveSettings(msgspec.structs.replace(SETTINGS, vm=limits))
+        life.live.replace(msgspec.structs.replace(SETTINGS, vm=limits))
 
     def panic() -> None:
         life.agent.accept()
@@ -613,24 +593,21 @@ def test_seqs_are_counted_by_many_threads(life: Life) -> None:
     assert sorted(seqs) == list(range(1, 6 * 8 + 1))
 
 
-def test_session_without_resources_uses_no_seq_and_no_fd(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_without_resources_uses_no_seq_and_no_fd(life: Life) -> None:
     life.start()
     before = set(open_fds())
-    with monkeypatch.context() as patch:
-        patch.setattr(socket, "socketpair", no_fd)
-        with pytest.raises(VmError, match="the daemon is short of resources: Too many open files"):
-            life.vm.open_session(2, new_user())
+    short = "the daemon is short of resources: Too many open files"
+    with few_fds(), pytest.raises(VmError, match=short):
+        life.vm.open_session(2, new_user())
     assert set(open_fds()) == before
     assert life.open()[0] == 1
 
 
-def test_session_that_cannot_be_made_leaves_nothing(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_that_cannot_be_made_leaves_nothing(life: Life) -> None:
     life.start()
     user, before = new_user(Limits(sessions=1)), set(open_fds())
-    with monkeypatch.context() as patch:
-        patch.setattr(sessions, "Session", no_fd)
-        with pytest.raises(OSError, match="Too many open files"):
-            life.vm.open_session(2, user)
+    with broken(sessions, "Session", MemoryError()), pytest.raises(MemoryError):
+        life.vm.open_session(2, user)
     assert set(open_fds()) == before
     assert user.has["sessions"] == 0
 
@@ -703,21 +680,18 @@ def test_stop_before_it_is_up_ends_hello(life: Life) -> None:
     assert life.vm.life.state is State.GONE
 
 
-def test_stop_just_before_its_pump_runs(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_just_before_its_pump_runs(life: Life) -> None:
     """The daemon stops while a hello is on its way: what it asks of the VM is no error at any moment."""
-    pump_start = Pump.start
     outcomes: list[bool | RuntimeError] = []
 
-    def stop_and_start(pump: Pump) -> None:
+    def stop(_: Pump) -> None:
         life.vm.stop()
         try:
             outcomes.append(life.vm.join(0))
         except RuntimeError as error:
             outcomes.append(error)
-        pump_start(pump)
 
-    monkeypatch.setattr(Pump, "start", stop_and_start)
-    with suppress(VmError):
+    with broken(Pump, "start", when=stop), suppress(VmError):
         life.start()
     assert outcomes == [False]
     life.wait_for(State.GONE)
