@@ -6,33 +6,45 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 
-#: Seconds that a thread looks before it goes to sleep. A wait that is over sooner is a short one.
-_MOMENT = 0.000_06
-#: A thread looks only after this many short waits in a row. With four, commands of sixteen clients at once took
-#: 5 % more CPU, because threads looked while others wanted the GIL.
+#: Seconds that a thread looks before it goes to sleep. If a single look takes longer, another thread wants the
+#: GIL, or another process the CPU.
+_SPIN = 0.000_06
+#: Seconds for which nobody looks after that.
+_SHY = 0.005
+#: A thread looks only after this many waits in a row that were shorter than this, in seconds.
 _IN_A_ROW = 8
+_QUICK = 0.000_2
 
 
 class Spin:
     """Waits for one thing, one thread at a time.
 
     Waking a thread takes 10 to 30 µs, as long as a quick peer needs to answer. So after a few short waits in
-    a row the next one begins with looking. Others hardly pay for that: each look gives up the GIL, and if
-    another thread takes it, the wait is not short, and the next one does not begin with looking.
+    a row the next one begins with looking. Nobody else pays for that: looking ends as soon as a look takes
+    longer than it should.
     """
 
     __slots__ = ("_short_waits",)
+
+    #: For all threads, as there is one GIL. Any thread sets it without a lock: the last value is as right as
+    #: any.
+    _shy_until = 0.0
 
     def __init__(self) -> None:
         self._short_waits = 0  # in a row
 
     def wait(self, look: Callable[[], _T | None], sleep: Callable[[], _T]) -> _T:
         """Return what `look` or `sleep` returns: `look` does at once, None if nothing is there yet."""
-        until = time.monotonic() + _MOMENT
-        found = None
-        if self._short_waits >= _IN_A_ROW:
-            while (found := look()) is None and time.monotonic() < until:
-                pass
-        result = sleep() if found is None else found
-        self._short_waits = self._short_waits + 1 if time.monotonic() < until else 0
-        return result
+        begun = now = time.monotonic()
+        if self._short_waits >= _IN_A_ROW and now > Spin._shy_until:
+            until = begun + _SPIN
+            while now < until:
+                found = look()
+                looked_at, now = now, time.monotonic()
+                if now - looked_at > _SPIN:
+                    Spin._shy_until = now + _SHY
+                if found is not None:
+                    return found
+        slept = sleep()
+        self._short_waits = self._short_waits + 1 if time.monotonic() - begun < _QUICK else 0
+        return slept

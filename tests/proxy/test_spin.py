@@ -45,6 +45,7 @@ class Peer:
 def peer(monkeypatch: pytest.MonkeyPatch) -> Peer:
     peer = Peer()
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: peer.now))
+    monkeypatch.setattr(Spin, "_shy_until", 0.0)
     return peer
 
 
@@ -68,7 +69,7 @@ def test_looking_has_an_end(peer: Peer) -> None:
     assert peer.looks == 63
 
 
-@pytest.mark.parametrize(("took", "looks"), [(60 * MICRO, 1), (70 * MICRO, 0)])
+@pytest.mark.parametrize(("took", "looks"), [(190 * MICRO, 1), (210 * MICRO, 0)])
 def test_slow_peer_is_not_looked_for(peer: Peer, took: float, looks: int) -> None:
     peer.be_quick(7)
     peer.wait(took)
@@ -88,9 +89,23 @@ def test_who_meets_somebody_else_leaves_the_interpreter_to_them(peer: Peer) -> N
     peer.be_quick()
     assert peer.wait(150 * MICRO, look_takes=70 * MICRO) == "slept"
     assert peer.looks == 1
-    for _ in range(8):
+    assert peer.wait(10 * MICRO) == "slept"
+    assert peer.looks == 0
+
+
+def test_all_leave_it_to_them_and_not_for_long(peer: Peer) -> None:
+    peer.be_quick()
+    spins = [peer.spin, Spin()]
+    peer.spin = spins[1]
+    peer.be_quick()
+    peer.wait(150 * MICRO, look_takes=70 * MICRO)
+    for spin in spins:
+        peer.spin = spin
         assert peer.wait(10 * MICRO) == "slept"
-    assert peer.wait(10 * MICRO) == "looked"
+    peer.now += 0.006
+    for spin in spins:
+        peer.spin = spin
+        assert peer.wait(10 * MICRO) == "looked"
 
 
 def test_what_a_long_look_finds_counts(peer: Peer) -> None:
