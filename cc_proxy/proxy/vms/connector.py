@@ -24,7 +24,7 @@ import msgspec
 from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.errors import TimedOut
 from cc_proxy.linux.credentials import Credentials
-from cc_proxy.proxy.vms.connector_process import LENGTH, REPORT, DialRequest, run_connector
+from cc_proxy.proxy.vms.connector_process import REPORT, DialRequest, run_connector
 
 #: The most children of one user that may hang. Each takes about a megabyte.
 _MOST_LEFT = 32
@@ -58,17 +58,6 @@ class Attempt:
     def __init__(self, uid: int, reports: socket.socket) -> None:
         self.uid = uid
         self._reports = reports
-
-    def ask(self, request: bytes, deadline: Deadline) -> None:
-        """Send the child its request. Raises `TimedOut`."""
-        left = memoryview(LENGTH.pack(len(request)) + request)
-        while left:
-            try:
-                left = left[self._reports.send(left, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
-            except BlockingIOError:
-                deadline.wait_writable(self._reports, "a connector")
-            except ConnectionError:
-                return  # it has ended; its last report may say why
 
     def next_report(self, deadline: Deadline) -> Report | None:
         """Return the child's next report, or None once it has ended. Raises `TimedOut`."""
@@ -142,8 +131,8 @@ class Connector:
         attempt = Attempt(who.uid, ours)
         try:
             with theirs:
-                self._hand_over([theirs, *(target.sock for target in targets)], deadline)
-            attempt.ask(msgspec.msgpack.encode(request), deadline)
+                fds = [theirs.fileno(), *(target.sock.fileno() for target in targets)]
+                self._ask(msgspec.msgpack.encode(request), fds, deadline)
             yield attempt
         finally:
             attempt.hang_up()
@@ -158,24 +147,23 @@ class Connector:
         if hanging >= _MOST_LEFT:
             raise TooManyHang(f"{hanging} earlier attempts of user {uid} still hang in the kernel")
 
-    def _hand_over(self, sockets: list[socket.socket], deadline: Deadline) -> None:
-        """Pass sockets to a new child. Raises `TimedOut` or `OSError`."""
-        fds = [sock.fileno() for sock in sockets]
+    def _ask(self, request: bytes, fds: list[int], deadline: Deadline) -> None:
+        """Pass a request and its fds to the process. Raises `TimedOut` or `OSError`."""
         while True:
             with self._lock:  # so that no other thread closes it meanwhile
                 with contextlib.suppress(BlockingIOError):
-                    return self._send(fds)
+                    return self._send(request, fds)
                 control = self._running()
             deadline.wait_writable(control, "the connector")
 
-    def _send(self, fds: list[int]) -> None:
-        """Pass fds to the process, or to a new one if it has been killed. Requires _lock."""
+    def _send(self, request: bytes, fds: list[int]) -> None:
+        """Pass them to the process, or to a new one if it has been killed. Requires _lock."""
         flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
         try:
-            socket.send_fds(self._running(), [b"c"], fds, flags)
+            socket.send_fds(self._running(), [request], fds, flags)
         except ConnectionError:
             self._end()
-            socket.send_fds(self._running(), [b"c"], fds, flags)
+            socket.send_fds(self._running(), [request], fds, flags)
 
     def _running(self) -> socket.socket:
         """Return the socket of the process; start it first if necessary. Requires _lock."""

@@ -29,15 +29,19 @@ NOT_STARTED, NOT_ALLOWED = -2, -1
 _PAUSES = 0.01, 0.25
 _NOT_YET = {errno.ENOENT, errno.ECONNREFUSED}
 
-#: The most fds that a child is passed: an end of a socket pair, and the sockets to connect.
+#: The most fds that come with a request: an end of a socket pair, and the sockets to connect.
 _MOST_FDS = 4
+#: More than a request can have: a process has at most 65,536 groups.
+_MOST_BYTES = 1024 * 1024
 
 REPORT = struct.Struct("@ii")
-LENGTH = struct.Struct("@I")
 
 
 class DialRequest(msgspec.Struct, array_like=True):
-    """What a child is to do: whose rights to take on, each socket's path, and whether to try that again."""
+    """What a child is to do: whose rights to take on, each socket's path, and whether to try that again.
+
+    The fds with it are an end of a socket pair, for reports, and the sockets.
+    """
 
     uid: int
     gid: int
@@ -61,7 +65,7 @@ def run_connector(control: socket.socket) -> NoReturn:
         # the daemon.
         signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals() - {signal.SIGIO})
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that children need not be waited for
-        while _fork_child(control):
+        while _serve(control):
             pass
     finally:
         os._exit(0)
@@ -78,54 +82,31 @@ def _keep_only(control: socket.socket) -> socket.socket:
     return socket.socket(fileno=fd)
 
 
-def _fork_child(control: socket.socket) -> bool:
-    """Fork a child, and wait until it has taken a hello; returns False if no more will come."""
-    taken, theirs = socket.socketpair()
-    with taken, theirs:
-        try:
-            if not _fork_now_or_then(control):
-                taken.close()
-                _run_child(control, theirs)
-        except OSError as error:
-            return _refuse(control, error.errno or errno.EAGAIN)
-        theirs.close()
-        return bool(taken.recv(1))
-
-
-def _fork_now_or_then(control: socket.socket) -> int:
-    """Fork now. If that fails, try once more when there is a hello."""
+def _serve(control: socket.socket) -> bool:
+    """Have a child carry out the next request; returns whether more may come."""
+    request, fds, _, _ = socket.recv_fds(control, _MOST_BYTES, _MOST_FDS)
+    if not fds:
+        return False
     try:
-        return os.fork()
-    except OSError:
-        control.recv(1, socket.MSG_PEEK)
-        return os.fork()
-
-
-def _refuse(control: socket.socket, number: int) -> bool:
-    """Report to a hello that there is no child for it; returns False if no more will come."""
-    message, fds, _, _ = socket.recv_fds(control, 1, _MOST_FDS)
-    if fds:
-        os.write(fds[0], REPORT.pack(NOT_STARTED, number))
+        if not os.fork():
+            control.close()
+            _run_child(request, fds)
+    except OSError as error:
+        with contextlib.suppress(ConnectionError):  # nobody waits for it any more
+            os.write(fds[0], REPORT.pack(NOT_STARTED, error.errno or errno.EAGAIN))
     for fd in fds:
         os.close(fd)
-    return bool(message)
+    return True
 
 
 # A child ----------------------------------------------------------------------------------------------------
 
 
-def _run_child(control: socket.socket, taken: socket.socket) -> NoReturn:
+def _run_child(request: bytes, fds: list[int]) -> NoReturn:
     try:
-        _, fds, _, _ = socket.recv_fds(control, 1, _MOST_FDS)
-        control.close()
-        if fds:
-            with contextlib.suppress(ConnectionError):  # the connector was killed; this hello is still served
-                taken.send(b"t")
-            taken.close()
-            reports = socket.socket(fileno=fds[0])
-            request = _read_request(reports)
-            _end_with(reports)
-            _carry_out(request, reports, fds[1:])
+        reports = socket.socket(fileno=fds[0])
+        _end_with(reports)
+        _carry_out(_decoder.decode(request), reports, fds[1:])
     finally:
         os._exit(0)
 
@@ -140,11 +121,6 @@ def _carry_out(request: DialRequest, reports: socket.socket, fds: list[int]) -> 
     for number, (fd, (path, patient)) in enumerate(zip(fds, request.targets, strict=True)):
         if _connect(reports, number, fd, path, patient) and patient:
             break
-
-
-def _read_request(reports: socket.socket) -> DialRequest:
-    length, *_ = LENGTH.unpack(reports.recv(LENGTH.size, socket.MSG_WAITALL))
-    return _decoder.decode(reports.recv(length, socket.MSG_WAITALL))
 
 
 def _end_with(reports: socket.socket) -> None:
