@@ -44,11 +44,6 @@ class Turns(Generic[AWaiter]):
                     if waiter.is_in_line:
                         waiter.turn.release()
 
-    @property
-    def waiting(self) -> list[AWaiter]:
-        """Who is in line. Nobody may wait, or have the turn."""
-        return list(self._queue)
-
     def restore(self, waiters: Iterable[AWaiter]) -> None:
         """Have waiters in line whose threads have yet to come (`get`). Before anybody else does."""
         for waiter in waiters:

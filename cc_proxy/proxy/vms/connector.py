@@ -32,15 +32,6 @@ _MOST_LEFT = 32
 _PATIENCE = 0.2
 
 
-class Target(NamedTuple):
-    """A socket to connect, and the path to connect it to."""
-
-    sock: socket.socket
-    path: bytes
-    #: Whether to try again while nobody listens there.
-    patient: bool
-
-
 class Report(NamedTuple):
     """How the latest try to connect a socket went."""
 
@@ -117,21 +108,20 @@ class Connector:
 
     @contextlib.contextmanager
     def connecting(
-        self, who: Credentials, targets: Sequence[Target], deadline: Deadline
+        self, who: Credentials, targets: Sequence[tuple[socket.socket, bytes]], deadline: Deadline
     ) -> Iterator[Attempt]:
-        """Connect sockets with the rights of `who`, one after the other; yields the attempt, which reports.
+        """Connect sockets to paths with the rights of `who`, one after the other; yields the attempt.
 
-        Raises `TooManyHang`, `TimedOut` or `OSError`. Leaving the context ends the attempt.
+        A socket that blocks is tried again while nobody listens there. Raises `TooManyHang`, `TimedOut` or
+        `OSError`. Leaving the context ends the attempt.
         """
         self._admit(who.uid)
-        request = DialRequest(
-            who.uid, who.gid, who.groups, [(target.path, target.patient) for target in targets]
-        )
+        request = DialRequest(who.uid, who.gid, who.groups, [path for _, path in targets])
         ours, theirs = socket.socketpair()
         attempt = Attempt(who.uid, ours)
         try:
             with theirs:
-                fds = [theirs.fileno(), *(target.sock.fileno() for target in targets)]
+                fds = [theirs.fileno(), *(sock.fileno() for sock, _ in targets)]
                 self._ask(msgspec.msgpack.encode(request), fds, deadline)
             yield attempt
         finally:

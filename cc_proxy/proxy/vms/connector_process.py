@@ -38,7 +38,7 @@ REPORT = struct.Struct("@ii")
 
 
 class DialRequest(msgspec.Struct, array_like=True):
-    """What a child is to do: whose rights to take on, each socket's path, and whether to try that again.
+    """What a child is to do: whose rights to take on, and each socket's path.
 
     The fds with it are an end of a socket pair, for reports, and the sockets.
     """
@@ -46,7 +46,7 @@ class DialRequest(msgspec.Struct, array_like=True):
     uid: int
     gid: int
     groups: tuple[int, ...]
-    targets: list[tuple[bytes, bool]]
+    paths: list[bytes]
 
 
 _decoder = msgspec.msgpack.Decoder(DialRequest)
@@ -118,8 +118,8 @@ def _carry_out(request: DialRequest, reports: socket.socket, fds: list[int]) -> 
         reports.send(REPORT.pack(NOT_ALLOWED, error.errno))
         return
     forbid_dumps()
-    for number, (fd, (path, patient)) in enumerate(zip(fds, request.targets, strict=True)):
-        if _connect(reports, number, fd, path, patient) and patient:
+    for number, (fd, path) in enumerate(zip(fds, request.paths, strict=True)):
+        if not _connect(reports, number, fd, path):
             break
 
 
@@ -132,12 +132,12 @@ def _end_with(reports: socket.socket) -> None:
         os._exit(0)  # it has hung up already
 
 
-def _connect(reports: socket.socket, number: int, fd: int, path: bytes, patient: bool) -> int:
-    """Connect a socket and report how that goes; returns the errno, or 0 if it is connected.
+def _connect(reports: socket.socket, number: int, fd: int, path: bytes) -> bool:
+    """Connect a socket and report how that goes; returns whether it is connected.
 
-    On a blocking socket, connect(2) waits while the backlog is full.
+    One that blocks is tried again while nobody listens there, and connect(2) waits while its backlog is full.
     """
-    sock = socket.socket(fileno=fd)
+    sock, is_patient = socket.socket(fileno=fd), os.get_blocking(fd)
     pause, longest = _PAUSES
     reported = -1
     while True:
@@ -147,8 +147,8 @@ def _connect(reports: socket.socket, number: int, fd: int, path: bytes, patient:
         if cause != reported:
             reports.send(REPORT.pack(number, cause))
             reported = cause
-        if not patient or cause not in _NOT_YET:
-            return cause
+        if not is_patient or cause not in _NOT_YET:
+            return not cause
         time.sleep(pause)
         pause = min(2 * pause, longest)
 

@@ -15,7 +15,7 @@ from cc_proxy.linux.credentials import CannotAct, Credentials
 from cc_proxy.linux.fds import refuse_rights
 from cc_proxy.linux.socketfile import MAX_SOCKET_PATH
 from cc_proxy.proxy.rest import LOOK_UP
-from cc_proxy.proxy.vms.connector import Attempt, Connector, Report, Target, TooManyHang
+from cc_proxy.proxy.vms.connector import Attempt, Connector, Report, TooManyHang
 from cc_proxy.proxy.vms.connector_process import NOT_ALLOWED, NOT_STARTED
 
 #: Seconds to wait for the console once the channels are connected.
@@ -116,7 +116,7 @@ class Dialer:
     ) -> None:
         """Connect sockets in this order, and record in each how that went. Raises the same as `connect`."""
         first, *_ = sockets
-        targets = [Target(each.sock, each.path, patient=each.sock.getblocking()) for each in sockets]
+        targets = [(each.sock, each.path) for each in sockets]
         try:
             with self._connector.connecting(self._client, targets, deadline) as attempt:
                 self._follow(attempt, sockets, deadline, still_wanted)
