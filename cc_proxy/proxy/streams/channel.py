@@ -219,7 +219,7 @@ class Channel:
     def _on_io(self, events: int) -> None:
         if events & WRITE and self._stdin.to_vm:
             self._stdin.flush()
-        if events & ~WRITE and self._io_open:
+        if events != WRITE and self._io_open:
             if self._output.holding:
                 self._lose(_HUNG_UP)  # which is noticed even while it is not read
             else:

@@ -43,19 +43,15 @@ class Outlet:
 
         Once it is torn, it stays so until everything is sent. Raises `OSError` if the peer has gone.
         """
-        size = len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces))
-        if size <= self._at_once and len(pieces) <= IOV_MAX:
-            return self._send_whole(pieces, size)
-        if self._at_once < 0:
-            return self._send_torn(pieces)
-        if size <= self._room() and len(pieces) <= IOV_MAX:
-            return self._send_whole(pieces, size)
-        return self._send_parts(pieces)
-
-    def _send_whole(self, pieces: Sequence[Piece], size: int) -> Sequence[Piece]:
-        """Send at once what the kernel takes all of, or nothing."""
+        one = len(pieces) == 1
+        size = len(pieces[0]) if one else sum(map(len, pieces))
+        if size > self._at_once or len(pieces) > IOV_MAX:
+            if self._at_once < 0:
+                return self._send_torn(pieces)
+            if size > self._room() or len(pieces) > IOV_MAX:
+                return self._send_parts(pieces)
         try:
-            sent = self._sock.send(pieces[0]) if len(pieces) == 1 else self._sock.sendmsg(pieces)
+            sent = self._sock.send(pieces[0]) if one else self._sock.sendmsg(pieces)
         except OSError as error:
             if not is_for_now(error):
                 raise
@@ -66,7 +62,7 @@ class Outlet:
         return cut(pieces, sent)
 
     def _send_parts(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
-        """Send each time as many pieces as the kernel takes whole."""
+        """Send as many pieces at a time as the kernel takes whole."""
         ends = [0, *accumulate(map(len, pieces))]
         first, count = 0, len(pieces)
         while first < count:
@@ -76,7 +72,7 @@ class Outlet:
                 last = whole_frames(pieces, last)
             if last <= first:
                 return self._send_torn(pieces[first:])
-            if rest := self._send_whole(pieces[first:last], ends[last] - ends[first]):
+            if rest := self.send(pieces[first:last]):
                 return [*rest, *pieces[last:]]
             first = last
         return ()

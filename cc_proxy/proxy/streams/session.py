@@ -170,17 +170,14 @@ class Session:
             self.pending = pieces
             self.spill()
             return True
-        self._send(pieces)
-        if self.pending:
-            self.patient_until = self._end_of_patience()
-            return True
-        return False
-
-    def _send(self, pieces: Sequence[Piece]) -> None:
         try:
             self.pending = self._outlet.send(pieces)
         except OSError as error:
             self.fail(error)
+        if self.pending:
+            self.patient_until = self._end_of_patience()
+            return True
+        return False
 
     def flush(self) -> None:
         """The client takes output again, or has gone: pass on what waits, oldest first."""
@@ -189,6 +186,8 @@ class Session:
                 self._outlet.tear()  # files are sent in any pieces
                 self._spool.drain_to(self.fd)
                 self._cell[SPOOLED] = self._spool.size
+            if self.pending and not self._spool.size:
+                self.pending = self._outlet.send(self.pending)
         except OSError as error:
             if is_for_now(error):
                 return
@@ -196,12 +195,10 @@ class Session:
         self._took_at = time.monotonic()
         if not self.waits:
             self._outlet.mend()
-        if self.pending and not self._spool.size:
-            self._send(self.pending)
-            if not self.pending:
-                self._stop_being_patient()
-                self.stuck = ""
-        if self.pending and (self.stuck or self._spool.size):
+        if not self.pending:
+            self._stop_being_patient()
+            self.stuck = ""
+        elif self.stuck or self._spool.size:
             self.spill()
 
     def look(self) -> None:

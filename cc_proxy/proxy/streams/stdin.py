@@ -9,11 +9,12 @@ from cc_proxy.api.frames import encode_frame
 from cc_proxy.continuity.cells import SENT_TURN, TURNS, VM_TORN
 from cc_proxy.continuity.memory import BUFFER_SIZE, Memory
 from cc_proxy.continuity.state.streams import StreamsState
-from cc_proxy.hyperstart.frames import HEADER_SIZE, MAX_TO_AGENT, frames_of
+from cc_proxy.hyperstart.frames import HEADER_SIZE, frames_of
 from cc_proxy.linux.fds import Piece
 from cc_proxy.linux.selector import HANG_UP, NOTHING_ELSE, READ, Selector
 from cc_proxy.log.levels import IO, logger
 from cc_proxy.proxy.streams.dump import dump_frames
+from cc_proxy.proxy.streams.intake import LARGE
 from cc_proxy.proxy.streams.outlet import Outlet
 from cc_proxy.proxy.streams.pacer import Pacer
 from cc_proxy.proxy.streams.session import Session
@@ -47,7 +48,7 @@ class Stdin:
         self._buffer = memory.stdin
         self._view = memoryview(self._buffer)
         self._turn = 0  # counts the times that clients were read, modulo TURNS
-        self._served = 0  # how many of them had their turn, all told
+        self._served = 0  # how many of them found room in the turns that had too little for all
         self._sessions: dict[int, Session] = {}  # by fd
         #: Clients that went before their process was started, and until when each is kept.
         self.orphans: dict[Session, float] = {}
@@ -101,10 +102,10 @@ class Stdin:
         # epoll names them in the same order each time. So those for whom there is no room are the first ones
         # in the next turn.
         first = self._served % len(ready)
-        for fd, events in ready[first:] + ready[:first]:
-            if BUFFER_SIZE - used < MAX_TO_AGENT:
+        for number, (fd, events) in enumerate(ready[first:] + ready[:first]):
+            if BUFFER_SIZE - used < LARGE:
+                self._served += number
                 break
-            self._served += 1
             session = self._sessions.get(fd)
             if session is None:
                 continue
