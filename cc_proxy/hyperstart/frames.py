@@ -64,7 +64,7 @@ class _Lists(Generic[Owner]):
         self.by_seq: dict[int, list[memoryview]] = {}
 
     def add(self, seq: int) -> list[memoryview]:
-        """Return the list of a seq that is not in `by_seq` yet."""
+        """Return the list of a seq, which is in `by_seq` then."""
         owner = self._owners.get(seq)
         self.by_seq[seq] = found = self.nobodys if owner is None else self._slices.setdefault(owner, [])
         return found
@@ -99,19 +99,30 @@ def _only_frame(
     return Batch({owner: [view[start:stop]]}, [], 1, stop)
 
 
-def _sort(  # noqa: C901, PLR0912, PLR0915 - one loop; one call for each frame would slow it down by half
+def _sort(
     buffer: Buffer, view: memoryview, start: int, stop: int, owners: Mapping[int, Owner]
 ) -> Batch[Owner]:
     """`gather` for any number of frames."""
     batch: Batch[Owner] = Batch()
     lists = _Lists(owners, batch.slices)
-    by_seq = lists.by_seq
-    pieces = lists.nobodys
-    pos = run = start
+    batch.frames, batch.stop = _walk(buffer, view, start, stop, lists)
+    batch.strays = [header for piece in lists.nobodys for header in _headers(piece)]
+    if stop - batch.stop >= HEADER_SIZE:
+        seq, length = _unpack_from(buffer, batch.stop)
+        if not HEADER_SIZE <= length <= MAX_FRAME:
+            batch.error = f"a frame on stream {seq} with a total length of {length}"
+    return batch
+
+
+def _walk(  # noqa: C901 - one loop; one call for each frame would slow it down by half
+    buffer: Buffer, view: memoryview, pos: int, stop: int, lists: _Lists[Owner]
+) -> tuple[int, int]:
+    """Add the frames from `pos` on to their lists. Returns how many there are, and where they end."""
+    by_seq, pieces = lists.by_seq, lists.nobodys
+    run = look_from = pos  # where the slice begins that is being made; where to look for a row next
     seq = last_length = -1
     in_rows = 0
-    look_from = start  # where to look for a row next: not right after there was none
-    edge = min(start + MOST_IN_SLICE, stop)  # where the slice that is being made has to end
+    edge = min(pos + MOST_IN_SLICE, stop)  # where that slice has to end
     last_header = stop - HEADER_SIZE
     # Counts the turns at no cost, by what is left of it; `frames += 1` would take time.
     turns = repeat(None, stop + 1)
@@ -120,35 +131,25 @@ def _sort(  # noqa: C901, PLR0912, PLR0915 - one loop; one call for each frame w
             break
         next_seq, length = _unpack_from(buffer, pos)
         end = pos + length
-        if not HEADER_SIZE <= length <= MAX_FRAME:
-            batch.error = f"a frame on stream {next_seq} with a total length of {length}"
-            break
-        if end > edge:
-            if end > stop:
+        if end > edge or length < HEADER_SIZE:  # as it is for each frame that is too long
+            if end > stop or not HEADER_SIZE <= length <= MAX_FRAME:
                 break
             if run < pos:
                 pieces.append(view[run:pos])
             run, edge = pos, min(max(end, pos + MOST_IN_SLICE), stop)
         if length == last_length and pos >= look_from and stop - pos >= ROW * length:
-            look_from = pos + ROW * length
+            look_from = pos + ROW * length  # not right away, if there is none here
             count = alike(buffer, pos, length, stop, 0 if next_seq == seq else _LENGTH_AT)
             if count > 1:
                 in_rows += count - 1
-                of_one_seq, row_end = next_seq == seq, pos + length * count
-                while pos < row_end:
-                    end = min(row_end, pos + (edge - pos) // length * length)
-                    if not of_one_seq:
-                        seq, pieces, run = _sort_row(view, pos, end, length, (lists, pieces, run))
-                    pos = end
-                    if pos < row_end:
-                        pieces.append(view[run:pos])
-                        run, edge = pos, min(pos + MOST_IN_SLICE, stop)
+                end = pos + length * count
+                state = seq if next_seq == seq else -1, pieces, run, edge
+                seq, pieces, run, edge = _sort_row(view, pos, end, length, lists, state)
+                pos, edge = end, min(edge, stop)
                 continue
         if next_seq != seq:
             seq = next_seq
-            next_pieces = by_seq.get(seq)
-            if next_pieces is None:
-                next_pieces = lists.add(seq)
+            next_pieces = by_seq.get(seq) or lists.add(seq)
             if next_pieces is not pieces:
                 if run < pos:
                     pieces.append(view[run:pos])
@@ -157,33 +158,41 @@ def _sort(  # noqa: C901, PLR0912, PLR0915 - one loop; one call for each frame w
         pos = end
     if run < pos:
         pieces.append(view[run:pos])
-    batch.strays = [header for piece in lists.nobodys for header in _headers(piece)]
-    batch.frames = stop - length_hint(turns) + in_rows  # the last turn found no frame
-    batch.stop = pos
-    return batch
+    return stop - length_hint(turns) + in_rows, pos  # the last turn found no frame
 
 
 def _sort_row(
-    view: memoryview, pos: int, stop: int, length: int, state: tuple[_Lists[Owner], list[memoryview], int]
-) -> tuple[int, list[memoryview], int]:
-    """Sort frames of one length and different seqs: only the seqs must be unpacked.
+    view: memoryview,
+    pos: int,
+    stop: int,
+    length: int,
+    lists: _Lists[Owner],
+    state: tuple[int, list[memoryview], int, int],
+) -> tuple[int, list[memoryview], int, int]:
+    """Sort frames of one length: only the seqs must be unpacked, and none if all have the same.
 
-    `state` is `_sort`'s: its lists, the list for the slice being made, and where that slice begins. Returns
-    the last seq, and the new values of the last two.
+    `state` is `_walk`'s: that seq, or -1; the list for the slice being made, and where that slice begins and
+    has to end. Returns the new values, with the last seq.
     """
-    lists, pieces, run = state
     by_seq = lists.by_seq
-    seq = -1
-    for (seq,) in iter_unpack(f">Q{length - 8}x", view[pos:stop]):
-        next_pieces = by_seq.get(seq)
-        if next_pieces is None:
-            next_pieces = lists.add(seq)
-        if next_pieces is not pieces:
-            if run < pos:
-                pieces.append(view[run:pos])
-            pieces, run = next_pieces, pos
-        pos += length
-    return seq, pieces, run
+    seq, pieces, run, edge = state
+    of_one_seq = seq >= 0
+    while True:
+        end = min(stop, pos + (edge - pos) // length * length)
+        if of_one_seq:
+            pos = end
+        else:
+            for (seq,) in iter_unpack(f">Q{length - 8}x", view[pos:end]):
+                next_pieces = by_seq.get(seq) or lists.add(seq)
+                if next_pieces is not pieces:
+                    if run < pos:
+                        pieces.append(view[run:pos])
+                    pieces, run = next_pieces, pos
+                pos += length
+        if pos == stop:
+            return seq, pieces, run, edge
+        pieces.append(view[run:pos])
+        run, edge = pos, pos + max(MOST_IN_SLICE, length)
 
 
 def frames_of(frames: memoryview) -> list[memoryview]:

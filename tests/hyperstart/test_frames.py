@@ -128,6 +128,15 @@ def test_neighbours_of_one_owner_are_one_slice_whatever_their_seqs() -> None:
     }
 
 
+@pytest.mark.parametrize("seqs", [(1,), (1, 3)], ids=["one", "two"])
+def test_row_of_frames_that_are_longer_than_a_slice(seqs: tuple[int, ...]) -> None:
+    frames = [frame(seqs[number % len(seqs)], bytes(40_000)) for number in range(40)]
+    batch = gathered(b"".join(frames))
+    assert (batch.frames, batch.error) == (40, None)
+    pieces = [piece for pieces in batch.slices.values() for piece in pieces]
+    assert list(map(len, pieces)) == [40_012] * 40
+
+
 def test_slices_are_the_buffers_own_bytes() -> None:
     buffer = bytearray(frame(1, b"abc"))
     [piece] = gather(buffer, memoryview(buffer), 0, len(buffer), OWNERS).slices["a"]
