@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cc_proxy.linux import fds
-from cc_proxy.linux.fds import Piece, cut
 from cc_proxy.log.levels import fields_of, logger
 from cc_proxy.proxy import users
 from cc_proxy.proxy.streams import channel, pacer, session, stats, stdin
@@ -18,6 +16,7 @@ from cc_proxy.proxy.streams.spool import SpoolSpace
 from tests.clock import Clock
 from tests.proxy.house import Answering, House
 from tests.proxy.support import BLOCK, Rig, spool_space
+from tests.shortages import small_disk
 
 
 class Logged(logging.Handler):
@@ -67,18 +66,11 @@ def rig(space: SpoolSpace) -> Iterator[Rig]:
 
 
 @pytest.fixture
-def file_limit(monkeypatch: pytest.MonkeyPatch) -> int:
-    """A disk that is full once a file has this many bytes."""
-    limit = 16 * BLOCK
-    write = os.pwritev
-
-    def write_what_fits(fd: int, pieces: Sequence[Piece], at: int) -> int:
-        if at >= limit:
-            raise OSError(28, "No space left on device")
-        return write(fd, cut(pieces, 0, limit - at), at)
-
-    monkeypatch.setattr(os, "pwritev", write_what_fits)
-    return limit
+def disk_size(tmp_path: Path) -> Iterator[int]:
+    """How many bytes the disk has that is at `tmp_path`."""
+    size = 16 * BLOCK
+    with small_disk(tmp_path, size):
+        yield size
 
 
 @pytest.fixture
@@ -97,6 +89,5 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Answering:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The time of the streams and of users."""
     clock = Clock()
-    for module in (channel, fds, pacer, session, stats, stdin, users):
-        monkeypatch.setattr(module, "time", clock)
+    clock.rule(monkeypatch, channel, fds, pacer, session, stats, stdin, users)
     return clock

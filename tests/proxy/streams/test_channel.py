@@ -32,6 +32,7 @@ from cc_proxy.proxy.streams.stdin import Stdin
 from cc_proxy.proxy.vms.console import Console
 from cc_proxy.proxy.vms.control_socket import ControlLost
 from tests.clock import Clock
+from tests.faults import broken
 from tests.proxy.conftest import Logged
 from tests.proxy.support import (
     BLOCK,
@@ -46,6 +47,7 @@ from tests.proxy.support import (
     spool_files,
     spool_space,
 )
+from tests.shortages import disk_full_after
 from tests.wire.support import (
     ASYNC_EVENT,
     FRAME,
@@ -450,19 +452,13 @@ def test_missing_spool_directory_is_logged_once_and_loses_nothing(
     assert not bench.paused()
 
 
-def test_spool_that_breaks_in_any_way_is_said_and_loses_nothing(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, logged: Logged
-) -> None:
-    def broken(*_: object) -> int:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
+def test_spool_that_breaks_in_any_way_is_said_and_loses_nothing(bench: Bench, logged: Logged) -> None:
     stream = bench.open(buffer=SMALL)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pwritev", broken)
+    with disk_full_after(0):
         bench.say(numbered(1, 10))
         bench.pass_time(A_MOMENT)
         assert bench.paused()
-        reason = "the spool cannot be used: Input/output error"
+        reason = "the spool cannot be used: File too large"
         assert logged.fields(PAUSED) == [{"vm": "vm", "stream": 1, **MINE, "reason": reason}]
         assert bench.read(stream.sock, len(numbered(1, 10))) == numbered(1, 10)
     assert not bench.owner.causes
@@ -560,18 +556,14 @@ def test_every_byte_at_any_speed(make_bench: BenchMaker, tmp_path: Path, clock: 
 
 @pytest.mark.parametrize("spooled", [False, True])
 def test_output_that_cannot_be_passed_on_is_said_and_its_client_sees_the_end(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, logged: Logged, spooled: bool
+    bench: Bench, logged: Logged, spooled: bool
 ) -> None:
-    def fail(*_: object) -> int:
-        raise OSError(errno.EIO, "Input/output error")
-
+    error = OSError(errno.EIO, "Input/output error")
     stream, other = bench.open(buffer=SMALL), bench.open()
     if spooled:
         bench.stall(stream)
         assert bench.spooled(stream)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "sendfile", fail)
-        patch.setattr(Outlet, "send", fail)
+    with broken(os, "sendfile", error), broken(Outlet, "send", error):
         if not spooled:
             bench.say(frame(stream.base, b"lost"))
         bench.read_to_end(stream.sock)
@@ -814,19 +806,14 @@ def test_half_closed_client_gets_its_output(tight_bench: Bench, state: str) -> N
     assert not bench.streams().sessions
 
 
-@pytest.mark.parametrize("broken", [Output, Stdin])
+@pytest.mark.parametrize("part", [Output, Stdin])
 def test_error_in_the_middle_of_letting_a_session_go_leaks_nothing(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, broken: type[Output | Stdin]
+    bench: Bench, part: type[Output | Stdin]
 ) -> None:
-    def fail(*_: object) -> None:
-        raise KeyError("nobody expects it")
-
     stream = bench.open()
     stream.sock.sendall(frame(99))
-    with monkeypatch.context() as patch:
-        patch.setattr(broken, "forget", fail)
-        with pytest.raises(KeyError):
-            bench.step()
+    with broken(part, "forget"), pytest.raises(KeyError):
+        bench.step()
     assert at_end(stream.sock)
 
 

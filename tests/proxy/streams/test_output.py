@@ -339,9 +339,7 @@ def test_missing_directory_is_no_matter_to_a_client_that_reads(
         assert not bench.paused()
 
 
-def test_disk_that_is_full_in_the_middle_is_called_that(
-    bench: Bench, logged: Logged, file_limit: int
-) -> None:
+def test_disk_that_is_full_in_the_middle_is_called_that(bench: Bench, logged: Logged, disk_size: int) -> None:
     """There is room for a part of what waits, as there nearly always is when a disk gets full."""
     session, client = bench.open(buffer=SMALL)
     sent = bench.make_full(session)
@@ -350,7 +348,7 @@ def test_disk_that_is_full_in_the_middle_is_called_that(
         more = frame(1, bytes(3_000))
         bench.pass_on(more)
         sent += more
-    assert session.spooled == file_limit
+    assert session.spooled == disk_size
     (fields,) = logged.fields(PAUSED)
     assert str(fields["reason"]).startswith(UNUSABLE)
     assert bench.flush_all(session, client) == sent

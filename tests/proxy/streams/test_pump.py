@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import socket
 import threading
@@ -23,6 +24,7 @@ from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.streams.stdin import Stdin
 from cc_proxy.proxy.vms.console import Console
 from cc_proxy.proxy.vms.control import ControlLink
+from tests.faults import broken
 from tests.proxy.conftest import Logged
 from tests.proxy.support import (
     NEVER,
@@ -36,6 +38,7 @@ from tests.proxy.support import (
     read_to_end,
     spool_files,
 )
+from tests.shortages import no_threads
 from tests.wire.support import (
     ASYNC_EVENT,
     WAIT,
@@ -346,49 +349,34 @@ def test_everything_is_closed_at_the_end(space: SpoolSpace) -> None:
 
 @pytest.mark.parametrize("watched", [0, 1, 2, 3, 4])
 def test_pump_that_cannot_be_made_leaves_its_callers_sockets_alone_and_nothing_open(
-    space: SpoolSpace, monkeypatch: pytest.MonkeyPatch, watched: int
+    space: SpoolSpace, watched: int
 ) -> None:
     """Though it has begun to watch some of them."""
-    real = Selector.add
-    left = watched
-
-    def refuse_in_the_end(selector: Selector, fd: int, events: int) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise OSError("no room for another fd")
-        real(selector, fd, events)
-
+    numbers = itertools.count()
+    refusing = broken(
+        Selector, "add", OSError("no room for another fd"), when=lambda *_: next(numbers) >= watched
+    )
     with Ends(space) as ends, ends.near_io:
         before = open_fds()
-        with monkeypatch.context() as patch:
-            patch.setattr(Selector, "add", refuse_in_the_end)
-            with pytest.raises(OSError, match="no room"):
-                Pump(
-                    ends.owner,
-                    Sockets(ends.near_io, ends.control, None),
-                    private_memory(),
-                    new_user().one_batch,
-                    Pacing(NEVER, print),
-                )
+        with refusing, pytest.raises(OSError, match="no room"):
+            Pump(
+                ends.owner,
+                Sockets(ends.near_io, ends.control, None),
+                private_memory(),
+                new_user().one_batch,
+                Pacing(NEVER, print),
+            )
         after = open_fds()
         ends.control.close()
         assert after == before
         ends.near_io.send(b"still open")
 
 
-def test_thread_that_cannot_be_had_leaves_nothing_open(
-    space: SpoolSpace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
+def test_thread_that_cannot_be_had_leaves_nothing_open(space: SpoolSpace) -> None:
     with Rig(space, started=False) as rig:
         early, answer = rig.open(), rig.pump.describe()
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", refuse)
-            with pytest.raises(RuntimeError, match="can't start new thread"):
-                rig.pump.start()
+        with no_threads(), pytest.raises(RuntimeError, match="can't start new thread"):
+            rig.pump.start()
         assert at_end(early.sock)
         assert answer.done()
         assert at_end(rig.io)
@@ -427,7 +415,7 @@ def poke_end(rig: Rig, stream: Stream) -> None:
 
 
 @pytest.mark.parametrize(
-    ("broken", "method", "poke"),
+    ("part", "method", "poke"),
     [
         (Output, "read", poke_output),
         (Session, "deliver", poke_output),
@@ -441,11 +429,10 @@ def poke_end(rig: Rig, stream: Stream) -> None:
         (Channel, "wait", poke_output),
     ],
 )
-def test_error_that_nobody_expects_costs_that_vm_alone_and_leaks_nothing(  # noqa: PLR0917 - fixtures
+def test_error_that_nobody_expects_costs_that_vm_alone_and_leaks_nothing(
     space: SpoolSpace,
-    monkeypatch: pytest.MonkeyPatch,
     logged: Logged,
-    broken: type,
+    part: type,
     method: str,
     poke: Callable[[Rig, Stream], None],
     tmp_path: Path,
@@ -455,15 +442,7 @@ def test_error_that_nobody_expects_costs_that_vm_alone_and_leaks_nothing(  # noq
         streams = [rig.open(buffer=SMALL) for _ in range(2)]
         theirs = other.open()
         rig.wait_for_turn()  # or it would be these whose taking over fails
-        real = getattr(broken, method)
-
-        def fail(*args: object) -> object:
-            if threading.current_thread().name == "pump broken":
-                raise KeyError("nobody expects it")
-            return real(*args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(broken, method, fail)
+        with broken(part, method, when=lambda *_: threading.current_thread().name == "pump broken"):
             poke(rig, streams[0])
             rig.wait_ended()
         for stream in streams:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 import socket
 from collections.abc import Callable, Iterator
@@ -13,12 +12,11 @@ from pathlib import Path
 import pytest
 
 from cc_proxy.proxy.streams import session as session_module
-from cc_proxy.proxy.streams import spool as spool_module
 from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
 from tests.clock import Clock
+from tests.faults import broken
 from tests.proxy.support import (
     BLOCK,
-    NEVER,
     new_session,
     pair,
     read_now,
@@ -26,9 +24,12 @@ from tests.proxy.support import (
     spool_files,
     spool_space,
 )
+from tests.shortages import disk_full_after
 from tests.wire.support import at_end, is_silent
 
 SMALL = 4_608
+#: Of the time that passes, so much comes back of a patience that is used up.
+REGAINED = 0.25
 
 
 class Case:
@@ -73,10 +74,6 @@ class Case:
     def close(self) -> None:
         self.session.close()
         self.client.close()
-
-
-def no_space(*_: object) -> int:
-    raise OSError(28, "No space left on device")
 
 
 CaseMaker = Callable[[SpoolSpace], Case]
@@ -161,10 +158,9 @@ def test_what_the_spool_does_not_take_stays_pending_in_front(tight_case: Case) -
 
 
 def test_pending_output_follows_into_the_spool_as_that_gets_room(
-    make_case: CaseMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_case: CaseMaker, tmp_path: Path
 ) -> None:
     """So that the VM is read again long before its client has read everything."""
-    monkeypatch.setattr(spool_module, "BUFFER_SIZE", 1_000)
     case = make_case(spool_space(tmp_path, session_limit=5 * BLOCK))
     case.make_full()
     case.session.spill()
@@ -227,15 +223,14 @@ def test_spool_that_cannot_be_used_leaves_it_all_pending(
 
 
 def test_spool_that_cannot_be_used_any_more_keeps_the_order(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Case,
 ) -> None:
     case.make_full()
     case.session.spill()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pwritev", no_space)
+    with disk_full_after(0):
         case.deliver(b"behind" * 1_000)
         assert case.pending()
-        assert case.session.stuck == "the spool cannot be used: No space left on device"
+        assert case.session.stuck == "the spool cannot be used: File too large"
         while case.session.waits:
             case.take()
             case.session.flush()
@@ -332,21 +327,13 @@ def test_closed_with_output_waiting_gives_back_its_space(case: Case, tmp_path: P
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_who_made_it_is_told_that_it_is_closed(
-    space: SpoolSpace, monkeypatch: pytest.MonkeyPatch, fails: bool
-) -> None:
+def test_who_made_it_is_told_that_it_is_closed(space: SpoolSpace, fails: bool) -> None:
     """Though its spool cannot be given up."""
-
-    def fail(_: Spool) -> None:
-        raise KeyError("nobody expects it")
-
     near, client = pair()
     closed: list[int] = []
     session = new_session(range(1, 3), near, space, on_close=lambda: closed.append(near.fileno()))
     assert closed == []
-    with client, monkeypatch.context() as patch:
-        if fails:
-            patch.setattr(Spool, "close", fail)
+    with client, broken(Spool, "close", when=lambda _: fails):
         with pytest.raises(KeyError) if fails else nullcontext():
             session.close()
         assert closed == [-1], "once, and its fd is closed by then"
@@ -359,9 +346,7 @@ def test_patience_is_used_up_and_comes_back_slowly(case: Case, clock: Clock) -> 
     clock.now += 0.75 * full
     case.take_all()  # just in time, and three quarters of the patience are gone
     case.make_full()
-    assert case.session.patient_until - clock.now == pytest.approx(
-        0.25 * full + 0.75 * full * session_module._PATIENCE_REGAINED
-    )
+    assert case.session.patient_until - clock.now == pytest.approx(0.25 * full + 0.75 * full * REGAINED)
     clock.now = case.session.patient_until
     case.session.spill()
     case.take_all()
@@ -392,18 +377,16 @@ def test_one_client_slows_its_vm_down_by_a_quarter_at_the_most(case: Case, clock
             clock.now += moment
         case.take_all()
     elapsed = clock.now - begun
-    assert waited <= session_module.PATIENCE + elapsed * session_module._PATIENCE_REGAINED
+    assert waited <= session_module.PATIENCE + elapsed * REGAINED
     assert waited > 0.1 * elapsed, "it is given what is left"
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("limit", [0, BLOCK, 5 * BLOCK, 256 * BLOCK])
 def test_every_byte_in_order_whatever_happens(
-    make_case: CaseMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, limit: int
+    make_case: CaseMaker, tmp_path: Path, seed: int, limit: int
 ) -> None:
     """As `Output` drives it: nothing is delivered while something is pending, whose memory is used again."""
-    monkeypatch.setattr(session_module, "PATIENCE", NEVER)
-    monkeypatch.setattr(spool_module, "BUFFER_SIZE", 700)
     rng = random.Random(f"{seed} {limit}")
     case = make_case(spool_space(tmp_path, session_limit=limit))
     session = case.session

@@ -16,12 +16,16 @@ import pytest
 from cc_proxy.continuity.memory import BUFFER_SIZE
 from cc_proxy.linux.credentials import ROOT
 from cc_proxy.linux.fds import Piece
-from cc_proxy.proxy.streams import spool as spool_module
 from cc_proxy.proxy.streams.spool import Spool, SpoolSpace
+from tests.faults import broken
 from tests.proxy.support import BLOCK, fill, pair, read_now, running, spool_fds, spool_files, spool_space
+from tests.shortages import disk_full_after, few_fds
 from tests.wire.support import is_silent
 
 Ends = tuple[socket.socket, socket.socket]
+
+#: So many files has a spool that is full.
+FILES = 32
 
 
 @pytest.fixture
@@ -59,31 +63,29 @@ def in_pieces(rng: random.Random, data: bytes) -> list[Piece]:
     return pieces
 
 
-def test_order_over_many_files_and_partial_drains(
-    tmp_path: Path, ends: Ends, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(spool_module, "BUFFER_SIZE", 3_000)
+def test_order_over_many_files_and_partial_drains(tmp_path: Path, ends: Ends) -> None:
     limit = 100 * BLOCK
     space = spool_space(tmp_path, session_limit=limit)
     rng = random.Random(1)
     spool = Spool(space, ROOT)
     near, far = ends
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_608)
     written, read = bytearray(), bytearray()
     most_files = 0
     for _ in range(1_500):
-        if rng.random() < 0.4:
+        if rng.random() < 0.6:
             data = rng.randbytes(rng.randrange(1, 9_000))
             stored = spool.append(in_pieces(rng, data))
             assert stored == len(data) or limit - spool.held < BLOCK
             written += data[:stored]
         elif spool.size:
             try:
-                assert 0 < spool.drain_to(near.fileno()) <= 3_000
+                assert spool.drain_to(near.fileno()) > 0
             except BlockingIOError:
                 read += far.recv(rng.randrange(1, 200_000))
         most_files = max(most_files, spool_files(tmp_path))
         assert on_disk(tmp_path) <= spool.held == space.used <= limit
-    assert 5 < most_files <= spool_module._FILES + 1
+    assert 5 < most_files <= FILES + 1
     read += read_now(far) + drain(spool, ends)
     assert read == written
     assert (spool.size, space.used, spool_files(tmp_path)) == (0, 0, 0)
@@ -123,7 +125,7 @@ def test_disk_holds_no_more_than_the_limits_however_slowly_clients_read(tmp_path
 
 def test_room_comes_back_long_before_all_is_read(tmp_path: Path, ends: Ends) -> None:
     near, far = ends
-    limit = 10 * spool_module._FILES * BLOCK
+    limit = 10 * FILES * BLOCK
     spool = Spool(spool_space(tmp_path, session_limit=limit), ROOT)
     assert spool.append([bytes(2 * limit)]) == limit
     assert spool.append([b"x"]) == 0
@@ -131,7 +133,7 @@ def test_room_comes_back_long_before_all_is_read(tmp_path: Path, ends: Ends) -> 
     while not (room := spool.append([bytes(limit)])):
         read += spool.drain_to(near.fileno())
         read_now(far)
-    assert room == limit // spool_module._FILES
+    assert room == limit // FILES
     assert read <= room + BUFFER_SIZE
     spool.close()
 
@@ -260,51 +262,46 @@ def test_directory_that_cannot_be_used(tmp_path: Path, directory: str) -> None:
     assert space.used == 0
 
 
-def test_without_fds_nothing_is_stored_and_nothing_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_fd(*args: object, **kwargs: object) -> int:
-        raise OSError(24, "Too many open files")
-
+def test_without_fds_nothing_is_stored_and_nothing_taken(tmp_path: Path) -> None:
     space = spool_space(tmp_path)
     spool = Spool(space, ROOT)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "open", no_fd)
-        with pytest.raises(OSError, match="Too many open files"):
-            spool.append([b"x" * 100])
+    with few_fds(), pytest.raises(OSError, match="Too many open files"):
+        spool.append([b"x" * 100])
     assert (spool.size, space.used) == (0, 0)
     assert spool.append([b"x" * 100]) == 100
     spool.close()
 
 
-def test_full_disk_stores_what_fits_and_then_says_so(tmp_path: Path, file_limit: int, ends: Ends) -> None:
+def test_full_disk_stores_what_fits_and_then_says_so(tmp_path: Path, disk_size: int, ends: Ends) -> None:
     space = spool_space(tmp_path)
     spool = Spool(space, ROOT)
     data = random.Random(3).randbytes(100_000)
-    assert spool.append([data[:30_000], data[30_000:]]) == file_limit
-    assert spool.size == space.used == file_limit == on_disk(tmp_path)
+    assert spool.append([data[:30_000], data[30_000:]]) == disk_size
+    assert spool.size == space.used == disk_size == on_disk(tmp_path)
     with pytest.raises(OSError):  # noqa: PT011
         spool.append([b"more"])
-    assert spool.size == space.used == file_limit, "what was there is still there"
-    assert drain(spool, ends) == data[:file_limit]
+    assert spool.size == space.used == disk_size, "what was there is still there"
+    assert drain(spool, ends) == data[:disk_size]
     assert (space.used, spool_files(tmp_path)) == (0, 0)
     assert spool.append([b"more"]) == 4, "there is room again"
     assert drain(spool, ends) == b"more"
     assert (space.used, spool_files(tmp_path)) == (0, 0)
 
 
-def test_full_disk_at_the_first_byte_leaves_no_empty_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*args: object) -> int:
-        raise OSError(28, "No space left on device")
-
+def test_full_disk_at_the_first_byte_leaves_no_empty_file(tmp_path: Path, disk_size: int) -> None:
+    (tmp_path / "all of it").write_bytes(bytes(disk_size))
     space = spool_space(tmp_path)
     spool = Spool(space, ROOT)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pwritev", full)
-        with pytest.raises(OSError, match="No space left"):
-            spool.append([b"x"])
+    with pytest.raises(OSError, match="No space left"):
+        spool.append([b"x"])
+    assert (spool.size, space.used, spool_files(tmp_path)) == (0, 0, 0)
+
+
+def test_file_that_cannot_have_its_size_is_not_kept(tmp_path: Path) -> None:
+    space = spool_space(tmp_path)
+    spool = Spool(space, ROOT)
+    with disk_full_after(0), pytest.raises(OSError, match="File too large"):
+        spool.append([b"x"])
     assert (spool.size, space.used, spool_files(tmp_path)) == (0, 0, 0)
 
 
@@ -318,19 +315,15 @@ def test_files_have_no_name_and_are_nobody_elses(tmp_path: Path) -> None:
     spool.close()
 
 
-def test_files_have_no_name_where_the_file_system_cannot_make_such(
-    tmp_path: Path, ends: Ends, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real_open = os.open
+def has_no_name(_path: str, flags: int, *_: int, **__: int) -> bool:
+    return flags & os.O_TMPFILE == os.O_TMPFILE
 
-    def without_tmpfile(path: str, flags: int, *args: int, **kwargs: int) -> int:
-        if flags & os.O_TMPFILE == os.O_TMPFILE:
-            raise OSError(95, "Operation not supported")
-        return real_open(path, flags, *args, **kwargs)
 
-    monkeypatch.setattr(os, "open", without_tmpfile)
+def test_files_have_no_name_where_the_file_system_cannot_make_such(tmp_path: Path, ends: Ends) -> None:
     spool = Spool(spool_space(tmp_path), ROOT)
-    assert spool.append([b"secret"]) == 6
+    with broken(os, "open", OSError(95, "Operation not supported"), when=has_no_name) as refused:
+        assert spool.append([b"secret"]) == 6
+    assert refused.is_set()
     (fd,) = spool_fds(tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o600
@@ -400,7 +393,7 @@ def test_what_is_on_its_way_in_the_socket_never_changes(tmp_path: Path, ends: En
 def test_files_of_a_client_that_is_slow_for_ever_hold_what_waits_and_little_more(
     tmp_path: Path, ends: Ends
 ) -> None:
-    limit = 3 * spool_module._FILES * BLOCK
+    limit = 3 * FILES * BLOCK
     spool = Spool(spool_space(tmp_path, session_limit=limit), ROOT)
     near, far = ends
     spool.append([bytes(5_000)])
@@ -410,7 +403,7 @@ def test_files_of_a_client_that_is_slow_for_ever_hold_what_waits_and_little_more
         while moved < 4_000:
             moved += spool.drain_to(near.fileno())
             read_now(far)
-        assert on_disk(tmp_path) <= spool.size + 2 * limit // spool_module._FILES
+        assert on_disk(tmp_path) <= spool.size + 2 * limit // FILES
     spool.close()
 
 
