@@ -5,10 +5,8 @@ For the main thread; any thread may ask for `counts`.
 
 from collections.abc import Iterable
 
+from cc_proxy.api.status import MOST_LISTED
 from cc_proxy.log.levels import logger
-
-#: The most streams that a line of the log names.
-_MOST_NAMED = 8
 
 _count = _bytes = 0
 
@@ -25,7 +23,7 @@ def note(vm: str, direction: str, streams: Iterable[int], most_bytes: int) -> No
     fields = {
         "vm": vm,
         "direction": direction,
-        "streams": named[:_MOST_NAMED],
+        "streams": named[:MOST_LISTED],
         "of": len(named),
         "most_bytes": most_bytes,
     }

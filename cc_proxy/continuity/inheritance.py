@@ -129,9 +129,8 @@ class Inheritance:
     def keep_daemon(self) -> None:
         """Keep what is now known of the daemon itself."""
         if self._store and self._describe:
-            self._store.keep_daemon(self._describe())
-            if time.monotonic() - self._since >= _WELL_AFTER:
-                self._store.be_well()
+            is_well = time.monotonic() - self._since >= _WELL_AFTER
+            self._store.keep_daemon(self._describe(), is_well=is_well)
 
     def end(self) -> None:
         """This is an end: nothing is left to anybody."""

@@ -150,21 +150,21 @@ class TableKeeper:
                 raise
             self._counts = True
 
-    def set_daemon(self, daemon: DaemonRecord) -> None:
-        """Keep what is now known of the daemon itself. Raises `OSError` or `ValueError`."""
+    def set_daemon(self, daemon: DaemonRecord, *, is_well: bool) -> None:
+        """Keep what is now known of the daemon itself; `is_well` if what was found does it no harm.
+
+        Raises `OSError` or `ValueError`.
+        """
         data, fds = encode(daemon)
-        if data == self._daemon:
-            return
         with self._lock:
+            if is_well:
+                self._table.be_well()
+            if data == self._daemon:
+                return
             if fds != self._fds[_DAEMON]:
                 self._put([*fds])
             self._table.set_daemon(data)
             self._fds[_DAEMON], self._daemon = fds, data
-
-    def be_well(self) -> None:
-        """What was found does this process no harm."""
-        with self._lock:
-            self._table.be_well()
 
     def hand_over(self, state: bytes, fds: Sequence[int]) -> None:
         """Leave a state and its fds, which count now. Raises `OSError`, and nothing has changed.

@@ -15,8 +15,6 @@ from cc_proxy.continuity.table import SIZE, Table
 from cc_proxy.linux.systemd import Notifier, take_stored
 from cc_proxy.log.levels import logger
 
-#: <sysexits.h>; the unit has it mean that another process is to be started.
-EX_TEMPFAIL = 75
 #: How the names begin under which any version has the service manager store fds; and what it calls the box's
 #: two ends, the table, and what tells whether they are kept.
 _OURS = "cc-proxy-"
@@ -27,7 +25,8 @@ _MOST_KEPT = 4
 class Store:
     """What the manager keeps: the box, and the table. Main thread, but for the keeper."""
 
-    exit_status = EX_TEMPFAIL
+    #: The unit has it mean that another process is to be started.
+    exit_status = os.EX_TEMPFAIL
 
     def __init__(self, notifier: Notifier) -> None:
         """Take what has been kept for this process."""
@@ -134,18 +133,13 @@ class Store:
                 self.forget()
         return self.error
 
-    def keep_daemon(self, daemon: DaemonRecord) -> None:
-        """Keep what is now known of the daemon itself."""
+    def keep_daemon(self, daemon: DaemonRecord, *, is_well: bool) -> None:
+        """Keep what is now known of the daemon itself; `is_well` if what was found does it no harm."""
         if self._keeper:
             try:
-                self._keeper.set_daemon(daemon)
+                self._keeper.set_daemon(daemon, is_well=is_well)
             except (OSError, ValueError) as error:
                 logger.warning("a crash would lose what has changed", extra={"error": str(error)})
-
-    def be_well(self) -> None:
-        """What was found does this process no harm."""
-        if self._keeper:
-            self._keeper.be_well()
 
     def forget(self) -> None:
         """Have nothing kept."""

@@ -16,7 +16,6 @@ from typing import Self
 
 from bench.adopted import Adopted, adopting_orphans, reap
 from cc_proxy.api.status import shorten
-from cc_proxy.continuity.store import EX_TEMPFAIL
 from tests.wire.successors import ENDED_FROM_THE_START, Manager
 from tests.wire.support import (
     EXECCMD,
@@ -306,7 +305,7 @@ class ManagedDaemon(Daemon):
     def leave_all(self) -> None:
         """Have it end, and leave all to the next process."""
         self.process.send_signal(signal.SIGUSR2)
-        assert self.process.wait(WAIT) == EX_TEMPFAIL
+        assert self.process.wait(WAIT) == os.EX_TEMPFAIL
 
     def start_again(self) -> None:
         """Start the next process with what is kept."""

@@ -18,7 +18,6 @@ import pytest
 
 from cc_proxy.continuity.box import close_all
 from cc_proxy.continuity.format import VERSION
-from cc_proxy.continuity.store import EX_TEMPFAIL
 from tests.echoes import all_moved, echoes
 from tests.wire.daemon import CHECKOUT, PATIENT, Daemon, ManagedDaemon, Pod, Wire, own_daemon, write_config
 from tests.wire.support import (
@@ -531,7 +530,7 @@ def test_a_restart_in_the_middle_of_a_restart(tmp_sock_dir: Path) -> None:
         stream = pod.open()
         daemon.leave_all()
         for _ in range(2):
-            assert daemon.start_and_end() == EX_TEMPFAIL
+            assert daemon.start_and_end() == os.EX_TEMPFAIL
         daemon.start_again()
         pod.vm.io.sendall(frame(stream.base, b"on"))
         assert stream.read_frame().payload == b"on"

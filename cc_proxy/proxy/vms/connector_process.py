@@ -22,7 +22,8 @@ from cc_proxy.linux.credentials import CannotAct, Credentials, become, forbid_du
 #: Their name in `ps -o comm` and the like. It has room for 15 characters.
 PROCESS_NAME = "cc-proxy-dial"
 
-#: In place of a socket's number in a report: no child, or one that could not take on the client's rights.
+#: What a report has in place of a socket's number if there is no child, or if the child could not take on the
+#: client's rights.
 NOT_STARTED, NOT_ALLOWED = -2, -1
 
 #: Seconds between two tries to connect to a socket that does not exist yet: at first, and at most.

@@ -71,7 +71,7 @@ class ControlLink:
     # Between two processes --------------------------------------------------------------------------------
 
     def rest(self) -> None:
-        """Have all who wait here leave with `Resting`, and what they wait for stay. Any thread."""
+        """Have every thread that waits here leave with `Resting`; what it waits for stays. Any thread."""
         self._turns.rest()
 
     def hand_over(self) -> ControlState | None:
@@ -102,9 +102,10 @@ class ControlLink:
         return link
 
     def find_out(self) -> None:
-        """Nobody knows which commands have no answer yet: have the agent asked, unless it is up.
+        """Have an agent that is not known to be up asked questions; commands wait until they are answered.
 
-        Commands wait until it has answered. Before anybody uses the channel.
+        The process before was killed, so nobody knows which answers are still to come. Call this before
+        anybody uses the channel.
         """
         if not self._channel.is_up and not self._channel.is_quizzed:
             self._channel.ask(Quiz())
@@ -279,7 +280,7 @@ class ControlLink:
         return self._sock.fileno()
 
     def read(self) -> bool:
-        """Handle what came between commands; returns True. Raises `ControlLost`. Never waits."""
+        """Handle what came between commands; returns True, as more may come. Raises `ControlLost`."""
         if not self._turns.take():
             self._sock.check()
             return True
@@ -297,7 +298,7 @@ class ControlLink:
         try:
             self._turns.get(Transaction(Code.PING, b"", 0.0), threading.TIMEOUT_MAX)
         except Resting:
-            self._is_to_close = True  # when nobody uses it any more, which `hand_over` is told
+            self._is_to_close = True  # by `hand_over`: until then, threads may still use it
             return
         self._sock.close()
         self._pass_turn()

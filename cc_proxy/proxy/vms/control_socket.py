@@ -24,8 +24,8 @@ class ControlLost(Lost):
 class ControlSocket:
     """Owner of the socket. One thread at a time, but for `hang_up`, `check` and `fileno`.
 
-    An epoll instance (`fileno`) with the socket in it is for a thread that waits for much else too. It is
-    readable when the agent has said something or hung up, unless another thread waits for that (`watch`).
+    The socket is in an epoll instance of its own, for the pump, which waits for much else too. That is
+    readable when the agent has said something or hung up, unless another thread waits for it (`watch`).
     """
 
     def __init__(self, sock: socket.socket, on_event: Callable[[ControlMessage], None]) -> None:
@@ -64,16 +64,9 @@ class ControlSocket:
     # One thread at a time ---------------------------------------------------------------------------------
 
     def keep(self, cell: memoryview) -> None:
-        """From now on, have two words say what has come, and been sent, of unfinished messages."""
+        """From now on, two words say what has come of an unfinished message, and what is left to send."""
         self._cell = cell
-        self._note_received()
-        self._note_sent()
-
-    def _note_received(self) -> None:
-        self._cell[0] = self.channel.position
-
-    def _note_sent(self) -> None:
-        self._cell[1] = len(self.channel.outgoing)
+        cell[0], cell[1] = self.channel.position, len(self.channel.outgoing)
 
     def watch(self, watched: bool) -> None:
         """Have the epoll instance say, or not say, when there is something to do."""
@@ -98,7 +91,7 @@ class ControlSocket:
         return self._has_read(0)
 
     def exchange_when_ready(self, ready: select.poll, timeout: float) -> bool:
-        """The same, where `ready` has the socket, and what else may end the waiting."""
+        """Do the same with a poll object that has the socket, and whatever else is to end the waiting."""
         if self.channel.outgoing:
             self.write()
         ready.modify(self.sock, select.POLLIN | (select.POLLOUT if self.channel.outgoing else 0))
@@ -119,7 +112,7 @@ class ControlSocket:
         outgoing = self.channel.outgoing
         try:
             del outgoing[: self.sock.send(outgoing, socket.MSG_DONTWAIT)]
-            self._note_sent()
+            self._cell[1] = len(outgoing)
         except OSError as error:
             if is_for_now(error):
                 return
@@ -136,7 +129,7 @@ class ControlSocket:
         return self._epoll.closed
 
     def close(self) -> None:
-        """Close everything. No matter if it is closed."""
+        """Close everything, if that is not done yet."""
         if not self.is_closed:
             self._epoll.close()
             self.sock.close()
@@ -172,7 +165,7 @@ class ControlSocket:
         if not data:
             raise ControlLost(self._end)
         events = self.channel.receive_data(data)
-        self._note_received()
+        self._cell[0] = self.channel.position
         for event in events:
             self._on_event(event)
         if self.channel.error:

@@ -79,8 +79,8 @@ class KeptVm:
         return self._slot.cell[AT_RECEIVED : AT_SENT + 1]
 
     def note_state(self, state: State) -> None:
-        """It has come up, or further. One thread at a time, as for `note_next_seq`; nothing after GONE."""
-        # What was leaving has no id, whatever comes after that.
+        """The VM is in a state that comes after STARTING. `Life` calls this and `note_next_seq`."""
+        # The next process gives an id to a VM that was lost. One that was leaving has none.
         if self._slot.cell[AT_STATE] != State.LEAVING.value:
             self._slot.cell[AT_STATE] = state.value
 
@@ -95,5 +95,5 @@ class KeptVm:
         before.release()
 
     def release(self) -> None:
-        """It is over. No matter if it was before."""
+        """Keep it no longer, if it is kept."""
         self._slot.release()

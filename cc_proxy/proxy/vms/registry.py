@@ -67,7 +67,7 @@ class Registry:
     # Between two processes --------------------------------------------------------------------------------
 
     def rest(self) -> None:
-        """Have clients' threads leave with `Resting`. Again until they all have: a hello may just begin."""
+        """Have clients' threads leave with `Resting`. Call it until they all have: a hello may just begin."""
         for vm in self.vms():
             vm.rest()
 

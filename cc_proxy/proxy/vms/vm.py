@@ -73,7 +73,7 @@ class Vm:
     # Between two processes --------------------------------------------------------------------------------
 
     def rest(self) -> None:
-        """Have clients' threads leave with `Resting`. Any thread; again, if a hello may just have begun."""
+        """Have clients' threads leave with `Resting`. Call it again if a hello may just have begun."""
         for part in (self._boot, self.control):
             if part:
                 part.rest()
