@@ -17,9 +17,10 @@ _SO_PEEK_OFF = 42
 #: Each message carries one byte beside the fds, which says what they are: those that somebody keeps, or a
 #: state with those behind it.
 _KEPT, _STATE = b"k", b"s"
-#: Room for some 550 messages, and as many as may be there before fds that are put in one by one are put in
-#: together: the rest is for that, and for a state.
+#: Bytes of the socket's buffer, which is room for some 550 messages.
 _BUFFER = 212_992
+#: From so many messages on, the fds in them are to be packed into fewer. Less than half of what there is room
+#: for, since the old messages stay until the new ones, and a state, are there too.
 _MANY = 256
 
 

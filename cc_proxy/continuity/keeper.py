@@ -18,7 +18,7 @@ from cc_proxy.continuity.table import Table
 from cc_proxy.linux.fds import Identity, identity_of
 from cc_proxy.log.levels import logger
 
-#: Among the slots, the daemon itself.
+#: The daemon's own fds are kept under this number. Those of slots begin at 1.
 _DAEMON = 0
 
 

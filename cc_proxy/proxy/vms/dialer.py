@@ -90,12 +90,12 @@ class Dialer:
         Raises `CannotConnect`, or `RuntimeError` if no process can be started; nothing is left open then.
         """
         with contextlib.ExitStack() as undo:
-            ctl = undo.enter_context(_Socket("ctlSerial", hello.ctl_serial))
-            io = undo.enter_context(_Socket("ioSerial", hello.io_serial))
+            ctl = _Socket("ctlSerial", hello.ctl_serial, undo)
+            io = _Socket("ioSerial", hello.io_serial, undo)
             connected, sockets = Connected(ctl.sock, io.sock), [ctl, io]
             if hello.console:
                 try:
-                    sockets.append(undo.enter_context(_Socket("console", hello.console, blocking=False)))
+                    sockets.append(_Socket("console", hello.console, undo, blocking=False))
                 except CannotConnect as error:
                     connected.console_error = str(error)
             self._dial(sockets, Deadline(timeout), still_wanted)
@@ -185,10 +185,10 @@ class Dialer:
 
 
 class _Socket:
-    """A socket for a path of a hello, and its owner: a context manager that closes it."""
+    """A socket for a path of a hello, and how connecting it goes."""
 
-    def __init__(self, member: str, path: str, *, blocking: bool = True) -> None:
-        """Raises `CannotConnect` if the path is not usable, or the daemon has no fd left."""
+    def __init__(self, member: str, path: str, undo: contextlib.ExitStack, *, blocking: bool = True) -> None:
+        """Have `undo` close it. Raises `CannotConnect` if the path is not usable, or no fd is left."""
         _check(member, path)
         self.member = member
         self.path = os.fsencode(path)
@@ -196,18 +196,12 @@ class _Socket:
         self.cause = ""  # why it is not connected, as far as is known
         self._said = path
         try:
-            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         except OSError as error:
             self.cause = error.strerror or str(error)
             raise self.error() from None
         self.sock.setblocking(blocking)
         refuse_rights(self.sock)  # before the peer can pass an fd
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.sock.close()
 
     def error(self) -> CannotConnect:
         return CannotConnect(f"{self.member}: cannot connect to {self._said}: {self.cause or _TOO_LATE}")

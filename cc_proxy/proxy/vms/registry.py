@@ -83,8 +83,8 @@ class Registry:
 
         Returns also where each VM is in that. Nobody may use any of them any more.
         """
-        before = [before for _, before in self._hellos.values() if before]
-        vms = list(dict.fromkeys([*self._vms, *self._by_id.values(), *attached, *before]))
+        waiting = filter(None, (before for _, before in self._hellos.values()))
+        vms = list(dict.fromkeys([*self._vms, *self._by_id.values(), *attached, *waiting]))
         numbers = {vm: number for number, vm in enumerate(vms)}
         state = RegistryState(
             vms=[vm.hand_over() for vm in vms],
