@@ -59,7 +59,6 @@ class Channel:
         io.setblocking(False)
         self._owner, self._vm = owner, owner.container_id
         self._io = io
-        self._io_fd = io.fileno()
         self._control = control
         self._sessions: set[Session] = set()
         self._routes = Routes(self._resume)
@@ -80,7 +79,7 @@ class Channel:
             others, echo = self._watch.others, self._pacer.echo
             self._output = Output(self._vm, intake, others, self._routes, calls, echo)
             self._stdin = Stdin(self._vm, io, memory, self._watch.clients, self._pacer, self._drop)
-            self._watch.add_io(self._io_fd, self._on_io)
+            self._watch.add_io(io.fileno(), self._on_io)
             self._watch.add(mailbox.fileno(), lambda _events: mailbox.receive())
             self._watch.add(control.fileno(), self._on_control)
             if console:
@@ -106,7 +105,7 @@ class Channel:
             to_vm=b"".join(self._stdin.to_vm),
             sessions=[each.hand_over(expected=each.seqs.start in self._routes.owners) for each in sessions],
             pacer=self._pacer.state(),
-            traffic=traffic_of(self._output, self._stdin),
+            traffic=traffic_of(self._output, self._stdin, self._pacer),
             resync=resync.state if resync else None,
         )
         io = Fd(self._io.detach()) if self._io_open else None
@@ -170,6 +169,7 @@ class Channel:
 
     @property
     def _looks(self) -> bool:
+        """Whether anything waits of which nothing may announce that it is over."""
         return bool(self._output.waiting or self._stdin.to_vm or self._stdin.orphans)
 
     @property
@@ -315,7 +315,7 @@ class Channel:
         if not self._io_open:
             return
         self._io_open = False
-        self._watch.remove(self._io_fd)
+        self._watch.remove(self._io.fileno())
         self._watch.remove(self._control.fileno())
         self._control.close()
         close_stream(self._io)

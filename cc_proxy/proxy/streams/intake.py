@@ -15,8 +15,9 @@ LARGE = 16 * 1024
 def read_noted(sock: socket.socket, room: memoryview, cell: Cell, place: int, large: bool) -> int:
     """Read once from a non-blocking socket, and note it in a cell; returns how many bytes came, 0 at the end.
 
-    `place` is a `Reading` of nothing so far. With `large`, it asks first how much will come, which leaves no
-    doubt about it. Raises `BlockingIOError` if there is nothing for now, or another `OSError`.
+    `place` is the word of a `Reading` of no bytes, which says where they will stand. With `large`, it asks
+    first how much will come, which leaves no doubt about it. Raises `BlockingIOError` if there is nothing for
+    now, or another `OSError`.
     """
     if cell is NO_CELL:  # nobody will ask
         return receive_into(sock, room)
@@ -57,7 +58,8 @@ class Intake:
 
     def restore(self, unfinished: bytes, *, seeking: bool) -> None:
         """Go on behind what had been read. With `seeking`, it is not known where frames begin."""
-        self._cell[SEEKING] |= seeking  # first, or last: in between it may be either
+        # Set first, or taken back last: whoever finds it set in between looks for frames once more.
+        self._cell[SEEKING] |= seeking
         self.start, self.stop = 0, len(unfinished)
         self.view[: self.stop] = unfinished
         self.passed_on()

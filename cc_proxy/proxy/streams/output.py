@@ -223,16 +223,8 @@ class Output:
         if session.stuck and session not in self._stuck:
             self._stuck.add(session)
             self.pauses += 1
-            logger.warning(
-                "the VM is not read until its client reads",
-                extra={
-                    "vm": self._vm,
-                    "stream": session.seqs.start,
-                    "pid": session.pid,
-                    "uid": session.uid,
-                    "reason": session.stuck,
-                },
-            )
+            fields = session.log_fields(reason=session.stuck)
+            logger.warning("the VM is not read until its client reads", extra=fields)
 
     def _release(self, session: Session) -> None:
         """The session needs the buffer no more."""

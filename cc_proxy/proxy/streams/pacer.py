@@ -66,7 +66,7 @@ class Pacer:
         self._look_again = _LOOK_AGAIN
         self._handled = 0  # how many of `frames` the agent is known to have handled
         self._echoes_in_a_row = MARKERS_TO_TRUST
-        #: Frames that were sent to the agent, and the markers among them.
+        #: Frames that were sent to the agent, a client's long ones in several; and the markers among them.
         self.frames = self.markers = 0
         self._cell = cell
         self._is_lossless = False

@@ -139,6 +139,10 @@ class Session:
         if self.waits:
             self._outlet.tear()  # nobody knows any more where frames begin in it
 
+    def log_fields(self, **others: str | None) -> dict[str, object]:
+        """Return what a log line says of these streams."""
+        return {"vm": self.vm, "stream": self.seqs.start, "pid": self.pid, "uid": self.uid, **others}
+
     # Output -----------------------------------------------------------------------------------------------
 
     @property
@@ -230,16 +234,7 @@ class Session:
         """Give up output because of an error. A client that is still there sees its stream closed."""
         self.give_up_output()
         if error.errno not in _GONE:
-            logger.error(
-                "output lost: its stream is closed",
-                extra={
-                    "vm": self.vm,
-                    "stream": self.seqs.start,
-                    "pid": self.pid,
-                    "uid": self.uid,
-                    "error": error.strerror,
-                },
-            )
+            logger.error("output lost: its stream is closed", extra=self.log_fields(error=error.strerror))
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)
 

@@ -17,7 +17,7 @@ def describe_streams(sessions: Collection[Session], output: Output, stdin: Stdin
     waiting.sort(key=lambda stream: (not stream.holds_vm, -stream.idle))
     return Streams(
         sessions=len(sessions),
-        traffic=traffic_of(output, stdin),
+        traffic=traffic_of(output, stdin, pacer),
         paused=bool(output.holding),
         waiting=waiting[:MOST_LISTED],
         waiting_sessions=len(waiting),
@@ -29,13 +29,13 @@ def describe_streams(sessions: Collection[Session], output: Output, stdin: Stdin
     )
 
 
-def traffic_of(output: Output, stdin: Stdin) -> Traffic:
+def traffic_of(output: Output, stdin: Stdin, pacer: Pacer) -> Traffic:
     """Return what has passed so far."""
     return Traffic(
         bytes_to_clients=output.bytes,
         bytes_to_vm=stdin.bytes,
         frames_to_clients=output.frames,
-        frames_to_vm=stdin.frames,
+        frames_to_vm=pacer.frames - pacer.markers,
         stray_frames=output.strays,
         pauses=output.pauses,
     )

@@ -61,11 +61,6 @@ class Stdin:
         #: Why the VM takes nothing any more.
         self.error: str | None = None
 
-    @property
-    def frames(self) -> int:
-        """Frames of stdin, as the agent gets them: a long frame of a client's is several."""
-        return self._pacer.frames - self._pacer.markers
-
     def restore(self, state: StreamsState, sessions: Sequence[Session]) -> None:
         """Go on where another one stood, with what waited for the VM there."""
         self.bytes = state.traffic.bytes_to_vm
@@ -122,8 +117,13 @@ class Stdin:
 
     def look(self, now: float) -> None:
         """Give up clients that have gone. To be called now and then, while there may be some."""
-        if self.to_vm:
-            self._give_up_gone()
+        if self.to_vm:  # they are not read, but those that have sent nothing more need not be
+            pieces: list[Piece] = []
+            for fd, events in self._clients.poll(0):
+                client = self._sessions.get(fd)
+                if client and events & HANG_UP and not client.unread:
+                    self._end(client, events, pieces)
+            self._send(pieces)
         for session in [orphan for orphan, until in self.orphans.items() if now >= until]:
             self._drop(session, "closed by its client, and its process was not started")
 
@@ -178,15 +178,6 @@ class Stdin:
             self._drop(session, "closed by its client")
         else:
             self._clients.change(session.fd, NOTHING_ELSE)
-
-    def _give_up_gone(self) -> None:
-        """Close what is left of clients that are gone, unless something that they sent has yet to be read."""
-        pieces: list[Piece] = []
-        for fd, events in self._clients.poll(0):
-            session = self._sessions.get(fd)
-            if session and events & HANG_UP and not session.unread:
-                self._end(session, events, pieces)
-        self._send(pieces)
 
     def _hung_up(self, session: Session) -> None:
         """The client has closed its fd, while it was not being read."""
