@@ -87,7 +87,7 @@ class Channel:
             undo.pop_all()
         self._io_open = True
         self._finish_at, self._finish_cause = math.inf, ""
-        self._look_at = 0.0
+        self._look_at = 0.0  # when to look next, if anything waits then
         self._bytes = 0  # all that has been read from the VM and the clients
 
     # Between two processes --------------------------------------------------------------------------------

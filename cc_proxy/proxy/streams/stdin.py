@@ -117,7 +117,7 @@ class Stdin:
 
     def look(self, now: float) -> None:
         """Give up clients that have gone. To be called now and then, while there may be some."""
-        if self.to_vm:  # they are not read, but those that have sent nothing more need not be
+        if self.to_vm:  # nobody is read now, and those who have left nothing to be read can go all the same
             pieces: list[Piece] = []
             for fd, events in self._clients.poll(0):
                 client = self._sessions.get(fd)
