@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pytest
 
+from bench.adopted import children
 from cc_proxy.api.payloads import Hello
 from cc_proxy.linux.credentials import Credentials
-from cc_proxy.proxy.vms import connector as connector_module
 from cc_proxy.proxy.vms.connector import Connector
 from cc_proxy.proxy.vms.connector_process import PROCESS_NAME
 from cc_proxy.proxy.vms.dialer import CannotConnect, Dialer
+from tests.faults import broken
 from tests.hanging import HangingMount
 from tests.proxy.support import dialer_of
 from tests.users import ALICE, BOB, MALLORY, call_as, needs_root
@@ -31,6 +32,8 @@ from tests.wire.support import WAIT, in_background, wait_until
 pytestmark = needs_root
 
 LATE = "not accepted in time"
+#: So many attempts of a user may hang.
+MOST_LEFT = 32
 _libc = ctypes.CDLL(None, use_errno=True)
 PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4
 
@@ -59,11 +62,22 @@ def there(open_dir: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def own() -> Iterator[Connector]:
+def others() -> set[int]:
+    """The children that this process has before a test begins."""
+    return set(children())
+
+
+@pytest.fixture
+def own(others: set[int]) -> Iterator[Connector]:
     """One that a test may break."""
     with closing(Connector()) as own:
         own.start()
         yield own
+
+
+def children_but(others: set[int]) -> set[int]:
+    """The processes of the connectors that a test has."""
+    return set(children()) - others
 
 
 def refusal(dialer: Dialer, path: str, timeout: float = WAIT) -> str:
@@ -201,11 +215,12 @@ def test_a_process_that_is_killed_is_an_error(full: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-def test_a_connector_that_is_killed_is_started_again(own: Connector, there: str) -> None:
+def test_a_connector_that_is_killed_is_started_again(own: Connector, there: str, others: set[int]) -> None:
     dialer = Dialer(BOB, own)
     for _ in range(3):
-        os.kill(own._pid, signal.SIGKILL)
-        os.waitid(os.P_PID, own._pid, os.WEXITED | os.WNOWAIT)
+        (pid,) = children_but(others)
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         assert reaches(dialer, there)
 
 
@@ -224,34 +239,29 @@ def test_nothing_is_left_of_a_connector_whose_daemon_has_gone(full: str) -> None
     wait_until(lambda: not is_running(child), "it has ended")
 
 
-def test_terminals_and_service_managers_do_not_end_it(own: Connector, there: str) -> None:
+def test_terminals_and_service_managers_do_not_end_it(own: Connector, there: str, others: set[int]) -> None:
     assert reaches(Dialer(BOB, own), there), "it has begun"
+    (pid,) = children_but(others)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        os.kill(own._pid, number)
-    pid = own._pid
+        os.kill(pid, number)
     assert reaches(Dialer(BOB, own), there)
-    assert own._pid == pid
+    assert children_but(others) == {pid}
 
 
-def test_no_process_to_be_had_is_said(own: Connector, there: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> int:
-        raise BlockingIOError(11, "Resource temporarily unavailable")
+#: Root is not counted.
+NO_PROCESS = BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
+
+def test_no_process_to_be_had_is_said(own: Connector, there: str) -> None:
     own.close()
-    monkeypatch.setattr(os, "fork", fail)
-    assert refusal(Dialer(BOB, own), there) == "Resource temporarily unavailable"
+    with broken(os, "fork", NO_PROCESS):
+        assert refusal(Dialer(BOB, own), there) == "Resource temporarily unavailable"
 
 
-def test_connector_that_can_fork_no_child_says_so(there: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fork, me = os.fork, os.getpid()
-
-    def fork_once() -> int:
-        if os.getpid() != me:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        return fork()
-
-    monkeypatch.setattr(os, "fork", fork_once)
-    with closing(Connector()) as connector:
+def test_connector_that_can_fork_no_child_says_so(there: str) -> None:
+    me = os.getpid()
+    no_grandchild = broken(os, "fork", NO_PROCESS, when=lambda: os.getpid() != me)
+    with no_grandchild, closing(Connector()) as connector:
         for _ in range(2):
             with pytest.raises(
                 RuntimeError, match=r"^no process to connect from: Resource temporarily unavail"
@@ -297,19 +307,19 @@ def test_hello_is_answered_while_another_of_its_user_hangs(own: Connector, hangi
 
 
 def test_what_hangs_is_bounded_for_each_user_and_counts_until_it_ends(
-    own: Connector, open_dir: Path, there: str, monkeypatch: pytest.MonkeyPatch
+    own: Connector, open_dir: Path, there: str
 ) -> None:
-    monkeypatch.setattr(connector_module, "_MOST_LEFT", 2)
-    monkeypatch.setattr(connector_module, "_PATIENCE", 0.01)
-    bob, alice = Dialer(BOB, own), Dialer(ALICE, own)
+    bob, alice, stuck = Dialer(BOB, own), Dialer(ALICE, own), list[str]()
     mount = open_dir / "mount"
     mount.mkdir()
     with HangingMount(mount):
         path = str(mount / "x")
-        for _ in range(2):
-            assert refusal(bob, path, 0.05) == LATE
+        with ExitStack() as stack:
+            for _ in range(MOST_LEFT):
+                stack.enter_context(in_background(lambda: stuck.append(refusal(bob, path, 0.5))))
+        assert stuck == [LATE] * MOST_LEFT
         for somewhere in (path, there):
-            hang = f"2 earlier attempts of user {BOB.uid} still hang in the kernel"
+            hang = f"{MOST_LEFT} earlier attempts of user {BOB.uid} still hang in the kernel"
             assert refusal(bob, somewhere) == hang
         assert reaches(alice, there)
     wait_until(lambda: children_as(BOB) == [], "they have ended")

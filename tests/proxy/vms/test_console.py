@@ -14,11 +14,14 @@ import pytest
 
 from cc_proxy.api.payloads import Hello
 from cc_proxy.log.levels import CONSOLE, logger
-from cc_proxy.proxy.vms.console import _LONGEST_LINE, Console, LineSplitter
+from cc_proxy.proxy.vms.console import Console, LineSplitter
 from cc_proxy.proxy.vms.dialer import Connected
 from tests.proxy.conftest import Logged
 from tests.proxy.support import DIALER, open_fds
 from tests.wire.support import WAIT, at_end
+
+#: Bytes of a line in the log.
+LONGEST_LINE = 1_024
 
 
 def lines_of(*pieces: bytes) -> list[str]:
@@ -51,7 +54,7 @@ def test_long_lines_are_cut(length: int, end: bytes) -> None:
     """Also when their end comes in the same read."""
     lines = lines_of(b"x" * length + end)
     assert "".join(lines) == "x" * length
-    assert max(map(len, lines)) <= _LONGEST_LINE
+    assert max(map(len, lines)) <= LONGEST_LINE
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -76,7 +79,7 @@ def test_what_is_kept_is_bounded() -> None:
     splitter = LineSplitter()
     for _ in range(100):
         splitter.receive_data(b"x" * 10_000)
-        assert len(splitter._rest) < _LONGEST_LINE
+        assert len(splitter.rest) < LONGEST_LINE
 
 
 def test_nothing_is_left_after_the_end() -> None:

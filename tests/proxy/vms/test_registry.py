@@ -15,13 +15,15 @@ from cc_proxy.api.payloads import Hello
 from cc_proxy.continuity.cells import State
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.proxy.streams.pump import Pump
-from cc_proxy.proxy.users import Charge, LimitReached
+from cc_proxy.proxy.users import LimitReached, User
 from cc_proxy.proxy.vms.dialer import Dialer
 from cc_proxy.proxy.vms.registry import Registry, RegistryError
 from cc_proxy.proxy.vms.states import VmError
 from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import Limits, LiveSettings, Settings, SpoolSettings, VmSettings
 from tests.connector import CONNECTOR
+from tests.faults import broken
+from tests.locks import lock_of
 from tests.proxy.conftest import Logged
 from tests.proxy.support import new_user
 from tests.users import ROOT
@@ -167,36 +169,18 @@ def test_failed_hello_frees_the_id(office: Office) -> None:
     office.register("pod")
 
 
-def test_hello_that_fails_in_a_way_nobody_expects_frees_the_id(
-    office: Office, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise KeyError("nobody expects it")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Dialer, "connect", fail)
-        with pytest.raises(KeyError):
-            office.registry.register(hello("pod", office.agent()), ME)
+def test_hello_that_fails_in_a_way_nobody_expects_frees_the_id(office: Office) -> None:
+    with broken(Dialer, "connect"), pytest.raises(KeyError):
+        office.registry.register(hello("pod", office.agent()), ME)
     assert office.registry.vms() == []
     office.register("pod")
 
 
-@pytest.mark.parametrize("full", ["_vms", "_by_id"])
-def test_hello_that_there_is_no_memory_for_leaves_nothing(
-    office: Office, monkeypatch: pytest.MonkeyPatch, full: str
-) -> None:
-    class Vms(dict[Vm, list[Charge]]):
-        def __setitem__(self, _vm: Vm, _charges: list[Charge]) -> None:
-            raise MemoryError
-
-    class ById(dict[str, Vm]):
-        def __setitem__(self, _name: str, _vm: Vm) -> None:
-            raise MemoryError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(office.registry, full, {"_vms": Vms, "_by_id": ById}[full]())
-        with pytest.raises(MemoryError):
-            office.registry.register(hello("pod", office.agent()), ME)
+@pytest.mark.parametrize("thing", ["vms", "request_bytes"])
+def test_hello_that_there_is_no_memory_for_leaves_nothing(office: Office, thing: str) -> None:
+    full = broken(User, "charge", MemoryError(), when=lambda _, what, *__: what == thing)
+    with full, pytest.raises(MemoryError):
+        office.registry.register(hello("pod", office.agent()), ME)
     assert office.registry.vms() == []
     assert office.registry.users.all() == []
     office.register("pod")
@@ -396,7 +380,7 @@ def test_hello_and_bye_from_many_threads(office: Office) -> None:
 
 def test_lock_is_free_unless_somebody_holds_it(office: Office) -> None:
     assert office.registry.is_free(WAIT)
-    with office.registry._lock:
+    with lock_of(office.registry):
         assert not office.registry.is_free(0.01)
 
 

@@ -481,7 +481,13 @@ def test_console_is_read_on_only_if_the_log_wants_it(
 ) -> None:
     """Else others may have it: it takes one at a time."""
     logger.setLevel(level)
-    with in_background(life.say_ready), in_background(lambda: screen.accept().sendall(b"booting\n")):
+
+    def boot() -> None:
+        life.agent.accept()
+        screen.accept().sendall(b"booting\n")
+        life.agent.say(READY)
+
+    with in_background(boot):
         life.vm.start(life.hello, DIALER, new_user())
     assert screen.far
     if level == CONSOLE:
