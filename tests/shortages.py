@@ -54,9 +54,9 @@ def disk_full_after(size: int) -> Iterator[None]:
 
 
 @contextmanager
-def small_disk(path: Path, size: int) -> Iterator[None]:
-    """A file system with room for so many bytes at `path`. Skips the test where nothing can be mounted."""
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+def small_disk(path: Path, limit: str) -> Iterator[None]:
+    """A tmpfs at `path`, with `size=` or `nr_inodes=`. Skips the test where nothing can be mounted."""
+    command = ["mount", "-t", "tmpfs", "-o", limit, "tmpfs", str(path)]
     if os.geteuid() or subprocess.run(command, check=False).returncode:
         pytest.skip("only root can mount a small disk, and not everywhere")
     try:

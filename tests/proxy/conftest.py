@@ -69,7 +69,7 @@ def rig(space: SpoolSpace) -> Iterator[Rig]:
 def disk_size(tmp_path: Path) -> Iterator[int]:
     """How many bytes the disk has that is at `tmp_path`."""
     size = 16 * BLOCK
-    with small_disk(tmp_path, size):
+    with small_disk(tmp_path, f"size={size}"):
         yield size
 
 

@@ -15,10 +15,10 @@ import pytest
 
 from cc_proxy.linux import socketfile
 from cc_proxy.linux.fds import may_hold_fds
-from cc_proxy.proxy.clients import listener as listener_module
 from cc_proxy.proxy.clients.listener import Listener, ListenError
 from tests.proxy.conftest import Logged
 from tests.proxy.support import open_fds
+from tests.shortages import small_disk
 from tests.wire.support import WAIT, in_background, wait_until
 
 
@@ -131,12 +131,12 @@ def test_directory_that_cannot_be_made(tmp_sock_dir: Path, name: str, cause: str
     assert set(open_fds()) == before
 
 
-def test_listening_that_fails_leaves_no_fd_and_no_umask(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listening_that_fails_leaves_no_fd_and_no_umask(tmp_sock_dir: Path) -> None:
     before, mask = set(open_fds()), os.umask(0o022)
+    full = small_disk(tmp_sock_dir, "nr_inodes=1")
     try:
-        monkeypatch.setattr(listener_module, "_BACKLOG", "not a number")
-        with pytest.raises(TypeError):
-            Listener.bind(str(path))
+        with full, pytest.raises(ListenError, match="No space left on device"):
+            Listener.bind(str(tmp_sock_dir / "sock"))
         assert os.umask(0o022) == 0o022
     finally:
         os.umask(mask)

@@ -5,11 +5,13 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from cc_proxy.proxy.clients.workers import Job, Workers
+from tests.faults import broken
+from tests.shortages import no_threads
 from tests.wire.support import wait_until
 
 
@@ -74,21 +76,23 @@ def test_a_thread_that_was_idle_for_a_while_ends() -> None:
         assert do(workers) is not first, "nobody waits for one that has ended"
 
 
-def test_job_that_comes_as_a_thread_gives_up_is_done() -> None:
-    class Snatched(deque["queue.SimpleQueue[Job]"]):
-        """Whoever waits here is taken out before it can take itself out."""
+class GivenUp(queue.SimpleQueue[Job]):
+    """One whose thread has stopped waiting for a second job just as it comes."""
 
-        def append(self, waiting: "queue.SimpleQueue[Job]") -> None:
-            taken.put(waiting)
+    def get(self, block: bool = True, timeout: float | None = None) -> Job:
+        if timeout is None:
+            return super().get()
+        self.put(super().get(timeout=5))
+        raise queue.Empty
 
-    taken: queue.SimpleQueue[queue.SimpleQueue[Job]] = queue.SimpleQueue()
-    with running(linger=0) as workers:
-        workers._spare = Snatched()
-        first = do(workers)
-        by: queue.SimpleQueue[threading.Thread] = queue.SimpleQueue()
-        taken.get(timeout=5).put(("late", lambda: by.put(threading.current_thread())))
-        assert by.get(timeout=5) is first
-        taken.get(timeout=5).put(None)
+
+def test_job_that_comes_as_a_thread_gives_up_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(linger=60) as workers:
+        with monkeypatch.context() as patch:
+            patch.setattr(queue, "SimpleQueue", GivenUp)
+            workers.start("job", lambda: None)
+        wait_for_spare(1)
+        do(workers)
 
 
 def test_only_so_many_wait() -> None:
@@ -102,32 +106,34 @@ def test_only_so_many_wait() -> None:
         wait_for_spare(3)
 
 
-def test_a_job_that_cannot_be_handed_over_costs_no_thread(workers: Workers) -> None:
-    thread = do(workers)
-    wait_for_spare(1)
-    jobs = workers._spare.pop()
+class NoMemory(queue.SimpleQueue[Job]):
+    """A queue for a job that there is no memory for, at the second one."""
 
-    class NoMemory:
-        def put(self, _job: Job) -> None:
+    def __init__(self) -> None:
+        self.puts = 0
+
+    def put(self, item: Job, block: bool = True, timeout: float | None = None) -> None:
+        self.puts += 1
+        if self.puts == 2:
             raise MemoryError
-
-    spare = cast("queue.SimpleQueue[Job]", NoMemory())
-    workers._spare.append(spare)
-    with pytest.raises(MemoryError):
-        workers.start("job", lambda: None)
-    assert list(workers._spare) == [spare]
-    workers._spare[0] = jobs
-    assert do(workers) is thread
+        super().put(item, block, timeout)
 
 
-def test_nothing_is_kept_of_a_thread_that_cannot_start(
+def test_a_job_that_cannot_be_handed_over_costs_no_thread(
     workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+    with monkeypatch.context() as patch:
+        patch.setattr(queue, "SimpleQueue", NoMemory)
+        workers.start("job", lambda: None)
+    wait_for_spare(1)
+    with pytest.raises(MemoryError):
+        workers.start("job", lambda: None)
+    assert do(workers).name in names()
+    wait_for_spare(1)
 
-    monkeypatch.setattr(threading.Thread, "start", fail)
-    with pytest.raises(RuntimeError):
+
+def test_nothing_is_kept_of_a_thread_that_cannot_start(workers: Workers) -> None:
+    with no_threads(), pytest.raises(RuntimeError):
         workers.start("job", lambda: None)
     workers.close()
     assert workers.join(0)
@@ -155,6 +161,7 @@ def test_one_that_gives_up_at_the_end_is_missed_by_nobody(workers: Workers) -> N
         def __bool__(self) -> bool:
             return True
 
+    # Nothing from outside makes a thread leave between two steps of `close`.
     workers._spare = JustLeft()
     workers.close()
 
@@ -173,20 +180,20 @@ def test_after_the_end_threads_end_when_they_are_done() -> None:
     assert workers.join(5)
 
 
-def test_thread_that_is_just_being_started_is_no_error_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thread_that_is_just_being_started_is_no_error_at_the_end() -> None:
     """Who hands over may be slow, and nobody waits for it for ever."""
     workers = Workers()
-    start, begun, go_on = threading.Thread.start, threading.Event(), threading.Event()
+    begun, go_on = threading.Event(), threading.Event()
 
-    def start_late(thread: threading.Thread) -> None:
-        begun.set()
-        assert go_on.wait(5)
-        start(thread)
+    def start_late(thread: threading.Thread) -> bool:
+        if thread is not slow:
+            begun.set()
+            assert go_on.wait(5)
+        return False
 
     slow = threading.Thread(target=lambda: workers.start("job", lambda: None))
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", start_late)
-        start(slow)
+    with broken(threading.Thread, "start", when=start_late):
+        slow.start()
         assert begun.wait(5)
         workers.close()
         assert not workers.join(5)
