@@ -13,6 +13,9 @@ import pytest
 
 from cc_proxy.log.levels import logger
 
+# So that an assertion of a helper says what it got, as one of a test does.
+pytest.register_assert_rewrite("tests.agent", "tests.ctl", "tests.proxy", "tests.systemd", "tests.wire")
+
 pytest_plugins = ["tests.connector", "tests.guest.image", "tests.leaks", "tests.locks"]
 
 

@@ -30,6 +30,8 @@ from tests.wire.support import (
     wait_until,
 )
 
+_STACK = '"message": "stack"'
+
 CHECKOUT = Path(__file__).parent.parent.parent
 COMMAND_LINE = [sys.executable, "-m", "cc_proxy"]
 
@@ -317,6 +319,13 @@ class ManagedDaemon(Daemon):
         self.process = self._start(self._arguments, ENDED_FROM_THE_START, ())
         return self.process.wait(WAIT)
 
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Have it end for good. One that has just taken over would leave all to the next process instead."""
+        before = self.log().count(_STACK)
+        self.process.send_signal(signal.SIGUSR1)  # which is seen after that
+        wait_until(lambda: self.log().count(_STACK) > before, "it looks for signals")
+        return super().stop(number)
+
     def kill(self) -> None:
         try:
             super().kill()
@@ -444,4 +453,5 @@ def own_daemon(
             wire.close()
         if check:
             daemon.check()
-            assert daemon.stop() == 0
+            status = daemon.stop()
+            assert status == 0, f"the daemon ended with status {status}\n{daemon.log()[-4000:]}"
