@@ -8,12 +8,24 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from cc_proxy.api import FrameParser
 from tests.wire.daemon import Pod
-from tests.wire.support import ACK, GETVERSION, MARKER, OK, VERSION_NUMBER, RawClient, Stream, frame
+from tests.wire.support import (
+    ACK,
+    GETVERSION,
+    MARKER,
+    OK,
+    VERSION_NUMBER,
+    WAIT,
+    RawClient,
+    Stream,
+    frame,
+    refused,
+    request,
+)
 
 #: Of which stream a record of output is, and its number there.
 _RECORD = struct.Struct(">QQ")
@@ -23,6 +35,8 @@ _LAST = 2**63
 #: Records that a client may be behind, and how long a VM waits for it then: what it waits for may be lost.
 _MOST_BEHIND, _PATIENCE = 1_024, 0.01
 _LONGEST_STDIN = 3_000
+#: Seconds after which a client takes it that no answer comes.
+_LONGEST_ANSWER = 2.0
 #: So many bytes are not met by chance.
 _SURE = 16
 
@@ -116,7 +130,8 @@ class Crowd:
         self.over = threading.Event()
         self.output: list[Output] = []
         self.stdin: list[Stdin] = []
-        #: How often each answer came to a command.
+        #: How many commands a client has asked for, and how often each answer came.
+        self.asked = 0
         self.answers: Counter[bytes] = Counter()
 
     @property
@@ -179,9 +194,17 @@ class Crowd:
         pod.vm.say(ACK)
 
     def ask(self, client: RawClient, pods: Sequence[Pod]) -> None:
+        """Ask for one command after another. An answer that was just being sent at a crash may never come."""
+        client.sock.settimeout(_LONGEST_ANSWER)
         while not self.over.is_set():
             client.hyper("ping", '"x"')
-            self.answers[client.receive()] += 1
+            self.asked += 1
+            with suppress(TimeoutError):
+                self.answers[client.receive()] += 1
+        client.sock.settimeout(WAIT)
+        client.send(request("the end"))
+        while (answer := client.receive()) != refused("no payload named 'the end'"):
+            self.answers[answer] += 1
         for pod in pods:
             pod.client.hyper("ping", '"last"')
             assert pod.client.receive() == OK
