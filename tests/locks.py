@@ -85,7 +85,7 @@ def watched_locks(monkeypatch: pytest.MonkeyPatch) -> Iterator[LockWatch]:
     watch = LockWatch()
 
     def make() -> object:
-        frame = sys._getframe(1)
+        frame = sys._getframe(1)  # who makes it, and in which line, nothing else tells
         if not str(frame.f_globals.get("__name__")).startswith("cc_proxy."):
             return make_lock()
         made = _MADE.search(linecache.getline(frame.f_code.co_filename, frame.f_lineno))

@@ -23,7 +23,7 @@ from cc_proxy.proxy.streams.session import Session, Whose
 from cc_proxy.proxy.streams.spool import Spool
 from tests.proxy.streams.killed import Owner, Quiet
 from tests.proxy.support import NEVER, frames_of, pair, read_now, spool_space
-from tests.wire.support import Frame
+from tests.wire.support import Frame, wait_until
 
 #: The VM's socket buffer, and the one of a client that does not read: just enough for what is sent at once.
 SMALL = 4_608
@@ -114,6 +114,10 @@ class World:
     def say(self, *frames: bytes) -> None:
         self.vm.sendall(b"".join(frames))
         self.life.turn()
+
+    def spools(self) -> bool:
+        self.life.turn()
+        return self.space.used > 0
 
     def heard(self, seq: int) -> list[Frame]:
         """What a client has got."""
@@ -218,15 +222,13 @@ def test_what_is_in_the_spool_is_a_gap_and_who_is_in_the_middle_of_it_is_hung_up
     slow = world.open(ENOUGH)
     world.vm.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
     world.say(*[encode_frame(slow, bytes(1_000))] * 200)
-    (session,) = world.life.channel._sessions
-    session.spill()
-    world.life.channel._output._settle(session)
+    wait_until(world.spools, "its patience is over")
     for _ in range(8):
         world.say(*[encode_frame(slow, bytes(1_000))] * 200)
     if drained:
         world.clients[slow].recv(100_000)
         world.life.turn()
-        assert session.spooled
+        assert world.spools()
     found = world.kill()
     if drained:
         assert [hung_up.session.first_seq for hung_up in found.hung_up] == [slow]

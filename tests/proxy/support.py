@@ -247,21 +247,6 @@ class Rig(Ends):
         self.pump.open_stdin([stream.base])
         return stream
 
-    def call(self, question: Callable[[], T]) -> T:
-        """What the pump thread answers, after all that it was doing."""
-        answers: list[T] = []
-        done = threading.Event()
-
-        def ask() -> None:
-            try:
-                answers.append(question())
-            finally:
-                done.set()
-
-        assert self.pump._mailbox.post(ask)
-        assert done.wait(WAIT)
-        return answers[0]
-
     def streams(self) -> Streams:
         """What the pump says of its streams."""
         return self.pump.describe().result(WAIT)

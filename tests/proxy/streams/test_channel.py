@@ -470,28 +470,28 @@ class Traffic:
     def __init__(self, bench: Bench, rng: random.Random) -> None:
         self._bench = bench
         self._rng = rng
-        self._streams = [bench.open(buffer=SMALL if number % 2 else None) for number in range(4)]
-        self._left = {stream.base: rng.randbytes(250_000) for stream in self._streams}
-        self._said = {stream.base: bytearray() for stream in self._streams}
-        self._up = {stream.base: rng.randbytes(20_000) for stream in self._streams}
+        self.streams = [bench.open(buffer=SMALL if number % 2 else None) for number in range(4)]
+        self._left = {stream.base: rng.randbytes(250_000) for stream in self.streams}
+        self._said = {stream.base: bytearray() for stream in self.streams}
+        self._up = {stream.base: rng.randbytes(20_000) for stream in self.streams}
         self._to_send = {
             stream.base: b"".join(
                 frame(stream.base, self._up[stream.base][at : at + 900]) for at in range(0, 20_000, 900)
             )
-            for stream in self._streams
+            for stream in self.streams
         }
         self._to_say = bytearray()
-        self._read = {stream.base: bytearray() for stream in self._streams}
+        self._read = {stream.base: bytearray() for stream in self.streams}
         self._taken = bytearray()
         self._got = dict.fromkeys(self._up, b"")
-        for sock in (bench.io, *(stream.sock for stream in self._streams)):
+        for sock in (bench.io, *(stream.sock for stream in self.streams)):
             sock.setblocking(False)
 
     def turn(self) -> bool:
         """Everybody does a little; returns whether there is more to do."""
         self._say()
         self._take()
-        for stream in self._streams:
+        for stream in self.streams:
             self._send(stream)
             if self._rng.random() < 0.3:
                 self._receive(stream)
@@ -584,14 +584,14 @@ def test_kernel_that_is_short_of_memory_costs_time_and_no_byte(
 ) -> None:
     bench, rng = make_bench(space, window=WINDOW), random.Random(number)
     traffic = Traffic(bench, rng)
-    ours = {bench.near_io.fileno(), *(session.fd for session in bench.channel._sessions)}
+    theirs = {bench.io.fileno(), *(stream.sock.fileno() for stream in traffic.streams)}
     failures: Counter[str] = Counter()
 
     def fail_now_and_then(owner: object, name: str) -> None:
         call = getattr(owner, name)
 
         def attempt(sock: socket.socket | int, *arguments: object) -> object:
-            if (sock if isinstance(sock, int) else sock.fileno()) in ours and rng.random() < 0.3:
+            if (sock if isinstance(sock, int) else sock.fileno()) not in theirs and rng.random() < 0.3:
                 failures[name] += 1
                 raise OSError(number, os.strerror(number))
             return call(sock, *arguments)
