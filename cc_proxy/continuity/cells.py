@@ -3,6 +3,8 @@
 from enum import Enum, IntEnum, auto
 from typing import Final, NamedTuple
 
+from cc_proxy.linux import receipt
+
 #: Words of 64 bits, in native order, which another process can read once this one has been killed. Storing
 #: into one takes 35 ns, and then it has either the old value or the new one.
 Cell = memoryview
@@ -93,8 +95,10 @@ class State(Enum):
 
 # Connections ----------------------------------------------------------------------------------------------
 
-#: Words of a connection's cell: its phase, and the number by which the VM is kept that it is attached to.
+#: Words of a connection's cell: its phase; the number by which the VM is kept that it is attached to; and, in
+#: several words, whether its response has been sent (`Receipt`).
 AT_PHASE, AT_VM = 0, 1
+AT_RECEIPT: Final = slice(2, 2 + receipt.WORDS)
 
 
 class Phase(IntEnum):
@@ -108,6 +112,7 @@ class Phase(IntEnum):
     BETWEEN = 2
     #: Something has come and is being read: it is either in the socket still, or one request has been read.
     READING = 3
-    #: The last of a response is being sent. Its client is woken by that, and may well run before this process
-    #: does again; before it, there is hardly a microsecond. So it counts as sent.
+    #: As ASKED, and then its response is sent, all at once: the receipt tells whether it was.
     SENDING = 4
+    #: The same, and behind that a byte with an fd: the receipt is that of the last of the two sends.
+    PASSING = 5

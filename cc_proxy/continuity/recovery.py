@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from cc_proxy.api import messages
+from cc_proxy.api.fdpassing import TAG
 from cc_proxy.api.payloads import Response
 from cc_proxy.continuity.cells import (
     AT_NEXT_SEQ,
     AT_PHASE,
     AT_PROCESS,
+    AT_RECEIPT,
     AT_RECEIVED,
     AT_SENT,
     AT_STATE,
@@ -25,6 +27,7 @@ from cc_proxy.continuity.cells import (
     PROCESS_STARTED,
     STARTED,
     VM_WORDS,
+    Cell,
     Phase,
     State,
 )
@@ -55,6 +58,7 @@ from cc_proxy.continuity.table import Entry, Table
 from cc_proxy.hyperstart.control import state_at
 from cc_proxy.hyperstart.state import ControlChannelState
 from cc_proxy.linux.fds import Fd, unread
+from cc_proxy.linux.receipt import taken
 from cc_proxy.settings import Settings
 
 #: What the streams say of a session's process, by what its VM says.
@@ -233,9 +237,7 @@ def _connections(parts: _Parts, vms: Mapping[int, int], losses: Losses) -> Itera
     for entry, record in parts:
         if not isinstance(record, ConnectionRecord):
             continue
-        phase = Phase(entry.cell[AT_PHASE])
-        if phase is Phase.READING:
-            phase = Phase.SILENT if unread(record.fd.number) else Phase.ASKED
+        phase = _phase(entry.cell, record.fd)
         if phase is Phase.BETWEEN:
             losses.hung_up.append((record.fd, {"client": record.number, "reason": _NO_ANSWER}))
             continue
@@ -251,3 +253,15 @@ def _connections(parts: _Parts, vms: Mapping[int, int], losses: Losses) -> Itera
             left=None,
             counted=0,
         )
+
+
+def _phase(cell: Cell, fd: Fd) -> Phase:
+    """Return a connection's phase: SILENT, ASKED or BETWEEN."""
+    phase = Phase(cell[AT_PHASE])
+    if phase is Phase.READING:
+        return Phase.SILENT if unread(fd.number) else Phase.ASKED
+    if phase is Phase.SENDING:
+        return Phase.SILENT if taken(cell[AT_RECEIPT]) else Phase.ASKED
+    if phase is Phase.PASSING:
+        return {0: Phase.ASKED, len(TAG): Phase.SILENT}.get(taken(cell[AT_RECEIPT]), Phase.BETWEEN)
+    return phase

@@ -309,9 +309,9 @@ class ManagedDaemon(Daemon):
         self.process.send_signal(signal.SIGUSR2)
         assert self.process.wait(WAIT) == os.EX_TEMPFAIL
 
-    def start_again(self) -> None:
+    def start_again(self, prefix: Sequence[str] = ()) -> None:
         """Start the next process with what is kept."""
-        self.process = self._start(self._arguments, (), ())
+        self.process = self._start(self._arguments, prefix, ())
         self._wait_for_socket()
 
     def start_and_end(self) -> int:

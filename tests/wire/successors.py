@@ -46,6 +46,28 @@ os.execv(sys.argv[1], sys.argv[1:])
 """,
 )
 
+#: What a command line of Python is put behind so that the daemon kills itself just before, or just behind, it
+#: sends what has a text in it.
+KILLED_AT_A_SEND = """
+import os, runpy, signal, sys
+from cc_proxy.linux.receipt import Receipt
+
+when, text = sys.argv[1:3]
+send = Receipt.send
+
+def send_and_die(self, fd, data):
+    is_it = text.encode() in data
+    if is_it and when == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    send(self, fd, data)
+    if is_it:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Receipt.send = send_and_die
+sys.argv = sys.argv[5:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
 
 class Manager:
     """As much of a service manager as keeps fds, and starts the next process with them."""

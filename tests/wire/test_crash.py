@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,6 +18,7 @@ import pytest
 from cc_proxy.continuity.cells import AT_STATE
 from tests.wire.crowded import crowd
 from tests.wire.daemon import ManagedDaemon, Wire, own_daemon
+from tests.wire.successors import KILLED_AT_A_SEND
 from tests.wire.support import (
     OK,
     READY,
@@ -26,6 +28,7 @@ from tests.wire.support import (
     error_of,
     frame,
     refused,
+    request,
     wait_until,
 )
 
@@ -73,6 +76,61 @@ def test_a_command_in_flight_gets_an_error(town: Wire) -> None:
     pod.vm.answer_questions()
     assert pod.vm.acknowledge().payload == b'"next"'
     assert pod.client.receive() == OK
+
+
+@pytest.mark.parametrize("when", ["before", "behind"])
+def test_killed_as_it_sends_a_response(town: Wire, when: str) -> None:
+    """Its client gets one answer, and only one."""
+    pod, daemon = town.pod(), daemon_of(town)
+    daemon.die()
+    daemon.start_again(killed_at_a_send(when, "'last'"))
+    pod.vm.answer_questions()
+    pod.client.hyper("last")
+    daemon.process.wait(WAIT)
+    daemon.start_again()
+    said = "unknown command 'last'" if when == "behind" else LOST
+    assert pod.client.receive() == refused(said)
+    pod.client.hyper("next")
+    assert pod.client.receive() == refused("unknown command 'next'")
+
+
+@pytest.mark.parametrize("when", ["before", "behind"])
+def test_killed_as_it_passes_an_fd(town: Wire, when: str) -> None:
+    """Its client has the fd, or is hung up."""
+    pod, daemon = town.pod(), daemon_of(town)
+    daemon.die()
+    daemon.start_again(killed_at_a_send(when, "F"))
+    pod.vm.answer_questions()
+    assert pod.pings()
+    pod.client.send(request("allocateIO", {"nStreams": 1}))
+    daemon.process.wait(WAIT)
+    daemon.start_again()
+    if when == "before":
+        assert json.loads(pod.client.receive())["data"] == {"ioBase": 1}
+        assert at_end(pod.client.sock)
+        return
+    stream = pod.client.receive_io()
+    pod.vm.answer_questions()
+    pod.vm.io.sendall(frame(stream.base, b"on"))
+    assert stream.read_frame().payload == b"on"
+    assert pod.pings()
+
+
+def killed_at_a_send(when: str, text: str) -> list[str]:
+    return [sys.executable, "-c", KILLED_AT_A_SEND, when, text]
+
+
+def test_several_requests_at_once_are_hung_up(town: Wire) -> None:
+    """Of those that were read behind the one that is being answered nothing is left."""
+    pod, daemon = town.pod(), daemon_of(town)
+    daemon.die()
+    daemon.start_again(killed_at_a_send("behind", "'1'"))
+    pod.vm.answer_questions()
+    pod.client.send(b"".join(request("hyper", {"hyperName": name}) for name in "12"))
+    daemon.process.wait(WAIT)
+    daemon.start_again()
+    assert pod.client.receive() == refused("unknown command '1'")
+    assert at_end(pod.client.sock)
 
 
 def test_whoever_is_attached_stays_so(town: Wire) -> None:

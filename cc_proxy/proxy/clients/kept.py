@@ -1,9 +1,10 @@
 """What is kept of a connection outside of the process, and where in its cell it is."""
 
-from cc_proxy.continuity.cells import AT_VM, NO_CELL, Phase
+from cc_proxy.continuity.cells import AT_RECEIPT, AT_VM, NO_CELL, Phase
 from cc_proxy.continuity.keeper import Keeper, Slot
 from cc_proxy.continuity.state.clients import ConnectionRecord
 from cc_proxy.linux.fds import Fd
+from cc_proxy.linux.receipt import Receipt
 from cc_proxy.proxy.clients.handlers import ClientInfo
 from cc_proxy.proxy.vms.vm import Vm
 
@@ -18,6 +19,8 @@ class KeptConnection:
         self._vm: Vm | None = None
         #: Its words: the phase is set where it changes.
         self.cell = NO_CELL
+        #: For its responses; None if it is not kept.
+        self.receipt: Receipt | None = None
 
     def begin(self, fd: int, phase: Phase) -> None:
         """Keep it from now on. No matter if it is kept."""
@@ -27,6 +30,8 @@ class KeptConnection:
             record = ConnectionRecord(fd=Fd(fd), number=self._client.number)
             self._slot = self._keeper.keep(record, words=words)
             self.cell = self._slot.cell
+            if self._slot.number:
+                self.receipt = Receipt(self.cell[AT_RECEIPT])
 
     def note_vm(self) -> None:
         """It may be attached to another VM now."""
@@ -37,6 +42,6 @@ class KeptConnection:
 
     def end(self) -> None:
         """It is about to be closed."""
-        self.cell = NO_CELL
+        self.cell, self.receipt = NO_CELL, None
         if self._slot:
             self._slot.release()

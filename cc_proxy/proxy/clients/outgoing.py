@@ -6,6 +6,7 @@ import socket
 from cc_proxy.api.fdpassing import TAG
 from cc_proxy.continuity.cells import AT_PHASE, Phase
 from cc_proxy.linux.fds import Fd, is_for_now
+from cc_proxy.linux.receipt import Receipt
 from cc_proxy.proxy.clients.handlers import Reply
 from cc_proxy.proxy.clients.kept import KeptConnection
 
@@ -33,6 +34,9 @@ class Outgoing:
     def begin(self, reply: Reply) -> bool:
         """Send as much of a reply as fits now; returns whether that was all. Raises `OSError`."""
         self._unsent, self._passed = reply
+        receipt = self._kept.receipt
+        if receipt and len(reply.message) <= _AT_ONCE:
+            return self._send_at_once(receipt, reply.message)
         return self._send(_DONTWAIT)
 
     def go_on(self) -> bool:
@@ -54,20 +58,36 @@ class Outgoing:
         self._unsent = unsent
         self._passed = socket.socket(fileno=passed.number) if passed else None
 
+    def _send_at_once(self, receipt: Receipt, message: bytes) -> bool:
+        """Send a response without leaving any doubt, if nothing was read behind its request."""
+        cell, fd = self._kept.cell, self._sock.fileno()
+        if cell[AT_PHASE] == Phase.ASKED:
+            receipt.clear()
+            cell[AT_PHASE] = Phase.PASSING if self._passed else Phase.SENDING
+        try:
+            receipt.send(fd, message)
+            self._unsent = b""
+            if self._passed:
+                receipt.send_fd(fd, TAG, self._passed.fileno())
+                self.close()
+        except OSError as error:
+            cell[AT_PHASE] = Phase.BETWEEN
+            if not is_for_now(error):
+                raise
+            return False
+        return True
+
     def _send(self, flags: int) -> bool:
-        cell = self._kept.cell
+        self._kept.cell[AT_PHASE] = Phase.BETWEEN
         try:
             while rest := self._unsent:
-                cell[AT_PHASE] = Phase.BETWEEN if self._passed or len(rest) > _AT_ONCE else Phase.SENDING
                 sent = self._sock.send(rest if flags else rest[:_LARGEST_SEND], flags)
                 self._unsent = memoryview(rest)[sent:] if sent < len(rest) else b""
             if self._passed:
-                cell[AT_PHASE] = Phase.SENDING
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self._passed.fileno()]))]
                 self._sock.sendmsg([TAG], rights, flags)
                 self.close()
         except OSError as error:
-            cell[AT_PHASE] = Phase.BETWEEN
             if not is_for_now(error):
                 raise
             return False
