@@ -9,7 +9,9 @@ import secrets
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cc_proxy.api.frames import encode_frame
+from msgspec.structs import replace
+
+from cc_proxy.api.frames import FRAME_HEADER, encode_frame
 from cc_proxy.api.status import Traffic
 from cc_proxy.continuity.cells import (
     ENDED,
@@ -33,11 +35,14 @@ from cc_proxy.continuity.cells import (
 )
 from cc_proxy.continuity.memory import BUFFER_SIZE, STAMP, Memory
 from cc_proxy.continuity.state.streams import ChannelState, PacerState, SessionState, StreamsState
-from cc_proxy.hyperstart.frames import MAX_FROM_AGENT, gather
+from cc_proxy.hyperstart.frames import MAX_FROM_AGENT, frames_of, gather
 from cc_proxy.hyperstart.pacing import FIRST_MARKER, MARKERS_TO_TRUST, MOST_QUEUED, StdinWindow
 from cc_proxy.hyperstart.splitter import StdinSplitter, state_of
 from cc_proxy.hyperstart.state import ResyncState, SplitterState, WindowState
 from cc_proxy.linux.fds import Fd
+
+#: The length of a frame without payload.
+_EMPTY = FRAME_HEADER.size
 
 
 class SessionFacts(NamedTuple):
@@ -104,12 +109,14 @@ def regain(facts: ChannelFacts) -> Regained:
     hung_up: list[HungUp] = []
     sessions: list[SessionState] = []
     to_vm: list[bytes] = []
+    unfinished, resync, ends = _output(facts, gaps)
     for session in sorted(facts.sessions, key=lambda session: session.first_seq):
         try:
-            sessions.append(_session(session, facts, to_vm, gaps))
+            found = _session(session, facts, to_vm, gaps)
         except _Doubt as doubt:
             hung_up.append(HungUp(session, str(doubt)))
-    unfinished, resync = _output(facts, gaps)
+            continue
+        sessions.append(_ending(found, ends.get(session.first_seq, b"")))
     if resync:  # first: what comes back before the probe is not recognised, and markers are to be
         to_vm.insert(0, encode_frame(resync.probe))
     # As many frames as there can be may be waiting in the guest.
@@ -139,17 +146,20 @@ def _read(reading: Reading, room: memoryview) -> int | None:
 # Output ---------------------------------------------------------------------------------------------------
 
 
-def _output(facts: ChannelFacts, gaps: list[Gap]) -> tuple[bytes, ResyncState | None]:
-    """Return what has been read of an unfinished frame, or what frames are to be looked for with."""
+def _output(facts: ChannelFacts, gaps: list[Gap]) -> tuple[bytes, ResyncState | None, dict[int, bytes]]:
+    """Return what has been read of an unfinished frame, or what frames are to be looked for with.
+
+    And, by first seq, what has been read of the ends of sessions' processes (`_end_of`).
+    """
     memory = facts.memory
     view = memoryview(memory.output)
     reading = Reading.from_word(memory.cell[READING])
     size = _read(reading, view[reading.where :])
     if size is None or memory.cell[SEEKING]:
         if not facts.io:
-            return b"", None
+            return b"", None, {}
         gaps.append(Gap(to_vm=False, streams=[], most=BUFFER_SIZE + 2 * MAX_FROM_AGENT))
-        return b"", ResyncState(facts.next_seq, FIRST_MARKER | secrets.randbits(63))
+        return b"", ResyncState(facts.next_seq, FIRST_MARKER | secrets.randbits(63)), {}
     stop = reading.where + size
     owners = {
         seq: one.first_seq for one in facts.sessions for seq in range(one.first_seq, one.first_seq + one.seqs)
@@ -158,7 +168,28 @@ def _output(facts: ChannelFacts, gaps: list[Gap]) -> tuple[bytes, ResyncState | 
     if batch.slices:
         most = sum(len(piece) for pieces in batch.slices.values() for piece in pieces)
         gaps.append(Gap(to_vm=False, streams=sorted(batch.slices), most=most))
-    return (bytes(view[batch.stop : stop]) if facts.io else b""), None
+    ends = {seq: _end_of(seq, pieces) for seq, pieces in batch.slices.items()}
+    return (bytes(view[batch.stop : stop]) if facts.io else b""), None, ends
+
+
+def _end_of(stdio: int, pieces: Sequence[memoryview]) -> bytes:
+    """Return the end of file among these frames of a session, and the exit status if it is there too."""
+    frames = (frame for piece in pieces for frame in frames_of(piece))
+    for frame in frames:
+        if FRAME_HEADER.unpack_from(frame) == (stdio, _EMPTY):
+            statuses = (frame for frame in frames if FRAME_HEADER.unpack_from(frame) == (stdio, _EMPTY + 1))
+            return bytes(frame) + bytes(next(statuses, b""))
+    return b""
+
+
+def _ending(session: SessionState, end: bytes) -> SessionState:
+    """Have the end of its process passed on, perhaps once more: a client without it would wait for ever.
+
+    Whoever has had it takes no more of the stream. An empty frame is no end before there is a process.
+    """
+    if not end or not session.expected or session.output_gone:
+        return session
+    return replace(session, pending=end, patient=0.0)
 
 
 # Sessions -------------------------------------------------------------------------------------------------

@@ -215,6 +215,42 @@ def test_output_that_waits_for_a_client_is_a_gap(world: World) -> None:
     assert world.heard(other) == [Frame(other, b"x")]
 
 
+def test_the_end_of_a_process_is_passed_on_though_it_was_in_a_gap(world: World) -> None:
+    """A client that had it gets it once more, but no output."""
+    slow, other = world.open(ENOUGH), world.open()
+    world.vm.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
+    output = [encode_frame(slow, bytes(1_000)) for _ in range(200)]
+    end = [Frame(slow, b""), Frame(slow, b"\x07")]
+    world.say(
+        encode_frame(slow + 1),
+        *output,
+        *(encode_frame(*frame) for frame in end),
+        encode_frame(other, b"x"),
+        encode_frame(other),
+    )
+    found = world.kill()
+    assert [gap.streams for gap in found.gaps] == [[slow, other]]
+    heard = world.heard(slow)
+    assert len(heard) < len(output)
+    assert (heard + world.heard(slow))[-2:] == end
+    world.say(encode_frame(other, b"\x08"))
+    eof = Frame(other, b"")
+    assert world.heard(other) == [Frame(other, b"x"), eof, eof, Frame(other, b"\x08")]
+    assert world.kill().gaps == []
+
+
+def test_an_empty_frame_before_there_is_a_process_is_no_end(world: World) -> None:
+    seq, slow = world.open(), world.open(ENOUGH)
+    silent = 1 + 2 * len(world.clients)
+    world.ends[silent], world.clients[silent] = pair()
+    world.life.channel.add(world.life.session(silent, world.ends[silent].fileno(), None))
+    world.vm.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
+    world.say(*[encode_frame(slow, bytes(1_000))] * 200, encode_frame(silent), encode_frame(seq, b"x"))
+    assert world.kill().gaps
+    assert world.heard(silent) == []
+    assert world.heard(seq) == [Frame(seq, b"x")]
+
+
 @pytest.mark.parametrize("drained", [False, True])
 def test_what_is_in_the_spool_is_a_gap_and_who_is_in_the_middle_of_it_is_hung_up(
     world: World, drained: bool
