@@ -22,11 +22,13 @@ NO_CELL: Cell = memoryview(bytearray(CELL_SIZE)).cast("Q")
 READING: Final = 0
 
 #: Of a VM's cell: the last turn whose stdin the VM has; whether what the VM has may end in the middle of a
-#: frame; whether its agent is lossless; and whether it is not known where its frames begin.
+#: frame; whether its agent is lossless; whether it is not known where its frames begin; and when it is to end
+#: (CLOCK_MONOTONIC, in nanoseconds), 0 if that is not known.
 SENT_TURN: Final = 1
 VM_TORN: Final = 2
 LOSSLESS: Final = 3
 SEEKING: Final = 4
+FINISH_AT: Final = 5
 
 #: Of a session's cell: the turn in which it was read last, and where the splitter stands behind it
 #: (`StdinSplitter.word`); the generation of the last marker; flags; whether what its client has ends in the

@@ -22,6 +22,7 @@ from cc_proxy.continuity.cells import (
     AT_STATE,
     AT_VM,
     EXPECTED,
+    FINISH_AT,
     FLAGS,
     PROCESS_COMMANDED,
     PROCESS_STARTED,
@@ -178,7 +179,7 @@ class _Vms:
             sessions=sessions,
             next_seq=next_seq,
             window=self._settings.stdin.window,
-            finish_in=self._settings.vm.bye_linger if state is State.LEAVING else None,
+            finish_in=self._left_to_linger(entry.cell) if state is State.LEAVING else None,
             finish_cause=_LINGERED if state is State.LEAVING else "",
         )
         regained = regain(facts)
@@ -198,6 +199,11 @@ class _Vms:
             console=ConsoleState(record.console, b"", "") if record.console else None,
             channel=regained.state,
         )
+
+    def _left_to_linger(self, cell: Cell) -> float:
+        """Return how long a VM may stay after bye: all of that time, if its pump had not heard of it yet."""
+        finish_at = cell[FINISH_AT]
+        return finish_at / 1e9 - time.monotonic() if finish_at else self._settings.vm.bye_linger
 
     def _note(self, record: VmRecord, regained: Regained) -> None:
         self._losses.gaps += [(record.container_id, gap) for gap in regained.gaps]

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from cc_proxy.continuity.cells import AT_STATE
+from cc_proxy.continuity.cells import AT_STATE, FINISH_AT, State
 from tests.wire.crowded import crowd
 from tests.wire.daemon import ManagedDaemon, Wire, own_daemon
 from tests.wire.successors import KILLED_AT_A_SEND
@@ -278,6 +279,37 @@ def test_a_gap_still_counts_if_the_next_crash_comes_at_once(town: Wire) -> None:
         said = [gap["most_bytes"] for gap in gaps(town, crashes)]
     assert said
     assert (status(town)["gaps"], status(town)["lost"]) == (len(said), sum(said))
+
+
+def test_the_linger_after_bye_goes_on(town: Wire) -> None:
+    pod, daemon = town.pod(), daemon_of(town)
+    stream = pod.open(1)
+    assert pod.client.bye(pod.container) == OK
+    [left] = crash_as_it_lingers(daemon, 50)
+    assert 0 < left <= 60
+    pod.vm.answer_questions()
+    pod.vm.io.sendall(frame(stream.base, b"on"))
+    assert stream.read_frame().payload == b"on"
+    [left] = crash_as_it_lingers(daemon, 0)
+    assert left < 50, "it did not begin anew"
+    assert stream.at_end()
+
+
+def crash_as_it_lingers(daemon: ManagedDaemon, then: float) -> list[float]:
+    """Crash; returns how long each VM would have lingered still. It lingers for `then` seconds instead."""
+
+    def cells() -> list[memoryview]:
+        cells = [entry.cell for entry in daemon.manager.table().entries()]
+        return [cell for cell in cells if cell[AT_STATE] == State.LEAVING.value]
+
+    wait_until(lambda: all(cell[FINISH_AT] for cell in cells()), "its pump has heard of it")
+    daemon.die()
+    now = time.monotonic()
+    left = [cell[FINISH_AT] / 1e9 - now for cell in cells()]
+    for cell in cells():
+        cell[FINISH_AT] = int((now + then) * 1e9)
+    daemon.start_again()
+    return left
 
 
 # Bad luck -------------------------------------------------------------------------------------------------

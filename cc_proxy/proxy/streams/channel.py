@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from cc_proxy.api.status import Streams
+from cc_proxy.continuity.cells import FINISH_AT
 from cc_proxy.continuity.memory import Memory
 from cc_proxy.continuity.state.streams import ChannelState, StreamsState
 from cc_proxy.linux.fds import Fd, close_stream
@@ -89,6 +90,7 @@ class Channel:
         self._finish_at, self._finish_cause = math.inf, ""
         self._look_at = 0.0  # when to look next, if anything waits then
         self._bytes = 0  # all that has been read from the VM and the clients
+        self._cell = memory.cell
 
     # Between two processes --------------------------------------------------------------------------------
 
@@ -299,6 +301,7 @@ class Channel:
         """Close both channels at this moment (`time.monotonic`), and deliver what came by then."""
         self._finish_cause = cause
         self._finish_at = min(at, self._finish_at)
+        self._cell[FINISH_AT] = int(self._finish_at * 1e9)
 
     def finish_reading(self) -> None:
         """Deliver what has arrived by now, and close both channels."""
