@@ -58,6 +58,7 @@ def test_vm(tmp_sock_dir: Path, registry: Registry) -> None:
             assert read_to_end(stream) == b""
         del vm
         wait_until(lambda: not registry.vms(), "it has ended")
+        registry.unregister("pod", Credentials.own())
 
 
 def test_vm_that_never_came_up(registry: Registry) -> None:

@@ -43,9 +43,12 @@ class Channels:
         io: Fd | None,
         control: ControlState | None,
         console: ConsoleState | None,
-        on_answered: OnAnswered,
+        on_answered: OnAnswered = lambda *_: None,
     ) -> Self:
-        """Return what another process had open. Raises `OSError`."""
+        """Return what another process had open. Raises `OSError`.
+
+        `on_answered` is called once a command is answered that was sent there.
+        """
         # What has hung up stands for what is closed already.
         if control:
             link = ControlLink.from_state(control, event_logger(vm), on_answered)
@@ -72,11 +75,9 @@ class Channels:
 class Boot:
     """One attempt to connect to a VM and see it ready. One thread, except for `rest` and `give_up`."""
 
-    def __init__(self, vm: str, limits: VmSettings, on_answered: OnAnswered) -> None:
-        """`on_answered` is for the control channel."""
+    def __init__(self, vm: str, limits: VmSettings) -> None:
         self._vm = vm
         self._limits = limits
-        self._on_answered = on_answered
         self._given_up = ""  # why; set once, by any thread
         self._resting = False
         self._channels: Channels | None = None  # once they are connected
@@ -107,9 +108,7 @@ class Boot:
         """Go on where another one of this VM stood. Before `run`. Raises `OSError`."""
         self._deadline, self._quiz_at = Deadline(state.left), Deadline(state.quizzed_in)
         if state.io:
-            self._channels = Channels.from_state(
-                self._vm, state.io, state.control, state.console, self._on_answered
-            )
+            self._channels = Channels.from_state(self._vm, state.io, state.control, state.console)
 
     # Any thread -------------------------------------------------------------------------------------------
 
@@ -161,7 +160,7 @@ class Boot:
             for channel in (sockets.ctl, sockets.io):
                 channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
             console = Console.open(self._vm, hello.console, sockets)
-            control = ControlLink(sockets.ctl, event_logger(self._vm), self._on_answered)
+            control = ControlLink(sockets.ctl, event_logger(self._vm))
             undo.pop_all()
         return Channels(control, sockets.io, console)
 

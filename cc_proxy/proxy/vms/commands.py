@@ -31,12 +31,12 @@ class Transaction(Waiter):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What is to happen once a client's command is answered."""
+    """A client's command, and what is to happen once it is answered."""
 
     code: Code
     #: The stdios of the processes that it starts.
-    starts: Sequence[int]
-    on_answered: OnAnswered
+    starts: Sequence[int] = ()
+    on_answered: OnAnswered = lambda *_: None
 
     def __call__(self, answer: ControlMessage) -> None:
         self.on_answered(self.code, self.starts, answer)

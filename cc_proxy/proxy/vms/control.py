@@ -6,7 +6,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Self
 
 from cc_proxy.continuity.state.vms import ControlState
@@ -49,17 +49,8 @@ class ControlLink:
     the pump calls `read`.
     """
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        on_event: Callable[[ControlMessage], None],
-        on_answered: OnAnswered = lambda *_: None,
-    ) -> None:
-        """`on_event` is called with each message of the agent that answers no command.
-
-        `on_answered` is called with what answers a client's command, however late it is.
-        """
-        self._on_answered = on_answered
+    def __init__(self, sock: socket.socket, on_event: Callable[[ControlMessage], None]) -> None:
+        """`on_event` is called with each message of the agent that answers no command."""
         # Only the thread that has the turn uses these two, but for what any thread may do with _sock.
         self._sock = ControlSocket(sock, on_event)
         self._spin = Spin()
@@ -92,7 +83,7 @@ class ControlLink:
         on_answered: OnAnswered,
     ) -> Self:
         """Return one that goes on where another one stood. Raises `OSError`."""
-        link = cls(socket.socket(fileno=state.fd.number), on_event, on_answered)
+        link = cls(socket.socket(fileno=state.fd.number), on_event)
         commands = commands_of(state, on_answered)
         link._channel.restore(state.channel, commands)
         link._waiting = transactions_of(state, on_answered, commands)
@@ -174,10 +165,8 @@ class ControlLink:
     def _is_up(self) -> bool:
         return self._channel.is_up
 
-    def transact(
-        self, code: Code, payload: bytes, timeout: float, starts: Sequence[int] = (), client: int = 0
-    ) -> ControlMessage:
-        """Send a command, which starts processes on the stdios `starts`, and return its ACK or ERROR.
+    def transact(self, asked: Asked, payload: bytes, timeout: float, client: int = 0) -> ControlMessage:
+        """Send a command and return its ACK or ERROR, of which `asked` is told too, however late it is.
 
         `timeout` is in seconds and includes waiting for the commands of others. Raises `NoAnswer` (the
         command may yet be carried out; its answer will be taken for its own) or `ControlLost`; or `Resting`:
@@ -187,8 +176,7 @@ class ControlLink:
         client = client or -threading.get_ident()
         transaction = self._waiting.get(client)
         if transaction is None:
-            on_answer = Asked(code, starts, self._on_answered)
-            transaction = self._waiting[client] = Transaction(code, payload, time.monotonic(), on_answer)
+            transaction = self._waiting[client] = Transaction(asked.code, payload, time.monotonic(), asked)
         try:
             answer = self._transact(transaction, timeout)
         except Resting:

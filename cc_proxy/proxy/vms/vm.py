@@ -23,6 +23,7 @@ from cc_proxy.proxy.streams.pump import Pump
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.users import User, Users
 from cc_proxy.proxy.vms.boot import Boot, Channels
+from cc_proxy.proxy.vms.commands import Asked
 from cc_proxy.proxy.vms.control import ControlLink, NoAnswer, NotSent
 from cc_proxy.proxy.vms.control_socket import ControlLost
 from cc_proxy.proxy.vms.dialer import Dialer, Peer
@@ -163,7 +164,7 @@ class Vm:
             raise
 
     def _new_boot(self) -> Boot:
-        return Boot(self.container_id, self._live.current.vm, self._answered)
+        return Boot(self.container_id, self._live.current.vm)
 
     def _make_pump(self, channels: Channels, user: User) -> Pump:
         """Return the VM's pump, not yet started. Raises `OSError`; the caller keeps the channels then."""
@@ -194,7 +195,7 @@ class Vm:
             pump.expect_processes(starts)
         if name is Code.DESTROY_POD and not control.is_waited_for_by(client):
             self.life.expect_end()
-        answer = self._transact(control, name, payload, starts, client)
+        answer = self._transact(control, Asked(name, starts, self._answered), payload, client)
         if answer.code == Code.ERROR:
             said = answer.payload.decode(errors="replace")
             refusal = "ERROR received from Hyperstart" + (f": {said}" if said else "")
@@ -202,12 +203,10 @@ class Vm:
             raise VmError(refusal)
         return answer
 
-    def _transact(
-        self, control: ControlLink, name: Code, payload: bytes, starts: Sequence[int], client: int
-    ) -> ControlMessage:
-        timeout = self._live.current.vm.command_timeout
+    def _transact(self, control: ControlLink, asked: Asked, payload: bytes, client: int) -> ControlMessage:
+        name = asked.code
         try:
-            return control.transact(name, payload, timeout, starts, client)
+            return control.transact(asked, payload, self._live.current.vm.command_timeout, client)
         except Resting:
             raise
         except NoAnswer as error:

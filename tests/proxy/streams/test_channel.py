@@ -29,6 +29,7 @@ from cc_proxy.proxy.streams.outlet import Outlet
 from cc_proxy.proxy.streams.output import Output
 from cc_proxy.proxy.streams.spool import SpoolSpace
 from cc_proxy.proxy.streams.stdin import Stdin
+from cc_proxy.proxy.vms.commands import Asked
 from cc_proxy.proxy.vms.console import Console
 from cc_proxy.proxy.vms.control_socket import ControlLost
 from tests.clock import Clock
@@ -1409,7 +1410,7 @@ def test_waiting_for_it_takes_no_turns(pacing: Bench, wait_for: Callable[[Bench]
 def test_control_channel_that_is_in_use_takes_no_turns(bench: Bench) -> None:
     def ask() -> None:
         with suppress(ControlLost):
-            bench.control.transact(Code.PING, b"", NEVER)
+            bench.control.transact(Asked(Code.PING), b"", NEVER)
 
     with in_background(ask):
         read_exact(bench.ctl, 8)

@@ -16,6 +16,7 @@ import pytest
 from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import MAX_MESSAGE, ControlMessage
 from cc_proxy.linux.fds import unread
+from cc_proxy.proxy.vms.commands import Asked
 from cc_proxy.proxy.vms.control import ControlLink, NoAnswer, NotSent
 from cc_proxy.proxy.vms.control_socket import ControlLost
 from tests.proxy.support import NEVER, Rig, fill, pair, read_now
@@ -64,7 +65,7 @@ class Agent:
         return code, read_exact(self.sock, length - 8)
 
     def transact(self, payload: bytes = b"", timeout: float = WAIT) -> ControlMessage:
-        return self.link.transact(Code.PING, payload, timeout)
+        return self.link.transact(Asked(Code.PING), payload, timeout)
 
     @contextmanager
     def asking(self, payload: bytes = b"", timeout: float = WAIT) -> Iterator[None]:
@@ -505,7 +506,7 @@ def test_pump_is_not_told_of_what_a_thread_reads_that_it_gave_the_turn() -> None
         assert link.read()
 
     def transact(link: ControlLink) -> None:
-        assert link.transact(Code.PING, b"", WAIT).code == ACK
+        assert link.transact(Asked(Code.PING), b"", WAIT).code == ACK
 
     near, far = pair()
     heard: queue.SimpleQueue[ControlMessage] = queue.SimpleQueue()
@@ -614,7 +615,7 @@ def test_commands_and_events_beside_a_pump_that_watches(rig: Rig) -> None:
 
     with in_background(serve):
         for number in range(200):
-            answer = rig.control.transact(Code.PING, b"%d" % number, WAIT)
+            answer = rig.control.transact(Asked(Code.PING), b"%d" % number, WAIT)
             assert answer == ControlMessage(ACK, b"%d" % number)
     wait_until(lambda: len(rig.events) == before + 400, "all events are noted")
     assert rig.owner.causes == []
@@ -625,7 +626,7 @@ def test_pump_notices_the_end_in_the_middle_of_a_command(rig: Rig) -> None:
 
     def ask() -> None:
         with pytest.raises(ControlLost) as lost:
-            rig.control.transact(Code.PING, b"", NEVER)
+            rig.control.transact(Asked(Code.PING), b"", NEVER)
         outcomes.append(lost.value)
 
     with in_background(ask):
