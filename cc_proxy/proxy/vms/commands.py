@@ -29,7 +29,7 @@ class Transaction(Waiter):
     command: Command | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Asked:
     """A client's command, and what is to happen once it is answered."""
 
