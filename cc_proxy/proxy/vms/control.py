@@ -11,7 +11,7 @@ from typing import Self
 
 from cc_proxy.continuity.state.vms import ControlState
 from cc_proxy.hyperstart.codes import Code
-from cc_proxy.hyperstart.control import ControlChannel, ControlMessage, OnAnswer, Quiz
+from cc_proxy.hyperstart.control import ControlMessage, OnAnswer, Quiz
 from cc_proxy.proxy.rest import LOOK_UP, Resting
 from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.streams.interfaces import Beside
@@ -51,8 +51,9 @@ class ControlLink:
 
     def __init__(self, sock: socket.socket, on_event: Callable[[ControlMessage], None]) -> None:
         """`on_event` is called with each message of the agent that answers no command."""
-        # Only the thread that has the turn uses these two, but for what any thread may do with _sock.
+        # Only the thread that has the turn uses these three, but for what any thread may do with _sock.
         self._sock = ControlSocket(sock, on_event)
+        self._channel = self._sock.channel
         self._spin = Spin()
         self._turns = Turns[Transaction](functools.partial(self._sock.watch, True))
         # By the client that waits. Each one's thread adds and removes them, which is atomic under the GIL.
@@ -114,10 +115,6 @@ class ControlLink:
     def keep(self, cell: memoryview) -> None:
         """Have two words say how far messages have come (`ControlSocket.keep`). Requires the turn."""
         self._sock.keep(cell)
-
-    @property
-    def _channel(self) -> ControlChannel:
-        return self._sock.channel
 
     # Any thread -------------------------------------------------------------------------------------------
 
@@ -232,10 +229,11 @@ class ControlLink:
                 raise Resting
             self._sock.watch(False)
             if transaction.command is None:
-                try:
-                    self._await(self._is_sure, deadline, timeout)
-                except NoAnswer as error:
-                    raise NotSent(str(error)) from None
+                if not self._is_sure():
+                    try:
+                        self._await(self._is_sure, deadline, timeout)
+                    except NoAnswer as error:
+                        raise NotSent(str(error)) from None
                 self._send(transaction)
             assert transaction.command
             self._await(transaction.command.is_answered, deadline, timeout)
