@@ -20,22 +20,20 @@ from cc_proxy.proxy.clients.server import Server
 from cc_proxy.proxy.daemon import Host, Supervisor
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.settings import LiveSettings, Settings
+from tests.clock import Clock
 from tests.proxy.conftest import Logged
 from tests.wire.support import WAIT
 
 
-class Stop:
+class Stop(Clock):
     """Everything that is stopped, and the clock; notes in which order and with how much time."""
 
     def __init__(self, **takes: float) -> None:
-        self.now = 1_000.0
+        super().__init__()
         self.takes = takes
         self.ends: dict[str, float] = {}
         self.steps: list[str] = []
         self.listed = [FakeVm(self, name) for name in takes if name.startswith("vm")]
-
-    def monotonic(self) -> float:
-        return self.now
 
     def begin(self, what: str) -> None:
         """It takes as long as it takes, whatever is waited for meanwhile."""
@@ -89,7 +87,7 @@ class FakeVm:
 
 def run(stop: Stop, monkeypatch: pytest.MonkeyPatch) -> float:
     """Seconds that it took."""
-    monkeypatch.setattr(ending, "time", SimpleNamespace(monotonic=stop.monotonic))
+    stop.rule(monkeypatch, ending)
     begun = stop.now
     ending.stop(cast(Server, stop), cast(Registry, stop))
     return stop.now - begun
@@ -162,22 +160,22 @@ class Manager:
         assert level == "info"
 
 
-class Desk:
+class Desk(Clock):
     """What the main thread sees of everything else."""
 
     own = True
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
         self.manager = Manager()
         self.new = Settings(access=Access(users=(UserId(54_321),)))
-        self.now = 1_000.0
         self.listed: list[SimpleNamespace] = []
         self.signals: list[signal.Signals] = []
         self.failure: BaseException | None = None
         self.open_to_all: list[bool] = []
         self.answers = threading.Event()  # whether files and name services do
         self.answers.set()
-        monkeypatch.setattr(daemon, "time", self)
+        self.rule(monkeypatch, daemon)
         monkeypatch.setattr(daemon, "_next_signal", self.next_signal)
         monkeypatch.setattr(daemon, "_wake", lambda: self.signals.insert(0, signal.SIGALRM))
         monkeypatch.setattr(signal, "setitimer", lambda *_: None)
@@ -186,9 +184,6 @@ class Desk:
             self.read_settings, str, cast(Notifier, self.manager), cast(Logging, self.manager), me, me
         )
         self.supervisor = Supervisor(LiveSettings(Settings()), host, me, me, me)
-
-    def monotonic(self) -> float:
-        return self.now
 
     def next_signal(self) -> signal.Signals:
         """The next, once what is read has been read, unless nothing will be."""

@@ -1,24 +1,23 @@
 """When it is worth while to look for something before going to sleep for it. By a clock that stands still."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from cc_proxy.proxy import spin as module
 from cc_proxy.proxy.spin import Spin
+from tests.clock import Clock
 
 #: About a microsecond, and nothing is rounded.
 MICRO = 2.0**-20
 
 
-class Peer:
+class Peer(Clock):
     """Somebody who is waited for: what a look takes, when there is something, and how often it was looked."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.now = 1024.0
         self.spin = Spin()
         self.looks = 0
-        self.slept = False
 
     def be_quick(self, waits: int = 8) -> None:
         for _ in range(waits):
@@ -27,7 +26,7 @@ class Peer:
     def wait(self, comes_after: float, look_takes: float = MICRO) -> str:
         """Have it waited for; returns how it was found."""
         comes_at = self.now + comes_after
-        self.looks, self.slept = 0, False
+        self.looks = 0
 
         def look() -> str | None:
             self.looks += 1
@@ -44,7 +43,7 @@ class Peer:
 @pytest.fixture
 def peer(monkeypatch: pytest.MonkeyPatch) -> Peer:
     peer = Peer()
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: peer.now))
+    peer.rule(monkeypatch, module)
     monkeypatch.setattr(Spin, "_shy_until", 0.0)
     return peer
 

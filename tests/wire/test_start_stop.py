@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import stat
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -247,9 +246,9 @@ def refuses(path: Path) -> bool:
 
 
 def terminated(wire: Wire) -> None:
-    """SIGTERM, and time enough for it to be noticed: nothing on a socket tells."""
+    """SIGTERM, and until it has been noticed."""
     wire.daemon.process.send_signal(signal.SIGTERM)
-    threading.Event().wait(0.2)
+    wait_until(lambda: refuses(wire.daemon.socket_path), "no more connections are accepted", 2)
 
 
 def test_what_is_in_flight_may_finish(tmp_sock_dir: Path) -> None:
@@ -282,8 +281,7 @@ def test_nobody_else_is_let_in_meanwhile(tmp_sock_dir: Path) -> None:
         pod = wire.pod()
         pod.client.hyper("ping")
         pod.vm.read_command()
-        wire.daemon.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: refuses(wire.daemon.socket_path), "no more connections are accepted", 2)
+        terminated(wire)
         assert is_silent(pod.client.sock)
         pod.vm.say(ACK)
         assert pod.client.receive() == OK
