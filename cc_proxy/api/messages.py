@@ -15,7 +15,9 @@ from cc_proxy.api.errors import ProtocolError
 
 #: Longest JSON text of a message, in bytes.
 MAX_TEXT = 1024 * 1024
-#: Longest JSON text of the response to `status`.
+#: Longest JSON text of a response that the runtime in the field accepts.
+MAX_RESPONSE = 1024
+#: Longest JSON text of the response to `status`, which that runtime never asks for.
 MAX_STATUS = 16 * 1024 * 1024
 #: The header: length of the text, and 4 reserved bytes that are 0.
 HEADER = struct.Struct(">II")

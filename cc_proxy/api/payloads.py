@@ -87,6 +87,10 @@ class LogLevelChange(_Payload, frozen=True, omit_defaults=False):
     new: str
 
 
+#: What `Version` says; docs/protocol.md describes it.
+PROTOCOL_VERSION = 1
+
+
 class Version(_Payload, frozen=True):
     """The result of `hello` and `attach`."""
 

@@ -22,7 +22,7 @@ DEFAULT_SOCKET = "/run/cc-oci-runtime/proxy.sock"
 T = TypeVar("T", bound=msgspec.Struct)
 
 #: The most that is read at once: a length that a peer announces must not decide how much is allocated.
-_PIECE = 64 * 1024
+LARGEST_READ = 64 * 1024
 _LONGEST_WAIT = 86_400.0
 _TIMEVAL = struct.Struct("@ll")
 
@@ -146,7 +146,7 @@ def _read_exactly(sock: socket.socket, size: int, deadline: Deadline) -> bytes:
     while size:
         deadline.wait_readable(sock, "a message")
         try:
-            piece = sock.recv(min(size, _PIECE), socket.MSG_DONTWAIT)
+            piece = sock.recv(min(size, LARGEST_READ), socket.MSG_DONTWAIT)
         except BlockingIOError:
             continue
         if not piece:

@@ -1,5 +1,7 @@
 """Coming to rest: every thread ends where all that it was at is in a value, for another process to go on."""
 
+import select
+import socket
 import threading
 import time
 
@@ -25,6 +27,19 @@ class Rest:
         """Raise `Resting` if it is time to."""
         if self._event.is_set():
             raise Resting
+
+    def wait_for(self, sock: socket.socket, event: int, deadline: float) -> bool:
+        """Wait for an event of poll(2) until `deadline` (`time.monotonic`); returns whether it came.
+
+        Raises `Resting`.
+        """
+        ready = select.poll()
+        ready.register(sock, event)
+        while (left := deadline - time.monotonic()) > 0:
+            self.check()
+            if ready.poll(1_000 * min(left, LOOK_UP)):
+                return True
+        return False
 
     def sleep(self, seconds: float) -> float:
         """Sleep so long; returns what is left of it as soon as it is time to come to rest."""

@@ -6,8 +6,8 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 
-#: Seconds that a thread looks before it goes to sleep. If a single look takes longer, another thread wants the
-#: GIL, or another process the CPU.
+#: Seconds that a thread looks before it goes to sleep. If a single look takes longer, another thread wants
+#: the GIL, or another process the CPU.
 _SPIN = 0.000_06
 #: Seconds for which nobody looks after that.
 _SHY = 0.005

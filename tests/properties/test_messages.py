@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from cc_proxy.api import messages
 from cc_proxy.api.errors import ProtocolError
-from cc_proxy.api.messages import MAX_NESTING, MAX_TEXT, MemberError, MessageParser
+from cc_proxy.api.messages import MAX_NESTING, MAX_RESPONSE, MAX_TEXT, MemberError, MessageParser
 from cc_proxy.api.payloads import Request, Response
-from cc_proxy.proxy.clients.handlers import MAX_RESPONSE, failure
+from cc_proxy.proxy.clients.handlers import failure
 from tests.properties.support import in_pieces, payloads, stream_of
 from tests.slow import message, texts_in
 

@@ -4,12 +4,10 @@ import errno
 import os
 import select
 import socket
-import time
 from collections.abc import Callable
 from enum import Enum, auto
 
 from cc_proxy.api.errors import ProtocolError
-from cc_proxy.api.transport import limit_send
 from cc_proxy.continuity.cells import Phase
 from cc_proxy.continuity.state.clients import ConnectionState
 from cc_proxy.linux.fds import Fd
@@ -20,7 +18,7 @@ from cc_proxy.proxy.clients.incoming import ClientGone, Incoming
 from cc_proxy.proxy.clients.kept import KeptConnection
 from cc_proxy.proxy.clients.outgoing import Outgoing
 from cc_proxy.proxy.clients.unfinished import UNCOUNTED, Unfinished
-from cc_proxy.proxy.rest import LOOK_UP, Rest, Resting
+from cc_proxy.proxy.rest import Rest, Resting
 from cc_proxy.proxy.users import LimitReached
 from cc_proxy.settings import Limits
 
@@ -55,6 +53,7 @@ class Connection:
         self.after = After.PARK
         #: Its socket. The server closes it.
         self.sock = sock
+        sock.setblocking(False)
         self._handlers = handlers
         self._rest = rest
         # What the parking thread leaves to a worker: a request, and the seconds to wait before answering it;
@@ -200,13 +199,11 @@ class Connection:
         """Send the rest of a response. Raises `OSError` if the client does not read it in time."""
         if self._outgoing.is_sent():
             return
-        deadline = self._unfinished.begin()
-        while not self._outgoing.is_sent() and (left := deadline - time.monotonic()) > 0:
-            self._rest.check()
-            limit_send(self.sock, min(left, LOOK_UP))
-            self._outgoing.go_on()
-        if not self._outgoing.is_sent():
-            raise TimeoutError(errno.ETIMEDOUT, "a response was not taken in time")
+        deadline, in_time = self._unfinished.begin(), True
+        while not self._outgoing.go_on():
+            if not in_time:
+                raise TimeoutError(errno.ETIMEDOUT, "a response was not taken in time")
+            in_time = self._rest.wait_for(self.sock, select.POLLOUT, deadline)
         self._unfinished.end()
 
     def _begin_response(self, reply: Reply) -> bool:

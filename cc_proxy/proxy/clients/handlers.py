@@ -1,5 +1,6 @@
 """Carries out each payload (docs/protocol.md, 1). No socket is read or written here: text in, reply out."""
 
+import bisect
 import logging
 import socket
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from msgspec.json import Decoder
 
 from cc_proxy.access import may_operate, may_use
 from cc_proxy.api import messages
-from cc_proxy.api.messages import MemberError
+from cc_proxy.api.messages import MAX_RESPONSE, MemberError
 from cc_proxy.api.payloads import (
+    PROTOCOL_VERSION,
     AllocateIo,
     AllocateIoResult,
     Attach,
@@ -38,12 +40,6 @@ from cc_proxy.proxy.vms.registry import Registry, RegistryError
 from cc_proxy.proxy.vms.states import VmError
 from cc_proxy.proxy.vms.vm import Vm
 from cc_proxy.settings import LiveSettings
-
-PROTOCOL_VERSION = 1
-#: The longest response text that the runtime in the field accepts.
-MAX_RESPONSE = 1024
-
-_ELLIPSIS = "…"
 
 
 class Refusal(Exception):
@@ -92,19 +88,16 @@ _ATTACHED = success(Version(PROTOCOL_VERSION))
 
 def failure(text: str) -> Reply:
     """Return the response with an error, shortened to what every client accepts."""
-    if len(text) <= MAX_RESPONSE:
-        message = messages.encode(Response(False, text))
-        if len(message) - messages.HEADER.size <= MAX_RESPONSE:
-            return Reply(message)
-    fits, too_long = 0, min(len(text), MAX_RESPONSE)
-    while too_long - fits > 1:
-        middle = (fits + too_long) // 2
-        message = messages.encode(Response(False, text[:middle] + _ELLIPSIS))
-        if len(message) - messages.HEADER.size <= MAX_RESPONSE:
-            fits = middle
-        else:
-            too_long = middle
-    return Reply(messages.encode(Response(False, text[:fits] + _ELLIPSIS)))
+
+    def message(kept: int) -> bytes:
+        return messages.encode(Response(False, text if kept == len(text) else text[:kept] + "…"))
+
+    longest = messages.HEADER.size + MAX_RESPONSE
+    most = min(len(text), MAX_RESPONSE)
+    if len(whole := message(most)) <= longest:
+        return Reply(whole)
+    fit = bisect.bisect_right(range(most), longest, key=lambda kept: len(message(kept)))
+    return Reply(message(fit - 1))
 
 
 class _Entry(NamedTuple):
@@ -129,8 +122,7 @@ class Handlers:
         self._about = about or About()
         #: The connected clients. No lock: adding, removing and copying are atomic under the GIL.
         self.clients: set[ClientInfo] = set()
-        self._table: dict[str, _Entry] = {}
-        for kind, handler, waits in (
+        entries: list[tuple[type[Payload], Callable[[ClientInfo, Any], Reply], bool]] = [
             (Hello, self._hello, True),
             (Attach, self._attach, False),
             (Bye, self._bye, False),
@@ -138,11 +130,8 @@ class Handlers:
             (Hyper, self._hyper, True),
             (GetStatus, self._status, True),
             (SetLogLevel, self._log_level, False),
-        ):
-            self._add(kind, handler, waits=waits)
-
-    def _add(self, kind: type[Payload], handler: Callable[[ClientInfo, Any], Reply], *, waits: bool) -> None:
-        self._table[kind.NAME] = _Entry(Decoder(kind), handler, waits)
+        ]
+        self._table = {kind.NAME: _Entry(Decoder(kind), handler, waits) for kind, handler, waits in entries}
 
     def answer(self, client: ClientInfo, text: bytes) -> Reply:
         """Carry out the request in a message's text, however long that takes; returns its reply.

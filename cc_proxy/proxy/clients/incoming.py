@@ -3,27 +3,22 @@
 import contextlib
 import select
 import socket
-import time
 
 from cc_proxy.api.errors import ProtocolError
 from cc_proxy.api.messages import MessageParser
-from cc_proxy.api.transport import limit_receive
+from cc_proxy.api.transport import LARGEST_READ
 from cc_proxy.continuity.cells import AT_PHASE, Phase
 from cc_proxy.proxy.clients.kept import KeptConnection
 from cc_proxy.proxy.clients.unfinished import UNCOUNTED, Unfinished
-from cc_proxy.proxy.rest import LOOK_UP, Rest
+from cc_proxy.proxy.rest import Rest
 from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.users import User
 
 #: Milliseconds that a connection keeps its thread after a response. Clients often send one command after the
 #: other, and a thread that waits for it has the next one sooner than the parking thread.
 _LINGER = 20
-#: Most requests fit into this, and a bytes object of this size fits into one of Python's small blocks.
-_READ_SIZE = 448
-_LARGEST_READ = 64 * 1024
 #: A plain int, because converting the enum takes longer than the rest of a call.
-_DONTWAIT = int(socket.MSG_DONTWAIT)
-_PEEK = _DONTWAIT | socket.MSG_PEEK
+_PEEK = int(socket.MSG_PEEK)
 
 
 class ClientGone(Exception):
@@ -31,7 +26,7 @@ class ClientGone(Exception):
 
 
 class Incoming:
-    """What has come on a connection. One thread at a time."""
+    """What has come on a connection, whose socket is non-blocking. One thread at a time."""
 
     def __init__(
         self, sock: socket.socket, kept: KeptConnection, unfinished: Unfinished, user: User, rest: Rest
@@ -60,7 +55,7 @@ class Incoming:
         data = self._receive()
         if data is None:  # what is announced all the same is urgent data, which only a read throws away
             with contextlib.suppress(BlockingIOError):
-                data = self._sock.recv(_READ_SIZE, _DONTWAIT)
+                data = self._sock.recv(UNCOUNTED)
         if data:
             self._parser.receive_data(data)
         elif data is not None:
@@ -97,7 +92,7 @@ class Incoming:
         """Read what is there. If this process is killed, and it is there no more, it has been read."""
         self._kept.cell[AT_PHASE] = Phase.READING
         try:
-            return self._sock.recv(_READ_SIZE, _DONTWAIT)
+            return self._sock.recv(UNCOUNTED)
         except BlockingIOError:  # it was announced, but is urgent data
             self._kept.cell[AT_PHASE] = Phase.SILENT
             return None
@@ -154,17 +149,13 @@ class Incoming:
             self._pace()
 
     def _receive_by(self, deadline: float, most: int) -> bytes:
-        size = min(most, _LARGEST_READ)
-        try:
-            while (left := deadline - time.monotonic()) > 0:
-                self._rest.check()
-                limit_receive(self._sock, min(left, LOOK_UP))
-                with contextlib.suppress(BlockingIOError):
-                    return self._sock.recv(size)
-            # The rest may have come in time, while this process was stopped.
-            return self._sock.recv(size, _DONTWAIT)
-        except BlockingIOError:
-            raise ProtocolError("a message that had begun did not arrive in time") from None
+        while True:
+            in_time = self._rest.wait_for(self._sock, select.POLLIN, deadline)
+            # It may have come in time even if not, while this process was stopped.
+            with contextlib.suppress(BlockingIOError):
+                return self._sock.recv(min(most, LARGEST_READ))
+            if not in_time:
+                raise ProtocolError("a message that had begun did not arrive in time")
 
     def _pace(self) -> None:
         """Count a piece of a message like a request, and wait if the user has to.

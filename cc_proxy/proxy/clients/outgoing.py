@@ -4,18 +4,15 @@ import array
 import socket
 
 from cc_proxy.api.fdpassing import TAG
+from cc_proxy.api.messages import HEADER, MAX_RESPONSE
 from cc_proxy.continuity.cells import AT_PHASE, Phase
 from cc_proxy.linux.fds import Fd, is_for_now
 from cc_proxy.linux.receipt import Receipt
 from cc_proxy.proxy.clients.handlers import Reply
 from cc_proxy.proxy.clients.kept import KeptConnection
 
-#: The most bytes in one send. The kernel splits longer ones, and its timeout starts anew with each piece.
-_LARGEST_SEND = 32 * 1024
-#: The kernel takes so few bytes as a whole, or not at all.
-_AT_ONCE = 4 * 1024
-#: A plain int, because converting the enum takes longer than the rest of a send.
-_DONTWAIT = int(socket.MSG_DONTWAIT)
+#: No response but that to `status` is longer. The kernel takes so few bytes as a whole, or not at all.
+_USUAL = HEADER.size + MAX_RESPONSE
 
 
 class Outgoing:
@@ -35,13 +32,26 @@ class Outgoing:
         """Send as much of a reply as fits now; returns whether that was all. Raises `OSError`."""
         self._unsent, self._passed = reply
         receipt = self._kept.receipt
-        if receipt and len(reply.message) <= _AT_ONCE:
+        if receipt and len(reply.message) <= _USUAL:
             return self._send_at_once(receipt, reply.message)
-        return self._send(_DONTWAIT)
+        return self.go_on()
 
     def go_on(self) -> bool:
-        """Send more, within the socket's timeout; returns whether that was the rest. Raises `OSError`."""
-        return self._send(0)
+        """Send as much as fits now; returns whether that was the rest. Raises `OSError`."""
+        self._kept.cell[AT_PHASE] = Phase.BETWEEN
+        try:
+            while rest := self._unsent:
+                sent = self._sock.send(rest)
+                self._unsent = memoryview(rest)[sent:] if sent < len(rest) else b""
+            if self._passed:
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self._passed.fileno()]))]
+                self._sock.sendmsg([TAG], rights)
+                self.close()
+        except OSError as error:
+            if not is_for_now(error):
+                raise
+            return False
+        return True
 
     def close(self) -> None:
         """Close the socket whose fd was to be passed."""
@@ -72,22 +82,6 @@ class Outgoing:
                 self.close()
         except OSError as error:
             cell[AT_PHASE] = Phase.BETWEEN
-            if not is_for_now(error):
-                raise
-            return False
-        return True
-
-    def _send(self, flags: int) -> bool:
-        self._kept.cell[AT_PHASE] = Phase.BETWEEN
-        try:
-            while rest := self._unsent:
-                sent = self._sock.send(rest if flags else rest[:_LARGEST_SEND], flags)
-                self._unsent = memoryview(rest)[sent:] if sent < len(rest) else b""
-            if self._passed:
-                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self._passed.fileno()]))]
-                self._sock.sendmsg([TAG], rights, flags)
-                self.close()
-        except OSError as error:
             if not is_for_now(error):
                 raise
             return False

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from cc_proxy.proxy.users import Charge, User
 from cc_proxy.settings import Limits
 
-#: Longer requests and responses count against `request_bytes` until they are done with. Those of clients in
-#: the field are shorter.
+#: Longer requests and responses count against `request_bytes` until they are done with, so no more than this
+#: is read of a request before that. Those of clients in the field are shorter.
 UNCOUNTED = 4 * 1024
 
 

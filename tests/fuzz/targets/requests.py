@@ -19,14 +19,14 @@ from msgspec.structs import replace
 from cc_proxy.api import messages
 from cc_proxy.api.errors import ProtocolError
 from cc_proxy.api.fdpassing import read_fd
-from cc_proxy.api.messages import MemberError
+from cc_proxy.api.messages import MAX_RESPONSE, MemberError
 from cc_proxy.api.payloads import Hello, Request
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.log import faults
 from cc_proxy.log.levels import CONSOLE, logger
 from cc_proxy.log.writing import JsonLines, TextLines
 from cc_proxy.proxy.clients.connection import After, Connection
-from cc_proxy.proxy.clients.handlers import MAX_RESPONSE, ClientInfo, Handlers
+from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers
 from cc_proxy.proxy.rest import Rest
 from cc_proxy.proxy.vms.connector import Connector
 from cc_proxy.proxy.vms.registry import Registry
