@@ -16,6 +16,8 @@ MOST_VMS = 2_048
 MOST_USERS = 1_024
 #: The most VMs that failed.
 MOST_ENDED = 32
+#: Seconds that the daemon waits for all its VMs together before it answers.
+PATIENCE = 0.5
 
 
 class _Part(msgspec.Struct, frozen=True, rename="camel", kw_only=True):

@@ -3,8 +3,10 @@
 import mmap
 import threading
 
+#: Bytes of address space for each thread's stack. Little of it is ever touched, and there may be thousands.
+STACK_SIZE = 512 * 1024
 #: Bytes of address space that must be free: a stack, and a megabyte, in which steps Python allocates memory.
-_ROOM = 5 * 256 * 1024
+_ROOM = STACK_SIZE + 1024 * 1024
 
 
 def check_room() -> None:

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 import msgspec
 
 from cc_proxy.access import look_up_again, names_others, unknown_names
+from cc_proxy.api.frames import FRAME_HEADER
 from cc_proxy.api.status import count
 from cc_proxy.continuity.format import DaemonState
 from cc_proxy.continuity.heirs import Heir, NotReplaced
 from cc_proxy.continuity.inheritance import Inheritance, Nothing
+from cc_proxy.continuity.memory import BUFFER_SIZE
 from cc_proxy.linux.systemd import Notifier, monotonic_usec
+from cc_proxy.linux.threads import STACK_SIZE
 from cc_proxy.log import faults
 from cc_proxy.log.levels import logger
 from cc_proxy.log.stacks import log_stacks
@@ -40,16 +43,11 @@ from cc_proxy.proxy.watchdog import Watchdog
 from cc_proxy.settings import LiveSettings, Reload, Settings
 from cc_proxy.settingsfile import SettingsError
 
-#: Address space of each thread's stack. Little of it is ever touched, and there may be thousands.
-_STACK_SIZE = 512 * 1024
 #: Seconds between two looks at what the service manager, or the log, is to be told.
 _TICK = 1.0
 
 #: Seconds until users and groups that nobody knew are looked up again: their name service may be up by then.
 _LOOK_UP_INTERVAL = 30.0
-
-#: More than the slices of any batch: a pump's buffer has at most so many frames.
-_MOST_SLICES = 30_000
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _SIGNALS = {*_STOP_SIGNALS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM}
@@ -81,7 +79,7 @@ def serve(listener: Listener, settings: Settings, host: Host, state: DaemonState
     Or until SIGUSR2, once another process goes on with everything. With a `state` this one goes on with that.
     Returns the exit status. Raises `Nothing` if the process before goes on itself.
     """
-    threading.stack_size(_STACK_SIZE)
+    threading.stack_size(STACK_SIZE)
     _tune_collector()
     live = LiveSettings(settings)
     while not isinstance(left := _serve(listener, live, host, state), int):
@@ -136,12 +134,13 @@ def _tune_collector() -> None:
     """Have the cycle collector look at less, and less often.
 
     To it, slices of a pump's buffer may be parts of cycles: with a threshold of 700, the usual, it walks them
-    several times in each batch, an eighth of the pump's time. What there is from the start is
-    gone through in each full collection, and nobody else runs meanwhile.
+    several times in each batch, an eighth of the pump's time. So the threshold is more than there are slices
+    in any batch. What there is from the start is gone through in each full collection, and nobody else runs
+    meanwhile.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(_MOST_SLICES)
+    gc.set_threshold(2 * BUFFER_SIZE // FRAME_HEADER.size)
 
 
 class Supervisor:

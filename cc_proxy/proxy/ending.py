@@ -9,10 +9,9 @@ from cc_proxy.proxy.vms.registry import Registry
 
 #: Seconds that what is in flight gets to finish when the daemon stops.
 STOP_TIMEOUT = 5.0
-#: So much of it is left for what VMs have sent, however long requests take.
+#: So much of it is left for what VMs have sent, and to tell who waits for a VM that it is gone, however long
+#: requests take.
 _DELIVERY_TIME = 1.0
-#: And so much of that for who still waits for a VM to be told that it is gone.
-_LAST_WORDS = 0.2
 
 
 def stop(server: Server, registry: Registry) -> None:
@@ -25,7 +24,7 @@ def stop(server: Server, registry: Registry) -> None:
     vms = registry.vms()
     for vm in vms:
         vm.stop()
-    server.roster.wait_until_empty(_LAST_WORDS)
+    server.roster.wait_until_empty(max(0.0, deadline - time.monotonic()))
     server.roster.shut_down(socket.SHUT_RDWR)
     left = [vm.container_id for vm in vms if not vm.join(max(0.0, deadline - time.monotonic()))]
     if left:

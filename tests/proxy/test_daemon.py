@@ -133,7 +133,7 @@ def test_what_vms_have_sent_has_its_time_however_long_connections_take(
     monkeypatch: pytest.MonkeyPatch, logged: Logged, accepted: float
 ) -> None:
     stop = Stop(accepted=accepted, connections=60.0, vm1=0.99)
-    assert run(stop, monkeypatch) == pytest.approx(max(4.0, accepted) + 0.99)
+    assert run(stop, monkeypatch) == pytest.approx(max(4.0, accepted) + 1.0)
     assert logged.at(logging.WARNING) == []
 
 

@@ -12,14 +12,9 @@ from cc_proxy.linux.fds import Fd, refuse_rights
 from cc_proxy.linux.socketfile import MAX_SOCKET_PATH, Identity, identity, locked, remove_stale
 from cc_proxy.log.levels import logger
 
-#: The most connections that wait to be accepted.
-_BACKLOG = 4096
-
 #: For the daemon's own group, or for all users.
 _DIRECTORY_MODES = (0o750, 0o755)
 _SOCKET_UMASKS = (0o117, 0o111)  # leave 0660 and 0666
-#: For directories above that one: leaves 0755.
-_PARENTS_UMASK = 0o022
 
 #: What to do if a socket that systemd has made cannot be found.
 _RESTART = "`systemctl restart cc-proxy.socket` makes it again; this restarts cc-proxy too"
@@ -180,7 +175,7 @@ def _listen(path: str, *, for_all: bool) -> socket.socket:
     try:
         directory = os.path.dirname(path)
         if not os.path.isdir(directory):
-            with _umask(_PARENTS_UMASK):
+            with _umask(0o022):  # directories above get 0755
                 os.makedirs(directory)
             os.chmod(directory, _DIRECTORY_MODES[for_all])
         if for_all:
@@ -197,7 +192,7 @@ def _bind(path: str, umask: int) -> socket.socket:
     try:
         with _umask(umask):
             sock.bind(path)
-        sock.listen(_BACKLOG)
+        sock.listen(socket.SOMAXCONN)  # the kernel allows no more, unless an operator has raised that
     except BaseException:
         sock.close()
         raise

@@ -11,9 +11,6 @@ from typing import Generic, Protocol, TypeVar
 from cc_proxy.log import faults
 from cc_proxy.proxy.spin import Spin
 
-#: The most connections that are served in one round, so that a probe of the thread does not wait long.
-_AT_ONCE = 64
-
 
 class Parked(Protocol):
     """What can be parked. Meanwhile only the parking thread touches it."""
@@ -113,7 +110,7 @@ class Parking(Generic[P]):
 
     def _serve_some(self) -> None:
         poll = self._epoll.poll
-        for fd, _ in self._spin.wait(lambda: poll(0, _AT_ONCE) or None, lambda: poll(None, _AT_ONCE)):
+        for fd, _ in self._spin.wait(lambda: poll(0) or None, poll):
             if fd == self._wake:
                 os.eventfd_read(fd)
                 self._probed = False

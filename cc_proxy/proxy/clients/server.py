@@ -27,7 +27,7 @@ from cc_proxy.proxy.clients.parking import Parking
 from cc_proxy.proxy.clients.roster import Roster, may_take_long
 from cc_proxy.proxy.clients.status import About
 from cc_proxy.proxy.clients.workers import Workers
-from cc_proxy.proxy.rest import Rest
+from cc_proxy.proxy.rest import LOOK_UP, Rest
 from cc_proxy.proxy.users import LimitReached
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.proxy.vms.vm import Vm
@@ -40,8 +40,6 @@ _SWITCH_INTERVAL = 0.001
 _STOP_POLL = 0.25
 #: Seconds to wait after accept(2) has failed, mostly because no fd or memory is left.
 _SHORTAGE_PAUSE = 0.1
-#: Seconds between two looks for hellos that have begun while all come to rest.
-_LOOK_UP = 0.02
 #: Seconds after which a connection has to outlive the process. Most have gone by then.
 _YOUNG = 1.0
 _NO_THREAD = "the daemon cannot start another thread"
@@ -131,7 +129,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._workers.close()
         while True:
             self._registry.rest()  # again and again, for a hello may just have begun
-            if self._workers.join(_LOOK_UP):
+            if self._workers.join(LOOK_UP):
                 return True
             if time.monotonic() >= deadline:
                 return False

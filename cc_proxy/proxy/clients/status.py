@@ -16,6 +16,7 @@ from cc_proxy import __version__
 from cc_proxy.api.status import (
     MOST_LISTED,
     MOST_VMS,
+    PATIENCE,
     EndedVm,
     LastError,
     Replaced,
@@ -31,9 +32,6 @@ from cc_proxy.log.levels import current_level
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.proxy.vms.states import Trouble
 from cc_proxy.proxy.vms.vm import Vm
-
-#: Seconds to wait for all pumps together, as docs/protocol.md promises.
-_PATIENCE = 0.5
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def describe(about: About, registry: Registry, asker: Credentials, attached: Ite
 def _vms(vms: list[Vm], clients: Counter[Vm | None]) -> list[VmStatus]:
     """Ask all pumps, and then wait for their answers."""
     asked = [(vm, vm.describe()) for vm in vms]
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + PATIENCE
     return [_vm(vm, clients[vm], answer, deadline) for vm, answer in asked]
 
 

@@ -12,9 +12,8 @@ from cc_proxy.linux.threads import start_thread
 #: The thread's name during the job, and what to do; None ends the thread.
 Job = tuple[str, Callable[[], object]] | None
 
-#: Seconds that a thread waits for another job before it ends; and the most threads that wait.
+#: Seconds that a thread waits for another job before it ends.
 _LINGER = 0.1
-_MOST_SPARE = 16
 
 
 class Workers:
@@ -24,10 +23,8 @@ class Workers:
     for another one.
     """
 
-    def __init__(self, *, linger: float = _LINGER, most_spare: int = _MOST_SPARE) -> None:
-        """A thread waits `linger` seconds for another job, unless `most_spare` threads wait already."""
+    def __init__(self, *, linger: float = _LINGER) -> None:
         self._linger = linger
-        self._most_spare = most_spare
         # The queues of threads without a job, the latest last. Whoever takes one out puts one job into it.
         # No lock: appending, popping and removing are atomic under the GIL. The same holds for `_threads`.
         self._spare: deque[queue.SimpleQueue[Job]] = deque()
@@ -90,7 +87,7 @@ class Workers:
 
     def _next_job(self, me: threading.Thread, jobs: "queue.SimpleQueue[Job]") -> Job:
         """Wait for another job; returns None if the thread is to end."""
-        if self._closed or len(self._spare) >= self._most_spare:
+        if self._closed:
             return None
         self._spare.append(jobs)
         me.name = "spare"

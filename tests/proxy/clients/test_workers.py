@@ -95,17 +95,6 @@ def test_job_that_comes_as_a_thread_gives_up_is_done(monkeypatch: pytest.MonkeyP
         do(workers)
 
 
-def test_only_so_many_wait() -> None:
-    others = len(names())
-    with running(linger=60, most_spare=3) as workers:
-        together = threading.Barrier(7, timeout=5)
-        for _ in range(6):
-            workers.start("waits", together.wait)
-        together.wait()
-        wait_until(lambda: len(names()) == others + 3, "the others have ended")
-        wait_for_spare(3)
-
-
 class NoMemory(queue.SimpleQueue[Job]):
     """A queue for a job that there is no memory for, at the second one."""
 
