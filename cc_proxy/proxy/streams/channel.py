@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from cc_proxy.api.status import Streams
 from cc_proxy.continuity.cells import FINISH_AT
 from cc_proxy.continuity.memory import Memory
-from cc_proxy.continuity.state.streams import ChannelState, StreamsState
+from cc_proxy.continuity.state.streams import ChannelState
 from cc_proxy.linux.fds import Fd, close_stream
 from cc_proxy.linux.selector import NOTHING_ELSE, READ, WRITE
 from cc_proxy.log.levels import logger
@@ -27,7 +27,7 @@ from cc_proxy.proxy.streams.output import FramingLost, Output
 from cc_proxy.proxy.streams.pacer import Pacer
 from cc_proxy.proxy.streams.routes import Routes
 from cc_proxy.proxy.streams.session import Session
-from cc_proxy.proxy.streams.stats import describe_streams, traffic_of
+from cc_proxy.proxy.streams.stats import describe_streams, state_of
 from cc_proxy.proxy.streams.stdin import Stdin
 from cc_proxy.proxy.streams.watch import Ready, Watch
 
@@ -45,12 +45,7 @@ class Channel:
     """
 
     def __init__(
-        self,
-        owner: Owner,
-        sockets: Sockets,
-        memory: Memory,
-        mailbox: Mailbox,
-        pacing: Pacing,
+        self, owner: Owner, sockets: Sockets, memory: Memory, mailbox: Mailbox, pacing: Pacing
     ) -> None:
         """Take over `sockets` and `memory`, but not `mailbox`: calls left there are made in between.
 
@@ -101,15 +96,8 @@ class Channel:
         """
         finish_in = None if self._finish_at == math.inf else self._finish_at - time.monotonic()
         sessions = sorted(self._sessions, key=lambda session: session.seqs.start)
-        resync = self._output.resync
-        streams = StreamsState(
-            unfinished=self._output.unfinished,
-            to_vm=b"".join(self._stdin.to_vm),
-            sessions=[each.hand_over(expected=each.seqs.start in self._routes.owners) for each in sessions],
-            pacer=self._pacer.state(),
-            traffic=traffic_of(self._output, self._stdin, self._pacer),
-            resync=resync.state if resync else None,
-        )
+        states = [each.hand_over(expected=each.seqs.start in self._routes.owners) for each in sessions]
+        streams = state_of(states, self._output, self._stdin, self._pacer)
         io = Fd(self._io.detach()) if self._io_open else None
         self._watch.close()
         self._let_go()
@@ -221,13 +209,11 @@ class Channel:
     def _on_io(self, events: int) -> None:
         if events & WRITE and self._stdin.to_vm:
             self._stdin.flush()
-        if events != WRITE and self._io_open:
-            if self._output.holding:
-                self._lose(_HUNG_UP)  # which is noticed even while it is not read
-            else:
-                self._read_vm()
-
-    def _read_vm(self) -> None:
+        if events == WRITE or not self._io_open:
+            return
+        if self._output.holding:
+            self._lose(_HUNG_UP)  # which is noticed even while it is not read
+            return
         try:
             size = self._output.read()
         except BlockingIOError:

@@ -1,9 +1,13 @@
-"""What a channel says of its streams: its part of `status`. For the thread that drives the channel."""
+"""What a channel says of its streams, for `status` and for the next process.
+
+For the thread that drives the channel.
+"""
 
 import time
 from collections.abc import Collection
 
 from cc_proxy.api.status import MOST_LISTED, Streams, Traffic, WaitingStream
+from cc_proxy.continuity.state.streams import SessionState, StreamsState
 from cc_proxy.proxy.streams.output import Output
 from cc_proxy.proxy.streams.pacer import Pacer
 from cc_proxy.proxy.streams.session import Session
@@ -17,7 +21,7 @@ def describe_streams(sessions: Collection[Session], output: Output, stdin: Stdin
     waiting.sort(key=lambda stream: (not stream.holds_vm, -stream.idle))
     return Streams(
         sessions=len(sessions),
-        traffic=traffic_of(output, stdin, pacer),
+        traffic=_traffic(output, stdin, pacer),
         paused=bool(output.holding),
         waiting=waiting[:MOST_LISTED],
         waiting_sessions=len(waiting),
@@ -29,8 +33,19 @@ def describe_streams(sessions: Collection[Session], output: Output, stdin: Stdin
     )
 
 
-def traffic_of(output: Output, stdin: Stdin, pacer: Pacer) -> Traffic:
-    """Return what has passed so far."""
+def state_of(sessions: list[SessionState], output: Output, stdin: Stdin, pacer: Pacer) -> StreamsState:
+    """Return the streams of one VM, whose sessions have been handed over, as a value."""
+    return StreamsState(
+        unfinished=output.unfinished,
+        to_vm=b"".join(stdin.to_vm),
+        sessions=sessions,
+        pacer=pacer.state(),
+        traffic=_traffic(output, stdin, pacer),
+        resync=output.resync.state if output.resync else None,
+    )
+
+
+def _traffic(output: Output, stdin: Stdin, pacer: Pacer) -> Traffic:
     return Traffic(
         bytes_to_clients=output.bytes,
         bytes_to_vm=stdin.bytes,
