@@ -4,10 +4,13 @@ import array
 import errno
 import fcntl
 import os
+import resource
 import socket
 import sys
 import termios
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+from cc_proxy.linux.fds import Identity, identity_of
 
 #: The most that one message takes (<net/scm.h>).
 _MOST_FDS = 253
@@ -19,8 +22,7 @@ _SO_PEEK_OFF = 42
 _KEPT, _STATE = b"k", b"s"
 #: Bytes of the socket's buffer, which is room for some 550 messages.
 _BUFFER = 212_992
-#: From so many messages on, the fds in them are to be packed into fewer. Less than half of what there is room
-#: for, since the old messages stay until the new ones, and a state, are there too.
+#: From so many messages on, the fds in them are to be packed into fewer.
 _MANY = 256
 
 
@@ -40,6 +42,9 @@ class Box:
         # It is the receiving end where something waits.
         self._sender, self._receiver = (second, first) if _waiting(first) else (first, second)
         self._messages = _waiting(self._receiver)
+        # The number of the oldest message, and of the last one that has each thing, as far as that was seen.
+        self._first = 0
+        self._places: dict[Identity, int] = {}
 
     @property
     def ends(self) -> tuple[socket.socket, socket.socket]:
@@ -56,25 +61,48 @@ class Box:
         """Whether it is time to pack its fds into fewer messages, with more fds in each."""
         return self._messages >= _MANY
 
-    def put(self, fds: Sequence[int]) -> None:
-        """Put fds in, which stay open in this process. Raises `OSError`, and some may be in it."""
-        for first in range(0, len(fds), _MOST_FDS):
-            self._send(_KEPT, fds[first : first + _MOST_FDS])
+    def has(self, identity: Identity) -> bool:
+        """Whether something is in it that was put in or looked at."""
+        return self._places.get(identity, -1) >= self._first
 
-    def put_state(self, state: bytes, fds: Sequence[int]) -> None:
-        """Put in a state, and the fds that go with it. Raises `OSError`, and some may be in it."""
+    def put(self, fds: Mapping[int, Identity]) -> None:
+        """Put fds in, which stay open in this process. Raises `OSError`, and some may be in it."""
+        pairs = [*fds.items()]
+        for first in range(0, len(pairs), _MOST_FDS):
+            some = dict(pairs[first : first + _MOST_FDS])
+            self._send(_KEPT, [*some])
+            self._note(some.values(), self._first + self._messages - 1)
+
+    def pack(self, fds: Mapping[int, Identity]) -> None:
+        """Have it hold these fds in few messages, and nothing else. What is in it stays so all the time.
+
+        Raises `OSError`, and then only some are packed.
+        """
+        end = self._first + self._messages
+        left = sorted(fds.items(), key=lambda pair: self._places.get(pair[1], -1))
+        while left:
+            some, left = left[:_MOST_FDS], left[_MOST_FDS:]
+            self.put(dict(some))
+            if left:  # those are still where they were
+                self.drop(self._places.get(left[0][1], -1) - self._first)
+        self.drop(end - self._first)
+        self._places = {identity: self._places[identity] for identity in fds.values()}
+
+    def put_state(self, state: bytes, fds: Mapping[int, Identity]) -> None:
+        """Put in a state, and those fds that go with it and are not there. Raises `OSError`, as `put`."""
         with open(os.memfd_create("cc-proxy-state"), "wb", buffering=0) as file:
             left = memoryview(state)
             while left:
                 left = left[file.write(left) :]
             self._send(_STATE, [file.fileno()])
-        self.put(fds)
+        self.put({fd: identity for fd, identity in fds.items() if not self.has(identity)})
 
     def drop(self, messages: int) -> None:
         """Throw away the oldest messages. Raises `OSError`."""
         for _ in range(messages):
             self._receiver.recv(1)  # with no room for the fds, they are closed at once
             self._messages -= 1
+            self._first += 1
 
     def look(self) -> tuple[bytes, list[int]]:
         """Return the last state, empty if there is none, and new fds of the rest; everything stays there.
@@ -84,12 +112,13 @@ class Box:
         state, fds = b"", list[int]()
         self._receiver.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, 0)  # each look goes on behind the last
         try:
-            for _ in range(_waiting(self._receiver)):
+            for number in range(_waiting(self._receiver)):
                 mark, some = self._peek()
                 if mark == _STATE:
                     state = _read(some[0])
                 else:
                     fds += some
+                    self._note(map(identity_of, some), self._first + number)
         except BaseException:
             close_all(fds)
             raise
@@ -103,8 +132,18 @@ class Box:
         self._receiver.close()
 
     def _send(self, mark: bytes, fds: Sequence[int]) -> None:
-        self._sender.sendmsg([mark], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+        try:
+            self._sender.sendmsg([mark], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+        except OSError as error:
+            if error.errno != errno.ETOOMANYREFS:
+                raise
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            why = f"the kernel keeps no more than {limit} fds: raise LimitNOFILE= of cc-proxy.service"
+            raise OSError(error.errno, why) from None
         self._messages += 1
+
+    def _note(self, identities: Iterable[Identity], place: int) -> None:
+        self._places.update(dict.fromkeys(identities, place))
 
     def _peek(self) -> tuple[bytes, list[int]]:
         flags = socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC

@@ -6,12 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Protocol, Self
 
 from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.errors import TimedOut
 from cc_proxy.continuity.box import Box
+from cc_proxy.linux.fds import Identity
 
 #: Names the process that has started this one, and the fds that it has passed.
 _PREDECESSOR = "CC_PROXY_PREDECESSOR"
@@ -40,7 +41,7 @@ class Heir(Protocol):
     def prepare(self) -> None:
         """See to it that there is one. Raises `NotReplaced`."""
 
-    def hand_over(self, data: bytes, fds: Sequence[int]) -> None:
+    def hand_over(self, data: bytes, fds: Mapping[int, Identity]) -> None:
         """Give everything away; this process is to touch it no more. Raises `NotReplaced`: then it may."""
 
     def close(self) -> None:
@@ -82,7 +83,7 @@ class Successor:
                 pass_fds=fds,
             )
 
-    def hand_over(self, data: bytes, fds: Sequence[int]) -> None:
+    def hand_over(self, data: bytes, fds: Mapping[int, Identity]) -> None:
         """Give everything to it, and wait until it has taken over. Raises `NotReplaced`."""
         assert self._box
         assert self._link

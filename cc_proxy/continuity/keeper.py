@@ -7,7 +7,7 @@ the box has the fds. If the process is killed, the next one makes the parts agai
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from cc_proxy.continuity.box import Box
@@ -20,6 +20,8 @@ from cc_proxy.log.levels import logger
 
 #: The daemon's own fds are kept under this number. Those of slots begin at 1.
 _DAEMON = 0
+#: So many parts may be released, and an eighth of those that are kept, before the box is packed.
+_FEW = 64
 
 
 class Slot:
@@ -89,6 +91,8 @@ class TableKeeper:
         table.begin()
         self._box = box
         self._counts = False
+        self._released = 0  # parts whose fds may be in the box still
+        self._is_told = False  # by the log, that what was last to be kept is not
         self._daemon = b""
         # By the numbers of slots: the fds of what is kept, each with what it stood for then (by now it may be
         # closed, or be another); and those that are closed with it.
@@ -103,17 +107,21 @@ class TableKeeper:
             data, fds = encode(record)
             with self._lock:
                 if self._counts:
-                    self._put([*fds])
+                    self._put(fds)
                 number, cell = self._table.add(data, words)
                 self._fds[number] = fds
                 if memory >= 0:
                     self._memory[number] = memory
+                self._is_told = False
                 return Slot(number, cell, self._release)
         except (OSError, ValueError) as error:
             if memory >= 0:
                 os.close(memory)
-            fields = {"part": type(record).__name__, "error": str(error)}
-            logger.warning("something will not outlive a crash of cc-proxy", extra=fields)
+            with self._lock:
+                is_told, self._is_told = self._is_told, True
+            if not is_told:
+                fields = {"part": type(record).__name__, "error": str(error)}
+                logger.warning("this, and perhaps more, will not outlive a crash of cc-proxy", extra=fields)
             return Slot()
 
     def new_memory(self, size: int) -> int:
@@ -130,6 +138,7 @@ class TableKeeper:
         with self._lock:
             if self._fds.pop(number, None) is not None:
                 self._table.remove(number)
+                self._released += 1
             if number in self._memory:
                 os.close(self._memory.pop(number))
 
@@ -143,12 +152,14 @@ class TableKeeper:
         data, fds = encode(daemon)
         with self._lock:
             self._fds[_DAEMON], self._daemon = fds, data
-            try:
-                self._pack(lambda: self._table.take_over(data))
+            try:  # most of it is there still, from the process before
+                self._box.put({fd: each for fd, each in self._open().items() if not self._box.has(each)})
+                self._table.take_over(data)
             except (OSError, ValueError):
                 self._table.end()
                 raise
             self._counts = True
+            self._pack()
 
     def set_daemon(self, daemon: DaemonRecord, *, is_well: bool) -> None:
         """Keep what is now known of the daemon itself; `is_well` if what was found does it no harm.
@@ -162,11 +173,11 @@ class TableKeeper:
             if data == self._daemon:
                 return
             if fds != self._fds[_DAEMON]:
-                self._put([*fds])
+                self._put(fds)
             self._table.set_daemon(data)
             self._fds[_DAEMON], self._daemon = fds, data
 
-    def hand_over(self, state: bytes, fds: Sequence[int]) -> None:
+    def hand_over(self, state: bytes, fds: Mapping[int, Identity]) -> None:
         """Leave a state and its fds, which count now. Raises `OSError`, and nothing has changed.
 
         After that nobody keeps anything here.
@@ -193,23 +204,24 @@ class TableKeeper:
 
     # Requires _lock ---------------------------------------------------------------------------------------
 
-    def _put(self, fds: Sequence[int]) -> None:
+    def _put(self, fds: Mapping[int, Identity]) -> None:
         """Put fds into the box. Raises `OSError`."""
-        if self._box.is_crowded:
-            with contextlib.suppress(OSError):  # one of them was closed just now: there is room yet
-                self._pack()
+        # Fds of what is released count against LimitNOFILE= while they are in it, and once that is reached
+        # nothing can be packed any more.
+        if self._box.is_crowded or self._released > _FEW + len(self._fds) // 8:
+            self._pack()
         self._box.put(fds)
 
-    def _pack(self, then: Callable[[], None] = lambda: None) -> None:
-        """Have the box hold what is kept, in few messages, and nothing else. Raises `OSError`.
+    def _pack(self) -> None:
+        """Have the box hold what is kept, in few messages, and nothing else, as far as that can be."""
+        with contextlib.suppress(OSError):  # one of them was closed just now, or too many fds are in flight
+            self._released = 0
+            self._box.pack(self._open())
 
-        What is there stays until the rest is, and `then` is done: the process may be killed in between.
-        """
-        before = self._box.messages
-        known = [pair for some in self._fds.values() for pair in some.items()]
-        self._box.put([fd for fd, identity in known if _stands_for(fd) == identity])
-        then()
-        self._box.drop(before)
+    def _open(self) -> dict[int, Identity]:
+        """Return the fds of what is kept."""
+        known = (pair for some in self._fds.values() for pair in some.items())
+        return {fd: identity for fd, identity in known if _stands_for(fd) == identity}
 
 
 def _stands_for(fd: int) -> Identity | None:

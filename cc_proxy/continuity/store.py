@@ -5,13 +5,14 @@ import mmap
 import os
 import select
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cc_proxy.continuity.box import Box, close_all
 from cc_proxy.continuity.format import DaemonRecord
 from cc_proxy.continuity.heirs import NotReplaced
 from cc_proxy.continuity.keeper import NOTHING, Keeper, TableKeeper
 from cc_proxy.continuity.table import SIZE, Table
+from cc_proxy.linux.fds import Identity
 from cc_proxy.linux.systemd import Notifier, take_stored
 from cc_proxy.log.levels import logger
 
@@ -53,7 +54,7 @@ class Store:
             self.lost = "the service manager has dropped a part of it"
         if self.lost:
             for end in ends:
-                end.close()
+                _empty(end)
             stored |= {_BOX: [], _TABLE: []}
         for name, fds in stored.items():  # the witness, and what belongs to another version
             notifier.tell("FDSTOREREMOVE=1", f"FDNAME={name}")
@@ -114,7 +115,7 @@ class Store:
         if self.error or not self._keeper or not self._is_kept:
             raise NotReplaced(f"the service manager keeps nothing: {self.error or 'it has dropped the box'}")
 
-    def hand_over(self, data: bytes, fds: Sequence[int]) -> None:
+    def hand_over(self, data: bytes, fds: Mapping[int, Identity]) -> None:
         """Leave everything there. Raises `NotReplaced`."""
         self.prepare()
         assert self._keeper
@@ -165,3 +166,10 @@ class Store:
         if self._witness:
             self._witness.close()
             self._witness = None
+
+
+def _empty(end: socket.socket) -> None:
+    """Close one end of a box, and what is in it at once: its listening socket would be in the way."""
+    with end, contextlib.suppress(OSError):
+        while end.recv(1, socket.MSG_DONTWAIT):
+            pass

@@ -49,7 +49,7 @@ def hand_over(
     with contextlib.closing(heir):
         try:
             data, fds = encode(state)
-            heir.hand_over(data, [*fds])
+            heir.hand_over(data, fds)
         except NotReplaced as error:
             logger.error("not replaced: this process goes on", extra={"error": str(error)})
         except Exception:  # whatever it is, this process still has everything

@@ -18,6 +18,7 @@ import pytest
 
 from cc_proxy.continuity.box import close_all
 from cc_proxy.continuity.format import VERSION
+from cc_proxy.linux.fds import identity_of
 from tests.echoes import all_moved, echoes
 from tests.wire.daemon import CHECKOUT, PATIENT, Daemon, ManagedDaemon, Pod, Wire, own_daemon, write_config
 from tests.wire.support import (
@@ -547,7 +548,8 @@ def test_a_state_of_a_newer_daemon_is_an_end_that_is_logged(tmp_sock_dir: Path) 
             state, fds = box.look()
             key = b"\xa7version"
             assert state.count(key + bytes([VERSION])) == 1
-            box.put_state(state.replace(key + bytes([VERSION]), key + b"\x63"), fds)
+            newer = state.replace(key + bytes([VERSION]), key + b"\x63")
+            box.put_state(newer, {fd: identity_of(fd) for fd in fds})
             close_all(fds)
         daemon.start_again()
         wait_until(lambda: "nothing is taken over" in daemon.log(), "the log says so")
