@@ -333,6 +333,12 @@ class Vm:
         self.fake.ctl.sendall(b"".join(map(command, [*self.late, ACK])))
         self.late = []
 
+    def answer_who_asks_anew(self) -> None:
+        """The daemon does not know which commands have no answer yet."""
+        self.fake.ctl.sendall(b"".join(map(command, self.late)))
+        self.late = []
+        self.fake.answer_questions()
+
     # The end --------------------------------------------------------------------------------------------
 
     def die(self, how: str) -> None:

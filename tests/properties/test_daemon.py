@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import time
 from collections import Counter
@@ -90,6 +91,7 @@ class World(RuleBasedStateMachine):
         self.vms: list[Vm] = []  # dead ones included
         self.registered: dict[str, Vm] = {}
         self.replacements = 1  # they take half a second each
+        self.kills = 1 if isinstance(daemon, ManagedDaemon) else 0
         self.patience = 1  # commands may be left unanswered so often: that takes its time
 
     # What there is --------------------------------------------------------------------------------------
@@ -419,6 +421,25 @@ class World(RuleBasedStateMachine):
         self.replacements -= 1
         self.daemon.replace()
 
+    @precondition(lambda self: self.kills)
+    @rule()
+    def killed(self) -> None:
+        """At rest: another process goes on from what was kept, and nothing is lost."""
+        assert isinstance(self.daemon, ManagedDaemon)
+        self.done["killed"] += 1
+        self.kills -= 1
+        self.settle()
+        for raw in [client.raw for client in self.clients] + [vm.witness for vm in self.vms]:
+            # Every pump has ended its turn; and a connection that has had a thread is kept.
+            assert json.loads(raw.ask("status"))["success"]
+            assert raw.ask("nonsense") == refused("no payload named 'nonsense'")
+        self.daemon.crash()
+        for vm in self.alive:
+            vm.answer_who_asks_anew()
+        for client in self.clients:
+            if client.vm and not client.vm.alive and client.vm not in self.registered.values():
+                client.vm = None
+
     @rule()
     def settle(self) -> None:
         """All that was sent arrives, and dead VMs' clients read the end."""
@@ -474,7 +495,7 @@ def run_world(tables: str, directory: Path, done: Counter[str]) -> None:
             "echo_timeout = 60\n", ""
         )
     # Without a service manager the next process is started by the one before; with one, by that.
-    kind = ManagedDaemon if tables == "window = 0" else Daemon.configured
+    kind = ManagedDaemon if tables == "window = 512" else Daemon.configured
     with kind(directory, base + tables) as daemon:
 
         class WorldOfThis(World):
