@@ -45,6 +45,8 @@ _sendmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int
 #: it has taken, and a process cannot be killed between that and the send.
 WORDS = 8
 _PIECES, _NUMBER_OF_PIECES, _CONTROL, _CONTROL_SIZE, _TAKEN = 2, 3, 4, 5, 7
+#: Whether that is so on this machine: its words have to have 64 bits.
+FITS = ctypes.sizeof(ctypes.c_void_p) == ctypes.sizeof(ctypes.c_uint64)
 
 
 class Receipt:

@@ -3,8 +3,8 @@
 from cc_proxy.continuity.cells import AT_RECEIPT, AT_VM, NO_CELL, Phase
 from cc_proxy.continuity.keeper import Keeper, Slot
 from cc_proxy.continuity.state.clients import ConnectionRecord
+from cc_proxy.linux import receipt
 from cc_proxy.linux.fds import Fd
-from cc_proxy.linux.receipt import Receipt
 from cc_proxy.proxy.clients.handlers import ClientInfo
 from cc_proxy.proxy.vms.vm import Vm
 
@@ -19,8 +19,8 @@ class KeptConnection:
         self._vm: Vm | None = None
         #: Its words: the phase is set where it changes.
         self.cell = NO_CELL
-        #: For its responses; None if it is not kept.
-        self.receipt: Receipt | None = None
+        #: For its responses; None if it is not kept, or cannot be used here.
+        self.receipt: receipt.Receipt | None = None
 
     def begin(self, fd: int, phase: Phase) -> None:
         """Keep it from now on. No matter if it is kept."""
@@ -30,8 +30,8 @@ class KeptConnection:
             record = ConnectionRecord(fd=Fd(fd), number=self._client.number)
             self._slot = self._keeper.keep(record, words=words)
             self.cell = self._slot.cell
-            if self._slot.number:
-                self.receipt = Receipt(self.cell[AT_RECEIPT])
+            if self._slot.number and receipt.FITS:
+                self.receipt = receipt.Receipt(self.cell[AT_RECEIPT])
 
     def note_vm(self) -> None:
         """It may be attached to another VM now."""
