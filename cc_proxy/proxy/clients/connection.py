@@ -1,6 +1,7 @@
 """One client's connection: passes requests to the handlers, and sends responses (docs/protocol.md, 1)."""
 
 import errno
+import functools
 import os
 import select
 import socket
@@ -64,19 +65,13 @@ class Connection:
         self._unfinished = Unfinished(client.user, limits)
         self._incoming = Incoming(sock, self._kept, self._unfinished, client.user, rest)
         self._outgoing = Outgoing(sock, self._kept)
-        client.is_here = self._is_here
+        client.is_here = functools.partial(_is_connected, sock)
         handlers.clients.add(client)
         logger.debug("client connected", extra=client.fields)
 
     def fileno(self) -> int:
         """The socket's fd."""
         return self.sock.fileno()
-
-    def _is_here(self) -> bool:
-        """Whether the client has not hung up. One that has only shut down its sending may still wait."""
-        poll = select.poll()
-        poll.register(self.sock, 0)
-        return not poll.poll(0)
 
     # Between two processes --------------------------------------------------------------------------------
 
@@ -249,7 +244,6 @@ class Connection:
         self._outgoing.close()
         self._kept.end()
         self._handlers.clients.discard(self.client)
-        self.client.is_here = _gone  # breaks the cycle of references between the two
         logger.debug("client disconnected", extra={"client": self.client.number, "reason": reason})
 
     def _count(self, reply: Reply) -> Reply:
@@ -262,5 +256,8 @@ class Connection:
         return reply
 
 
-def _gone() -> bool:
-    return False
+def _is_connected(sock: socket.socket) -> bool:
+    """Whether the peer has not hung up. One that has only shut down its sending may still wait."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return not poll.poll(0)

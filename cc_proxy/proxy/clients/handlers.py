@@ -56,7 +56,7 @@ class ClientInfo:
     vm: Vm | None = field(default=None)
     #: Whether the request that it waits for was begun by the process before.
     resumes: bool = field(default=False)
-    #: Returns whether the client has not hung up. Any thread.
+    #: Returns whether the client has not hung up. For the thread that serves it.
     is_here: Callable[[], bool] = field(default=lambda: True)
 
     @property

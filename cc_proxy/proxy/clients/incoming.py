@@ -52,15 +52,11 @@ class Incoming:
 
     def receive(self) -> bool:
         """Read what the kernel says has come; returns whether anything has. Raises `ClientGone`."""
-        data = self._receive()
-        if data is None:  # what is announced all the same is urgent data, which only a read throws away
-            with contextlib.suppress(BlockingIOError):
-                data = self._sock.recv(UNCOUNTED)
-        if data:
-            self._parser.receive_data(data)
-        elif data is not None:
-            raise ClientGone
-        return bool(data)
+        data = self._read()
+        if data is None:
+            return False
+        self._take(data)
+        return True
 
     def next_arrived(self) -> bytes | None:
         """Return the text of the next request that has come whole, if any has. Raises `ProtocolError`."""
@@ -80,7 +76,13 @@ class Incoming:
         """A request has been taken, and waits for its answer."""
         self._kept.cell[AT_PHASE] = Phase.BETWEEN if self._parser.unfinished else Phase.ASKED
 
-    def _receive(self) -> bytes | None:
+    def _take(self, data: bytes) -> None:
+        if not data:
+            raise ClientGone
+        self._parser.receive_data(data)
+
+    def _look(self) -> bytes | None:
+        """Read what is there, if anything is. Nobody has announced it."""
         try:
             if not self._sock.recv(1, _PEEK):
                 return b""
@@ -89,11 +91,11 @@ class Incoming:
         return self._read()
 
     def _read(self) -> bytes | None:
-        """Read what is there. If this process is killed, and it is there no more, it has been read."""
+        """Read what was announced. If this process is killed, and it is there no more, it has been read."""
         self._kept.cell[AT_PHASE] = Phase.READING
         try:
             return self._sock.recv(UNCOUNTED)
-        except BlockingIOError:  # it was announced, but is urgent data
+        except BlockingIOError:  # it was urgent data, which this has thrown away
             self._kept.cell[AT_PHASE] = Phase.SILENT
             return None
 
@@ -110,12 +112,10 @@ class Incoming:
             if parser.unfinished:
                 return self._finish()
             self._kept.cell[AT_PHASE] = Phase.SILENT
-            data = self._spin.wait(self._receive, self._sleep)
+            data = self._spin.wait(self._look, self._sleep)
             if data is None:
                 return None
-            if not data:
-                raise ClientGone
-            parser.receive_data(data)
+            self._take(data)
         return text
 
     def _sleep(self) -> bytes | None:
@@ -132,10 +132,7 @@ class Incoming:
             missing = parser.missing
             if missing > UNCOUNTED:
                 self._unfinished.count(missing)
-            data = self._receive_by(deadline, missing)
-            if not data:
-                raise ClientGone
-            parser.receive_data(data)
+            self._take(self._receive_by(deadline, missing))
             if parser.missing:
                 self._pace()
         self._unfinished.end()

@@ -153,7 +153,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._numbers = itertools.count(state.next_number)
         for each in state.connections:
             sock = socket.socket(fileno=each.fd.number)
-            sock.setblocking(True)
             who = Credentials.of_peer(sock)
             user = self._users.of(who.uid)
             self.roster.add(sock, user.charge_again("connections"))

@@ -18,6 +18,7 @@ from cc_proxy.linux.credentials import Credentials
 from cc_proxy.proxy.clients.connection import Connection
 from cc_proxy.proxy.clients.handlers import ClientInfo, Handlers
 from cc_proxy.proxy.rest import Rest
+from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.settings import Limits, LiveSettings, Settings
 from tests.connector import CONNECTOR
@@ -411,7 +412,9 @@ def test_empty_message_in_pieces_breaks_the_protocol_as_a_whole_one_does(
     assert str(fields["error"]).startswith("not a JSON object")
 
 
-def test_client_that_is_silent_is_at_no_moment_taken_for_one_that_asks(tmp_path: Path) -> None:
+def test_client_that_is_silent_is_at_no_moment_taken_for_one_that_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else it gets an answer that it has not asked for, if the process is killed at that moment."""
     phases: list[int] = []
 
@@ -430,7 +433,9 @@ def test_client_that_is_silent_is_at_no_moment_taken_for_one_that_asks(tmp_path:
         client = ClientInfo(1, Credentials.own(), new_user())
         connection = Connection(sock, client, handlers, Limits, Rest())
         connection.keep()
-        assert connection.on_readable()
+        with monkeypatch.context() as patch:
+            patch.setattr(Spin, "wait", lambda _spin, look, _sleep: look())
+            assert connection.converse(), "it is looked for a moment whether more comes"
         assert set(phases) == {Phase.SILENT}
         far.sendall(request("x"))
         assert connection.on_readable()
