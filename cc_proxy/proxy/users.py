@@ -115,7 +115,7 @@ class User:
 
     def charge_again(self, thing: Thing, number: int = 1) -> Charge:
         """Count what was counted in the process before, whatever the limits say."""
-        self._users.add(self, thing, number)
+        self._users.count(self, thing, number, within_limits=False)
         return Charge(self, thing, number)
 
     def count(self, thing: Thing, number: int) -> None:
@@ -182,33 +182,24 @@ class Users:
         with self._lock:
             return user.requests.take(requests, self.request_rate, time.monotonic())
 
-    def count(self, user: User, thing: Thing, number: int) -> None:
+    def count(self, user: User, thing: Thing, number: int, *, within_limits: bool = True) -> None:
         """Count more of something for a user, or less. Raises `LimitReached`, and then nothing changes."""
         limits = self._live.current.limits
         total, each = getattr(limits, thing), getattr(limits.user, thing)
         with self._lock:
-            if number > 0:
+            if number > 0 and within_limits:
                 if self._total[thing] + number > total:
                     raise LimitReached(f"the limit of {total} {_CALLED[thing]} is reached")
                 if user.uid != ROOT and user.has[thing] + number > each:
                     raise LimitReached(f"the limit of {each} {_CALLED[thing]} for one user is reached")
-            self._add(user, thing, number)
-
-    def add(self, user: User, thing: Thing, number: int) -> None:
-        """Count more of something for a user, whatever the limits say."""
-        with self._lock:
-            self._add(user, thing, number)
-
-    def _add(self, user: User, thing: Thing, number: int) -> None:
-        """Requires _lock."""
-        user.has[thing] += number
-        self._total[thing] += number
-        assert user.has[thing] >= 0, f"{-number} {thing} of user {user.uid} are given back too often"
-        if thing in _PRESENCE:
-            self._present[user.uid] += number
-            if not self._present[user.uid]:
-                del self._present[user.uid]
-            self.several = len(self._present) > 1
+            user.has[thing] += number
+            self._total[thing] += number
+            assert user.has[thing] >= 0, f"{-number} {thing} of user {user.uid} are given back too often"
+            if thing in _PRESENCE:
+                self._present[user.uid] += number
+                if not self._present[user.uid]:
+                    del self._present[user.uid]
+                self.several = len(self._present) > 1
 
     def state(self) -> dict[int, float]:
         """Return how many requests each user may make at once, fewer than none if it owes some, by uid."""

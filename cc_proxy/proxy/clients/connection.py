@@ -21,7 +21,7 @@ from cc_proxy.proxy.clients.outgoing import Outgoing
 from cc_proxy.proxy.clients.unfinished import UNCOUNTED, Unfinished
 from cc_proxy.proxy.rest import Rest, Resting
 from cc_proxy.proxy.users import LimitReached
-from cc_proxy.settings import Limits
+from cc_proxy.settings import LiveSettings
 
 
 class After(Enum):
@@ -46,7 +46,7 @@ class Connection:
         sock: socket.socket,
         client: ClientInfo,
         handlers: Handlers,
-        limits: Callable[[], Limits],
+        live: LiveSettings,
         rest: Rest,
     ) -> None:
         self.client = client
@@ -62,7 +62,7 @@ class Connection:
         self._text: bytes | None = None
         self._delay = 0.0
         self._kept = KeptConnection(handlers.keeper, client)
-        self._unfinished = Unfinished(client.user, limits)
+        self._unfinished = Unfinished(client.user, live)
         self._incoming = Incoming(sock, self._kept, self._unfinished, client.user, rest)
         self._outgoing = Outgoing(sock, self._kept)
         client.is_here = functools.partial(_is_connected, sock)

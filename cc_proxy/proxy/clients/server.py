@@ -31,7 +31,7 @@ from cc_proxy.proxy.rest import LOOK_UP, Rest
 from cc_proxy.proxy.users import LimitReached
 from cc_proxy.proxy.vms.registry import Registry
 from cc_proxy.proxy.vms.vm import Vm
-from cc_proxy.settings import Limits, LiveSettings
+from cc_proxy.settings import LiveSettings
 
 #: Seconds after which a thread that waits for the GIL asks for it. With CPython's default, 5 ms, each request
 #: would take longer.
@@ -157,7 +157,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             user = self._users.of(who.uid)
             self.roster.add(sock, user.charge_again("connections"))
             client = ClientInfo(each.number, who, user, None if each.vm is None else vms[each.vm])
-            connection = Connection(sock, client, self._handlers, self._limits, self._rest)
+            connection = Connection(sock, client, self._handlers, self._live, self._rest)
             connection.restore(each)
             self._restored.append(connection)
 
@@ -259,7 +259,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self.roster.add(request, user.charge("connections"))
             user.note_connection()
             client = ClientInfo(next(self._numbers), who, user)
-            connection = Connection(request, client, self._handlers, self._limits, self._rest)
+            connection = Connection(request, client, self._handlers, self._live, self._rest)
             self._park(connection)
             self._young.append((time.monotonic(), connection))
         except (LimitReached, OSError) as error:
@@ -315,9 +315,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 self.roster.close(connection.sock)
         except Exception:
             self._give_up(connection.sock, connection.client)
-
-    def _limits(self) -> Limits:
-        return self._live.current.limits
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection; in another thread if its client can make that take long."""

@@ -1,10 +1,9 @@
 """A message, or a response, that is not through yet."""
 
 import time
-from collections.abc import Callable
 
 from cc_proxy.proxy.users import Charge, User
-from cc_proxy.settings import Limits
+from cc_proxy.settings import LiveSettings
 
 #: Longer requests and responses count against `request_bytes` until they are done with, so no more than this
 #: is read of a request before that. Those of clients in the field are shorter.
@@ -14,16 +13,16 @@ UNCOUNTED = 4 * 1024
 class Unfinished:
     """Until when it has to be through, and what it counts for. One thread at a time."""
 
-    def __init__(self, user: User, limits: Callable[[], Limits]) -> None:
+    def __init__(self, user: User, live: LiveSettings) -> None:
         self._user = user
-        self._limits = limits
+        self._live = live
         self._deadline: float | None = None
         self._charge: Charge | None = None
 
     def begin(self, *, anew: bool = False) -> float:
         """Return until when it has to be through (`time.monotonic`), if it begins, or begins `anew`."""
         if self._deadline is None or anew:
-            self._deadline = time.monotonic() + self._limits().message_timeout
+            self._deadline = time.monotonic() + self._live.current.limits.message_timeout
         return self._deadline
 
     def end(self) -> None:

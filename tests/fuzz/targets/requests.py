@@ -145,7 +145,7 @@ def _client(house: _House, number: int, stream: bytes, cuts: Iterator[int]) -> N
         far.shutdown(socket.SHUT_WR)
         who = Credentials.of_peer(served)
         client = ClientInfo(number, who, house.registry.users.of(who.uid))
-        connection = Connection(served, client, house.handlers, lambda: house.live.current.limits, Rest())
+        connection = Connection(served, client, house.handlers, house.live, Rest())
         connection.converse()
         assert connection.after is After.END
         served.shutdown(socket.SHUT_WR)

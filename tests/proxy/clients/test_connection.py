@@ -431,7 +431,7 @@ def test_client_that_is_silent_is_at_no_moment_taken_for_one_that_asks(
     with Watched(fileno=near.detach()) as sock, far:
         handlers = Handlers(Registry(live, CONNECTOR, str(tmp_path / "sock")), live, None, keeper)
         client = ClientInfo(1, Credentials.own(), new_user())
-        connection = Connection(sock, client, handlers, Limits, Rest())
+        connection = Connection(sock, client, handlers, live, Rest())
         connection.keep()
         with monkeypatch.context() as patch:
             patch.setattr(Spin, "wait", lambda _spin, look, _sleep: look())
