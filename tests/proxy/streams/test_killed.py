@@ -132,7 +132,9 @@ def test_killed_at(tmp_path: Path, at: str, method: str, is_done: bool, pause: f
     in_doubt = method == "recv_into" and at == "vm"
     # What was read last before may happen to have been little, in a flood too.
     assert story.resyncs in ((in_doubt,) if pause > 0.0 else (False, in_doubt))
-    assert not story.hung_up
+    # A client that is slow in a flood may just have been sent a part of a frame from its spool.
+    torn = {"its client may have a part of a frame"}
+    assert set(story.hung_up.values()) <= (set() if pause > 0.0 else torn)
 
 
 @pytest.mark.parametrize("window", [0, 512])
