@@ -148,6 +148,8 @@ class _Vms:
                 self._recover(entry, record, sessions.pop(entry.number, []))
             elif isinstance(record, GoneVmRecord):
                 self._add(entry, _gone(record, record.cause), has_id=True)
+                if record.before:
+                    self.numbers[record.before] = self.numbers[entry.number]
         for facts in (each for some in sessions.values() for each in some):
             self._hang_up(facts.fd, "", facts.first_seq, "its VM has gone")
 

@@ -171,6 +171,8 @@ def test_a_vm_that_has_gone_keeps_its_id(town: Wire) -> None:
     pod.vm.io.close()
     wait_until(lambda: "VM lost" in town.daemon.log(), "it is lost")
     daemon_of(town).crash()
+    pod.client.hyper("ping")
+    assert "VM gone" in error_of(pod.client.receive()), "it is still attached"
     assert pod.client.attach(pod.container) == VERSIONED
     pod.client.hyper("ping")
     assert "VM gone" in error_of(pod.client.receive())

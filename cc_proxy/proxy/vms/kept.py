@@ -91,7 +91,7 @@ class KeptVm:
     def be_gone(self, facts: Facts, cause: str) -> None:
         """It has gone, and keeps its id."""
         before = self._slot
-        self._slot = self._keeper.keep(GoneVmRecord(**facts._asdict(), cause=cause))
+        self._slot = self._keeper.keep(GoneVmRecord(**facts._asdict(), cause=cause, before=before.number))
         before.release()
 
     def release(self) -> None:
