@@ -31,23 +31,23 @@ from cc_proxy.proxy.streams.stats import describe_streams, state_of
 from cc_proxy.proxy.streams.stdin import Stdin
 from cc_proxy.proxy.streams.watch import Ready, Watch
 
-#: Seconds between two looks for what nothing announces, while anything waits: clients that have gone, or will
-#: never take what waits for them; room in the spool; and clients that have been kept for long enough.
+#: Seconds between two looks for what no event announces, while anything waits: a client that has gone or
+#: will never read again, room in the spool, and an orphan whose time is up.
 _LOOK_INTERVAL = 1.0
 _HUNG_UP = "the VM hung up its I/O channel"
 
 
 class Channel:
-    """Owner of the VM's I/O socket, of what is watched beside it, and of the sessions.
+    """Owns the VM's I/O socket, what is watched beside it, and the sessions.
 
-    One thread drives it - `wait`, then `serve`, for as long as it `is_in_use` - and that thread does
-    everything here. It has no lock.
+    One thread drives it: `wait`, then `serve`, as long as the channel `is_in_use`. It has no lock, so only
+    that thread may call the other methods.
     """
 
     def __init__(
         self, owner: Owner, sockets: Sockets, memory: Memory, mailbox: Mailbox, pacing: Pacing
     ) -> None:
-        """Take over `sockets` and `memory`, but not `mailbox`: calls left there are made in between.
+        """Take over `sockets` and `memory`. `mailbox` stays the caller's; calls left in it are made here.
 
         Raises `OSError`; the caller keeps everything then.
         """
@@ -69,8 +69,8 @@ class Channel:
         self._watch = Watch(self._on_writable)
         with contextlib.ExitStack() as undo:
             undo.callback(self._watch.close)
-            # A client may have got its seqs, and the VM may have used them, just before a read. By then the
-            # session is in the mailbox, so calls are made between reading and delivering as well.
+            # A read may bring the first output of a session that is still in the mailbox. So calls are made
+            # between reading and delivering as well.
             intake, calls = Intake(io, memory.output, memory.cell), mailbox.make_calls
             others, echo = self._watch.others, self._pacer.echo
             self._output = Output(self._vm, intake, others, self._routes, calls, echo)
@@ -90,9 +90,9 @@ class Channel:
     # Between two processes --------------------------------------------------------------------------------
 
     def hand_over(self) -> ChannelState:
-        """Give up the I/O socket and the sessions as a value, for `restore`; nothing else is closed by this.
+        """Give up the I/O socket and the sessions as a value, for `restore`.
 
-        No thread may drive the channel any more.
+        The control channel and the console stay open. No thread may drive the channel any more.
         """
         finish_in = None if self._finish_at == math.inf else self._finish_at - time.monotonic()
         sessions = sorted(self._sessions, key=lambda session: session.seqs.start)
@@ -106,7 +106,7 @@ class Channel:
     def restore(self, state: ChannelState, sessions: Sequence[Session]) -> None:
         """Go on where another channel of this VM stood. `sessions` are those of the state, in its order.
 
-        Before anybody drives it. Raises `OSError`.
+        Call before any thread drives the channel. Raises `OSError`.
         """
         self._sessions.update(sessions)
         for session, before in zip(sessions, state.streams.sessions, strict=True):
@@ -123,23 +123,23 @@ class Channel:
 
     @property
     def is_in_use(self) -> bool:
-        """Whether there is anything left to do: the VM is there, or clients have not got everything."""
+        """Whether anything is left to do: the VM is there, or clients have yet to get output."""
         return self._io_open or bool(self._sessions)
 
     @property
     def session_count(self) -> int:
         """How many sessions there are. Any thread."""
-        return len(self._sessions)  # one step, so that no other thread sees half of it
+        return len(self._sessions)  # atomic under the GIL
 
     def wait(self) -> list[Ready]:
         """Wait until something is ready, or a timer is due; returns what is ready, for `serve`."""
         return self._watch.wait(self._timeout() if self._timed else None, self._reads_clients)
 
     def serve(self, ready: list[Ready]) -> bool:
-        """Do what there is to do about what `wait` returned; returns whether that was a large batch."""
+        """Handle what `wait` returned; returns whether that was a large batch."""
         if self._reads_clients:
             clients = self._watch.serve(ready)
-            if clients and self._reads_clients:  # which others may just have changed
+            if clients and self._reads_clients:  # a handler may just have changed that
                 self._stdin.read_clients(clients)
         else:
             self._watch.serve_others(ready)
@@ -150,7 +150,7 @@ class Channel:
         return self._bytes - before >= LARGE
 
     def describe(self) -> Streams:
-        """Return how the streams stand now."""
+        """Return what `status` says of the streams."""
         return describe_streams(self._sessions, self._output, self._stdin, self._pacer)
 
     @property
@@ -159,7 +159,7 @@ class Channel:
 
     @property
     def _looks(self) -> bool:
-        """Whether anything waits of which nothing may announce that it is over."""
+        """Whether anything waits whose end no event may announce."""
         return bool(self._output.waiting or self._stdin.to_vm or self._stdin.orphans)
 
     @property
@@ -212,7 +212,7 @@ class Channel:
         if events == WRITE or not self._io_open:
             return
         if self._output.holding:
-            self._lose(_HUNG_UP)  # which is noticed even while it is not read
+            self._lose(_HUNG_UP)  # epoll reports that even while nothing is read
             return
         try:
             size = self._output.read()
@@ -226,7 +226,7 @@ class Channel:
 
     def _on_writable(self, fd: int) -> None:
         session = self._output.waiting.get(fd)
-        if session is None:  # it was dropped since its fd was looked at
+        if session is None:  # it was dropped after epoll reported its fd
             return
         try:
             self._output.flush(session)
@@ -250,13 +250,13 @@ class Channel:
     def expect_processes(self, seqs: Iterable[int]) -> None:
         """A command is about to be sent that starts processes with these seqs as stdio.
 
-        Only from here on an empty frame of the agent's on one of them is its end of file.
+        Only from now on does an empty frame on one of them mean end of file.
         """
         for seq in seqs:
             self._routes.expect(seq)
 
     def open_stdin(self, seqs: Iterable[int]) -> None:
-        """The agent has started them: stdin that was sent for them is read from now on."""
+        """The processes with these seqs as stdio have started: read what clients send to them."""
         for seq in seqs:
             self._routes.start(seq)
 
@@ -266,7 +266,7 @@ class Channel:
             self._stdin.resume(session)
 
     def _drop(self, session: Session, reason: str) -> None:
-        """Close a session if it is not closed yet. Output on its streams is nobody's from now on."""
+        """Close a session if it is not closed yet. Nobody owns its streams from now on."""
         if session not in self._sessions:
             return
         logger.debug("session closed", extra={"vm": self._vm, "stream": session.seqs.start, "reason": reason})
@@ -284,7 +284,7 @@ class Channel:
         self.finish_reading()
 
     def finish_by(self, at: float, cause: str) -> None:
-        """Close both channels at this moment (`time.monotonic`), and deliver what came by then."""
+        """Close both channels at this moment (`time.monotonic`) at the latest; deliver what came by then."""
         self._finish_cause = cause
         self._finish_at = min(at, self._finish_at)
         self._cell[FINISH_AT] = int(self._finish_at * 1e9)
@@ -318,14 +318,14 @@ class Channel:
                 self._drop(session, "the VM's I/O channel is closed")
 
     def abort(self) -> None:
-        """End every session and both channels now, whatever waits."""
+        """End every session and both channels now. What waits is lost."""
         with contextlib.ExitStack() as every_one:
             for session in self._sessions:
                 every_one.callback(self._drop, session, "the daemon stops")
             every_one.callback(self._end_io)
 
     def close(self) -> None:
-        """Close whatever is open, whatever fails meanwhile. To be called last; not again."""
+        """Close everything that is still open, even if closing some of it fails. Call it last, and once."""
         with contextlib.ExitStack() as last_first:
             last_first.callback(self._let_go)
             last_first.callback(self._watch.close)

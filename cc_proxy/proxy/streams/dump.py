@@ -12,7 +12,7 @@ _SHOWN = 48
 def dump_frames(vm: str, direction: str, pieces: Sequence[Piece]) -> None:
     """Log each frame that `pieces` make up: its stream, its size and how its payload begins.
 
-    Whoever calls looks first whether that is wanted at all: it hardly ever is.
+    Call it only if the log level asks for it: it is slow.
     """
     data = b"".join(pieces)
     pos = 0

@@ -1,4 +1,4 @@
-"""Reading, so that another process can tell what was read, wherever this one is killed."""
+"""Reading in such a way that the next process can tell what was read, wherever this one is killed."""
 
 import socket
 from mmap import mmap
@@ -7,19 +7,19 @@ from cc_proxy.continuity.cells import BUSY, NO_CELL, READING, SEEKING, SIZE_AT, 
 from cc_proxy.continuity.memory import STAMP
 from cc_proxy.linux.fds import receive_into, unread
 
-#: Bytes of a large batch: passing it on takes longer than waking a thread. Streams are steady, so the next
-#: batch is likely to be large too.
+#: A batch of this many bytes is large: passing it on takes longer than waking a thread. Streams are steady,
+#: so the next batch is likely to be large too.
 LARGE = 16 * 1024
 
 
 def read_noted(sock: socket.socket, room: memoryview, cell: Cell, place: int, large: bool) -> int:
-    """Read once from a non-blocking socket, and note it in a cell; returns how many bytes came, 0 at the end.
+    """Read once from a non-blocking socket and note it in a cell; returns how many bytes came, 0 at the end.
 
-    `place` is the word of a `Reading` of no bytes, which says where they will stand. With `large`, it asks
-    first how much will come, which leaves no doubt about it. Raises `BlockingIOError` if there is nothing for
-    now, or another `OSError`.
+    `place` is the cell's `Reading`, of 0 bytes so far: it says where they will stand. With `large`, ask the
+    kernel first how much will come, so that a kill in the middle leaves no doubt. Raises `BlockingIOError`
+    if there is nothing for now, or another `OSError`.
     """
-    if cell is NO_CELL:  # nobody will ask
+    if cell is NO_CELL:  # no other process will ask
         return receive_into(sock, room)
     size = 0
     coming = min(unread(sock), len(room)) if large else 0
@@ -57,8 +57,9 @@ class Intake:
         return bytes(self.view[self.start : self.stop])
 
     def restore(self, unfinished: bytes, *, seeking: bool) -> None:
-        """Go on behind what had been read. With `seeking`, it is not known where frames begin."""
-        # Set first, or taken back last: whoever finds it set in between looks for frames once more.
+        """Go on after `unfinished`, which had been read. With `seeking`, nobody knows where frames begin."""
+        # SEEKING is set first or cleared last: after a kill in between, the next process looks for frames
+        # once too often rather than once too seldom.
         self._cell[SEEKING] |= seeking
         self.start, self.stop = 0, len(unfinished)
         self.view[: self.stop] = unfinished
@@ -66,7 +67,7 @@ class Intake:
         self._cell[SEEKING] = seeking
 
     def read(self) -> int:
-        """Read once, behind what is there; returns how many bytes came, 0 at end of file.
+        """Read once, after what is there; returns how many bytes came, 0 at end of file.
 
         All whole frames must have been passed on. Raises `BlockingIOError`, or another `OSError`.
         """
@@ -81,7 +82,7 @@ class Intake:
         return size
 
     def read_rest(self) -> bytearray:
-        """Read what has arrived by now, for the last time; return that behind the unfinished frame, copied.
+        """Read what has arrived by now, for the last time; returns a copy of it, after the unfinished frame.
 
         Raises `OSError`.
         """
@@ -94,13 +95,13 @@ class Intake:
         return rest
 
     def passed_on(self) -> None:
-        """All whole frames are where they belong."""
+        """Note that all whole frames have been passed on."""
         self._cell[READING] = self.stop << WHERE_AT | self.start
 
     def _room_behind(self) -> memoryview:
-        """Return the part of the buffer to read into, behind an unfinished frame."""
+        """Return the part of the buffer to read into, after an unfinished frame."""
         held = self.stop - self.start
-        if held <= self.start:  # else it would be written over while it is copied
+        if held <= self.start:  # else a kill in the middle of the copy would leave neither whole
             self.buffer[:held] = self.buffer[self.start : self.stop]
             self.start, self.stop = 0, held
         return self.view[self.stop :]

@@ -12,32 +12,32 @@ Acknowledge = Callable[[int, Callable[[bool], None]], None]
 
 
 class Place(NamedTuple):
-    """What a session takes up: `give_back` is called as it is closed."""
+    """What a session occupies; `give_back` is called when it is closed."""
 
     give_back: Callable[[], None]
     cell: Cell = NO_CELL
 
 
 class Pacing(NamedTuple):
-    """How it is found out that the agent has handled the stdin it was sent."""
+    """How to find out that the agent has handled the stdin it was sent."""
 
-    #: Seconds that a marker is waited for.
+    #: Seconds to wait for a marker to come back.
     echo_timeout: float
-    #: What is done if it has not come by then.
+    #: Asks the agent instead if it has not come by then.
     acknowledge: Acknowledge
 
 
 class Lost(Exception):
-    """The VM is of no use any more; the text is the cause."""
+    """The VM is lost; the text is the cause."""
 
 
 class Owner(Protocol):
-    """Whose channel it is; called by the thread that drives the channel, with nothing locked."""
+    """The VM that a channel belongs to. Called by the thread that drives the channel, holding no lock."""
 
     container_id: str
 
     def lose(self, cause: str) -> None:
-        """The VM is lost. May be called again."""
+        """The VM is lost. May be called more than once."""
 
     def ended(self) -> None:
         """Everything is closed, and the pump's thread is about to end."""

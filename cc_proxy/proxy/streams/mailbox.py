@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Mailbox:
-    """Calls for a thread, which it makes in their order once its fd is readable. Owner of that fd."""
+    """Calls for one thread, which makes them in order when the mailbox's fd is readable. Owns that fd."""
 
     def __init__(self) -> None:
         """Raises `OSError`."""
@@ -16,7 +16,7 @@ class Mailbox:
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def post(self, call: Callable[[], object]) -> bool:
-        """Have the thread call `call`. False if it is closed. Any thread."""
+        """Have the thread call `call`. False if the mailbox is closed. Any thread."""
         with self._lock:
             if self._fd < 0:
                 return False
@@ -25,14 +25,14 @@ class Mailbox:
         return True
 
     def forwarded(self, call: Callable[[bool], None]) -> Callable[[bool], None]:
-        """Return a function for any thread that has the mailbox's thread call `call`."""
+        """Return a function that any thread may call, and that has the mailbox's thread call `call`."""
 
         def forward(value: bool) -> None:
             self.post(lambda: call(value))
 
         return forward
 
-    # The thread whose it is -------------------------------------------------------------------------------
+    # The mailbox's thread ---------------------------------------------------------------------------------
 
     def fileno(self) -> int:
         """Readable when there is something to call."""
@@ -44,12 +44,12 @@ class Mailbox:
         self.make_calls()
 
     def make_calls(self) -> None:
-        """Make the calls that are there."""
+        """Make the calls that have been left."""
         while self._calls:  # only this thread takes any out
             self._calls.popleft()()
 
     def close(self) -> None:
-        """Take no more. Calls that are there can still be made."""
+        """Take no more calls. Those that have been left can still be made."""
         with self._lock:
             os.close(self._fd)
             self._fd = -1

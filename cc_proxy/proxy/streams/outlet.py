@@ -1,4 +1,4 @@
-"""Where frames go out: to a client, or to the VM."""
+"""Sending frames to a client, or to the VM."""
 
 import socket
 from bisect import bisect_right
@@ -11,37 +11,37 @@ from cc_proxy.linux.fds import IOV_MAX, Piece, cut, is_for_now, send_pieces, tak
 
 
 class Outlet:
-    """Sends frames to one peer, so that it has whole ones wherever this process is killed.
+    """Sends frames to one peer, which has whole frames wherever this process is killed.
 
     Each send is of whole frames, and the kernel takes all of it or nothing: because it is short, or because
-    there is room for it. What cannot be sent like that is sent in any pieces, and the peer's cell says
-    meanwhile that it may be in the middle of a frame.
+    there is room for it. What cannot be sent like that is sent in arbitrary pieces, and meanwhile the peer is
+    *torn*: its cell says that it may have a part of a frame.
 
     One thread.
     """
 
     def __init__(self, sock: socket.socket, cell: Cell, word: int) -> None:
-        """Send on a non-blocking socket, which stays the caller's. `cell[word]` is for whether it is torn."""
+        """Send on a non-blocking socket, which stays the caller's. `cell[word]` says whether it is torn."""
         self._sock = sock
         self._cell = cell
         self._word = word
         self._most = taken_whole(sock)
         self._capacity = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-        self._at_once = self._most  # nothing while it is torn
+        self._at_once = self._most  # bytes to send without asking for room; -1 while the peer is torn
 
     def tear(self) -> None:
-        """Frames are about to be sent in any pieces."""
+        """Note that frames are about to be sent in arbitrary pieces."""
         self._cell[self._word], self._at_once = True, -1
 
     def mend(self) -> None:
-        """Everything was sent, so that the peer has whole frames again."""
+        """Note that everything has been sent, so that the peer has whole frames again."""
         if self._at_once < 0:
             self._cell[self._word], self._at_once = False, self._most
 
     def send(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
         """Send pieces in order; returns what the socket did not take. Each piece is of whole frames.
 
-        Once it is torn, it stays so until everything is sent. Raises `OSError` if the peer has gone.
+        Once the peer is torn, it stays so until everything is sent. Raises `OSError` if it has gone.
         """
         one = len(pieces) == 1
         size = len(pieces[0]) if one else sum(map(len, pieces))
@@ -58,7 +58,7 @@ class Outlet:
             return pieces
         if sent == size:
             return ()
-        self.tear()  # it has taken a part, which it should not do
+        self.tear()  # the kernel took a part, though there was room for all of it
         return cut(pieces, sent)
 
     def _send_parts(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
@@ -78,7 +78,7 @@ class Outlet:
         return ()
 
     def _room(self) -> int:
-        """Return how many bytes there is room for at least: the kernel counts its own memory for them too."""
+        """Return how many bytes the socket has room for at least: the kernel counts its overhead, too."""
         return (self._capacity - untaken(self._sock)) * 3 // 4
 
     def _send_torn(self, pieces: Sequence[Piece]) -> Sequence[Piece]:

@@ -42,13 +42,13 @@ class Output:
         self._routes = routes
         self._before_delivery = before_delivery
         self._on_stray = on_stray
-        #: Finds where frames begin, while that is not known.
+        #: Looks for the beginning of a frame, while none is known.
         self.resync: Resync | None = None
         #: Sessions whose clients have output waiting, by fd. They are watched.
         self.waiting: dict[int, Session] = {}
         #: Those of them that still need the buffer. While there are any, the VM cannot be read.
         self.holding: set[Session] = set()
-        self._stuck: set[Session] = set()  # those that the log has named for that
+        self._stuck: set[Session] = set()  # those of them that the log has named already
         #: Bytes and whole frames for clients, including what still waits for them.
         self.bytes = self.frames = 0
         #: Frames that nobody owned.
@@ -62,7 +62,7 @@ class Output:
         return b"" if self.resync else self._intake.unfinished
 
     def restore(self, state: StreamsState, sessions: Sequence[Session]) -> None:
-        """Go on behind what another one had read, with what waited for clients there."""
+        """Go on where another one stood, with what waited for clients there."""
         before = state.traffic
         self.bytes, self.frames = before.bytes_to_clients, before.frames_to_clients
         self.strays, self.pauses = before.stray_frames, before.pauses
@@ -95,7 +95,7 @@ class Output:
         return size
 
     def _find_frames(self, resync: Resync) -> bool:
-        """Throw away what was read up to where a frame begins; returns whether that is known by now."""
+        """Discard what was read before the first frame; returns whether a frame has been found."""
         try:
             found = resync.receive(self._intake.unfinished)
         except Unrecognisable:
@@ -114,7 +114,7 @@ class Output:
         """
         rest = self._intake.read_rest()
         if self.resync:
-            return  # it cannot be told what is whose
+            return  # without frames, nobody can tell which client it is for
         self._before_delivery()
         for batch in self._batches(rest, memoryview(rest), 0, len(rest)):
             self._deliver(batch)
@@ -133,7 +133,7 @@ class Output:
         yield self._count(batch, view[start : batch.stop])
 
     def _count(self, batch: Batch[Session], frames: memoryview) -> Batch[Session]:
-        """Count a batch, which is of these frames."""
+        """Count and log a batch, which consists of `frames`; returns it."""
         self.bytes += len(frames) - sum(length for _, length in batch.strays)
         self.frames += batch.frames - len(batch.strays)
         if logger.isEnabledFor(IO):
@@ -157,7 +157,6 @@ class Output:
         return found
 
     def _deliver(self, batch: Batch[Session]) -> None:
-        """Pass on frames."""
         self._deliver_each(iter(batch.slices.items()))
         for seq, length in batch.strays:
             self.strays += not self._on_stray(seq, length - HEADER_SIZE)
@@ -168,18 +167,18 @@ class Output:
                 if session.deliver(pieces):
                     self._settle(session)
             except Exception:
-                # More output would come after a gap, so this session gets none; the others miss nothing.
+                # Later output would follow a gap, so this session gets no more. The others miss nothing.
                 session.give_up_output()
                 self._deliver_each(slices)
                 raise
 
     def flush(self, session: Session) -> None:
-        """The session's client takes something again, or has gone."""
+        """Handle a client that takes output again, or has gone."""
         session.flush()
         self._settle(session)
 
     def forget(self, session: Session) -> None:
-        """Nothing waits for the session's client any more, or the session is to be closed."""
+        """Stop watching a session: nothing waits for its client any more, or it is about to be closed."""
         if self.waiting.pop(session.fd, None):
             self._selector.remove(session.fd)
         self._release(session)
@@ -190,13 +189,13 @@ class Output:
         return min((session.patient_until for session in self.holding), default=math.inf)
 
     def look(self) -> None:
-        """Look for what nothing announces (`Session.look`). To be called now and then."""
+        """Look for what no event announces (`Session.look`). To be called now and then."""
         for session in list(self.waiting.values()):
             session.look()
             self._settle(session)
 
     def run_timers(self, now: float) -> None:
-        """Spool for clients that have had their patience."""
+        """Spool output for clients that have had their time to catch up."""
         for session in list(self.holding):
             if now >= session.patient_until:
                 session.spill()
@@ -227,7 +226,7 @@ class Output:
             logger.warning("the VM is not read until its client reads", extra=fields)
 
     def _release(self, session: Session) -> None:
-        """The session needs the buffer no more."""
+        """The session no longer needs the buffer."""
         if session in self.holding:
             self.holding.remove(session)
             if not self.holding:

@@ -32,13 +32,13 @@ from cc_proxy.linux.fds import untaken
 from cc_proxy.proxy.streams.interfaces import Acknowledge
 from cc_proxy.proxy.streams.session import Session
 
-#: Seconds until the second look whether the VM has taken everything, which nothing announces. Each later
-#: look waits twice as long.
+#: Seconds between the first and second look whether the VM has taken everything, which no event announces.
+#: Each later look waits twice as long.
 _LOOK_AGAIN = 0.001
 
 
 class Pacer:
-    """The sessions whose stdin waits for the agent. For the thread that drives the channel."""
+    """The sessions whose stdin waits for the agent. Only the thread that drives the channel calls it."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Pacer:
         cell: Cell,
         on_room: Callable[[Session], None],
     ) -> None:
-        """`echo_timeout` is how long a marker is waited for, in seconds.
+        """`echo_timeout` and `acknowledge` are those of `Pacing`.
 
         `on_room` is called with each session that may be read again.
         """
@@ -57,16 +57,16 @@ class Pacer:
         self._owners = owners
         self._echo_timeout = echo_timeout
         self._acknowledge = acknowledge
-        #: Whose marker is on its way, in the order in which they are due: when to ask again, and which of
-        #: `frames` the marker was.
+        #: Sessions whose marker is on its way, the one that is due next first. For each: when to ask again,
+        #: and the marker's number among `frames`.
         self.asked: dict[Session, tuple[float, int]] = {}
-        # The sessions that the pings on their way are for. Stdin sent after those pings needs another round.
+        # The sessions that the pings on their way cover. Stdin sent after those pings needs another round.
         self._round: set[Session] | None = None
         self._look_at = math.inf  # when to look whether the VM has taken everything, for a round
         self._look_again = _LOOK_AGAIN
         self._handled = 0  # how many of `frames` the agent is known to have handled
         self._echoes_in_a_row = MARKERS_TO_TRUST
-        #: Frames that were sent to the agent, a client's long ones in several; and the markers among them.
+        #: Frames sent to the agent, after long ones were split; and how many of them were markers.
         self.frames = self.markers = 0
         self._cell = cell
         self._is_lossless = False
@@ -81,7 +81,7 @@ class Pacer:
     def restore(self, state: PacerState, sessions: Iterable[Session]) -> None:
         """Go on where another one stood; its markers may still come back, or are asked for again.
 
-        Commands that were on their way stand for nothing any more.
+        Pings that were on their way prove nothing any more.
         """
         self.frames, self.markers, self._handled = state.frames, state.markers, state.handled
         self._echoes_in_a_row = state.echoes_in_a_row
@@ -91,13 +91,13 @@ class Pacer:
         self.asked = {session: (ask_at, 0) for session in sessions if session.window and session.window.asked}
 
     def state(self) -> PacerState:
-        """Return where it stands, for `restore`."""
+        """Return what `restore` needs."""
         return PacerState(self.frames, self.markers, self._handled, self._echoes_in_a_row, self._is_lossless)
 
     def sent(self, session: Session, payload_bytes: int) -> bytes | None:
         """Count what was sent; returns a marker if one has to be sent after it.
 
-        The session is not to be read then, until `on_room` is called with it.
+        If so, the session must not be read until `on_room` is called with it.
         """
         marker = session.window.sent(payload_bytes) if session.window else None
         if marker:
@@ -114,7 +114,7 @@ class Pacer:
         self.markers += 1
 
     def forget(self, session: Session) -> None:
-        """The session is to be closed."""
+        """Forget a session that is about to be closed."""
         self.asked.pop(session, None)
         if self._round:
             self._round.discard(session)
@@ -137,7 +137,7 @@ class Pacer:
 
     @property
     def _ask_at(self) -> float:
-        """When to send the first marker again that is on its way."""
+        """When the next marker is to be sent again."""
         if not self.asked or self._is_lossless:
             return math.inf
         return next(iter(self.asked.values()))[0]
@@ -147,14 +147,14 @@ class Pacer:
         return min(self._ask_at, self._look_at)
 
     def put_off(self, now: float) -> None:
-        """No marker can have come back: their time begins anew."""
+        """Wait anew for all markers: none could have come back."""
         ask_at = now + self._echo_timeout
         self.asked = {session: (ask_at, number) for session, (_, number) in self.asked.items()}
 
     def run_timers(self, now: float) -> list[bytes]:
-        """Return markers to send again, as they did not come back in time.
+        """Return markers to send again because they did not come back in time.
 
-        There are none while the VM stands still: it would find all of them once it goes on.
+        There are none while the VM stands still: it would get all of them at once when it goes on.
         """
         markers = []
         if now >= self._ask_at:
@@ -168,7 +168,7 @@ class Pacer:
             if session.window:
                 markers.append(session.window.ask_again())
                 self._count_marker()
-        # Not before the markers are sent: they are data that the VM has to take.
+        # Not while markers are yet to be sent: the VM has to take those as well before it is asked.
         if not markers and now >= self._look_at:
             self._look(now)
         return markers
@@ -194,17 +194,17 @@ class Pacer:
                 functools.partial(self._end_round, self._round, sent),
             )
 
-    def _end_round(self, whom: set[Session], sent: int, answered: bool) -> None:
+    def _end_round(self, covered: set[Session], sent: int, answered: bool) -> None:
         """The pings that cover the first `sent` frames were answered, or will not be."""
-        if self._round is not whom:
+        if self._round is not covered:
             return
         self._round = None
         if not answered:
             return  # that proves nothing: too many commands may be waiting for their answers
         self._handled = max(self._handled, sent)
-        if whom:
+        if covered:
             self._echoes_in_a_row = 0
-        for session in whom:
+        for session in covered:
             if session.window:
                 session.window.reset()
             self._let_go_on(session)

@@ -1,6 +1,6 @@
 """One VM's I/O pump: the thread that copies frames between the I/O channel and the clients' fds.
 
-`Channel` has what the thread does; here is the thread itself, and what other threads may ask of it.
+`Channel` is what the thread works on; here is the thread itself, and what other threads may ask of it.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from cc_proxy.proxy.streams.spool import is_at_disk
 class Pump:
     """A thread that works on one VM's channel, and ends when all is delivered.
 
-    Any thread may call its methods. None of them waits, but for `join`: they leave a call for the thread.
+    Any thread may call its methods. They leave a call for the thread, and none but `join` waits.
     """
 
     def __init__(
@@ -39,8 +39,8 @@ class Pump:
     ) -> None:
         """Take over the VM's sockets and its memory; see `Channel`.
 
-        `one_at_a_time` is entered for the work of each turn, but never while the thread waits: it may have
-        the pumps of one user take turns. It is told whether the batch is likely to be a large one. Raises
+        `one_at_a_time` is entered for the work of each turn, never while the thread waits, so that the pumps
+        of one user can take turns. Its argument says whether the batch is likely to be large. Raises
         `OSError`; the caller keeps everything then.
         """
         self._owner = owner
@@ -74,22 +74,22 @@ class Pump:
         """A command is about to be sent that starts processes with these seqs as stdio.
 
         Call this before it is sent: only from then on does an empty frame on one of them mean end of file.
-        They need not be anybody's.
+        No session need own them.
         """
         self._mailbox.post(lambda: self._channel.expect_processes(seqs))
 
     def open_stdin(self, seqs: Iterable[int]) -> None:
-        """That command was acknowledged: stdin that clients have sent for them is read from now on.
+        """That command was acknowledged: read what clients send to these processes from now on.
 
-        Output on a stdio says the same.
+        Output on a stdio has the same effect.
         """
         self._mailbox.post(lambda: self._channel.open_stdin(seqs))
 
     def describe(self) -> Future[Streams]:
-        """Ask how the streams stand, all of it at one moment.
+        """Ask what `status` says of the streams, all of it at one moment.
 
-        The answer comes after what the thread is at, so waiting for it needs a deadline; it is cancelled if
-        the pump has ended.
+        The thread answers after its current turn, so wait with a deadline. The answer is cancelled if the
+        pump has ended.
         """
         answer: Future[Streams] = Future()
         if not self._mailbox.post(lambda: self._answer(answer)):
@@ -102,11 +102,11 @@ class Pump:
         self._mailbox.post(lambda: self._channel.finish_by(at, cause))
 
     def abort(self) -> None:
-        """End now, whatever waits."""
+        """End now. What waits is lost."""
         self._mailbox.post(self._channel.abort)
 
     def rest(self) -> None:
-        """End the thread after the turn that it is at, and close nothing. `join` and `hand_over` are next."""
+        """End the thread after its current turn, and close nothing. `join` and `hand_over` come next."""
 
         def leave() -> None:
             self._resting = True
@@ -114,9 +114,9 @@ class Pump:
         self._mailbox.post(leave)
 
     def hand_over(self) -> ChannelState | None:
-        """Return what the thread would have gone on with; None if all was over. After `rest` and `join`.
+        """Return what another pump goes on with (`restore`); None if nothing was left to do.
 
-        Nobody may leave calls for it any more.
+        Call it after `rest` and `join`, when no thread leaves calls any more.
         """
         if not self._resting or not self._channel.is_in_use:
             return None
@@ -144,8 +144,8 @@ class Pump:
     def probe(self) -> bool:
         """Whether the thread has answered the last probe; if so, send another. One thread at a time.
 
-        A pump that waits for the VM, or for clients, answers at once. One that has not begun need not answer,
-        nor one that has ended; nor one that the spool's disk keeps waiting, which no restart would mend.
+        A pump that waits for the VM, or for clients, answers at once. One that has not begun, or has ended,
+        need not answer. Nor need one that waits for the spool's disk, which no restart would mend.
         """
         if self._probed and self._thread.is_alive():
             hangs_in_disk = is_at_disk(self._thread.ident)
@@ -165,12 +165,12 @@ class Pump:
         with contextlib.ExitStack() as last_first:
             last_first.callback(self._owner.ended)
             last_first.callback(self._contain, self._close)
-            # These two have something to do only after an error: what had arrived is still delivered.
+            # These two have something to do only after an error: they deliver what had arrived.
             last_first.callback(self._contain, self._copy)
             last_first.callback(self._contain, self._channel.finish_reading)
 
     def _contain(self, step: Callable[[], None]) -> None:
-        """An error that nobody expected costs this VM."""
+        """An unexpected error costs this VM, and nothing else."""
         try:
             step()
         except Exception:
@@ -183,7 +183,7 @@ class Pump:
         while channel.is_in_use and not self._resting:
             ready = channel.wait()
             with self._one_at_a_time(large):
-                # Nobody knows before it is read whether it is large, but streams are steady.
+                # Only reading shows whether a batch is large, but streams are steady.
                 large = channel.serve(ready)
 
     def _answer(self, answer: Future[Streams]) -> None:
@@ -196,7 +196,7 @@ class Pump:
         self._probed = False
 
     def _close(self) -> None:
-        """Close everything, sessions that are still in the mailbox included, whatever fails meanwhile."""
+        """Close everything, also sessions that are still in the mailbox, even if closing some of it fails."""
         with contextlib.ExitStack() as last_first:
             last_first.callback(self._channel.close)
             last_first.callback(self._mailbox.make_calls)

@@ -40,7 +40,7 @@ _PATIENCE_REGAINED = 0.25
 
 
 class Whose(NamedTuple):
-    """Whose streams they are: the VM, the user, and the process that asked for them."""
+    """The VM that streams belong to, and the user and process that asked for them."""
 
     vm: str
     uid: int
@@ -82,7 +82,7 @@ class Session:
         self.window = window
         #: Output that still needs the pump's buffer. Everything read later goes behind it.
         self.pending: Sequence[Piece] = ()
-        #: When `pending` is to be spilled; never, if nothing is pending, or the spool has not taken it.
+        #: When to move `pending` to the spool; infinite if nothing is pending, or the spool refused it.
         self.patient_until = math.inf
         #: Why the spool has not taken what is pending.
         self.stuck = ""
@@ -94,7 +94,7 @@ class Session:
         self.output_gone = False
 
     def hand_over(self, *, expected: bool) -> SessionState:
-        """Give up everything as a value, for `restore`. `expected` is what the routes know of it."""
+        """Give up everything as a value, for `restore`. `expected`: `Routes.expect` was called."""
         now = time.monotonic()
         return SessionState(
             fd=Fd(self._sock.detach()),
@@ -117,7 +117,7 @@ class Session:
         )
 
     def restore(self, state: SessionState) -> None:
-        """Go on where another one of these streams stood."""
+        """Go on where another session with these streams stood."""
         now = time.monotonic()
         self.splitter.restore(state.splitter)
         self._spool.restore(state.spool)
@@ -137,10 +137,10 @@ class Session:
         if self.window:
             self._cell[MARKER] = self.window.generation
         if self.waits:
-            self._outlet.tear()  # nobody knows any more where frames begin in it
+            self._outlet.tear()  # where frames begin in what waits is not kept
 
     def log_fields(self, **others: str | None) -> dict[str, object]:
-        """Return what a log line says of these streams."""
+        """Return the fields that every log line about these streams has."""
         return {"vm": self.vm, "stream": self.seqs.start, "pid": self.pid, "uid": self.uid, **others}
 
     # Output -----------------------------------------------------------------------------------------------
@@ -152,18 +152,18 @@ class Session:
 
     @property
     def spooled(self) -> int:
-        """Bytes of the disk that the spool holds for it."""
+        """Bytes of the disk that its spool holds."""
         return self._spool.held
 
     @property
     def idle_since(self) -> float:
-        """While output waits: since when the client has taken none of it."""
+        """While output waits: when the client last took some, or when it began to wait."""
         return max(self._patience_at, self._took_at)
 
     def deliver(self, pieces: Sequence[Piece]) -> bool:
         """Pass output on, behind what waits; returns whether anything waits afterwards.
 
-        `pending` output has to stay where it is in the buffer.
+        While anything is `pending`, the buffer must not change.
         """
         if self.output_gone:
             return False
@@ -187,7 +187,7 @@ class Session:
         """The client takes output again, or has gone: pass on what waits, oldest first."""
         try:
             if self._spool.size:
-                self._outlet.tear()  # files are sent in any pieces
+                self._outlet.tear()  # files are sent in arbitrary pieces
                 self._spool.drain_to(self.fd)
                 self._cell[SPOOLED] = self._spool.size
             if self.pending and not self._spool.size:
@@ -206,10 +206,10 @@ class Session:
             self.spill()
 
     def look(self) -> None:
-        """Look for what nothing announces. To be called now and then while output waits.
+        """Look for what no event announces. To be called now and then while output waits.
 
-        The client may have shut its fd for reading: while its socket is full, that shows only when something
-        is sent, even nothing. And others may have made room in the spool.
+        The client may have shut its fd for reading. While its socket is full, only a send shows that, even
+        one of no bytes. And others may have made room in the spool.
         """
         try:
             self._sock.send(b"")
@@ -220,7 +220,7 @@ class Session:
             self.spill()
 
     def spill(self) -> None:
-        """Move pending output to the spool, as much as that takes. If something is left, `stuck` says why."""
+        """Move pending output to the spool, as far as it takes it. If any is left, `stuck` says why."""
         self._stop_being_patient()
         try:
             while self.pending and (stored := self._spool.append(self.pending)):
@@ -231,7 +231,7 @@ class Session:
         self._cell[SPOOLED] = self._spool.size
 
     def fail(self, error: OSError) -> None:
-        """Give up output because of an error. A client that is still there sees its stream closed."""
+        """Give up output because of an error. A client that is still there sees its streams closed."""
         self.give_up_output()
         if error.errno not in _GONE:
             logger.error("output lost: its stream is closed", extra=self.log_fields(error=error.strerror))
@@ -239,7 +239,7 @@ class Session:
                 self._sock.shutdown(socket.SHUT_RDWR)
 
     def give_up_output(self) -> None:
-        """The client has closed its end. What it sent before may still be on its way in."""
+        """Drop what waits, and take no more output. Stdin that the client has sent is still read."""
         self.output_gone = True
         self._mark(GONE)
         self.pending = ()
@@ -262,14 +262,14 @@ class Session:
     # Input ------------------------------------------------------------------------------------------------
 
     def read(self, view: memoryview, start: int, room: int, turn: int) -> int:
-        """Read what the client sent to `view[start:start + room]`; returns 0 at its end.
+        """Read what the client sent into `view[start:start + room]`; returns how many bytes, 0 at the end.
 
-        It is split next, and that noted. Raises `BlockingIOError` if there is nothing.
+        The caller splits it next, and calls `note_split`. Raises `BlockingIOError` if there is nothing.
         """
         place = turn << WHERE_AT | start
         try:
-            # Always without doubt, which would cost the session: other threads may keep this one from noting
-            # it for a millisecond.
+            # Always as `large`: a doubt would cost the session, and between reading and noting other threads
+            # may hold the GIL for milliseconds.
             return read_noted(self._sock, view[start : start + room], self._cell, place, large=True)
         except BlockingIOError:
             raise
@@ -290,7 +290,7 @@ class Session:
         self._mark(EXPECTED | STARTED)
 
     def end_stdin(self) -> None:
-        """Its client sends no more."""
+        """The client sends no more stdin."""
         self.stdin_open = False
         self._mark(ENDED)
 

@@ -1,4 +1,4 @@
-"""Output that waits for a client, outside the daemon's memory: in files without names."""
+"""Output that waits for a client, in files without names, so that it takes none of the daemon's memory."""
 
 import contextlib
 import mmap
@@ -14,10 +14,10 @@ from cc_proxy.continuity.state.streams import SpoolFile
 from cc_proxy.linux.fds import IOV_MAX, Fd, Piece, cut
 from cc_proxy.settings import LiveSettings, SpoolSettings
 
-#: A spool that is full has this many files. The disk gets a file back once all of it has been read: the more
-#: there are, the less is held for nothing, and the more fds it takes.
+#: A full spool has this many files. The disk gets a file back only when all of it has been read. More files
+#: would hold less disk in vain, but take more fds.
 _FILES = 32
-#: File systems give out whole blocks, none of them longer than a page.
+#: File systems allocate whole blocks, of a page at most.
 _BLOCK = mmap.PAGESIZE
 
 #: Threads that the disk may keep waiting, by ident. Each adds and removes itself: atomic under the GIL.
@@ -42,7 +42,7 @@ def _waiting_for_disk() -> Iterator[None]:
 class SpoolSpace:
     """How much of the disk all spools may hold, and where. Any thread may call.
 
-    What counts are whole blocks, from the moment they are written to until their file is closed.
+    Whole blocks count, from the first write to them until their file is closed.
     """
 
     def __init__(self, live: LiveSettings) -> None:
@@ -53,7 +53,7 @@ class SpoolSpace:
 
     @property
     def settings(self) -> SpoolSettings:
-        """What the settings say of it now."""
+        """The settings of spools now."""
         return self._live.current.spool
 
     @property
@@ -66,7 +66,7 @@ class SpoolSpace:
         return self._used_by[uid]
 
     def take(self, wanted: int, uid: int) -> int:
-        """Reserve up to `wanted` bytes for a user; returns how many there were, in whole blocks."""
+        """Reserve up to `wanted` bytes for a user, in whole blocks; returns how many there were."""
         limits = self.settings
         with self._lock:
             left = min(limits.total_limit - self._used, limits.user_limit - self._used_by[uid])
@@ -75,17 +75,17 @@ class SpoolSpace:
         return taken
 
     def count(self, size: int, uid: int) -> None:
-        """Count what is held already, whatever the limits say."""
+        """Count bytes that a user holds already, whatever the limits say."""
         with self._lock:
             self._count(size, uid)
 
     def give_back(self, size: int, uid: int) -> None:
-        """Return `size` bytes that were taken for a user."""
+        """Release `size` bytes that a user took."""
         with self._lock:
             self._count(-size, uid)
 
     def _count(self, size: int, uid: int) -> None:
-        """Users who hold nothing leave nothing. Requires _lock."""
+        """Count, and forget a user who holds nothing. Requires _lock."""
         self._used += size
         self._used_by[uid] += size
         if not self._used_by[uid]:
@@ -95,12 +95,12 @@ class SpoolSpace:
 class Spool:
     """What waits for one client, in order. Pump thread.
 
-    Files are made when output has to wait, and closed once it has been read, so a client that is always slow
-    takes little more room than its waiting output. They have no names and vanish with the daemon.
+    A file is made when output has to wait, and closed once it has been read, so a client that is always slow
+    takes little more room than its waiting output. Files have no names and vanish with the daemon.
 
-    A file is never written to where it was written before, nor is a part of it given back: `sendfile` leaves
-    its pages in the socket, and what the client reads is what they hold by then. (ext4 and xfs zero them
-    where a hole is punched.)
+    No place in a file is written twice, and no part of a file is given back: `sendfile` leaves the file's
+    pages in the socket, and the client reads what they hold by then. (ext4 and xfs zero pages where a hole is
+    punched.)
     """
 
     def __init__(self, space: SpoolSpace, uid: int) -> None:
@@ -109,7 +109,7 @@ class Spool:
         self._files: deque[_File] = deque()
         #: Bytes that wait.
         self.size = 0
-        #: Bytes of the disk that are held for what waits. (Each batch asks, and there may be many files.)
+        #: Bytes of the disk that its files hold. A sum, because each batch asks, and there may be many files.
         self.held = 0
 
     def hand_over(self) -> list[SpoolFile]:
@@ -120,7 +120,7 @@ class Spool:
         return files
 
     def restore(self, files: Sequence[SpoolFile]) -> None:
-        """Take over what waited in another one."""
+        """Take over what waited in another spool."""
         self._files.extend(_File(file.fd.number, file.size, file.start, file.stop) for file in files)
         self.size = sum(file.stop - file.start for file in files)
         self.held = sum(file.held for file in self._files)
@@ -219,17 +219,17 @@ class _File:
 
     @property
     def held(self) -> int:
-        """Bytes of the disk that it holds, however much of it has been read."""
+        """Bytes of the disk that the file holds, however much of it has been read."""
         return _in_blocks(self.stop)
 
 
 def _in_blocks(size: int) -> int:
-    """Return how many bytes the blocks have that `size` bytes need."""
+    """Round a size up to whole blocks."""
     return -(-size // _BLOCK) * _BLOCK
 
 
 def check_directory(directory: str) -> None:
-    """Find out whether files can be made in `directory`. Raises `OSError` if not."""
+    """Raise `OSError` if no file can be made in `directory`."""
     os.close(_open_unnamed(directory))
 
 
@@ -237,7 +237,7 @@ def _open_unnamed(directory: str) -> int:
     """Open a file that has no name in `directory`, readable by nobody else."""
     with contextlib.suppress(OSError):
         return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    # Some file systems know no O_TMPFILE.
+    # Some file systems lack O_TMPFILE.
     fd, name = tempfile.mkstemp(prefix="cc-proxy-", dir=directory)
     os.unlink(name)
     return fd

@@ -1,6 +1,6 @@
 """What a channel says of its streams, for `status` and for the next process.
 
-For the thread that drives the channel.
+Only the thread that drives the channel calls this.
 """
 
 import time
@@ -15,7 +15,7 @@ from cc_proxy.proxy.streams.stdin import Stdin
 
 
 def describe_streams(sessions: Collection[Session], output: Output, stdin: Stdin, pacer: Pacer) -> Streams:
-    """Return how the streams of one VM are now."""
+    """Return what `status` says of one VM's streams now."""
     now = time.monotonic()
     waiting = [_waiting(session, output, now) for session in sessions if session.waits]
     waiting.sort(key=lambda stream: (not stream.holds_vm, -stream.idle))

@@ -19,15 +19,15 @@ from cc_proxy.proxy.streams.outlet import Outlet
 from cc_proxy.proxy.streams.pacer import Pacer
 from cc_proxy.proxy.streams.session import Session
 
-#: Seconds that stdin waits for its process after its client has gone. By then every command that was on its
-#: way has its answer.
+#: Seconds that stdin waits for its process to start after its client has gone. By then every command that
+#: was on its way has its answer.
 _KEPT = 60.0
 
 
 class Stdin:
     """Reads the clients and passes what they send to the I/O channel, paced for each of them.
 
-    `drop` is called with a session that is over and why.
+    `drop` is called with a session that is over, and the reason.
     """
 
     def __init__(
@@ -48,17 +48,17 @@ class Stdin:
         self._buffer = memory.stdin
         self._view = memoryview(self._buffer)
         self._turn = 0  # counts the times that clients were read, modulo TURNS
-        self._served = 0  # how many of them found room in the turns that had too little for all
+        self._served = 0  # clients read in all the turns that had no room for everybody
         self._sessions: dict[int, Session] = {}  # by fd
         #: Clients that went before their process was started, and until when each is kept.
         self.orphans: dict[Session, float] = {}
-        #: What the VM has not taken yet. While there is any, it needs the buffer, and no client can be read.
+        #: What the VM has not taken yet. While there is any, it occupies the buffer, and no client is read.
         self.to_vm: Sequence[Piece] = ()
-        #: While there is any: since when the VM has taken nothing.
+        #: While there is any: the moment since which the VM has taken nothing.
         self.stalled_since = 0.0
-        #: Bytes of stdin, as the agent gets them.
+        #: Bytes of stdin, with frames split as the agent gets them.
         self.bytes = 0
-        #: Why the VM takes nothing any more.
+        #: Why the VM can be sent nothing any more.
         self.error: str | None = None
 
     def restore(self, state: StreamsState, sessions: Sequence[Session]) -> None:
@@ -80,7 +80,7 @@ class Stdin:
         self._watch(session, NOTHING_ELSE)
 
     def forget(self, session: Session) -> None:
-        """The session is to be closed."""
+        """Forget a session that is about to be closed."""
         self._sessions.pop(session.fd, None)
         self._pacer.forget(session)
         self.orphans.pop(session, None)
@@ -89,13 +89,13 @@ class Stdin:
     def read_clients(self, ready: list[tuple[int, int]]) -> None:
         """Read the clients that have sent something or hung up, and pass it all on in one write.
 
-        `ready` are their fds with the events of each. Not while anything waits for the VM.
+        `ready` has their fds with the events of each. Not while anything waits for the VM.
         """
         pieces: list[Piece] = []
         used = 0
         self._turn = (self._turn + 1) % TURNS
-        # epoll names them in the same order each time. So those for whom there is no room are the first ones
-        # in the next turn.
+        # epoll reports them in the same order each time. So the next turn begins with those that find no room
+        # in this one.
         first = self._served % len(ready)
         for number, (fd, events) in enumerate(ready[first:] + ready[:first]):
             if BUFFER_SIZE - used < LARGE:
@@ -116,8 +116,8 @@ class Stdin:
         self._send(pieces)
 
     def look(self, now: float) -> None:
-        """Give up clients that have gone. To be called now and then, while there may be some."""
-        if self.to_vm:  # nobody is read now, and those who have left nothing to be read can go all the same
+        """Drop clients that have gone. To be called now and then, while there may be some."""
+        if self.to_vm:  # no client is read now, but one that has hung up and left nothing to read can go
             pieces: list[Piece] = []
             for fd, events in self._clients.poll(0):
                 client = self._sessions.get(fd)
@@ -164,8 +164,8 @@ class Stdin:
     def _end(self, session: Session, events: int, pieces: list[Piece]) -> None:
         """The client sends no more: it has closed that direction, or its fd.
 
-        Closing the direction is end of file. So is closing the fd in the middle of sending stdin, as it is
-        with a pipe; one that was never written to ends without a word.
+        Closing the direction is end of file. So is closing the fd after sending stdin, as with a pipe. If the
+        client never sent any, its process is told nothing.
         """
         gone = bool(events & HANG_UP) or session.output_gone
         said = session.splitter.at_eof or not session.stdin_open
@@ -180,7 +180,7 @@ class Stdin:
             self._clients.change(session.fd, NOTHING_ELSE)
 
     def _hung_up(self, session: Session) -> None:
-        """The client has closed its fd, while it was not being read."""
+        """The client has closed its fd while its stdin was not being read."""
         if not session.stdin_open:
             self._drop(session, "closed by its client")
         elif session in self._pacer.asked:
@@ -190,13 +190,13 @@ class Stdin:
             self.orphans[session] = time.monotonic() + _KEPT
         elif not session.is_started:
             self._drop(session, "closed by its client")
-        # Else its marker has come back since it was looked at, in the same turn: it is being read again.
+        # Otherwise its marker came back in this turn, after epoll had reported it: it is being read again.
 
     def resume(self, session: Session) -> None:
         """Read a client again, or for the first time."""
         self.orphans.pop(session, None)
         if not session.stdin_open:
-            return  # it has sent its last
+            return  # nothing more will come
         if self._clients.watches(session.fd):
             self._clients.change(session.fd, READ)
         else:
@@ -205,7 +205,7 @@ class Stdin:
     def _watch(self, session: Session, events: int) -> None:
         try:
             self._clients.add(session.fd, events)
-        except OSError as error:  # the kernel watches no more fds: that costs this client, and not the VM
+        except OSError as error:  # the kernel watches no more fds, which costs this client and not the VM
             session.fail(error)
             self._drop(session, "it cannot be watched")
 

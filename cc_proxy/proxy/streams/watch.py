@@ -14,11 +14,11 @@ Handler = Callable[[int], None]
 
 
 class Watch:
-    """Two epoll instances, and who handles what is ready.
+    """Two epoll instances, and the handlers of their fds.
 
-    `clients` has the clients, the I/O channel, and the other instance as one of its fds. It is what is waited
-    on, except while clients cannot be read. The I/O channel is in both, because being woken through one
-    instance inside the other takes longer.
+    `clients` watches the clients, the I/O channel, and the other instance as one more fd. The thread waits on
+    it, or on `others` alone while clients cannot be read. The I/O channel is in both, because waking through
+    one instance inside the other takes longer.
     """
 
     def __init__(self, on_writable: Callable[[int], None]) -> None:
@@ -38,8 +38,8 @@ class Watch:
             undo.pop_all()
         self._io_fd = -1
         self._io_events = (READ, NOTHING_ELSE)
-        # Measured: an echo takes 40 us where the next frame is looked for before the thread sleeps, and
-        # 75 us where the thread has to be woken.
+        # Measured: an echo takes 40 us if the thread polls for the next frame before it sleeps, and 75 us if
+        # it has to be woken.
         self._spin = Spin()
         self._handlers[self.others.fileno()] = lambda _events: self.serve_others(self.others.poll(0))
 
@@ -78,19 +78,20 @@ class Watch:
             console.close()
 
     def remove(self, fd: int) -> None:
-        """Watch `fd` no more; to be called before it is closed. No matter if it was not watched."""
+        """Stop watching `fd`, if it is watched. Call this before it is closed."""
         if self._handlers.pop(fd, None):
             self.others.remove(fd)
             self.clients.remove(fd)
 
     def set_io(self, reading: int, writing: int) -> None:
-        """Watch the I/O channel for `READ` and `WRITE`, or `NOTHING_ELSE` instead. Only hang-ups are always
-        noticed.
+        """Watch the I/O channel for `READ` and `WRITE`, or `NOTHING_ELSE` instead of either.
+
+        A hang-up is always noticed.
         """
         if (reading, writing) == self._io_events:
             return
         self._io_events = (reading, writing)
-        # While it is waited for being writable only `others` is waited on, so there it has to be seen.
+        # While the channel is watched for `WRITE`, the thread waits on `others` alone.
         self.others.change(self._io_fd, reading | writing if writing else NOTHING_ELSE)
         self.clients.change(self._io_fd, reading)
 
@@ -102,10 +103,10 @@ class Watch:
         return self._spin.wait(lambda: poll(0) or None, lambda: poll(timeout))
 
     def serve(self, ready: list[Ready]) -> list[Ready]:
-        """Have all handled that is ready, but for sessions' fds, which are returned."""
+        """Call the handlers of what is ready; returns the rest, which are sessions' fds."""
         unhandled = []
         for pair in ready:
-            # Looked up as late as this: one handler may remove what another was to handle.
+            # Looked up only now, since one handler may remove another.
             handler = self._handlers.get(pair[0])
             if handler:
                 handler(pair[1])
@@ -114,12 +115,12 @@ class Watch:
         return unhandled
 
     def serve_others(self, ready: list[Ready]) -> None:
-        """Have all handled that was ready without clients."""
+        """Handle what was ready in `others`: there a session's fd means that its client takes output."""
         for fd, _ in self.serve(ready):
             self._on_writable(fd)
 
     def close(self) -> None:
-        """Close both instances; what they watched stays open, the console too."""
-        self._handlers.clear()  # they refer to this in a circle
+        """Close both instances. What they watched stays open, also the console."""
+        self._handlers.clear()  # breaks a reference cycle
         self.others.close()
         self.clients.close()
