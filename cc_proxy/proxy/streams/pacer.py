@@ -114,10 +114,12 @@ class Pacer:
         self.markers += 1
 
     def forget(self, session: Session) -> None:
-        """Forget a session that is about to be closed."""
+        """Wait for nothing of a session's any more: there is room for it, or it is about to be closed."""
         self.asked.pop(session, None)
         if self._round:
             self._round.discard(session)
+        if not self.asked:
+            self._look_at = math.inf
 
     def echo(self, seq: int, size: int) -> bool:
         """A frame came that nobody owns, with `size` bytes of payload; returns whether it may be a marker."""
@@ -212,11 +214,8 @@ class Pacer:
             self._prepare_round(time.monotonic())
 
     def _let_go_on(self, session: Session) -> None:
-        if self.asked.pop(session, None) is not None:
-            if self._round:
-                self._round.discard(session)
-            if not self.asked:
-                self._look_at = math.inf
+        if session in self.asked:
+            self.forget(session)
             self._on_room(session)
 
     def _be_lossless(self) -> None:

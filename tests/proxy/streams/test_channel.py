@@ -1248,6 +1248,21 @@ def test_markers_are_asked_for_again_on_time_and_never_for_who_has_gone(pacing: 
     assert bench.is_at_rest()
 
 
+def test_vm_that_has_hung_up_is_asked_for_nothing_more(pacing: Bench) -> None:
+    """Whatever it had yet to acknowledge, and for however long a slow client reads on."""
+    bench = pacing
+    slow, paced = bench.open(buffer=SMALL), bench.open()
+    sent = bench.stall(slow)
+    paced.send(bytes(WINDOW))
+    bench.settle()
+    bench.pass_time(ECHO_TIMEOUT)  # its VM has yet to take the marker
+    close_io(bench)
+    bench.settle()
+    bench.pass_time(ECHO_TIMEOUT)
+    assert bench.is_at_rest()
+    assert bench.read_to_end(slow.sock) == sent
+
+
 def test_marker_that_is_due_ends_a_wait(pacing: Bench, clock: Clock) -> None:
     bench = pacing
     bench.open().send(bytes(WINDOW))
