@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
@@ -12,6 +13,7 @@ from typing import TypeVar
 
 import pytest
 
+from cc_proxy.linux import credentials
 from cc_proxy.linux.credentials import Credentials, become
 
 T = TypeVar("T")
@@ -49,6 +51,15 @@ def call_as(who: Credentials, function: Callable[[], T]) -> T:
     thread.start()
     thread.join()
     return outcome.result()
+
+
+def count_as_oneself() -> None:
+    """Have what the calling thread puts in flight counted as its own user's, and not as root's.
+
+    For that the kernel goes by the real uid, which `become` leaves as it was.
+    """
+    *_, setresuid = credentials._calls()  # glibc's own would change all threads
+    assert not ctypes.CDLL(None).syscall(setresuid, ctypes.c_uint(os.geteuid()), -1, -1)
 
 
 #: Starts a daemon as another user without any rights, though only root may be able to read its code.

@@ -20,7 +20,7 @@ from cc_proxy.continuity.state.clients import ConnectionRecord, ListenerState
 from cc_proxy.continuity.table import SIZE, Table
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.linux.fds import Fd
-from tests.users import call_as, needs_root
+from tests.users import call_as, count_as_oneself, needs_root
 
 T = TypeVar("T")
 
@@ -40,10 +40,15 @@ def fds() -> Iterator[list[int]]:
 
 def limited(function: Callable[[], T]) -> T:
     """Call it as a user who has nothing in flight yet, where no more fds may be."""
+
+    def call() -> T:
+        count_as_oneself()
+        return function()
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (LIMIT, hard))
     try:
-        return call_as(Credentials(0, next(_uids), 54_321, ()), function)
+        return call_as(Credentials(0, next(_uids), 54_321, ()), call)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
