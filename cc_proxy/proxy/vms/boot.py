@@ -23,13 +23,14 @@ from cc_proxy.proxy.vms.dialer import CannotConnect, Dialer
 from cc_proxy.proxy.vms.states import VmError
 from cc_proxy.settings import VmSettings
 
-#: poll(2) calls a socket writable when three quarters of this are free. The rest has to last until then.
+#: poll(2) reports a socket as writable once three quarters of this are free. The last quarter keeps the VM
+#: busy until more is sent.
 _SEND_BUFFER = 1024 * 1024
 
 
 @dataclass(slots=True)
 class Channels:
-    """What is open to a VM. Whoever has it closes it."""
+    """The open channels of a VM. Whoever holds them closes them."""
 
     control: ControlLink
     io: socket.socket
@@ -45,11 +46,11 @@ class Channels:
         console: ConsoleState | None,
         on_answered: OnAnswered = lambda *_: None,
     ) -> Self:
-        """Return what another process had open. Raises `OSError`.
+        """Return the channels that another process had open. Raises `OSError`.
 
-        `on_answered` is called once a command is answered that was sent there.
+        `on_answered` is called when a command that it sent is answered.
         """
-        # What has hung up stands for what is closed already.
+        # A socket that has hung up stands for one that was closed already.
         if control:
             link = ControlLink.from_state(control, event_logger(vm), on_answered)
         else:
@@ -65,7 +66,7 @@ class Channels:
         return self.control.hand_over(), self.console.hand_over() if self.console else None
 
     def close(self) -> None:
-        """Close all. Every thread that uses the control channel finds it lost."""
+        """Close all. A thread that uses the control channel finds it lost."""
         self.control.close()
         close_stream(self.io)
         if self.console:
@@ -82,18 +83,18 @@ class Boot:
         self._resting = False
         self._channels: Channels | None = None  # once they are connected
         self._deadline = Deadline(limits.ready_timeout)
-        self._quiz_at = self._deadline  # from when they are connected
+        self._quiz_at = self._deadline  # set once they are connected
 
     # Between two processes --------------------------------------------------------------------------------
 
     def rest(self) -> None:
-        """Have `run` leave with `Resting`, and `hand_over` keep how far it has come. Any thread."""
+        """Have `run` raise `Resting`, so that `hand_over` can give up what it has so far. Any thread."""
         self._resting = True
         if channels := self._channels:
             channels.control.rest()
 
     def hand_over(self) -> BootState:
-        """Give up what is open as a value. After `run` has left."""
+        """Give up what is open as a value. Call it after `run` has raised `Resting`."""
         channels = self._channels
         control, console = channels.hand_over() if channels else (None, None)
         return BootState(
@@ -105,7 +106,7 @@ class Boot:
         )
 
     def restore(self, state: BootState) -> None:
-        """Go on where another one of this VM stood. Before `run`. Raises `OSError`."""
+        """Go on where another boot of this VM stood. Call it before `run`. Raises `OSError`."""
         self._deadline, self._quiz_at = Deadline(state.left), Deadline(state.quizzed_in)
         if state.io:
             self._channels = Channels.from_state(self._vm, state.io, state.control, state.console)
@@ -165,7 +166,7 @@ class Boot:
         return Channels(control, sockets.io, console)
 
     def _wait_until_up(self, channels: Channels, is_wanted: Callable[[], bool]) -> bool:
-        """Wait for the agent; returns whether it said READY. An error has the console's last lines."""
+        """Wait for the agent; returns whether it said READY. An error quotes the console's last lines."""
         left, quiz_in, console = self._deadline.remaining(), self._quiz_at.remaining(), channels.console
         try:
             return channels.control.wait_until_up(channels.io, left, quiz_in, console, is_wanted)
@@ -178,7 +179,7 @@ class Boot:
 
 
 def event_logger(vm: str) -> Callable[[ControlMessage], None]:
-    """Return what logs an event of a VM's agent."""
+    """Return a function that logs an event of a VM's agent."""
 
     def log(event: ControlMessage) -> None:
         if logger.isEnabledFor(logging.DEBUG):  # an agent sends two of them for each command
@@ -188,8 +189,8 @@ def event_logger(vm: str) -> Callable[[ControlMessage], None]:
 
 
 def _unused_seq() -> int:
-    """Return a seq that no daemon can have handed out before, for a VM that was up already.
+    """Return a seq that no earlier daemon can have handed out, for a VM that was up already.
 
-    That would take a million streams a second for as long as the VM lives. Below 2^53 until the year 2242.
+    To get this far, it would have had to hand out a million seqs a second. Below 2^53 until the year 2242.
     """
     return int(time.time()) << 20  # noqa: TID251 - the one clock that goes on over restarts of the daemon

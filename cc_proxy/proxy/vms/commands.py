@@ -1,4 +1,4 @@
-"""Commands between two processes of the daemon: what is to happen once they are answered is a value, too."""
+"""Commands on a control channel, and how one process of the daemon hands them over to the next."""
 
 import socket
 import time
@@ -23,9 +23,9 @@ class Transaction(Waiter):
     payload: bytes
     begun: float
     on_answer: OnAnswer = ignore
-    #: Called if it cannot be sent. If there is no such call, some thread waits for the transaction.
+    #: Called if it cannot be sent. None if a thread waits for the transaction, and finds out itself.
     on_refusal: Callable[[], None] | None = None
-    #: What was sent; None if that is still to be done.
+    #: What was sent; None until then.
     command: Command | None = None
 
 
@@ -45,7 +45,7 @@ class Asked:
 def control_state(
     sock: socket.socket, channel: ControlChannel, waiting: Mapping[int, Transaction]
 ) -> ControlState:
-    """Return what is known of a control channel, which owns the socket now; `waiting` by client."""
+    """Return a control channel as a value, which owns the socket from now on; `waiting` is by client."""
     now, commands = time.monotonic(), channel.commands
     return ControlState(
         Fd(sock.detach()),
@@ -69,7 +69,7 @@ def control_state(
 
 
 def is_clients(command: Command) -> bool:
-    """Whether a client has asked for a command, and not the daemon itself."""
+    """Whether a client asked for a command, rather than the daemon itself."""
     return isinstance(command.on_answer, Asked)
 
 

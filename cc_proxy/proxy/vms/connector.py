@@ -1,14 +1,14 @@
 """The connector: processes that connect to VMs' sockets with the rights of the daemon's clients.
 
-No thread of the daemon ever takes on a client's uid. The kernel lets a user change the scheduling of every
-task with that user's uid, and a thread of the daemon that was slowed down like this would hold the GIL, and
-with it all others. So the daemon forks the connector before it has threads, and the connector forks a child
-for each hello. The child takes on the client's rights, and connects sockets that the daemon has made and
-still owns; it reports only how that went. A path that hangs, on whatever file system, hangs that child alone.
+No thread of the daemon ever takes on a client's uid. The kernel lets users change the scheduling of every
+task that has their uid, and a thread that a user slowed down like this would slow down all others through the
+GIL. So the daemon forks the connector before it has threads, and the connector forks a child for each hello.
+The child takes on the client's rights and connects sockets that the daemon has made and still owns; it only
+reports how that went. A path that hangs, on whatever file system, hangs that child alone.
 
 A child ends when it has done its work or the daemon hangs up on it. In the second case the kernel sends it a
-signal, which ends it unless it waits for a file system that never answers. The daemon counts such children
-for each user.
+signal, which ends it unless it waits for a file system that never answers. The daemon limits how many such
+children each user has.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from cc_proxy.api.errors import TimedOut
 from cc_proxy.linux.credentials import Credentials
 from cc_proxy.proxy.vms.connector_process import REPORT, DialRequest, run_connector
 
-#: The most children of one user that may hang. Each takes about a megabyte.
+#: The most children of one user that may hang at once. Each takes about a megabyte.
 _MOST_LEFT = 32
 #: Seconds to wait for the end of a child after hanging up on it.
 _PATIENCE = 0.2
@@ -65,8 +65,9 @@ class Attempt:
             self._reports.shutdown(socket.SHUT_WR)
 
     def reap(self, patience: float = 0.0) -> bool:
-        """Wait up to `patience` seconds for the child's end, and close our end then; returns whether it has
-        ended.
+        """Wait up to `patience` seconds for the child's end; returns whether it has ended.
+
+        If so, our end is closed.
         """
         deadline = Deadline(patience)
         try:
@@ -92,7 +93,7 @@ class Connector:
         self._lock = threading.Lock()  # guards all that follows; innermost
         self._control: socket.socket | None = None
         self._pid = 0
-        self._left: list[Attempt] = []  # those that had not ended after hanging up
+        self._left: list[Attempt] = []  # attempts whose child was still there after hanging up
 
     def start(self) -> None:
         """Start the process. Call this before there are other threads. Raises `OSError`."""
@@ -112,7 +113,7 @@ class Connector:
     ) -> Iterator[Attempt]:
         """Connect sockets to paths with the rights of `who`, one after the other; yields the attempt.
 
-        A socket that blocks is tried again while nobody listens there. Raises `TooManyHang`, `TimedOut` or
+        A blocking socket is tried again while nobody listens there. Raises `TooManyHang`, `TimedOut` or
         `OSError`. Leaving the context ends the attempt.
         """
         self._admit(who.uid)

@@ -1,6 +1,6 @@
-"""The connector's side of `connector.py`, which says what it is for.
+"""What the connector's processes do; `connector.py` says what they are for.
 
-All of this runs in processes that are forked from the daemon, and does nothing else there.
+They are forked from the daemon, and run nothing but this.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import msgspec
 
 from cc_proxy.linux.credentials import CannotAct, Credentials, become, forbid_dumps, name_process
 
-#: Their name in `ps -o comm` and the like. It has room for 15 characters.
+#: The processes' name in `ps -o comm` and the like, which show at most 15 characters.
 PROCESS_NAME = "cc-proxy-dial"
 
 #: What a report has in place of a socket's number if there is no child, or if the child could not take on the
@@ -57,13 +57,13 @@ _decoder = msgspec.msgpack.Decoder(DialRequest)
 
 
 def run_connector(control: socket.socket) -> NoReturn:
-    """Fork children until the daemon has gone. The process that forked this one may have had threads."""
+    """Fork children until the daemon has gone. It may have had threads when it forked this process."""
     try:
         gc.disable()  # or it would write to, and so copy, memory that is shared with the daemon
         control = _keep_only(control)
         name_process(PROCESS_NAME)
-        # Signals that a service manager or a terminal sends to all processes are ignored: this one ends with
-        # the daemon.
+        # A service manager or a terminal may send signals to all processes. They are blocked, because this
+        # process ends with the daemon.
         signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals() - {signal.SIGIO})
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that children need not be waited for
         while _serve(control):
@@ -136,7 +136,7 @@ def _end_with(reports: socket.socket) -> None:
 def _connect(reports: socket.socket, number: int, fd: int, path: bytes) -> bool:
     """Connect a socket and report how that goes; returns whether it is connected.
 
-    One that blocks is tried again while nobody listens there, and connect(2) waits while its backlog is full.
+    A blocking socket is tried again while nobody listens there; connect(2) waits while the backlog is full.
     """
     sock, is_patient = socket.socket(fileno=fd), os.get_blocking(fd)
     pause, longest = _PAUSES

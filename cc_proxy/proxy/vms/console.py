@@ -11,8 +11,8 @@ from cc_proxy.log.levels import CONSOLE, logger
 from cc_proxy.log.printable import printable
 from cc_proxy.proxy.vms.dialer import Connected
 
-#: Bytes of a line in the log, and of one read: few, so that a console that floods does not hold up the VM's
-#: streams.
+#: The most bytes of a line in the log, and of one read: so few that a flood on the console does not hold up
+#: the VM's streams.
 _LONGEST_LINE = 1024
 #: The most characters of the last lines. An error that ends with them fits into a response.
 _MOST_REMEMBERED = 500
@@ -50,7 +50,7 @@ class LineSplitter:
 
 
 class Console:
-    """Owner of a console's socket. Used by the thread that waits for READY, and then by the pump's."""
+    """Owns a console's socket. The thread that waits for READY uses it, and then the pump's."""
 
     def __init__(self, vm: str, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -66,7 +66,7 @@ class Console:
 
     @classmethod
     def open(cls, vm: str, path: str, connected: Connected) -> Self | None:
-        """Take over the console's socket if it is connected; log it if that failed."""
+        """Take over the console's socket if it is connected; log why if connecting failed."""
         if connected.console_error:
             fields = {"vm": vm, "console": path, "error": connected.console_error}
             logger.warning("console cannot be read", extra=fields)
@@ -74,7 +74,7 @@ class Console:
 
     @classmethod
     def from_state(cls, vm: str, state: ConsoleState) -> Self:
-        """Return one that goes on where another one stood."""
+        """Return a console that goes on where another one stood."""
         console = cls(vm, socket.socket(fileno=state.fd.number))
         console._lines, console._last = LineSplitter(state.line), state.last
         return console
@@ -101,7 +101,7 @@ class Console:
         return bool(data)
 
     def last_lines(self) -> str:
-        """Return the last lines as one printable line. Read nothing after that."""
+        """Return the last lines as one printable line. Call `read` no more after that."""
         with contextlib.suppress(OSError):
             for _ in range(0, unread(self._sock), _LONGEST_LINE):
                 self.read()
@@ -116,7 +116,7 @@ class Console:
         for line in lines:
             logger.log(CONSOLE, "console", extra={"vm": self._vm, "line": line})
         last = _BETWEEN.join(filter(None, (self._last, *map(printable, lines))))
-        if len(last) > _MOST_REMEMBERED:  # whole lines, but for one that is longer
+        if len(last) > _MOST_REMEMBERED:  # keep whole lines, or the end of one that is longer
             cut = last[-_MOST_REMEMBERED:]
             last = cut.partition(_BETWEEN)[2] or cut
         self._last = last

@@ -40,30 +40,30 @@ class NotSent(NoAnswer):
 
 
 class ControlLink:
-    """Whose turn it is on the control channel, and what is said there.
+    """A control channel, and the turns that threads take on it.
 
     A thread carries out its own command: it writes, then reads until the answer is there. Then it sends the
     next command and passes the turn on, so the agent is at work while the next thread wakes up.
 
-    Between commands nobody reads. Then `fileno` is readable when the agent has said something or hung up, and
-    the pump calls `read`.
+    Between commands no thread waits for the agent. Then `fileno` is readable when the agent has said
+    something or hung up, and the pump calls `read`.
     """
 
     def __init__(self, sock: socket.socket, on_event: Callable[[ControlMessage], None]) -> None:
         """`on_event` is called with each message of the agent that answers no command."""
-        # Only the thread that has the turn uses these three, but for what any thread may do with _sock.
+        # Only the thread that has the turn uses these three, except for what any thread may call on _sock.
         self._sock = ControlSocket(sock, on_event)
         self._channel = self._sock.channel
         self._spin = Spin()
         self._turns = Turns[Transaction](functools.partial(self._sock.watch, True))
-        # By the client that waits. Each one's thread adds and removes them, which is atomic under the GIL.
+        # By client. The client's thread adds and removes its own, which is atomic under the GIL.
         self._waiting: dict[int, Transaction] = {}
-        self._is_to_close = False  # `close` was called while all came to rest
+        self._is_to_close = False  # `close` was called while threads came to rest
 
     # Between two processes --------------------------------------------------------------------------------
 
     def rest(self) -> None:
-        """Have every thread that waits here leave with `Resting`; what it waits for stays. Any thread."""
+        """Have every thread that waits here raise `Resting`; its command stays. Any thread."""
         self._turns.rest()
 
     def hand_over(self) -> ControlState | None:
@@ -83,7 +83,7 @@ class ControlLink:
         on_event: Callable[[ControlMessage], None],
         on_answered: OnAnswered,
     ) -> Self:
-        """Return one that goes on where another one stood. Raises `OSError`."""
+        """Return a link that goes on where another one stood. Raises `OSError`."""
         link = cls(socket.socket(fileno=state.fd.number), on_event)
         commands = commands_of(state, on_answered)
         link._channel.restore(state.channel, commands)
@@ -94,10 +94,10 @@ class ControlLink:
         return link
 
     def find_out(self) -> None:
-        """Have an agent that is not known to be up asked questions; commands wait until they are answered.
+        """Ask the agent questions (`Quiz`) if it is not known which of its answers are still to come.
 
-        The process before was killed, so nobody knows which answers are still to come. Call this before
-        anybody uses the channel.
+        That is so after a crash. Commands wait until the questions are answered. Call this before anything
+        else uses the channel.
         """
         if not self._channel.is_up and not self._channel.is_quizzed:
             self._channel.ask(Quiz())
@@ -113,7 +113,7 @@ class ControlLink:
         return self._sock.sock.fileno()
 
     def keep(self, cell: memoryview) -> None:
-        """Have two words say how far messages have come (`ControlSocket.keep`). Requires the turn."""
+        """Store how far messages have come in two words (`ControlSocket.keep`). Requires the turn."""
         self._sock.keep(cell)
 
     # Any thread -------------------------------------------------------------------------------------------
@@ -128,9 +128,9 @@ class ControlLink:
     ) -> bool:
         """Wait for READY; returns whether it came. Call this before anything else uses the channel.
 
-        After `ping_after` seconds without it the agent is asked questions (`Quiz`): one that answers those
-        has been up before. `console` is read meanwhile. Raises `NoAnswer`, or `ControlLost`: also if the VM
-        hangs up `io`, and once `still_wanted` returns false.
+        After `ping_after` seconds without it, the agent is asked questions (`Quiz`): one that answers them
+        was up before. `console` is read meanwhile. Raises `NoAnswer`, or `ControlLost`, also if the VM hangs
+        up `io` or `still_wanted` returns false.
         """
         begun = time.monotonic()
         up = select.poll()
@@ -163,12 +163,12 @@ class ControlLink:
         return self._channel.is_up
 
     def transact(self, asked: Asked, payload: bytes, timeout: float, client: int = 0) -> ControlMessage:
-        """Send a command and return its ACK or ERROR, of which `asked` is told too, however late it is.
+        """Send a command and return its ACK or ERROR. `asked` is called with it too, however late it comes.
 
-        `timeout` is in seconds and includes waiting for the commands of others. Raises `NoAnswer` (the
-        command may yet be carried out; its answer will be taken for its own) or `ControlLost`; or `Resting`:
-        then the command, as far as it has come, waits for the same `client` to ask for it again. Each client
-        asks for one at a time.
+        `timeout` is in seconds and includes waiting for the commands of others. Raises `NoAnswer` (the agent
+        may yet carry out the command, and its answer is not mistaken for another's) or `ControlLost`. If it
+        raises `Resting`, the command stays, and the same `client` has to call this again. A client has one
+        command at a time.
         """
         client = client or -threading.get_ident()
         transaction = self._waiting.get(client)
@@ -185,11 +185,11 @@ class ControlLink:
         return answer
 
     def is_waited_for_by(self, client: int) -> bool:
-        """Whether a command of this client's has been left to be asked for again."""
+        """Whether a command of this client stays here after `Resting`."""
         return client in self._waiting
 
     def post(self, code: Code, on_answer: OnAnswer, on_refusal: Callable[[], None]) -> None:
-        """Send a command that nobody waits for, when it is its turn.
+        """Send a command that no thread waits for, when its turn comes.
 
         `on_answer` is called by the thread that happens to read the answer, and never if the channel is lost.
         `on_refusal` is called if too many commands are without an answer.
@@ -198,9 +198,9 @@ class ControlLink:
             self._pass_turn()
 
     def acknowledge(self, pings: int, done: Callable[[bool], None]) -> None:
-        """Have the agent answer so many pings, one at a time, so that no command waits for more than one.
+        """Have the agent answer some pings, one at a time, so that no command waits for more than one.
 
-        `done` is called like the two of `post`, with whether they were answered.
+        `done` is called with whether it answered all, by any thread, and never if the channel is lost.
         """
 
         def answered(_answer: ControlMessage) -> None:
@@ -217,7 +217,7 @@ class ControlLink:
 
     @property
     def unanswered(self) -> int:
-        """The number of clients' commands without an answer, including those given up. A snapshot."""
+        """How many commands of clients have no answer, including those no longer waited for. A snapshot."""
         return sum(map(is_clients, self._channel.commands))
 
     def _transact(self, transaction: Transaction, timeout: float) -> ControlMessage:
@@ -253,7 +253,7 @@ class ControlLink:
                 if transaction.command is None and self._is_sure():
                     self._send(transaction)
             if transaction.on_refusal is None:
-                self._sock.watch(False)  # the pump has watched, if it is the pump that passes the turn on
+                self._sock.watch(False)  # it still is watched if the pump passes the turn on
                 transaction.turn.release()
                 return
             if transaction.command is None:
@@ -284,7 +284,7 @@ class ControlLink:
         try:
             self._turns.get(Transaction(Code.PING, b"", 0.0), threading.TIMEOUT_MAX)
         except Resting:
-            self._is_to_close = True  # by `hand_over`: until then, threads may still use it
+            self._is_to_close = True  # `hand_over` closes it; until then, threads may still use it
             return
         self._sock.close()
         self._pass_turn()
@@ -319,6 +319,6 @@ class ControlLink:
             except ControlLost as lost:
                 if not done():
                     raise
-                # The answer came before what ended the channel: the next transaction finds that.
+                # The answer came first. The next transaction finds the channel lost.
                 self._sock.lose(lost)
             now = time.monotonic()

@@ -1,4 +1,4 @@
-"""The control channel's socket: what is said there, one read or write at a time."""
+"""The control channel's socket: one read or write at a time."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from cc_proxy.hyperstart.control import KEPT_PAYLOAD, ControlChannel, ControlMes
 from cc_proxy.linux.fds import is_for_now, unread
 from cc_proxy.proxy.streams.interfaces import Lost
 
-#: Most answers are shorter. More is read at once of a long message.
+#: Bytes of a read. Most answers are shorter; of a long message, more is read at once.
 _READ_SIZE = 512
 _HUNG_UP = "the VM hung up its control channel"
 
@@ -22,10 +22,10 @@ class ControlLost(Lost):
 
 
 class ControlSocket:
-    """Owner of the socket. One thread at a time, but for `hang_up`, `check` and `fileno`.
+    """Owns the socket. One thread at a time, except for `hang_up`, `check` and `fileno`.
 
-    The socket is in an epoll instance of its own, for the pump, which waits for much else too. That is
-    readable when the agent has said something or hung up, unless another thread waits for it (`watch`).
+    The socket has an epoll instance of its own, which the pump waits for beside much else. The instance is
+    readable when the agent has said something or hung up, unless another thread waits for that (`watch`).
     """
 
     def __init__(self, sock: socket.socket, on_event: Callable[[ControlMessage], None]) -> None:
@@ -64,13 +64,13 @@ class ControlSocket:
     # One thread at a time ---------------------------------------------------------------------------------
 
     def keep(self, cell: memoryview) -> None:
-        """From now on, two words say what has come of an unfinished message, and what is left to send."""
+        """Store in two words how much has come of an unfinished message, and how much is left to send."""
         self._cell = cell
         cell[0], cell[1] = self.channel.position, len(self.channel.outgoing)
 
     def watch(self, watched: bool) -> None:
         """Have the epoll instance say, or not say, when there is something to do."""
-        # The agent may not have taken all of a posted command: whoever watches sends the rest.
+        # The agent may not have taken all of a posted command. The watching thread sends the rest.
         writing = select.EPOLLOUT if self.channel.outgoing else 0
         events = select.EPOLLIN | writing if watched else 0
         if events != self._watched_for and not self.is_closed:
@@ -102,7 +102,7 @@ class ControlSocket:
         return self._has_read(socket.MSG_DONTWAIT) or None
 
     def read_what_is_there(self) -> None:
-        """Read what is there by now: an answer may be behind events, of which there may be no end."""
+        """Read what has arrived by now, and no more: an answer may be behind events, which may never end."""
         with contextlib.suppress(BlockingIOError):
             for _ in range(0, unread(self.sock) + 1, _READ_SIZE):
                 self._read(socket.MSG_DONTWAIT)
@@ -119,13 +119,13 @@ class ControlSocket:
             raise ControlLost(f"control channel: {os.strerror(error.errno or 0)}") from None
 
     def lose(self, lost: ControlLost) -> None:
-        """Hang up, and have everything that is read from now on raise this."""
+        """Hang up, and have every later read raise `lost`."""
         self._lost = lost
         self.hang_up()
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing is open any more."""
+        """Whether the socket was closed or given up."""
         return self._epoll.closed
 
     def close(self) -> None:

@@ -20,13 +20,12 @@ from cc_proxy.proxy.vms.connector_process import NOT_ALLOWED, NOT_STARTED
 
 #: Seconds to wait for the console once the channels are connected.
 _CONSOLE_TIMEOUT = 0.25
-#: The numbers of the sockets that are channels. The third is the console.
+#: Which of the sockets to connect are channels. The third is the console.
 _CHANNELS = 0, 1
 
 _TOO_LATE = "not accepted in time"
 
-#: The other end of a socket, whatever path led there: the name that it was bound to, and the process that
-#: listens.
+#: The other end of a socket, whatever path led there: the name it was bound to, and the listener's pid.
 Peer = tuple[str, int]
 
 
@@ -36,7 +35,7 @@ class CannotConnect(Exception):
 
 @dataclass(slots=True)
 class Connected:
-    """The sockets of a VM, and their owner: a context manager that closes them. One thread."""
+    """The sockets of a VM, which it owns: a context manager that closes them. One thread."""
 
     ctl: socket.socket
     io: socket.socket
@@ -69,7 +68,8 @@ class Dialer:
     ) -> None:
         """`own_address` is the address of the daemon's own socket, which cannot be a VM's.
 
-        `claim` is called with the peer of each channel, and returns why that cannot be used, or nothing.
+        `claim` is called with the peer of each channel. It returns why the peer cannot be used; empty if it
+        can.
         """
         self._claim = claim
         self._client = client
@@ -114,7 +114,7 @@ class Dialer:
     def _dial(
         self, sockets: Sequence["_Socket"], deadline: Deadline, still_wanted: Callable[[], bool]
     ) -> None:
-        """Connect sockets in this order, and record in each how that went. Raises the same as `connect`."""
+        """Connect sockets in this order, and record in each how that went. Raises what `connect` raises."""
         first, *_ = sockets
         targets = [(each.sock, each.path) for each in sockets]
         try:
@@ -134,7 +134,7 @@ class Dialer:
         deadline: Deadline,
         still_wanted: Callable[[], bool],
     ) -> None:
-        """Record in each socket how connecting it goes, until there is no more to wait for."""
+        """Record in each socket how connecting it goes, until there is nothing left to wait for."""
         while deadline.remaining():
             try:
                 report = attempt.next_report(Deadline(min(LOOK_UP, deadline.remaining())))
@@ -179,7 +179,7 @@ class Dialer:
         name = sock.getpeername()
         if self._own_address is not None and name == self._own_address:
             return "that is the daemon itself"
-        # It may be any bytes, and the next process of the daemon has to know it too.
+        # The name may be any bytes, but has to be text to be handed over to the next process.
         text = os.fsencode(name).decode(errors="backslashreplace")
         return self._claim((text, Credentials.of_peer(sock).pid)) if is_channel else ""
 
@@ -193,7 +193,7 @@ class _Socket:
         self.member = member
         self.path = os.fsencode(path)
         self.is_connected = False
-        self.cause = ""  # why it is not connected, as far as is known
+        self.cause = ""  # why it is not connected, as far as it is known
         self._said = path
         try:
             self.sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))

@@ -1,4 +1,4 @@
-"""What is kept of a VM outside of the process, and where in its cell it is."""
+"""What the keeper keeps of one VM, and in which words of the VM's cell."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -34,7 +34,7 @@ class KeptVm:
         return self._slot.number
 
     def begin(self, facts: Facts, peers: Sequence[tuple[str, int]], fds: tuple[Fd, Fd, Fd | None]) -> Memory:
-        """Keep it from now on; `fds` are those of its control channel, I/O channel and console.
+        """Begin to keep the VM; `fds` are those of its control channel, I/O channel and console.
 
         Returns the memory of its streams. Raises `OSError`.
         """
@@ -53,7 +53,7 @@ class KeptVm:
         return shared_memory(memory, self._slot.cell[:VM_WORDS]) if self.number else private_memory()
 
     def keep_session(self, seqs: range, fd: int, whose: Whose) -> Slot:
-        """Keep one of its sessions, if it is kept itself."""
+        """Keep one of its sessions, if the VM is kept."""
         if not self.number:
             return Slot()
         slot = self._sessions[seqs.start] = self._keeper.keep(
@@ -64,12 +64,12 @@ class KeptVm:
         return slot
 
     def release_session(self, seqs: range, slot: Slot) -> None:
-        """A session is over."""
+        """Stop keeping a session."""
         self._sessions.pop(seqs.start, None)
         slot.release()
 
     def note_processes(self, seqs: Iterable[int], how_far: int) -> None:
-        """Processes on these stdios are `PROCESS_COMMANDED` or `PROCESS_STARTED`."""
+        """Note that processes on these stdios are `PROCESS_COMMANDED` or `PROCESS_STARTED`."""
         for slot in filter(None, map(self._sessions.get, seqs)):
             slot.cell[AT_PROCESS] = how_far
 
@@ -79,21 +79,21 @@ class KeptVm:
         return self._slot.cell[AT_RECEIVED : AT_SENT + 1]
 
     def note_state(self, state: State) -> None:
-        """The VM is in a state that comes after STARTING. `Life` calls this and `note_next_seq`."""
-        # The next process gives an id to a VM that was lost. One that was leaving has none.
+        """Note the VM's state, one that comes after STARTING. Only `Life` calls this and `note_next_seq`."""
+        # LEAVING stays: the next process would give an id to a VM that is LOST, and this one has none.
         if self._slot.cell[AT_STATE] != State.LEAVING.value:
             self._slot.cell[AT_STATE] = state.value
 
     def note_next_seq(self, seq: int) -> None:
-        """All seqs before this one have been handed out."""
+        """Note that all seqs before this one have been handed out."""
         self._slot.cell[AT_NEXT_SEQ] = seq
 
     def be_gone(self, facts: Facts, cause: str) -> None:
-        """It has gone, and keeps its id."""
+        """Note that the VM has gone and keeps its id."""
         before = self._slot
         self._slot = self._keeper.keep(GoneVmRecord(**facts._asdict(), cause=cause, before=before.number))
         before.release()
 
     def release(self) -> None:
-        """Keep it no longer, if it is kept."""
+        """Stop keeping the VM, if it is kept."""
         self._slot.release()

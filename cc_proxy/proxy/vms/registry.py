@@ -60,28 +60,28 @@ class Registry:
         self._by_id: dict[str, Vm] = {}  # from the beginning of hello until bye, even if the VM has gone
         self._vms: dict[Vm, list[Charge]] = {}  # VMs that have not gone, and their charges
         self._failed: deque[FailedVm] = deque()  # the latest last
-        # By their clients' numbers, the VMs of hellos that came to rest, and who had their ids before. Each
-        # client's thread adds and removes its own: atomic under the GIL.
+        # Hellos that came to rest, by their clients' numbers: the VM, and the one that had its id before.
+        # Each client's thread adds and removes its own, which is atomic under the GIL.
         self._hellos: dict[int, tuple[Vm, Vm | None]] = {}
 
     # Between two processes --------------------------------------------------------------------------------
 
     def rest(self) -> None:
-        """Have clients' threads leave with `Resting`. Call it until they all have: a hello may just begin."""
+        """Have clients' threads raise `Resting`. Call it until all have: a hello may just be beginning."""
         for vm in self.vms():
             vm.rest()
 
     def rest_pumps(self, timeout: float) -> list[Vm]:
-        """End the pumps' threads after their turns; returns those VMs whose have not within the time."""
+        """End the pumps' threads after their current turns; returns VMs whose thread did not end in time."""
         vms, deadline = self.vms(), time.monotonic() + timeout
         for vm in vms:
             vm.rest_pump()
         return [vm for vm in vms if not vm.join(max(0.0, deadline - time.monotonic()))]
 
     def hand_over(self, attached: Iterable[Vm]) -> tuple[RegistryState, dict[Vm, int]]:
-        """Give up all VMs as a value, for `restore`, and those that clients are attached to.
+        """Give up all VMs as a value, for `restore`, including those that clients are attached to.
 
-        Returns also where each VM is in that. Nobody may use any of them any more.
+        Returns the value, and each VM's number in it. Nobody may use any of them any more.
         """
         waiting = filter(None, (before for _, before in self._hellos.values()))
         vms = list(dict.fromkeys([*self._vms, *self._by_id.values(), *attached, *waiting]))
@@ -100,9 +100,9 @@ class Registry:
         return state, numbers
 
     def restore(self, state: RegistryState) -> list[Vm]:
-        """Go on with the VMs of the process before; returns all, in their order. Raises `OSError`.
+        """Go on with the VMs of the previous process; returns all, in the state's order. Raises `OSError`.
 
-        Before anybody else does anything here; `go_on` is next.
+        Call this before anything else, and `go_on` next.
         """
         vms = [self._new_vm(each.container_id, each.owner) for each in state.vms]
         self._by_id = {container_id: vms[number] for container_id, number in state.by_id.items()}
@@ -133,9 +133,9 @@ class Registry:
         """Register the VM behind two sockets for a client; returns once the VM is up.
 
         The id is taken from the beginning, and free again if this fails. While sockets do not exist yet, this
-        tries again for as long as `is_here` says that the client still waits. If the client has gone by the
-        time the VM is up, the VM is let go as after bye. Raises `RegistryError`, `LimitReached` or `VmError`;
-        or `Resting`: then the client with the same `number` is to say it again.
+        tries again as long as `is_here` says that the client still waits. If the client has gone by the time
+        the VM is up, the VM is let go as after bye. Raises `RegistryError`, `LimitReached` or `VmError`. If
+        it raises `Resting`, the client with the same `number` has to call it again.
         """
         user = self.users.of(client.uid)
         resumed = self._hellos.pop(number, None)
@@ -166,7 +166,7 @@ class Registry:
         return Vm(container_id, owner, self._live, self._space, self._on_change, self._keeper)
 
     def _enter(self, container_id: str, client: Credentials, user: User) -> tuple[Vm, Vm | None]:
-        """Take an id for a new VM, and charge its user. Returns it, and the one that had the id, if any.
+        """Take an id for a new VM, and charge its user. Returns that VM, and the one that had the id, if any.
 
         Raises `RegistryError` or `LimitReached`; nothing is taken then.
         """
@@ -194,7 +194,7 @@ class Registry:
         return vm, before
 
     def _claim(self, vm: Vm, client: Credentials, peer: Peer) -> str:
-        """Claim a peer for a VM; returns why that is not possible, or nothing.
+        """Claim a peer for a VM; returns why that is not possible, empty if it is.
 
         A hypervisor serves one connection at a time, so a second VM would wait in vain while another one is
         connected there. One that lingers after bye does not count: it will let go soon.
@@ -249,7 +249,7 @@ class Registry:
         return client.uid == owner or may_use(self._live.current.access, client, owner)
 
     def is_free(self, timeout: float) -> bool:
-        """Whether its lock can be had within `timeout` seconds."""
+        """Whether its lock can be taken within `timeout` seconds."""
         free = self._lock.acquire(timeout=timeout)
         if free:
             self._lock.release()
@@ -303,7 +303,7 @@ class Registry:
             charge.give_back()
 
     def _settle(self, vm: Vm) -> None:
-        """If a VM has gone, nothing is kept of it but its id, for as long as it has that."""
+        """Once a VM has gone, keep nothing of it but its id, and that only as long as it has one."""
         if vm.life.state is not State.GONE:
             return
         if self._by_id.get(vm.container_id) is vm:
@@ -314,7 +314,7 @@ class Registry:
     def _forget_gone(self) -> Vm | None:
         """Limit the ids of VMs that have gone to the number of VMs allowed. Requires _lock.
 
-        Returns the VM that has lost its own.
+        Returns the VM that has lost its id.
         """
         gone = deque(vm for vm in self._by_id.values() if vm.life.state is State.GONE)
         if (forgotten := _drop_one_over(gone, self._live.current.limits.vms)) is not None:
@@ -326,7 +326,7 @@ T = TypeVar("T", FailedVm, Vm)
 
 
 def _drop_one_over(vms: deque[T], most: int) -> T | None:
-    """Drop the oldest VM of the user who has most, if there are more than `most`; returns it."""
+    """If there are more VMs than `most`, drop the oldest of the user who has the most; returns it."""
     if len(vms) <= most:
         return None
     [(owner, _)] = Counter(vm.owner for vm in vms).most_common(1)

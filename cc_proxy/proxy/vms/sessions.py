@@ -1,4 +1,4 @@
-"""Making the sessions of a VM: new ones, and those of the process before."""
+"""Making the sessions of a VM: new ones, and those of the previous process."""
 
 import contextlib
 import socket
@@ -69,7 +69,7 @@ class Sessions:
     def _make(
         self, seqs: range, sock: socket.socket, uid: int, pid: int, window: StdinWindow | None, charge: Charge
     ) -> Session:
-        """Return a session, which is kept and charged for until it closes."""
+        """Return a session that is kept, and that its user is charged for, until it closes."""
         whose = Whose(self._vm, uid, pid)
         slot = self._kept.keep_session(seqs, sock.fileno(), whose)
 
@@ -85,7 +85,7 @@ class Sessions:
             raise
 
     def restore(self, state: SessionState, user: User) -> Session:
-        """Return one that goes on where the one of the process before stood."""
+        """Return a session that goes on where that of the previous process stood."""
         seqs = range(state.first_seq, state.first_seq + state.seqs)
         window = StdinWindow.from_state(seqs.start, state.window) if state.window else None
         sock = socket.socket(fileno=state.fd.number)

@@ -1,4 +1,4 @@
-"""What changes in a VM's life: where it is, where it can get from there, and what went wrong."""
+"""A VM's life: its state, the states that can come next, and what went wrong."""
 
 import threading
 import time
@@ -10,10 +10,10 @@ from cc_proxy.proxy.vms.kept import KeptVm
 
 
 class VmError(Exception):
-    """Something failed in a VM; the text is the cause, as clients are told it."""
+    """Something failed in a VM; the text tells clients the cause."""
 
 
-#: Where it can get from each.
+#: The states that can come after each.
 MOVES = {
     State.STARTING: {State.UP, State.LOST, State.GONE},
     State.UP: {State.LEAVING, State.LOST, State.GONE},
@@ -31,7 +31,7 @@ class Trouble(NamedTuple):
 
     @classmethod
     def from_state(cls, state: TroubleState) -> Self:
-        """Return what the process before knew."""
+        """Return the trouble that `state` described."""
         return cls(state.text, time.monotonic() - state.age)
 
     def state(self) -> TroubleState:
@@ -48,12 +48,12 @@ class FailedVm(NamedTuple):
 
 
 class Life:
-    """One VM's life. Any thread may call, and read what is public; only `trouble` is set from outside."""
+    """One VM's life. Any thread may call its methods and read its attributes."""
 
     def __init__(self, kept: KeptVm | None = None) -> None:
-        """`kept` is told where it is, and which seqs are handed out, whenever that changes."""
-        # Guards what follows, and what is kept of it, against changes by two threads. Reading one of them
-        # takes no lock. Innermost.
+        """`kept` is told of each new state, and of the seqs that are handed out."""
+        # Guards changes of what follows, and of what is kept of it. Reading a single value takes no lock.
+        # Innermost.
         self._lock = threading.Lock()
         self._kept = kept or KeptVm()
         self.state = State.STARTING
@@ -65,29 +65,29 @@ class Life:
         self.came_up = False
         #: The last thing that went wrong. Any thread replaces it as a whole.
         self.trouble: Trouble | None = None
-        #: The first seq that has not been handed out. Whoever brings the VM up sets it before that.
+        #: The first seq that has not been handed out. The thread that brings the VM up sets it before that.
         self.next_seq = 1
-        self._ends = 0  # how many reasons there are for it to end that are no failure
+        self._ends = 0  # how many reasons there are that would make its end no failure
 
     def hand_over(self, state: State) -> LifeState:
-        """Return it as a value, for `restore`. It has come as far as `state`."""
+        """Return it as a value, for `restore`, with this state."""
         trouble = self.trouble.state() if self.trouble else None
         return LifeState(state.name, self.cause, trouble, self.failed, self.came_up, self._ends)
 
     def restore(self, state: LifeState) -> None:
-        """Go on where the process before stood."""
+        """Go on where the life in the previous process stood."""
         self.trouble = Trouble.from_state(state.trouble) if state.trouble else None
         self.state, self.cause, self._ends = State[state.state], state.cause, state.ends
         self.failed, self.came_up = state.failed, state.came_up
 
     def note_all(self) -> None:
-        """It is kept from now on."""
+        """Tell `kept` all of it. Called when the VM begins to be kept."""
         with self._lock:
             self._note(self.state)
             self._kept.note_next_seq(self.next_seq)
 
     def note_health(self, *, is_well: bool) -> None:
-        """If its pump hangs, it is lost to the next process, which would hang for the same reason."""
+        """Keep a VM whose pump hangs as lost, since the next process would hang for the same reason."""
         with self._lock:
             if self.state is not State.GONE:
                 self._note(self.state if is_well else State.LOST)
@@ -118,22 +118,22 @@ class Life:
 
     def _note(self, state: State) -> None:
         """Requires _lock."""
-        if self.came_up:  # no client knows a VM that was lost before that by its id
+        if self.came_up:  # a VM that is lost before that does not keep its id
             self._kept.note_state(state)
 
     def expect_end(self, more: int = 1) -> None:
-        """Its end is no failure from now on, for one reason more; or for one less, with -1."""
+        """Add a reason that makes its end no failure; with -1, take one back."""
         with self._lock:
             self._ends += more
 
     def fail(self, cause: str) -> None:
-        """Record an end that nobody asked for. The first cause counts."""
+        """Record an end that no client asked for. The first cause counts."""
         if not self.failed:
             self.trouble = Trouble(cause, time.monotonic())
             self.failed = True
 
     def lose(self, cause: str) -> bool | None:
-        """Lose it; returns whether that was expected, or None if it was over already."""
+        """Move to LOST; returns whether that was expected, or None if its life was over already."""
         with self._lock:
             self.cause = self.cause or cause
             expected = self._ends > 0 or self.state is State.LEAVING
@@ -155,5 +155,5 @@ class Life:
 
     @property
     def why_gone(self) -> str:
-        """What a client is told that wants to use it."""
+        """What to tell a client that wants to use it."""
         return f"VM gone: {self.cause or 'it was unregistered'}"

@@ -39,8 +39,8 @@ _STOPS = "the daemon stops"
 class Vm:
     """A VM that a client has said hello for. Any thread may call.
 
-    `owner` is the uid of that client. `on_change` is called, with no lock held, when the VM has moved to
-    another state, with that state; by then it may be in yet another.
+    `owner` is the uid of that client. When the VM has moved to another state, `on_change` is called with that
+    state, with no lock held; by then the VM may be in yet another.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Vm:
         self.container_id = container_id
         self.owner = owner
         self.created = time.monotonic()
-        #: What is kept of it in case that this process is killed.
+        #: What is kept of it in case this process is killed.
         self.kept = KeptVm(keeper)
         #: Where it is in its life, and what went wrong.
         self.life = Life(self.kept)
@@ -66,7 +66,7 @@ class Vm:
         self._sessions = Sessions(container_id, self.life, self.kept, space, live)
         # The thread that says hello sets these once; the pump thread drops _pump at its end.
         self._boot: Boot | None = None
-        #: The control channel, for its figures; None before the VM is up.
+        #: The control channel, for `status`; None before the VM is up.
         self.control: ControlLink | None = None
         self._channels: Channels | None = None  # what the pump closes
         self._pump: Pump | None = None
@@ -74,13 +74,13 @@ class Vm:
     # Between two processes --------------------------------------------------------------------------------
 
     def rest(self) -> None:
-        """Have clients' threads leave with `Resting`. Call it again if a hello may just have begun."""
+        """Have clients' threads raise `Resting`. Call it again if a hello may just have begun."""
         for part in (self._boot, self.control):
             if part:
                 part.rest()
 
     def rest_pump(self) -> None:
-        """Have the pump's thread end after its turn, and close nothing."""
+        """Have the pump's thread end after its current turn, and close nothing."""
         if pump := self._pump:
             pump.rest()
 
@@ -103,7 +103,10 @@ class Vm:
         )
 
     def restore(self, state: VmState, users: Users) -> None:
-        """Go on where the process before stood. Before anybody knows it. Raises `OSError`."""
+        """Go on where the VM in the previous process stood. Call it before any other thread knows the VM.
+
+        Raises `OSError`.
+        """
         self.created = time.monotonic() - state.age
         self.life.restore(state.life)
         self.life.next_seq = state.next_seq
@@ -118,7 +121,7 @@ class Vm:
             )
             self._pump = self._make_pump(channels, users.of(self.owner))
             if state.control:
-                # From here on it is kept: of what is asked, nothing has been sent yet.
+                # Not earlier: when the VM began to be kept, none of the questions could have been sent.
                 channels.control.find_out()
             sessions = [self._sessions.restore(each, users.of(each.uid)) for each in channel.streams.sessions]
             self._pump.restore(channel, sessions)
@@ -138,10 +141,10 @@ class Vm:
     def start(
         self, hello: Hello, dialer: Dialer, user: User, is_here: Callable[[], bool] = lambda: True
     ) -> None:
-        """Connect to the VM and wait until it is ready, as long as `is_here` says that the client does too.
+        """Connect to the VM and wait until it is ready, as long as `is_here` says that the client waits too.
 
-        Raises `VmError`; nothing is left open then. Raises `Resting`, and then `hand_over` has how far it
-        came.
+        Raises `VmError`; nothing is left open then. Or raises `Resting`; then `hand_over` gives up what it
+        has so far.
         """
         self._boot = boot = self._boot or self._new_boot()
         try:
@@ -181,7 +184,7 @@ class Vm:
     def command(self, name: Code, payload: bytes, client: int = 0) -> ControlMessage:
         """Have the agent carry out a command; returns its ACK. Raises `VmError`.
 
-        Raises `Resting`, and then the same `client` is to ask for it again.
+        If it raises `Resting`, the same `client` has to ask for it again.
         """
         length = HEADER.size + len(payload)
         if length > MAX_COMMAND:
@@ -225,7 +228,7 @@ class Vm:
             raise VmError(self.life.why_gone) from None
 
     def _answered(self, name: Code, starts: Sequence[int], answer: ControlMessage) -> None:
-        """A client's command is answered, however late. Called by the thread that has read that."""
+        """A client's command was answered, however late. The thread that reads the answer calls this."""
         if name is Code.DESTROY_POD and answer.code == Code.ERROR:
             self.life.expect_end(-1)
         if starts and answer.code == Code.ACK:
@@ -234,10 +237,10 @@ class Vm:
                 pump.open_stdin(starts)
 
     def open_session(self, n_streams: int, user: User, pid: int = 0) -> tuple[int, socket.socket]:
-        """Allocate streams for a client: `user` is whose it is, `pid` its process.
+        """Allocate streams for the client process `pid` of a user.
 
-        Returns the first one's seq, and the end of their fd that is the client's. Raises `VmError` or
-        `LimitReached`; no seq is used up then.
+        Returns the first seq, and the client's end of the streams' fd. Raises `VmError` or `LimitReached`; no
+        seq is used up then.
         """
         pump = self._pump
         if pump is None or not self.life.can_be_used:
@@ -254,12 +257,12 @@ class Vm:
     # Any thread -------------------------------------------------------------------------------------------
 
     def leave(self) -> None:
-        """Bye was said. End when the VM hangs up, or at the end of the linger."""
+        """A client has said bye. End when the VM hangs up, or at the end of the linger."""
         if self._move(State.LEAVING) and (pump := self._pump):
             pump.finish("it has lingered long enough after bye", self._live.current.vm.bye_linger)
 
     def lose(self, cause: str) -> None:
-        """The VM is lost because of `cause`. Threads that wait for its answer are told."""
+        """The VM is lost because of `cause`. Threads that wait for its answers find its channel lost."""
         expected = self.life.lose(cause)
         if expected is None:
             return
@@ -277,7 +280,7 @@ class Vm:
         return pump.describe() if pump else None
 
     def stop(self) -> None:
-        """The daemon stops. Deliver what the VM has sent by now, and end."""
+        """Deliver what the VM has sent by now, and end, because the daemon stops."""
         pump, boot = self._pump, self._boot
         self.life.expect_end()
         if pump:
