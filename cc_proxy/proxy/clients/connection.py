@@ -25,20 +25,20 @@ from cc_proxy.settings import LiveSettings
 
 
 class After(Enum):
-    """What becomes of a connection after it has been served."""
+    """What happens to a connection after it has been served."""
 
     PARK = auto()  # its client is silent
-    THREAD = auto()  # what comes next may take time
+    THREAD = auto()  # the next step may take time
     END = auto()
     REST = auto()  # another process goes on with it
 
 
 class Connection:
-    """Owner of one client's socket. One thread at a time: the parking thread, or a worker.
+    """One client's connection. One thread at a time: the parking thread, or a worker.
 
-    While its client is silent the connection is parked. The parking thread answers what it can at once. When
-    there is something to wait for - an agent, the rest of a message, a client that does not read - a worker
-    takes over.
+    While its client is silent, the connection is parked. The parking thread answers what it can at once. A
+    worker takes over when there is something to wait for: an agent, the rest of a message, or a client that
+    does not read.
     """
 
     def __init__(
@@ -50,15 +50,14 @@ class Connection:
         rest: Rest,
     ) -> None:
         self.client = client
-        #: What becomes of it next.
+        #: What happens to it next.
         self.after = After.PARK
         #: Its socket. The server closes it.
         self.sock = sock
         sock.setblocking(False)
         self._handlers = handlers
         self._rest = rest
-        # What the parking thread leaves to a worker: a request, and the seconds to wait before answering it;
-        # or the rest of a response.
+        # What the parking thread leaves to a worker: a request, and the seconds to wait before answering it.
         self._text: bytes | None = None
         self._delay = 0.0
         self._kept = KeptConnection(handlers.keeper, client)
@@ -76,7 +75,7 @@ class Connection:
     # Between two processes --------------------------------------------------------------------------------
 
     def hand_over(self, vm: int | None) -> ConnectionState:
-        """Give up everything as a value, for `restore`. `vm` says which one it is attached to."""
+        """Give up everything as a value, for `restore`. `vm` is the number of the VM it is attached to."""
         unsent, passed = self._outgoing.hand_over()
         left, counted = self._unfinished.hand_over()
         return ConnectionState(
@@ -93,7 +92,7 @@ class Connection:
         )
 
     def restore(self, state: ConnectionState) -> None:
-        """Go on where the process before stood; `after` says how. Before any thread serves it."""
+        """Go on where the previous process stood; `after` says how. Call it before any thread serves it."""
         self._incoming.restore(state.unread)
         self._text, self._delay = state.text, state.delay
         self.client.resumes = state.text is not None
@@ -110,7 +109,7 @@ class Connection:
         return self._go_on(self._serve_arrived)
 
     def keep(self) -> None:
-        """It has been there for a while, and has to outlive the process, however that ends."""
+        """Keep the connection, so that it outlives this process however that ends."""
         self._kept.begin(self.fileno(), Phase.SILENT)
 
     def _serve_arrived(self) -> After:
@@ -131,9 +130,9 @@ class Connection:
         return After.THREAD if self._incoming.has_begun else After.PARK
 
     def decline(self, why: str) -> None:
-        """There is no thread: answer the request that needs one with an error, and go on with the next.
+        """No thread can be started: answer the request that needs one with an error, and go on.
 
-        What is no request, such as the beginning of a message, ends the connection.
+        If it was needed for anything else, such as the rest of a message, the connection ends.
         """
         self._go_on(lambda: self._decline(why))
 
@@ -159,7 +158,7 @@ class Connection:
             self._text = text
             self._delay = self.client.user.delay()
             self._answer(text)
-            del text  # not to be kept while the client is silent
+            del text  # or it would stay in memory while the client is silent
         return After.PARK
 
     def _answer(self, text: bytes) -> None:
@@ -179,7 +178,7 @@ class Connection:
     def _refuse(self, why: str) -> None:
         """Say why a request is refused, and read the rest of it.
 
-        A client that still writes when its connection is closed gets an error for that, and never reads why.
+        A client that is still writing when its connection is closed gets an error, and never reads why.
         """
         self._unfinished.begin(anew=True)
         try:
@@ -209,7 +208,7 @@ class Connection:
     # Either -----------------------------------------------------------------------------------------------
 
     def _go_on(self, step: Callable[[], After]) -> bool:
-        """Run a step, which returns what comes next; returns whether that is to be parked.
+        """Run a step, which returns what comes next; returns whether that is parking.
 
         An error, or the client, may end the connection.
         """
@@ -238,7 +237,7 @@ class Connection:
         return False
 
     def end(self, reason: str) -> None:
-        """Give back everything except the socket, which the server closes. For the thread that serves it."""
+        """Give back all but the socket, which the server closes. Only the serving thread calls this."""
         self.after = After.END
         self._unfinished.uncount()
         self._outgoing.close()
@@ -247,7 +246,7 @@ class Connection:
         logger.debug("client disconnected", extra={"client": self.client.number, "reason": reason})
 
     def _count(self, reply: Reply) -> Reply:
-        """Count a long response until it has been read. Returns it, or the refusal to send in its place."""
+        """Count a long response until it has been read. Returns it, or a refusal to send instead."""
         size = len(reply.message)
         try:
             self._unfinished.count(size)

@@ -43,7 +43,7 @@ from cc_proxy.settings import LiveSettings
 
 
 class Refusal(Exception):
-    """A request is refused; the text is what the client is told."""
+    """A request is refused; the text tells the client why."""
 
 
 @dataclass(slots=True, eq=False)
@@ -54,9 +54,9 @@ class ClientInfo:
     who: Credentials
     user: User
     vm: Vm | None = field(default=None)
-    #: Whether the request that it waits for was begun by the process before.
+    #: Whether the previous process began the request that the client waits for.
     resumes: bool = field(default=False)
-    #: Returns whether the client has not hung up. For the thread that serves it.
+    #: Returns whether the client has not hung up. Only the thread that serves it calls this.
     is_here: Callable[[], bool] = field(default=lambda: True)
 
     @property
@@ -110,12 +110,12 @@ class _Entry(NamedTuple):
 
 
 class Handlers:
-    """The payload table. Any thread may call; for each client one at a time."""
+    """The payload table. Any thread may call, but for each client only one at a time."""
 
     def __init__(
         self, registry: Registry, live: LiveSettings, about: About | None = None, keeper: Keeper = NOTHING
     ) -> None:
-        #: What keeps the connections that are to outlive the process.
+        #: Keeps the connections that have to outlive the process.
         self.keeper = keeper
         self._registry = registry
         self._live = live
@@ -136,7 +136,7 @@ class Handlers:
     def answer(self, client: ClientInfo, text: bytes) -> Reply:
         """Carry out the request in a message's text, however long that takes; returns its reply.
 
-        Raises `ProtocolError` if the text is not a JSON object; `Resting` if it is to be asked once more.
+        Raises `ProtocolError` if the text is not a JSON object, or `Resting` if it has to be called again.
         """
         reply = self._answer(client, text, may_wait=True)
         assert reply

@@ -14,8 +14,8 @@ from cc_proxy.proxy.rest import Rest
 from cc_proxy.proxy.spin import Spin
 from cc_proxy.proxy.users import User
 
-#: Milliseconds that a connection keeps its thread after a response. Clients often send one command after the
-#: other, and a thread that waits for it has the next one sooner than the parking thread.
+#: Milliseconds that a connection keeps its thread after a response. Clients often send one command after
+#: another, and a thread that waits gets the next one sooner than the parking thread.
 _LINGER = 20
 #: A plain int, because converting the enum takes longer than the rest of a call.
 _PEEK = int(socket.MSG_PEEK)
@@ -26,7 +26,7 @@ class ClientGone(Exception):
 
 
 class Incoming:
-    """What has come on a connection, whose socket is non-blocking. One thread at a time."""
+    """Reads requests from a non-blocking socket. One thread at a time."""
 
     def __init__(
         self, sock: socket.socket, kept: KeptConnection, unfinished: Unfinished, user: User, rest: Rest
@@ -41,17 +41,17 @@ class Incoming:
 
     @property
     def unread(self) -> bytes:
-        """What has come of requests that nobody has taken."""
+        """Bytes that have come, of requests that have not been taken."""
         return self._parser.unread
 
     def restore(self, unread: bytes) -> None:
-        """Go on behind what had come in the process before."""
+        """Go on after the bytes that had come in the previous process."""
         self._parser.receive_data(unread)
 
     # Without waiting --------------------------------------------------------------------------------------
 
     def receive(self) -> bool:
-        """Read what the kernel says has come; returns whether anything has. Raises `ClientGone`."""
+        """Read what epoll has announced; returns whether anything came. Raises `ClientGone`."""
         data = self._read()
         if data is None:
             return False
@@ -73,7 +73,7 @@ class Incoming:
         return self._parser.unfinished
 
     def note_asked(self) -> None:
-        """A request has been taken, and waits for its answer."""
+        """Note that a request has been taken, and waits for its answer."""
         self._kept.cell[AT_PHASE] = Phase.BETWEEN if self._parser.unfinished else Phase.ASKED
 
     def _take(self, data: bytes) -> None:
@@ -82,7 +82,7 @@ class Incoming:
         self._parser.receive_data(data)
 
     def _look(self) -> bytes | None:
-        """Read what is there, if anything is. Nobody has announced it."""
+        """Read what is there, if anything. Peek first, because nothing has announced it."""
         try:
             if not self._sock.recv(1, _PEEK):
                 return b""
@@ -91,11 +91,11 @@ class Incoming:
         return self._read()
 
     def _read(self) -> bytes | None:
-        """Read what was announced. If this process is killed, and it is there no more, it has been read."""
+        """Read what was announced. If the process is killed and those bytes are gone, they had been read."""
         self._kept.cell[AT_PHASE] = Phase.READING
         try:
             return self._sock.recv(UNCOUNTED)
-        except BlockingIOError:  # it was urgent data, which this has thrown away
+        except BlockingIOError:  # it was urgent data, which recv(2) has thrown away
             self._kept.cell[AT_PHASE] = Phase.SILENT
             return None
 
@@ -139,7 +139,7 @@ class Incoming:
         return text
 
     def drop_rest(self) -> None:
-        """Read the rest of a message, and forget it. Raises the same as `next`."""
+        """Read the rest of a message, and forget it. Raises what `next` raises."""
         deadline, rest = self._unfinished.begin(), self._parser.missing
         while rest and (data := self._receive_by(deadline, rest)):
             rest -= len(data)
@@ -148,17 +148,17 @@ class Incoming:
     def _receive_by(self, deadline: float, most: int) -> bytes:
         while True:
             in_time = self._rest.wait_for(self._sock, select.POLLIN, deadline)
-            # It may have come in time even if not, while this process was stopped.
+            # Even after the deadline: it may have come in time, while this process was stopped.
             with contextlib.suppress(BlockingIOError):
                 return self._sock.recv(min(most, LARGEST_READ))
             if not in_time:
                 raise ProtocolError("a message that had begun did not arrive in time")
 
     def _pace(self) -> None:
-        """Count a piece of a message like a request, and wait if the user has to.
+        """Count a piece of a message as a request, and wait if its user has to.
 
-        Otherwise a thousand clients that send byte by byte would wake a thousand threads, and keep the GIL
-        from all others.
+        Otherwise a thousand clients that send byte by byte would wake a thousand threads, which would keep
+        the GIL from all others.
         """
         if delay := self._user.delay():
             self._rest.sleep(delay)

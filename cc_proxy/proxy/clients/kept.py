@@ -1,4 +1,4 @@
-"""What is kept of a connection outside of the process, and where in its cell it is."""
+"""What the keeper keeps of one connection, and in which words of its cell."""
 
 from cc_proxy.continuity.cells import AT_RECEIPT, AT_VM, NO_CELL, Phase
 from cc_proxy.continuity.keeper import Keeper, Slot
@@ -10,20 +10,20 @@ from cc_proxy.proxy.vms.vm import Vm
 
 
 class KeptConnection:
-    """One connection in the keeper's hands. For the thread that serves it."""
+    """One connection in the keeper's hands. Only the thread that serves it calls this."""
 
     def __init__(self, keeper: Keeper, client: ClientInfo) -> None:
         self._keeper = keeper
         self._client = client
         self._slot: Slot | None = None
         self._vm: Vm | None = None
-        #: Its words: the phase is set where it changes.
+        #: Its words. The code that changes the phase stores it there.
         self.cell = NO_CELL
-        #: For its responses; None if it is not kept, or cannot be used here.
+        #: For its responses; None if the connection is not kept, or receipts do not work on this machine.
         self.receipt: receipt.Receipt | None = None
 
     def begin(self, fd: int, phase: Phase) -> None:
-        """Keep it from now on. No matter if it is kept."""
+        """Begin to keep the connection, unless it is kept already."""
         if self._slot is None:
             self._vm = self._client.vm
             words = (phase, self._vm.kept.number if self._vm else 0)
@@ -34,14 +34,14 @@ class KeptConnection:
                 self.receipt = receipt.Receipt(self.cell[AT_RECEIPT])
 
     def note_vm(self) -> None:
-        """It may be attached to another VM now."""
+        """Store which VM the connection is attached to, if that has changed."""
         vm = self._client.vm
         if vm is not self._vm:
             self._vm = vm
             self.cell[AT_VM] = vm.kept.number if vm else 0
 
     def end(self) -> None:
-        """It is about to be closed."""
+        """Stop keeping the connection, which is about to be closed."""
         self.cell, self.receipt = NO_CELL, None
         if self._slot:
             self._slot.release()

@@ -12,7 +12,7 @@ from cc_proxy.linux.fds import Fd, refuse_rights
 from cc_proxy.linux.socketfile import MAX_SOCKET_PATH, Identity, identity, locked, remove_stale
 from cc_proxy.log.levels import logger
 
-#: For the daemon's own group, or for all users.
+#: For the daemon's own group only, and for all users.
 _DIRECTORY_MODES = (0o750, 0o755)
 _SOCKET_UMASKS = (0o117, 0o111)  # leave 0660 and 0666
 
@@ -25,21 +25,21 @@ class ListenError(Exception):
 
 
 class Listener:
-    """Owner of the listening socket, and of its file if the daemon made that. Main thread.
+    """Owns the listening socket, and its file if the daemon made it. Main thread.
 
-    Other threads may accept on `socket`, which has the same fd for as long as this lives.
+    Other threads may accept on `socket`, which keeps its fd as long as this lives.
     """
 
     def __init__(self, sock: socket.socket, path: str | None = None, *, for_all: bool = False) -> None:
-        """Take over a socket that listens. `path` is the path of its file if the daemon has made that."""
+        """Take over a socket that listens. `path` is that of its file, if the daemon made it."""
         _prepare(sock)
         self.socket = sock
-        #: Whether the daemon has made the socket. Then nobody listens on it after this process.
+        #: Whether the daemon made the socket. Then nothing listens on it after this process.
         self.own = path is not None
         self._path = path or _path_of(sock)  # None if there is none, or it has been removed
         self._identity = _seen_at(self._path)
         self._for_all = for_all
-        self._trouble = ""  # why nobody can connect, as it was logged last
+        self._trouble = ""  # why nobody can connect, as last logged
 
     @classmethod
     def bind(cls, path: str, *, for_all: bool = False) -> "Listener":
@@ -48,7 +48,7 @@ class Listener:
 
     @classmethod
     def from_state(cls, state: ListenerState) -> "Listener":
-        """Return one that goes on where the process before stood."""
+        """Return a listener that goes on where the previous process stood."""
         return cls(socket.socket(fileno=state.fd.number), state.path, for_all=state.for_all)
 
     def hand_over(self) -> ListenerState:
@@ -59,13 +59,13 @@ class Listener:
 
     @property
     def state(self) -> ListenerState:
-        """The socket, which is still this one's, and its place in the file system."""
+        """The socket, which this listener still owns, and its place in the file system."""
         return ListenerState(Fd(self.socket.fileno()), self._path if self.own else None, self._for_all)
 
     def look_after(self) -> None:
         """Check that the socket's file is still there, and log it if not. Never raises.
 
-        A file that the daemon made, and that has vanished, is made again, unless something else is in its
+        If the daemon made the file, and it has vanished, it is made again, unless another file has taken its
         place. Connections go on.
         """
         if self._path is None or not (self.own or self._identity):
@@ -78,16 +78,16 @@ class Listener:
         except (FileNotFoundError, NotADirectoryError):
             trouble = self._make_again() if self.own else f"the socket's file has vanished: {_RESTART}"
         except OSError:
-            return  # whether it is there cannot be found out
+            return  # nobody can tell whether it is there
         if trouble and trouble != self._trouble:
             logger.error("nobody can connect", extra={"socket": self._path, "error": trouble})
         self._trouble = trouble
 
     def _make_again(self) -> str:
-        """Make a file that has vanished again; returns why that fails, or nothing."""
+        """Make the vanished file once more; returns why that fails, empty if it does not."""
         assert self._path
         if _has_waiting(self.socket):
-            return self._trouble  # the accept thread takes those first
+            return self._trouble  # they would be lost with the old socket: the accept thread takes them first
         try:
             with _listen(self._path, for_all=self._for_all) as sock:
                 _prepare(sock)
@@ -117,9 +117,9 @@ class Listener:
             _look_at_directory(self._path)
 
     def remove(self) -> None:
-        """Remove the file of a socket of the daemon's own, if it is still that. Never raises.
+        """Remove the socket's file, if the daemon made it and it is still there. Never raises.
 
-        The first time only: after that the inode may be another daemon's socket, that listens there by now.
+        Only the first call does: later the inode may belong to another daemon's socket, which listens there.
         """
         path, self._path = self._path, None
         with contextlib.suppress(OSError):
@@ -134,7 +134,7 @@ def _path_of(sock: socket.socket) -> str | None:
 
 
 def _seen_at(path: str | None) -> Identity | None:
-    """Return the identity of the file at a path; None if this process cannot see it, as its manager may."""
+    """Return the identity of the file at a path; None if this process, unlike its manager, cannot see it."""
     with contextlib.suppress(OSError):
         return identity(path) if path else None
     return None
@@ -153,7 +153,7 @@ def _prepare(sock: socket.socket) -> None:
 
 
 def _look_at_directory(path: str) -> None:
-    """Log it if a directory keeps out users whom the settings let in. Raises `OSError`."""
+    """Log it if the socket's directory keeps out users whom the settings let in. Raises `OSError`."""
     directory = os.path.dirname(path)
     mode = stat.S_IMODE(os.stat(directory).st_mode)
     if not mode & stat.S_IXOTH:
@@ -166,8 +166,8 @@ def _look_at_directory(path: str) -> None:
 def _listen(path: str, *, for_all: bool) -> socket.socket:
     """Return a socket that listens at `path`. Makes the directory if necessary. Raises `ListenError`.
 
-    Changes the process's umask for a moment. That matters to no other thread: files that they make have
-    stricter modes.
+    Changes the process's umask for a moment, which affects no other thread: they make files with stricter
+    modes.
     """
     size = len(os.fsencode(path))
     if size > MAX_SOCKET_PATH:
@@ -192,7 +192,7 @@ def _bind(path: str, umask: int) -> socket.socket:
     try:
         with _umask(umask):
             sock.bind(path)
-        sock.listen(socket.SOMAXCONN)  # the kernel allows no more, unless an operator has raised that
+        sock.listen(socket.SOMAXCONN)  # the most that the kernel allows, unless an operator has raised it
     except BaseException:
         sock.close()
         raise

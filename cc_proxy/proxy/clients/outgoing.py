@@ -1,4 +1,4 @@
-"""Sending one response, and the fd that goes out behind it."""
+"""Sending one response, and the fd that follows it."""
 
 import array
 import socket
@@ -11,12 +11,12 @@ from cc_proxy.linux.receipt import Receipt
 from cc_proxy.proxy.clients.handlers import Reply
 from cc_proxy.proxy.clients.kept import KeptConnection
 
-#: No response but that to `status` is longer. The kernel takes so few bytes as a whole, or not at all.
+#: Only a response to `status` can be longer. The kernel takes this many bytes whole, or none of them.
 _USUAL = HEADER.size + MAX_RESPONSE
 
 
 class Outgoing:
-    """What is left to send of a response. Owner of the socket whose fd is passed. One thread."""
+    """What is left to send of a response. Owns the socket whose fd is passed. One thread at a time."""
 
     def __init__(self, sock: socket.socket, kept: KeptConnection) -> None:
         self._sock = sock
@@ -37,7 +37,7 @@ class Outgoing:
         return self.go_on()
 
     def go_on(self) -> bool:
-        """Send as much as fits now; returns whether that was the rest. Raises `OSError`."""
+        """Send as much as fits now; returns whether nothing is left. Raises `OSError`."""
         self._kept.cell[AT_PHASE] = Phase.BETWEEN
         try:
             while rest := self._unsent:
@@ -64,12 +64,15 @@ class Outgoing:
         return bytes(self._unsent), Fd(self._passed.detach()) if self._passed else None
 
     def restore(self, unsent: bytes, passed: Fd | None) -> None:
-        """Go on where the process before stood."""
+        """Go on where the previous process stood."""
         self._unsent = unsent
         self._passed = socket.socket(fileno=passed.number) if passed else None
 
     def _send_at_once(self, receipt: Receipt, message: bytes) -> bool:
-        """Send a response without leaving any doubt, if nothing was read behind its request."""
+        """Send a short response. If this process is killed meanwhile, the receipt says whether it was sent.
+
+        Not if more was read after its request: then the next process hangs up.
+        """
         cell, fd = self._kept.cell, self._sock.fileno()
         if cell[AT_PHASE] == Phase.ASKED:
             receipt.clear()

@@ -19,7 +19,7 @@ class Parked(Protocol):
         """The fd to watch."""
 
     def on_readable(self) -> bool:
-        """Do what takes no time; returns whether to stay parked. Must not raise or block."""
+        """Do what can be done at once; returns whether to stay parked. Must not raise or block."""
 
 
 P = TypeVar("P", bound=Parked)
@@ -28,9 +28,9 @@ P = TypeVar("P", bound=Parked)
 class Parking(Generic[P]):
     """An epoll instance, and the thread that waits on it, for connections without a thread of their own.
 
-    If each connection had a thread in recv(2), thousands of clients that go at once would wake thousands of
-    threads, and nobody else would get the GIL for a while. And a thread takes ten times the memory of a
-    connection.
+    If each connection had a thread in recv(2), thousands of clients that leave at once would wake thousands
+    of threads, and no other thread would get the GIL for a while. And a thread takes ten times the memory of
+    a connection.
     """
 
     def __init__(self, on_leave: Callable[[P], None]) -> None:
@@ -52,21 +52,21 @@ class Parking(Generic[P]):
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread: what is parked, and will be, waits until `close`. Main thread."""
+        """End the thread. Connections that are parked, now or later, wait until `close`. Main thread."""
         self._closing = True
         if self._thread.ident is not None:
             os.eventfd_write(self._wake, 1)
             self._thread.join()
 
     def close(self) -> None:
-        """Watch no more; whatever is still parked is the caller's again. Main thread."""
+        """Stop watching; what is still parked is the caller's again. Main thread."""
         self.stop()
         self._epoll.close()
         os.close(self._wake)
 
     @property
     def parked(self) -> list[P]:
-        """What waits here. After `stop`."""
+        """What is parked. Only after `stop`."""
         return list(self._parked.values())
 
     def park(self, connection: P) -> None:
@@ -83,7 +83,7 @@ class Parking(Generic[P]):
             raise
 
     def call(self, what: Callable[[], None]) -> None:
-        """Have the thread call something that takes no time. Any thread."""
+        """Have the thread call something, which must not block. Any thread."""
         self._calls.append(what)
         os.eventfd_write(self._wake, 1)
 
@@ -123,7 +123,7 @@ class Parking(Generic[P]):
         if connection.on_readable():
             return
         fd = connection.fileno()
-        # Before `on_leave`: the next owner may park it again, or close it, and another connection get its fd.
+        # Before `on_leave`: the next owner may park it again, or close it, and then its fd may be reused.
         with contextlib.suppress(OSError):
             self._epoll.unregister(fd)
         del self._parked[fd]

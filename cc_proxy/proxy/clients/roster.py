@@ -9,7 +9,7 @@ from cc_proxy.proxy.users import Charge
 
 
 class Roster:
-    """Owner of the open connections' sockets, and what each counts for. Any thread."""
+    """Owns the sockets of all open connections, and the charge for each. Any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _charges, and setting _empty to match; innermost
@@ -22,7 +22,7 @@ class Roster:
         return len(self._charges)
 
     def add(self, sock: socket.socket, charge: Charge) -> None:
-        """Take over a connection. If that fails, it does not count."""
+        """Take over a connection and its charge. If that fails, the charge is given back."""
         try:
             with self._lock:
                 self._charges[sock] = charge
@@ -32,7 +32,7 @@ class Roster:
             raise
 
     def close(self, sock: socket.socket) -> None:
-        """Close a connection, which need not be one of these. It counts until that is done."""
+        """Close a connection, which need not be in the roster. It is charged for until that is done."""
         try:
             close_stream(sock)
         finally:
@@ -51,11 +51,11 @@ class Roster:
                     sock.shutdown(how)
 
     def wait_until_empty(self, timeout: float) -> bool:
-        """Wait up to `timeout` seconds until all are closed; returns whether they are."""
+        """Wait up to `timeout` seconds for all to be closed; returns whether they are."""
         return self._empty.wait(timeout)
 
     def is_free(self, timeout: float) -> bool:
-        """Whether its lock can be had within `timeout` seconds."""
+        """Whether its lock can be taken within `timeout` seconds."""
         free = self._lock.acquire(timeout=timeout)
         if free:
             self._lock.release()
@@ -63,7 +63,7 @@ class Roster:
 
 
 def may_take_long(sock: socket.socket) -> bool:
-    """Whether closing a connection may take long. It accepts no more from its client then."""
+    """Whether closing a connection may take long. If so, it is shut down for reading."""
     if not may_hold_fds(sock):
         return False
     try:

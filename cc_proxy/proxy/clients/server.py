@@ -46,10 +46,10 @@ _NO_THREAD = "the daemon cannot start another thread"
 
 
 class Server(socketserver.ThreadingUnixStreamServer):
-    """Owner of the listening socket and of the connections accepted on it.
+    """Accepts connections on the listening socket, and passes each between the parking and the workers.
 
     A silent connection is parked, because thousands of clients may be connected and few of them active. A
-    request that may take long has a thread of its own.
+    request that may take long gets a thread of its own.
     """
 
     daemon_threads = True
@@ -77,10 +77,12 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.roster = Roster()
         self._registry = registry
         self._rest = Rest()
-        self._resting: list[Connection] = []  # those whose threads have come to rest; any thread appends
-        # Those that were restored, until they are served. Main thread; from `start` on the accept thread.
+        # Connections whose threads have come to rest. Any thread appends.
+        self._resting: list[Connection] = []
+        # Restored connections, until they are served. Main thread; after `start` the accept thread, and any
+        # thread appends.
         self._restored: deque[Connection] = deque()
-        # Connections that may come and go, and when they came. Any thread.
+        # Connections that are not kept yet, and when they came. Any thread.
         self._young: deque[tuple[float, Connection]] = deque()
         self._workers = Workers()
         #: Where silent connections wait.
@@ -101,10 +103,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._thread.start()
 
     def stop_accepting(self) -> None:
-        """Accept no more connections and read no more requests. Those that have arrived are still answered.
+        """Accept no more connections and read no more requests. Requests that have arrived are answered.
 
-        Clients that wait to be accepted are served if the socket is the daemon's own, because nobody else
-        would serve them. On an inherited socket they are left to the next process.
+        Clients that wait to be accepted are served if the daemon made the socket, because nothing else would
+        serve them. On an inherited socket they are left to the next process.
         """
         self._stopping.set()
         self.shutdown()
@@ -116,9 +118,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.roster.shut_down(socket.SHUT_RD)
 
     def rest(self, timeout: float) -> bool:
-        """Stop to accept, and have all threads leave what they are at; returns whether they have in time.
+        """Stop accepting, and have all threads come to rest; returns whether they did in `timeout` seconds.
 
-        Clients that connect wait in the socket's backlog. `hand_over` is next.
+        Clients that connect meanwhile wait in the socket's backlog. `hand_over` comes next.
         """
         deadline = time.monotonic() + timeout
         self._stopping.set()
@@ -128,7 +130,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._rest.begin()
         self._workers.close()
         while True:
-            self._registry.rest()  # again and again, for a hello may just have begun
+            self._registry.rest()  # again and again, since a hello may just have begun
             if self._workers.join(LOOK_UP):
                 return True
             if time.monotonic() >= deadline:
@@ -149,7 +151,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         return state, vms
 
     def restore(self, state: ServerState, vms: Sequence[Vm]) -> None:
-        """Go on with the connections of the process before; `vms` are the registry's. Before `start`."""
+        """Go on with the previous process's connections; `vms` are the registry's. Call before `start`."""
         self._numbers = itertools.count(state.next_number)
         for each in state.connections:
             sock = socket.socket(fileno=each.fd.number)
@@ -171,13 +173,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 self._on_leave(connection)
 
     def server_close(self) -> None:
-        """End the threads that are left. To be called last."""
+        """End the threads that are left. Call it last."""
         super().server_close()
         self.parking.close()
         self._workers.close()
 
     def _accept_waiting(self) -> None:
-        """Accept the connections that wait, and no more: a client may still find a removed socket."""
+        """Accept the connections that wait, and no more: clients may still be connecting to this socket."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RD)
             while True:
@@ -187,7 +189,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _accept_all(self) -> None:
         """Accept connections until the daemon stops, whatever happens."""
-        # At least once, however early the daemon stops: `shutdown` waits until `serve_forever` returns.
+        # At least once, however early the daemon stops: `shutdown` waits for `serve_forever` to return.
         while True:
             try:
                 self.serve_forever(_STOP_POLL)
@@ -218,23 +220,23 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self._give_up(request)
 
     def service_actions(self) -> None:
-        """Called after each round of the accept loop."""
+        """Do what the accept thread does once a round; socketserver calls this."""
         self.turned_at = time.monotonic()
         self._go_on()
         if not self._young or self.turned_at - self._young[0][0] < _YOUNG + _STOP_POLL:
             return
-        grown: list[Connection] = []  # many at once, because that wakes the parking thread
+        grown: list[Connection] = []  # many at once, because each call wakes the parking thread
         while self._young and self.turned_at - self._young[0][0] >= _YOUNG:
             grown.append(self._young.popleft()[1])
         if grown:
             self.parking.call(lambda: self._keep(grown))
 
     def _keep(self, connections: list[Connection]) -> None:
-        """Keep those that have been there for a while. Parking thread."""
+        """Keep connections that have lasted for a while. Parking thread."""
         for connection in connections:
             if self.parking.has(connection):
                 connection.keep()
-            elif connection.after is not After.END:  # its worker may keep it, or it is parked again
+            elif connection.after is not After.END:  # it has a worker, which may keep it: look again later
                 self._young.append((time.monotonic(), connection))
 
     def _wait_for_room(self, error: OSError) -> None:
@@ -246,7 +248,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def _take_in(self, request: socket.socket) -> None:
         """Park a connection, unless its user may not connect or a limit is reached.
 
-        The accept thread calls this; when the daemon stops, the main thread.
+        The accept thread calls this, or the main thread when the daemon stops.
         """
         who = Credentials.of_peer(request)
         if not may_connect(self._live.current.access, who):
@@ -293,7 +295,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
                     )
                     return
                 except RuntimeError:
-                    if connection.client.resumes:  # what it waits for is in a VM's hands
+                    if connection.client.resumes:  # its request has begun, so it is not declined: try later
                         self._restored.append(connection)
                         return
                     connection.decline(_NO_THREAD)
@@ -317,7 +319,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self._give_up(connection.sock, connection.client)
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection; in another thread if its client can make that take long."""
+        """Close a connection, in another thread if its client can make that take long."""
         if may_take_long(request):
             with contextlib.suppress(RuntimeError):
                 self._workers.start("close", lambda: self.roster.close(request))

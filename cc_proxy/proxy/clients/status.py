@@ -1,8 +1,8 @@
 """Puts together the answer to `status`: the state of the daemon and its VMs.
 
-A pump's part (`streams/stats.py`) comes from its thread, through its mailbox. So it is of one moment, and
-takes no lock on the data path. All pumps are asked at once, and have one deadline together: one that is stuck
-delays no other, and the answer says so. Everything else is read value by value.
+A pump's part (`streams/stats.py`) comes from its thread, through its mailbox, so it shows one moment and
+takes no lock on the data path. All pumps are asked at once and share one deadline: one that is stuck delays
+no other, and the answer says so. Everything else is read value by value.
 """
 
 import os
@@ -36,11 +36,11 @@ from cc_proxy.proxy.vms.vm import Vm
 
 @dataclass(frozen=True)
 class About:
-    """What is known of the process as a whole."""
+    """What `status` says of the daemon as a whole."""
 
     #: Returns the path of the settings file; empty if there is none. Any thread.
     settings_file: Callable[[], str] = str
-    #: When the first of the processes that have followed each other began (`time.monotonic`).
+    #: When the first in the chain of processes that replaced each other began (`time.monotonic`).
     known_since: float = field(default_factory=time.monotonic)
     replaced: Replaced = field(default_factory=Replaced)
     started: float = field(default_factory=time.monotonic)

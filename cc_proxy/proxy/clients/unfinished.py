@@ -1,17 +1,17 @@
-"""A message, or a response, that is not through yet."""
+"""A request or response on its way: its deadline, and its bytes."""
 
 import time
 
 from cc_proxy.proxy.users import Charge, User
 from cc_proxy.settings import LiveSettings
 
-#: Longer requests and responses count against `request_bytes` until they are done with, so no more than this
-#: is read of a request before that. Those of clients in the field are shorter.
+#: Requests and responses with more bytes than this count against `request_bytes` as long as they last. So no
+#: more is read of a request before it is counted. Those of clients in the field are shorter.
 UNCOUNTED = 4 * 1024
 
 
 class Unfinished:
-    """Until when it has to be through, and what it counts for. One thread at a time."""
+    """When a message has to be complete, and what it counts for. One thread at a time."""
 
     def __init__(self, user: User, live: LiveSettings) -> None:
         self._user = user
@@ -20,22 +20,22 @@ class Unfinished:
         self._charge: Charge | None = None
 
     def begin(self, *, anew: bool = False) -> float:
-        """Return until when it has to be through (`time.monotonic`), if it begins, or begins `anew`."""
+        """Return its deadline (`time.monotonic`); set one if it has none, or begins `anew`."""
         if self._deadline is None or anew:
             self._deadline = time.monotonic() + self._live.current.limits.message_timeout
         return self._deadline
 
     def end(self) -> None:
-        """It is through."""
+        """The message is complete: it has no deadline any more."""
         self._deadline = None
 
     def count(self, size: int) -> None:
-        """Count its bytes, if that is not done yet. Raises `LimitReached`."""
+        """Count its bytes, unless they are counted already. Raises `LimitReached`."""
         if self._charge is None:
             self._charge = self._user.charge("request_bytes", size)
 
     def uncount(self) -> None:
-        """It is done with."""
+        """Count its bytes no more, if they are counted."""
         if self._charge:
             self._charge.give_back()
             self._charge = None
@@ -46,7 +46,7 @@ class Unfinished:
         return left, self._charge.number if self._charge else 0
 
     def restore(self, left: float | None, counted: int) -> None:
-        """Go on where the process before stood."""
+        """Go on where the previous process stood."""
         self._deadline = None if left is None else time.monotonic() + left
         if counted:
             self._charge = self._user.charge_again("request_bytes", counted)

@@ -1,4 +1,4 @@
-"""Threads for jobs that may take long. A thread does one job at a time, and may get another one after it."""
+"""Threads for jobs that may take long. A thread does one job at a time, and may then get another."""
 
 import contextlib
 import queue
@@ -20,13 +20,13 @@ class Workers:
     """Starts each job at once, in a thread of its own.
 
     Starting and ending a thread takes longer than most jobs, so a thread whose job is done waits a little
-    for another one.
+    for another.
     """
 
     def __init__(self, *, linger: float = _LINGER) -> None:
         self._linger = linger
-        # The queues of threads without a job, the latest last. Whoever takes one out puts one job into it.
-        # No lock: appending, popping and removing are atomic under the GIL. The same holds for `_threads`.
+        # The queues of threads without a job, the latest last. Taking one out means putting one job into it.
+        # No lock: appending, popping and removing are atomic under the GIL, and the same goes for `_threads`.
         self._spare: deque[queue.SimpleQueue[Job]] = deque()
         self._threads: set[threading.Thread] = set()
         self._closed = False
@@ -98,5 +98,5 @@ class Workers:
         try:
             self._spare.remove(jobs)
         except ValueError:
-            return jobs.get()  # another thread has just taken it out, and will put a job in
+            return jobs.get()  # another thread has just taken the queue, and will put a job in
         return None
