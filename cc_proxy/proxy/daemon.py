@@ -43,10 +43,10 @@ from cc_proxy.proxy.watchdog import Watchdog
 from cc_proxy.settings import LiveSettings, Reload, Settings
 from cc_proxy.settingsfile import SettingsError
 
-#: Seconds between two looks at what the service manager, or the log, is to be told.
+#: Seconds between two rounds of what the main thread does unasked (`Supervisor._tick`).
 _TICK = 1.0
 
-#: Seconds until users and groups that nobody knew are looked up again: their name service may be up by then.
+#: Seconds until unknown users and groups are looked up again: their name service may be up by then.
 _LOOK_UP_INTERVAL = 30.0
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
@@ -60,7 +60,7 @@ def block_signals() -> None:
 
 @dataclass(frozen=True)
 class Host:
-    """What the daemon is given by the process it runs in. Main thread, but for `settings_file`."""
+    """What the daemon gets from the program that runs it. Main thread, except for `settings_file`."""
 
     #: Reads the settings again; raises `SettingsError`.
     read_settings: Callable[[], Settings]
@@ -68,16 +68,16 @@ class Host:
     settings_file: Callable[[], str]
     notifier: Notifier
     log: Logging
-    #: Started before there were threads; ended by whoever has made it.
+    #: Started before there are threads; the caller ends it.
     connector: Connector
     inheritance: Inheritance
 
 
 def serve(listener: Listener, settings: Settings, host: Host, state: DaemonState | None = None) -> int:
-    """Serve clients on a listening socket until SIGTERM or SIGINT. Main thread, after `block_signals`.
+    """Serve clients on a listening socket until SIGTERM or SIGINT, or until SIGUSR2 and a replacement.
 
-    Or until SIGUSR2, once another process goes on with everything. With a `state` this one goes on with that.
-    Returns the exit status. Raises `Nothing` if the process before goes on itself.
+    With a `state`, go on with what the previous process handed over. Returns the exit status. Raises
+    `Nothing` if the previous process goes on itself. Main thread, after `block_signals`.
     """
     threading.stack_size(STACK_SIZE)
     _tune_collector()
@@ -90,7 +90,7 @@ def serve(listener: Listener, settings: Settings, host: Host, state: DaemonState
 def _serve(
     listener: Listener, live: LiveSettings, host: Host, state: DaemonState | None
 ) -> DaemonState | int:
-    """Serve; returns the exit status, or what nobody goes on with after all."""
+    """Serve; returns the exit status, or the state to go on with if no other process does after all."""
     keeper = host.inheritance.keeper()
     registry = Registry(live, host.connector, listener.socket.getsockname(), keeper)
     about = About(host.settings_file)
@@ -106,7 +106,7 @@ def _serve(
                 logger.warning("a restart of cc-proxy ends all VMs", extra={"error": error})
         except BaseException as error:
             if state:
-                listener.hand_over()  # its place in the file system is still that of the process before
+                listener.hand_over()  # the socket's file still belongs to the previous process
                 if isinstance(error, OSError):
                     raise Nothing(str(error)) from None
             raise
@@ -133,10 +133,10 @@ def _serve(
 def _tune_collector() -> None:
     """Have the cycle collector look at less, and less often.
 
-    To it, slices of a pump's buffer may be parts of cycles: with a threshold of 700, the usual, it walks them
-    several times in each batch, an eighth of the pump's time. So the threshold is more than there are slices
-    in any batch. What there is from the start is gone through in each full collection, and nobody else runs
-    meanwhile.
+    To it, slices of a pump's buffer may be parts of cycles. With the usual threshold of 700 it walks them
+    several times in each batch, which takes an eighth of the pump's time. So the threshold is higher than the
+    number of slices in any batch. And what exists from the start is frozen, or each full collection would
+    walk it while no other thread can run.
     """
     gc.collect()
     gc.freeze()
@@ -146,7 +146,7 @@ def _tune_collector() -> None:
 class Supervisor:
     """The main thread while the daemon serves: does what signals ask for, and tells the service manager.
 
-    Signals are waited for, so nothing ever runs in a signal handler.
+    It waits for signals, so nothing ever runs in a signal handler.
     """
 
     def __init__(
@@ -165,26 +165,26 @@ class Supervisor:
         }
         self._status = "STATUS=Ready"
         self._told = ""  # the status that the manager knows
-        self._heard = True  # whether it has taken what it was told last
+        self._heard = True  # whether it took the last message
         # Half of what the manager allows, so that one message may be late.
         self._interval = host.notifier.watchdog / 2 if host.notifier.watchdog else None
         self._served_at = time.monotonic()
-        self._reading: Future[Settings] | None = None  # the settings, when they have been asked for
-        self._looking_up: Future[Settings] | None = None  # the same settings with the names of today
+        self._reading: Future[Settings] | None = None  # the settings that are being read
+        self._looking_up: Future[Settings] | None = None  # the same settings, with names looked up again
         self._read_again = False  # whether SIGHUP came while they were read
         self._looked_up_at = self._served_at
-        #: Who is to go on after this process; None if nobody is.
+        #: What goes on after this process; None while there is nothing.
         self.heir: Heir | None = None
 
     def run(self, *, took_over: bool = False) -> signal.Signals:
-        """Work until a signal says stop, or that another process is to go on, and one can; returns that."""
+        """Work until a signal ends this process; returns it. SIGUSR2 does if another process can go on."""
         received = signal.SIGUSR2
         self._tell("READY=1", self._new_status())
         if took_over and self._is_started_again():
             self._prepare_heir()
         tick = min(_TICK, (self._interval or _TICK) / 2)
-        # A timer, because sigtimedwait may return a signal that nobody sent once this process was stopped for
-        # longer than it was to wait (CPython does not look whether it was interrupted then).
+        # A timer, because sigtimedwait may return a signal that nobody sent if this process was stopped for
+        # longer than the timeout (CPython does not check then whether the call was interrupted).
         signal.setitimer(signal.ITIMER_REAL, tick, tick)
         while not self.heir and (received := _next_signal()) not in _STOP_SIGNALS:
             try:
@@ -195,10 +195,10 @@ class Supervisor:
         return received
 
     def _is_started_again(self) -> bool:
-        """Whether the manager had this process end before it knew that it was ready.
+        """Whether the manager sent a stop signal before it knew that this process was ready.
 
-        Then it has not run what tells a restart from a stop, and only it knows which it is. So everything is
-        left to it, and it drops that if it is a stop.
+        Then it has not run `ExecStop=`, which tells a restart from a stop, and only the manager knows which
+        of them this is. So everything is left to the next process. If it is a stop, the manager drops it.
         """
         notifier = self._host.notifier
         return notifier.wanted and notifier.is_heard() and bool(signal.sigpending() & _STOP_SIGNALS)
@@ -221,14 +221,14 @@ class Supervisor:
             self._served_at = now
 
     def _new_status(self) -> str:
-        if self._registry.is_free(0.1):  # whatever happens, this thread is not to get stuck too
+        if self._registry.is_free(0.1):  # if the lock is stuck, this thread must not get stuck too
             vms = self._registry.vms()
             sessions = sum(vm.sessions for vm in vms)
             self._status = f"STATUS={count(len(vms), 'VM')}, {count(sessions, 'session')}"
         return self._status
 
     def _reload(self) -> None:
-        """Have the settings read; `_take_settings` goes on with them."""
+        """Begin to read the settings; `_take_settings` goes on with them."""
         if self._reading:
             logger.warning("the settings are still being read: they are read again after that")
             self._read_again = True
@@ -265,7 +265,7 @@ class Supervisor:
             self.heir = heir
 
     def _look_up_names(self) -> None:
-        """Look up users and groups again that nobody knew, and let them in once somebody does."""
+        """Look up unknown users and groups again, and let them in once they are known."""
         if self._looking_up and self._looking_up.done():
             looked_up, self._looking_up = self._looking_up, None
             if looked_up.result() != self._live.current:
@@ -280,7 +280,7 @@ class Supervisor:
 
     def _apply(self, reload: Reload) -> None:
         current = self._live.current
-        # Also back to what the settings say if it was changed since.
+        # Even if the settings have not changed: a client may have changed the level since.
         self._host.log.set_level(current.log.level)
         self._listener.open_to(for_all=names_others(current.access))
         logger.info("settings reloaded", extra={"changed": reload.changed})
@@ -289,7 +289,7 @@ class Supervisor:
         _warn_of_unknown(current)
 
     def _tell(self, *assignments: str, wait: bool = True) -> bool:
-        """Tell the manager; returns whether it has taken that, or wants nothing. Says once if not."""
+        """Tell the manager; returns whether it took the message, or wants none. Logs it once if not."""
         notifier = self._host.notifier
         if not notifier.wanted:
             return True
@@ -303,9 +303,10 @@ class Supervisor:
 
 
 def _read_aside(read: Callable[[], Settings]) -> "Future[Settings]":
-    """Return what a thread of its own will have read: a file, or a name service, may not answer for long.
+    """Read in a thread of its own, since a file or a name service may not answer for long.
 
-    The next tick comes as soon as it has. The thread ends with what it does, or with the process.
+    Returns the future result. A tick comes as soon as it is there. The thread ends when it has read, or with
+    the process.
     """
     future: Future[Settings] = Future()
 
@@ -321,7 +322,7 @@ def _read_aside(read: Callable[[], Settings]) -> "Future[Settings]":
 
 
 def _wake() -> None:
-    os.kill(os.getpid(), signal.SIGALRM)  # not this thread's, which has it blocked
+    os.kill(os.getpid(), signal.SIGALRM)  # to the process: a signal for this thread would stay blocked
 
 
 def _warn_of_unknown(settings: Settings) -> None:
@@ -330,10 +331,10 @@ def _warn_of_unknown(settings: Settings) -> None:
 
 
 def _next_signal() -> signal.Signals:
-    """Wait for a signal and return it: one that ends this process first, whatever its number.
+    """Wait for a signal and return it. SIGUSR2 comes first, then those that stop the daemon.
 
-    The kernel hands out the lowest, and ticks may come as fast as they are dealt with. What says that another
-    process is to go on may come together with what says stop.
+    The kernel would return the lowest number, and ticks may come as fast as they are handled. SIGUSR2 may
+    come together with SIGTERM, and then another process is to go on.
     """
     pending = signal.sigpending() & {signal.SIGUSR2} or signal.sigpending() & _STOP_SIGNALS
     return signal.Signals(signal.sigwait(pending or _SIGNALS))

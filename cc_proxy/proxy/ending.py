@@ -1,4 +1,4 @@
-"""The end of the daemon, with which its VMs and clients end too. Main thread."""
+"""Stopping the daemon, which ends its VMs and connections too. Main thread."""
 
 import socket
 import time
@@ -7,10 +7,10 @@ from cc_proxy.log.levels import logger
 from cc_proxy.proxy.clients.server import Server
 from cc_proxy.proxy.vms.registry import Registry
 
-#: Seconds that what is in flight gets to finish when the daemon stops.
+#: Seconds for requests and output in flight to finish when the daemon stops.
 STOP_TIMEOUT = 5.0
-#: So much of it is left for what VMs have sent, and to tell who waits for a VM that it is gone, however long
-#: requests take.
+#: Seconds of these that requests cannot use up: they are for output of VMs, and for telling clients that wait
+#: for a VM that it is gone.
 _DELIVERY_TIME = 1.0
 
 
@@ -19,7 +19,7 @@ def stop(server: Server, registry: Registry) -> None:
     deadline = time.monotonic() + STOP_TIMEOUT
     server.stop_accepting()
     server.roster.wait_until_empty(max(0.0, deadline - _DELIVERY_TIME - time.monotonic()))
-    # Users may have seen to it that all of that took longer.
+    # Users may have made all of that take longer.
     deadline = max(deadline, time.monotonic() + _DELIVERY_TIME)
     vms = registry.vms()
     for vm in vms:
@@ -31,7 +31,7 @@ def stop(server: Server, registry: Registry) -> None:
         logger.warning("stopped with output undelivered", extra={"vms": left})
     for vm in vms:
         vm.abort()
-    # What hangs now hangs in the kernel, and ends with the process: all of them together get this long.
+    # A pump that hangs now hangs in the kernel, and ends with the process. All of them share this time.
     deadline = time.monotonic() + _DELIVERY_TIME
     for vm in vms:
         vm.join(max(0.0, deadline - time.monotonic()))

@@ -1,4 +1,4 @@
-"""The daemon as a whole from one process to the next. Main thread."""
+"""Handing the whole daemon over from one process to the next. Main thread."""
 
 import contextlib
 import time
@@ -25,7 +25,7 @@ _TIMEOUT = 3.0
 def hand_over(
     server: Server, registry: Registry, settings: Settings, heir: Heir, about: About
 ) -> DaemonState | None:
-    """Have `heir` go on with everything. Returns what it does not go on with, if it does not."""
+    """Have `heir` go on with everything. If it does not, return the state, for this process to go on with."""
     if not server.rest(_TIMEOUT):
         logger.error("not handed over: connections whose threads hang")
     rested_at = time.monotonic()
@@ -57,12 +57,12 @@ def hand_over(
         else:
             logger.info("replaced: another process goes on")
             return None
-    # This process has counted the rest itself.
+    # Without faults and gaps, which this process has counted already.
     return replace(state, replaced=about.replaced, faults={}, gaps=(0, 0))
 
 
 def describe_daemon(listener: Listener, live: LiveSettings, about: About) -> DaemonRecord:
-    """Return what is to be kept of the daemon itself."""
+    """Return what to keep of the daemon itself."""
     settings = live.current
     return DaemonRecord(
         program=__version__,
@@ -82,9 +82,9 @@ def _log_level(settings: Settings) -> str | None:
 
 
 def take_over(state: DaemonState, server: Server, registry: Registry) -> float:
-    """Go on with everything, but for the threads, which are to be started. Raises `OSError`.
+    """Restore everything except the threads, which are started later. Raises `OSError`.
 
-    Returns the seconds that took.
+    Returns the seconds that it took.
     """
     begun = time.monotonic()
     registry.users.restore(state.users)
@@ -98,7 +98,7 @@ def take_over(state: DaemonState, server: Server, registry: Registry) -> float:
 
 
 def adapt(listener: Listener, settings: Settings) -> None:
-    """Have the socket of the process before follow the settings, but for its path, which cannot change."""
+    """Have the previous process's socket follow the settings, except for its path, which cannot change."""
     listener.open_to(for_all=names_others(settings.access))
     path = listener.socket.getsockname()
     if listener.own and path != settings.socket_path:
@@ -107,7 +107,7 @@ def adapt(listener: Listener, settings: Settings) -> None:
 
 
 def say_what_was_taken_over(state: DaemonState, reading: float) -> None:
-    """Log it, and how long it took: since all came to rest, and `reading` the state alone."""
+    """Log what was taken over, the time since everything came to rest, and the time for `reading` alone."""
     channels = [vm.channel for vm in state.registry.vms if vm.channel]
     fields = {
         "vms": len(channels),

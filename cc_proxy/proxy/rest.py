@@ -1,16 +1,16 @@
-"""Coming to rest: every thread ends where all that it was at is in a value, for another process to go on."""
+"""Coming to rest: every thread ends where its work can be handed over, for another process to go on."""
 
 import select
 import socket
 import threading
 import time
 
-#: Seconds after which a thread that waits looks whether anybody still wants what it waits for.
+#: Seconds between two looks of a waiting thread whether it should go on waiting.
 LOOK_UP = 0.1
 
 
 class Resting(Exception):
-    """What was to be done is left to the next process, as far as it has come."""
+    """The work so far is in its objects, and the next process goes on with it."""
 
 
 class Rest:
@@ -20,11 +20,11 @@ class Rest:
         self._event = threading.Event()
 
     def begin(self) -> None:
-        """From now on."""
+        """Have threads come to rest from now on."""
         self._event.set()
 
     def check(self) -> None:
-        """Raise `Resting` if it is time to."""
+        """Raise `Resting` if threads are to come to rest."""
         if self._event.is_set():
             raise Resting
 
@@ -42,6 +42,6 @@ class Rest:
         return False
 
     def sleep(self, seconds: float) -> float:
-        """Sleep so long; returns what is left of it as soon as it is time to come to rest."""
+        """Sleep; returns the seconds that are left if it is time to come to rest, or else 0."""
         until = time.monotonic() + seconds
         return max(0.0, until - time.monotonic()) if self._event.wait(seconds) else 0.0

@@ -1,4 +1,4 @@
-"""Waiting for what may come at once: looking again for a moment costs less than being woken."""
+"""Waiting for what may come at once: polling for a moment costs less than being woken."""
 
 import time
 from collections.abc import Callable
@@ -6,12 +6,12 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 
-#: Seconds that a thread looks before it goes to sleep. If a single look takes longer, another thread wants
+#: Seconds that a thread polls before it goes to sleep. If a single look takes longer, another thread wants
 #: the GIL, or another process the CPU.
 _SPIN = 0.000_06
-#: Seconds for which nobody looks after that.
+#: Seconds after such a look in which no thread polls.
 _SHY = 0.005
-#: A thread looks only after this many waits in a row that were shorter than this, in seconds.
+#: A thread polls only after this many waits in a row, each shorter than `_QUICK` seconds.
 _IN_A_ROW = 8
 _QUICK = 0.000_2
 
@@ -20,21 +20,20 @@ class Spin:
     """Waits for one thing, one thread at a time.
 
     Waking a thread takes 10 to 30 µs, as long as a quick peer needs to answer. So after a few short waits in
-    a row the next one begins with looking. Nobody else pays for that: looking ends as soon as a look takes
-    longer than it should.
+    a row, the next one begins with polling. Other threads do not pay for that: polling ends as soon as a look
+    takes longer than it should.
     """
 
     __slots__ = ("_short_waits",)
 
-    #: For all threads, as there is one GIL. Any thread sets it without a lock: the last value is as right as
-    #: any.
+    #: For all threads, since they share the GIL. Any thread sets it without a lock: any value will do.
     _shy_until = 0.0
 
     def __init__(self) -> None:
         self._short_waits = 0  # in a row
 
     def wait(self, look: Callable[[], _T | None], sleep: Callable[[], _T]) -> _T:
-        """Return what `look` or `sleep` returns: `look` does at once, None if nothing is there yet."""
+        """Return what `look` or `sleep` returns. `look` returns at once, None if nothing is there yet."""
         begun = now = time.monotonic()
         if self._short_waits >= _IN_A_ROW and now > Spin._shy_until:
             until = begun + _SPIN

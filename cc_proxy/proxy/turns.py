@@ -1,4 +1,4 @@
-"""Whose turn it is: one thread at a time, first come, first served."""
+"""Turns: one thread at a time, first come, first served."""
 
 import threading
 import time
@@ -12,10 +12,10 @@ from cc_proxy.proxy.rest import Resting
 
 @dataclass(eq=False, slots=True)
 class Waiter:
-    """Who waits for a turn. `turn` is locked until it has come."""
+    """A place in line. `turn` is locked until the turn has come."""
 
     turn: threading.Lock = field(default_factory=threading.Lock, init=False)
-    #: Whether a thread waits in line for it, or has.
+    #: Whether it was put in line for a thread that waits.
     is_in_line: bool = field(default=False, init=False)
 
 
@@ -23,20 +23,21 @@ AWaiter = TypeVar("AWaiter", bound=Waiter)
 
 
 class Turns(Generic[AWaiter]):
-    """Who waits for the turn, and whether some thread has it. Any thread."""
+    """The line of waiters, and whether some thread has the turn. Any thread."""
 
     def __init__(self, on_idle: Callable[[], None] = lambda: None) -> None:
-        """`on_idle` is called by the thread that has had the turn, when nobody waits for it."""
+        """`on_idle` is called by the thread that gives up the turn, when no waiter is in line."""
         self._on_idle = on_idle
-        # Guards all that follows; on_idle is called with it held, nothing else is locked, and nobody waits.
+        # Guards all that follows. While it is held, `on_idle` may be called, but no thread waits or takes
+        # another lock.
         self._lock = threading.Lock()
         self._taken = False
         self._queue: deque[AWaiter] = deque()
-        #: Whether nobody gets a turn any more; nobody waits for one then.
+        #: Whether threads are to come to rest: none gets the turn any more, or waits for it.
         self.resting = False
 
     def rest(self) -> None:
-        """Have all threads that wait leave, and their waiters stay in line."""
+        """Have all threads that wait raise `Resting`. Their waiters stay in line."""
         with self._lock:
             if not self.resting:
                 self.resting = True
@@ -45,12 +46,12 @@ class Turns(Generic[AWaiter]):
                         waiter.turn.release()
 
     def restore(self, waiters: Iterable[AWaiter]) -> None:
-        """Have waiters in line whose threads have yet to come (`get`). Before anybody else does."""
+        """Put waiters in line whose threads have yet to call `get`. Call this before anything else."""
         for waiter in waiters:
             self._line_up(waiter)
 
     def _line_up(self, waiter: AWaiter) -> None:
-        """Requires _lock, or that nobody else is there."""
+        """Requires _lock, or that no other thread uses this yet."""
         waiter.is_in_line = True
         waiter.turn.acquire()
         self._queue.append(waiter)
@@ -68,7 +69,7 @@ class Turns(Generic[AWaiter]):
         return True
 
     def join(self, waiter: AWaiter) -> bool:
-        """Wait in line. Returns whether the caller has the turn now, to pass it on."""
+        """Put a waiter in line. Returns whether the caller has the turn now, and has to pass it on."""
         with self._lock:
             self._queue.append(waiter)
             return self._take()
@@ -79,7 +80,7 @@ class Turns(Generic[AWaiter]):
         Raises `Resting`; the waiter stays in line.
         """
         with self._lock:
-            if not waiter.is_in_line:  # as it is if it was restored
+            if not waiter.is_in_line:  # it is if it was restored
                 if not self._taken and (self.resting or not self._queue):
                     self._taken = True
                     return True
@@ -98,13 +99,13 @@ class Turns(Generic[AWaiter]):
                     raise Resting
                 self._queue.remove(waiter)
                 return False
-        # It came at the last moment, and whoever passes it on may still be at work for the waiter.
+        # The turn came at the last moment, and the thread that passes it on may still be sending for it.
         return came or waiter.turn.acquire()
 
     def next(self) -> AWaiter | None:
-        """Return whose turn it is now; after None it is nobody's. Requires the turn.
+        """Return the next waiter; None if the line is empty, and then the turn is free. Requires the turn.
 
-        The caller keeps it until it releases `turn`. If it gives the turn to nobody, it calls this again.
+        The caller keeps the turn until it releases the waiter's `turn`, or calls this again instead.
         """
         with self._lock:
             if self._queue and not self.resting:

@@ -1,4 +1,4 @@
-"""What each user has of what is limited, and how fast a user may ask for more while others are connected."""
+"""What is limited for each user: what a user has, and how many requests a second while others are present."""
 
 import contextlib
 import threading
@@ -28,7 +28,7 @@ _CALLED: dict[Thing, str] = {
 #: A user who has any of these is present.
 _PRESENCE = frozenset({"connections", "vms"})
 
-#: Seconds' worth of requests that a user may make in one go. Starting many containers at once is no attack.
+#: Seconds' worth of requests that a user may make at once. Starting many containers at once is no attack.
 _BURST = 5
 #: Seconds that a pump waits for the others it takes turns with. One that hangs in a disk must not stop them.
 _COURTESY = 0.1
@@ -43,9 +43,9 @@ class LimitReached(Exception):
 
 
 class Charge:
-    """Something that is counted for a user. It gives itself back once, however often it is told to.
+    """Something counted for a user, which is given back once, however often `give_back` is called.
 
-    One thread at a time. A context manager that gives back on the way out.
+    One thread at a time. A context manager that gives it back at its end.
     """
 
     __slots__ = ("_number", "_thing", "_user")
@@ -81,8 +81,8 @@ class User:
     def __init__(self, users: "Users", uid: int) -> None:
         self._users = users
         self.uid = uid
-        #: Held while a request of the user's is decoded, so that a user with a thousand threads competes for
-        #: the GIL with one of them. Nothing else is locked, and nobody waits for a client, while it is held.
+        #: Held while a request of the user is decoded, so that a user with a thousand threads competes for
+        #: the GIL as one. While it is held, nothing else is locked, and no client is waited for.
         self.decoding = threading.Lock()
         self._batches = Turns[Waiter]()
         #: The requests that the user may make at once, and how much it has of each thing. Both are guarded by
@@ -92,7 +92,7 @@ class User:
 
     @property
     def is_limited(self) -> bool:
-        """Whether the user has to leave something to others: root need not, and nobody who is alone."""
+        """Whether the user has to leave room for others: not root, and not a user who is alone."""
         return self._users.several and self.uid != ROOT
 
     def delay(self, requests: int = 1) -> float:
@@ -100,10 +100,10 @@ class User:
         return self._users.delay(self, requests) if self.is_limited else 0.0
 
     def note_connection(self) -> None:
-        """Count a connection as a request, for which the first real one waits.
+        """Count a connection as a request, so that the next real request waits longer.
 
-        Nobody waits for a connection itself, so one that comes and goes all day could owe days: it counts no
-        more once the user owes as much as it may ask for in one go.
+        Connecting itself never waits, so a user who connected all day would owe days of waiting. Connections
+        no longer count once the user owes as much as it may ask for at once.
         """
         if self.delay(0) < _BURST:
             self.delay()
@@ -114,7 +114,7 @@ class User:
         return Charge(self, thing, number)
 
     def charge_again(self, thing: Thing, number: int = 1) -> Charge:
-        """Count what was counted in the process before, whatever the limits say."""
+        """Count what was counted in the previous process, whatever the limits say."""
         self._users.count(self, thing, number, within_limits=False)
         return Charge(self, thing, number)
 
@@ -123,20 +123,20 @@ class User:
         self._users.count(self, thing, number)
 
     def one_batch(self, large: bool) -> AbstractContextManager[None]:
-        """Have one of the user's pumps at a time at work: a user with many VMs competes with one of them.
+        """Let one of the user's pumps work at a time, so that many VMs compete for the GIL as one thread.
 
-        A batch that is not `large` need not wait, unless the user `is_limited`: to be woken for its turn
-        would take longer than the batch.
+        A batch that is not `large` need not wait, unless the user `is_limited`: waking for its turn would
+        take longer than the batch.
         """
         return self._turn() if large or self.is_limited else _AT_ONCE
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        """This is a courtesy and no lock: a pump that finds another one at work for too long goes ahead."""
+        """This is a courtesy and no lock: a pump that has waited for another one too long goes ahead."""
         turns, waiter = self._batches, Waiter()
         mine = turns.get(waiter, time.monotonic() + _COURTESY)
         if not mine and turns is self._batches:
-            self._batches = Turns()  # nobody waits again for one that hangs
+            self._batches = Turns()  # so that no pump waits again for the one that hangs
         try:
             yield
         finally:
@@ -145,11 +145,11 @@ class User:
 
 
 class Users:
-    """All users who are present, and the limits, as the settings are now. Any thread."""
+    """All users who are present, and the limits that the current settings set. Any thread."""
 
     def __init__(self, live: LiveSettings) -> None:
         self._live = live
-        self._lock = threading.Lock()  # guards all that follows, and what `User` says; innermost
+        self._lock = threading.Lock()  # guards all that follows, and what `User` names; innermost
         self._users: dict[int, User] = {}  # by uid
         self._forget_at = _MANY
         self._total: Counter[Thing] = Counter()
@@ -158,7 +158,7 @@ class Users:
         self.several = False
 
     def of(self, uid: int) -> User:
-        """Return a user: the same object for as long as it is present, or owes requests."""
+        """Return a user: the same object as long as the user is present, or owes requests."""
         with self._lock:
             user = self._users.get(uid)
             if user is None:
@@ -168,7 +168,7 @@ class Users:
         return user
 
     def _forget(self) -> None:
-        """Forget those who are as good as new: nobody gets around the rate by leaving. Requires _lock."""
+        """Forget users who have nothing and owe no requests. Requires _lock."""
         rate, now = self.request_rate, time.monotonic()
         self._users = {
             uid: user
@@ -178,7 +178,7 @@ class Users:
         self._forget_at = max(_MANY, 2 * len(self._users))
 
     def delay(self, user: User, requests: int) -> float:
-        """Count requests of a user's; returns the seconds that the last of them has to wait for its turn."""
+        """Count requests of a user; returns the seconds that the last of them has to wait for its turn."""
         with self._lock:
             return user.requests.take(requests, self.request_rate, time.monotonic())
 
@@ -202,13 +202,13 @@ class Users:
                 self.several = len(self._present) > 1
 
     def state(self) -> dict[int, float]:
-        """Return how many requests each user may make at once, fewer than none if it owes some, by uid."""
+        """Return how many requests each user may make at once, negative if it owes some, by uid."""
         rate, now = self.request_rate, time.monotonic()
         with self._lock:
             return {uid: user.requests.left(rate, now) for uid, user in self._users.items()}
 
     def restore(self, state: dict[int, float]) -> None:
-        """Go on where the process before stood. Before there are users."""
+        """Go on where the previous process stood. Call it before there are users."""
         now = time.monotonic()
         for uid, left in state.items():
             self.of(uid).requests.restore(left, now)

@@ -28,7 +28,7 @@ class Watchdog:
     def check(self, patience: float) -> bool:
         """Return whether all have gone round in the last `patience` seconds, and send new probes.
 
-        It is called that often. If something is stuck, logs what, and all threads' stacks, once.
+        Call it once in that time. If something is stuck, it logs what, and all threads' stacks, once.
         """
         stuck = self._find_stuck(patience)
         if stuck and stuck != self._stuck:
