@@ -21,10 +21,10 @@ MAX_COMMAND = 10_240
 #: The longest message accepted from an agent; the longest ACK: `readfile` is answered with a whole file.
 MAX_MESSAGE = 64 * 1024 * 1024
 MAX_ACK = 1024 * 1024 * 1024
-#: How much of a message's payload is kept, in bytes.
+#: Bytes of a message's payload that are kept.
 KEPT_PAYLOAD = 64 * 1024
-#: A position is how much of a header has come, in the top byte, and those bytes; or this, and how much of
-#: the message has yet to come.
+#: `ControlParser.position` has one of two forms. In a header: how many bytes of it have come (the top byte),
+#: and those bytes. In a message: 0xFF (the top byte), and how many bytes have yet to come.
 _POSITION_BITS = 56
 _IN_MESSAGE = 0xFF << _POSITION_BITS
 _ANSWERS = (Code.ACK, Code.ERROR)
@@ -40,7 +40,7 @@ class ControlMessage(NamedTuple):
         return describe(self.code)
 
 
-#: Told of a command's ACK or ERROR, however late that comes.
+#: Called with a command's ACK or ERROR, however late that comes.
 OnAnswer = Callable[[ControlMessage], None]
 
 
@@ -61,7 +61,7 @@ class Command:
         return self.answer is not None
 
     def take(self, answer: ControlMessage) -> None:
-        """Its ACK or ERROR has come."""
+        """Complete the command with its ACK or ERROR."""
         self.answer = answer
         self.on_answer(answer)
 
@@ -72,30 +72,30 @@ def encode(code: int, payload: bytes = b"") -> bytes:
 
 
 class ControlParser:
-    """Splits what one side of the channel sends into messages. It may arrive in any pieces."""
+    """Splits what one side of the channel sends, in whatever pieces it arrives, into messages."""
 
     def __init__(self) -> None:
-        #: What was received that is no message; nothing after it can be understood.
+        #: Why what was received is no message; nothing after it can be understood.
         self.error: str | None = None
         self._buffer = bytearray()
-        # A message of which everything that is kept has come, and how much of it is still to be skipped.
+        # A long message whose kept part has come, and how many bytes of the rest are still to be skipped.
         self._begun: ControlMessage | None = None
         self._skip = 0
 
     def state(self) -> ParserState:
-        """Return where it stands, for `restore`."""
+        """Return what `restore` needs."""
         begun = (self._begun.code, self._begun.payload) if self._begun else None
         return ParserState(bytes(self._buffer), begun, self._skip)
 
     def restore(self, state: ParserState) -> None:
-        """Go on where another one stood."""
+        """Go on where another parser stood."""
         self._buffer += state.buffer
         self._begun = ControlMessage(*state.begun) if state.begun else None
         self._skip = state.skip
 
     @property
     def position(self) -> int:
-        """Where it stands in one number of 64 bits, for `state_at`; 0 between two messages."""
+        """Where the parser stands, as a 64-bit number for `state_at`; 0 between messages, or on an error."""
         if self.error is not None:
             return 0
         if self._skip or len(self._buffer) >= HEADER.size:
@@ -103,7 +103,7 @@ class ControlParser:
         return len(self._buffer) << _POSITION_BITS | int.from_bytes(self._buffer, "big")
 
     def receive_data(self, data: bytes) -> list[ControlMessage]:
-        """Take bytes as they arrived, and return the messages they complete.
+        """Take bytes as they arrive, and return the messages they complete.
 
         A length under 8, or over `MAX_MESSAGE`, or over `MAX_ACK` for an ACK, sets `error`; no more messages
         are returned after that.
@@ -117,7 +117,7 @@ class ControlParser:
 
     @property
     def missing(self) -> int:
-        """How many bytes the message that has begun still lacks; 0 if none has begun."""
+        """How many bytes of the message that has begun are still to come; 0 if none has begun."""
         if self._skip:
             return self._skip
         if len(self._buffer) < HEADER.size:
@@ -138,7 +138,7 @@ class ControlParser:
         return None if self._skip else message
 
     def _begin(self) -> ControlMessage | None:
-        """Return the next message, once everything that is kept of it has come."""
+        """Return the next message once the part of it that is kept has come."""
         buffer = self._buffer
         if len(buffer) < HEADER.size:
             return None
@@ -156,9 +156,9 @@ class ControlParser:
 
 
 def state_at(position: int) -> ParserState:
-    """Return where a parser was that stood at a `position`. What it had read of a message is lost.
+    """Return the state of a parser that stood at `position`. What it had read of a message is lost.
 
-    The rest of that message is an event, whatever it was.
+    The rest of that message becomes an unsolicited event, whatever it was.
     """
     size, rest = position >> _POSITION_BITS, position & ~_IN_MESSAGE
     if size < HEADER.size:
@@ -167,15 +167,15 @@ def state_at(position: int) -> ParserState:
 
 
 class Quiz:
-    """Questions in a random order. Their answers show that an agent is up.
+    """Commands in a random order, whose answers prove that an agent is up.
 
-    An agent says READY only once after it boots, so a peer that connects later has to ask. The agent may
-    still be at commands of an earlier peer, and answers those first. So one answer proves nothing; but a
-    series of answers that fits the questions does, and after it no earlier answer can come. `version` is
-    answered with a number, `ping` with nothing.
+    An agent sends READY only once, after it boots, so a host that connects later has to ask. The agent may
+    still be busy with an earlier host's commands, and answers those first. So one answer proves nothing. A
+    series of answers that matches the commands does, and no answer to an earlier command can follow it.
+    `version` is answered with a number, `ping` with nothing.
     """
 
-    #: The chance that answers to other commands look like these is one in 65,536.
+    #: Answers to other commands match by chance in one of 65,536 cases.
     _LENGTH = 16
     _VERSION = (4242).to_bytes(4, "big")
 
@@ -186,14 +186,14 @@ class Quiz:
 
     @classmethod
     def from_state(cls, state: QuizState) -> Self:
-        """Return one whose questions have been asked by another one."""
+        """Return a quiz whose commands another process has sent."""
         quiz = cls()
         quiz._ask(map(Code, state.codes))
         quiz._got.extend(state.got)
         return quiz
 
     def state(self) -> QuizState:
-        """Return where it stands, for `from_state`."""
+        """Return what `from_state` needs."""
         return QuizState(list(map(int, self.codes)), list(self._got))
 
     def _ask(self, codes: Iterable[Code]) -> None:
@@ -209,8 +209,8 @@ class Quiz:
 class ControlChannel:
     """The state of one control channel, seen from the host.
 
-    Answers come in the order of their commands, so each ACK or ERROR completes the oldest command that has
-    none. A command whose sender has given up stays in line, so that its late answer is not taken for the next
+    Answers come in the order of their commands, so each ACK or ERROR completes the oldest unanswered command.
+    A command whose sender has given up stays in line, so that its late answer is not taken for the next
     command's. Everything else the agent sends is an unsolicited event.
     """
 
@@ -222,16 +222,16 @@ class ControlChannel:
         self._quiz: Quiz | None = None
         #: Whether READY has come.
         self.ready = False
-        #: Whether the agent takes commands: it has said READY, or answered the questions of `ask`.
+        #: Whether the agent takes commands: it has sent READY, or answered the quiz.
         self.is_up = False
 
     def state(self) -> ControlChannelState:
-        """Return where it stands, for `restore`; but for `commands`."""
+        """Return what `restore` needs, except `commands`."""
         quiz = self._quiz.state() if self._quiz else None
         return ControlChannelState(self._parser.state(), bytes(self.outgoing), quiz, self.ready, self.is_up)
 
     def restore(self, state: ControlChannelState, commands: Iterable[Command]) -> None:
-        """Go on where another one stood, with the commands that had no answer there."""
+        """Go on where another channel stood, with its unanswered commands."""
         self._parser.restore(state.parser)
         self.outgoing += state.outgoing
         self._quiz = Quiz.from_state(state.quiz) if state.quiz else None
@@ -240,12 +240,12 @@ class ControlChannel:
 
     @property
     def commands(self) -> list[Command]:
-        """The commands that have no answer yet, the oldest first."""
+        """The unanswered commands, oldest first."""
         return list(self._unanswered)
 
     @property
     def unanswered(self) -> int:
-        """How many commands have no answer yet, including those whose senders gave up."""
+        """How many commands are unanswered, including those whose senders gave up."""
         return len(self._unanswered)
 
     def send(self, code: Code, payload: bytes = b"", on_answer: OnAnswer = ignore) -> Command:
@@ -261,14 +261,14 @@ class ControlChannel:
         return self._quiz is not None
 
     def ask(self, quiz: Quiz) -> None:
-        """Queue questions in `outgoing`; their answers set `is_up`. Call it once, and before any command."""
+        """Queue the quiz in `outgoing`; its answers set `is_up`. Call it once, before any command."""
         self._quiz = quiz
         for code in quiz.codes:
             self.outgoing += encode(code)
 
     @property
     def missing(self) -> int:
-        """How many bytes the message that the agent has begun still lacks; 0 if it has begun none."""
+        """How many bytes of the message that has begun are still to come; 0 if none has begun."""
         return self._parser.missing
 
     @property
@@ -278,13 +278,13 @@ class ControlChannel:
 
     @property
     def error(self) -> str | None:
-        """What the agent sent that is no message; the channel is unusable after that."""
+        """Why what the agent sent is no message, if it is none; the channel is unusable after that."""
         return self._parser.error
 
     def receive_data(self, data: bytes) -> list[ControlMessage]:
-        """Take bytes as they arrived; complete commands, and return the unsolicited events.
+        """Take bytes as they arrive, complete commands, and return the unsolicited events.
 
-        An ACK or ERROR that answers no command is one of those.
+        An ACK or ERROR that answers no command counts as one.
         """
         events = []
         for message in self._parser.receive_data(data):
@@ -299,7 +299,7 @@ class ControlChannel:
         return events
 
     def _boot(self) -> None:
-        """The agent has just booted. It will answer the questions that were sent before that."""
+        """Handle READY. The agent has just booted, so it has yet to answer a quiz that was sent before."""
         if self._quiz and not self.is_up:
             self._unanswered.extend(Command(code) for code in self._quiz.codes)
         self.ready = self.is_up = True

@@ -1,7 +1,7 @@
 """Output of the I/O channel in batches (docs/protocol.md, 3). No I/O.
 
-What arrived in one read is walked once, and comes out as few long slices of the same buffer, sorted by the
-owners of its streams. No payload is copied.
+One pass over what a read has brought sorts it by the owners of its streams, into a few long slices of the
+same buffer. No payload is copied.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,12 +22,13 @@ MAX_FROM_AGENT = 10_240
 
 #: Offset of the total length in a header.
 _LENGTH_AT = 8
-#: The most bytes of whole frames that come out as one slice, unless one frame alone is longer. A socket takes
-#: this much whole or not at all (`linux.fds.taken_whole`).
+#: The most bytes in one slice of whole frames, unless a single frame is longer. A socket takes this much
+#: whole or not at all (`linux.fds.taken_whole`).
 MOST_IN_SLICE = 32 * 1024
-#: Looking for a row of like frames pays only if this many of their size fit into the rest of the buffer.
+#: A row is a run of frames that are equally long. Looking for one pays only if this many frames of that
+#: length fit into the rest of the buffer.
 ROW = 32
-#: Before the whole row, only the frame this far ahead is compared.
+#: First only the frame this far ahead is compared: most of the time that shows that there is no row.
 _GLANCE = 7
 
 _pack = FRAME_HEADER.pack
@@ -48,25 +49,25 @@ class Batch(Generic[Owner]):
     strays: list[tuple[int, int]] = field(default_factory=list)
     #: How many whole frames there are.
     frames: int = 0
-    #: Where the first frame begins that has not arrived whole.
+    #: Where the first frame that has not arrived whole begins.
     stop: int = 0
     #: What is wrong with the frame at `stop`, if framing is lost there.
     error: str | None = None
 
 
 class _Lists(Generic[Owner]):
-    """Lists of slices by seq, so that each owner is looked up once. Two seqs of one owner share a list."""
+    """Lists of slices by seq, so that each owner is looked up once. The seqs of one owner share a list."""
 
     def __init__(self, owners: Mapping[int, Owner], slices: dict[Owner, list[memoryview]]) -> None:
         self._owners = owners
         self._slices = slices
-        self.nobodys: list[memoryview] = []
+        self.strays: list[memoryview] = []
         self.by_seq: dict[int, list[memoryview]] = {}
 
     def add(self, seq: int) -> list[memoryview]:
-        """Return the list of a seq, which is in `by_seq` then."""
+        """Put the list for a seq into `by_seq`, and return it."""
         owner = self._owners.get(seq)
-        self.by_seq[seq] = found = self.nobodys if owner is None else self._slices.setdefault(owner, [])
+        self.by_seq[seq] = found = self.strays if owner is None else self._slices.setdefault(owner, [])
         return found
 
 
@@ -76,7 +77,7 @@ def gather(
     """Sort the whole frames in `buffer[start:stop]` by the owner of their seq.
 
     `view` is a memoryview of `buffer`, which the caller makes once. Neighbouring frames of one owner come
-    out as one slice of it, of `MOST_IN_SLICE` bytes at the most.
+    out as one slice of it, of at most `MOST_IN_SLICE` bytes.
     """
     return _only_frame(buffer, view, start, stop, owners) or _sort(buffer, view, start, stop, owners)
 
@@ -84,7 +85,7 @@ def gather(
 def _only_frame(
     buffer: Buffer, view: memoryview, start: int, stop: int, owners: Mapping[int, Owner]
 ) -> Batch[Owner] | None:
-    """`gather` for exactly one whole frame, as in interactive use: in half the time.
+    """Do what `gather` does for exactly one whole frame, as in interactive use, in half the time.
 
     Returns None for anything else.
     """
@@ -102,11 +103,11 @@ def _only_frame(
 def _sort(
     buffer: Buffer, view: memoryview, start: int, stop: int, owners: Mapping[int, Owner]
 ) -> Batch[Owner]:
-    """`gather` for any number of frames."""
+    """Do what `gather` does for any number of frames."""
     batch: Batch[Owner] = Batch()
     lists = _Lists(owners, batch.slices)
     batch.frames, batch.stop = _walk(buffer, view, start, stop, lists)
-    batch.strays = [header for piece in lists.nobodys for header in _headers(piece)]
+    batch.strays = [header for piece in lists.strays for header in _headers(piece)]
     if stop - batch.stop >= HEADER_SIZE:
         seq, length = _unpack_from(buffer, batch.stop)
         if not HEADER_SIZE <= length <= MAX_FRAME:
@@ -114,31 +115,31 @@ def _sort(
     return batch
 
 
-def _walk(  # noqa: C901 - one loop; one call for each frame would slow it down by half
+def _walk(  # noqa: C901 - one loop: a call for each frame would slow it down by half
     buffer: Buffer, view: memoryview, pos: int, stop: int, lists: _Lists[Owner]
 ) -> tuple[int, int]:
     """Add the frames from `pos` on to their lists. Returns how many there are, and where they end."""
-    by_seq, pieces = lists.by_seq, lists.nobodys
-    run = look_from = pos  # where the slice begins that is being made; where to look for a row next
+    by_seq, pieces = lists.by_seq, lists.strays
+    run = look_from = pos  # where the current slice begins; where to look for a row next
     seq = last_length = -1
     in_rows = 0
-    edge = min(pos + MOST_IN_SLICE, stop)  # where that slice has to end
+    edge = min(pos + MOST_IN_SLICE, stop)  # where the current slice must end
     last_header = stop - HEADER_SIZE
-    # Counts the turns at no cost, by what is left of it; `frames += 1` would take time.
+    # Its remaining length tells the number of turns at no cost; `frames += 1` would take time.
     turns = repeat(None, stop + 1)
     for _ in turns:
         if pos > last_header:
             break
         next_seq, length = _unpack_from(buffer, pos)
         end = pos + length
-        if end > edge or length < HEADER_SIZE:  # as it is for each frame that is too long
+        if end > edge or length < HEADER_SIZE:  # every frame that is too long ends beyond the edge
             if end > stop or not HEADER_SIZE <= length <= MAX_FRAME:
                 break
             if run < pos:
                 pieces.append(view[run:pos])
             run, edge = pos, min(max(end, pos + MOST_IN_SLICE), stop)
         if length == last_length and pos >= look_from and stop - pos >= ROW * length:
-            look_from = pos + ROW * length  # not right away, if there is none here
+            look_from = pos + ROW * length  # if there is no row here, do not look again right away
             count = alike(buffer, pos, length, stop, 0 if next_seq == seq else _LENGTH_AT)
             if count > 1:
                 in_rows += count - 1
@@ -169,10 +170,10 @@ def _sort_row(
     lists: _Lists[Owner],
     state: tuple[int, list[memoryview], int, int],
 ) -> tuple[int, list[memoryview], int, int]:
-    """Sort frames of one length: only the seqs must be unpacked, and none if all have the same.
+    """Sort a row: only its seqs have to be unpacked, or nothing if all of them are the same.
 
-    `state` is `_walk`'s: that seq, or -1; the list for the slice being made, and where that slice begins and
-    has to end. Returns the new values, with the last seq.
+    `state` is `_walk`'s: the seq that all frames have, or -1; the list that the current slice goes to, and
+    where that slice begins and must end. Returns the new values, with the last frame's seq.
     """
     by_seq = lists.by_seq
     seq, pieces, run, edge = state
@@ -205,7 +206,7 @@ def frames_of(frames: memoryview) -> list[memoryview]:
 
 
 def _headers(frames: memoryview) -> Iterator[tuple[int, int]]:
-    """Yield seq and total length of each frame. `frames` are whole."""
+    """Yield the seq and total length of each frame. All of them must be whole."""
     pos = 0
     while pos < len(frames):
         seq, length = _unpack_from(frames, pos)
@@ -216,9 +217,9 @@ def _headers(frames: memoryview) -> Iterator[tuple[int, int]]:
 def alike(buffer: Buffer, pos: int, length: int, stop: int, first: int = 0) -> int:
     """Return how many whole frames in a row, from `pos` on, have the same header from byte `first` on.
 
-    The headers of frames of one length form a table. Comparing one of its columns takes one call, but
-    unpacking takes one call for each frame. Streams of small writes consist of such rows. The table grows
-    only while all of it is alike, so that the work stays in proportion to what is found.
+    The headers of equally long frames form a table. Comparing one of its columns takes one call; unpacking
+    would take one call for each frame. Streams of small writes consist of such rows. The table grows only
+    while all of it is alike, so that the work stays in proportion to what is found.
     """
     header = buffer[pos + first : pos + HEADER_SIZE]
     ahead = pos + _GLANCE * length
@@ -236,7 +237,7 @@ def alike(buffer: Buffer, pos: int, length: int, stop: int, first: int = 0) -> i
 
 
 def _rows_alike(header: bytes | bytearray, buffer: Buffer, pos: int, length: int, rows: int) -> int:
-    """Return how many of `rows` stretches, `length` bytes apart, are `header` before one that is not."""
+    """Return how many headers in a row, `length` bytes apart, equal `header`; looks at `rows` of them."""
     for offset in range(len(header)):
         column = buffer[pos + offset : pos + rows * length : length]
         rows -= len(column.lstrip(header[offset : offset + 1]))

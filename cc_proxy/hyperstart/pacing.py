@@ -1,10 +1,10 @@
 """Lossless stdin (docs/protocol.md, 4): how much stdin a process may be sent at once. No I/O.
 
 An agent keeps 512 bytes of stdin for each process and drops what does not fit. It answers a frame on a seq
-that no process has with an empty frame, once it has handled everything before it. Such a frame, sent after
+that no process owns with an empty frame, once it has handled everything before it. Such a frame, sent after
 the data, is a marker: when it comes back, there is room again.
 
-A lossless agent keeps more, and says so: a marker comes back with `LOSSLESS` as its payload.
+A lossless agent keeps more, and says so: its markers come back with `LOSSLESS` as their payload.
 """
 
 from typing import Self
@@ -19,16 +19,16 @@ _GENERATION_SHIFT = 53
 _GENERATIONS = 1 << 10
 _STREAM_MASK = (1 << _GENERATION_SHIFT) - 1
 
-#: What a lossless agent sends a marker back with. It sends one that nobody sent, too, to each new host.
+#: The payload of a marker that a lossless agent sends back. It also sends each new host one unasked.
 LOSSLESS = b"\1"
-#: Bytes of stdin that it keeps for each process.
+#: Bytes of stdin that a lossless agent keeps for each process.
 LOSSLESS_WINDOW = 64 * 1024
 
-#: Once pings were faster than a marker, they go out together with the next markers, until this many markers
-#: in a row were faster. While output floods, one in ten markers comes back.
+#: Once pings have been faster than a marker, they go out along with the next markers, until this many markers
+#: in a row have come back. While output floods, only one in ten does.
 MARKERS_TO_TRUST = 8
-#: The most frames that can wait in the guest: a virtio-serial port has 128 buffers. Without this limit, many
-#: short stdins, which need no marker, would add up.
+#: The most frames that can wait in the guest: a virtio-serial port has 128 buffers. This bounds the pings of
+#: a round: without it, frames that are too short to need a marker would add up.
 MOST_QUEUED = 128
 
 
@@ -41,28 +41,28 @@ class StdinWindow:
     """The window of one stream's stdin, as in TCP: how much may be sent before it is acknowledged.
 
     Payload is counted as it is sent. Once half the window is used up, a marker goes out, and nothing more is
-    sent until it comes back. So a user who types needs no marker for each key.
+    sent until it comes back. So typing does not take a marker per key.
     """
 
     def __init__(self, io_base: int, size: int) -> None:
         self._io_base = io_base
         self._size = size
         self._unacknowledged = 0
-        #: Which of the markers is the next one, or the one that is on its way.
+        #: Number of the marker that is on its way, or of the next one.
         self.generation = 0
-        #: How often the marker on its way has been sent; 0 if none is.
+        #: How often the marker on its way has been sent; 0 if none is on its way.
         self.asked = 0
 
     @classmethod
     def from_state(cls, io_base: int, state: WindowState) -> Self:
-        """Return one that goes on where another one of this stream stood."""
+        """Return a window that goes on where another one of this stream stood."""
         window = cls(io_base, state.size)
         window._unacknowledged, window.generation = state.unacknowledged, state.generation
         window.asked = state.asked
         return window
 
     def state(self) -> WindowState:
-        """Return where it stands, for `from_state`."""
+        """Return what `from_state` needs."""
         return WindowState(self._size, self._unacknowledged, self.generation, self.asked)
 
     @property
@@ -71,7 +71,7 @@ class StdinWindow:
         return 0 if self.asked else self._size - self._unacknowledged
 
     def widen(self, size: int) -> None:
-        """Let more be sent at once; no matter if it is less."""
+        """Raise the window to `size`; does nothing if it is larger already."""
         self._size = max(self._size, size)
 
     def sent(self, payload_bytes: int) -> bytes | None:
@@ -83,9 +83,9 @@ class StdinWindow:
         return self._marker()
 
     def ask_again(self) -> bytes:
-        """Return the same marker again, if it did not come back. Whichever copy comes back first counts.
+        """Return the marker again, because it has not come back in time.
 
-        Nothing was sent in between, so each copy means the same.
+        Whichever copy comes back first counts: nothing was sent in between, so all of them mean the same.
         """
         self.asked += 1
         return self._marker()
@@ -99,11 +99,11 @@ class StdinWindow:
 
     def reset(self) -> None:
         """Start with an empty window. A marker that is still on its way no longer counts."""
-        self._be_another()
+        self._start_generation()
         self.asked = 0
         self._unacknowledged = 0
 
-    def _be_another(self) -> None:
+    def _start_generation(self) -> None:
         """Give the next marker another seq.
 
         A copy of an earlier marker may come back late. If it were taken for the next marker, the data before

@@ -1,8 +1,8 @@
-"""Finding out where frames begin in what an agent sends, having missed a part of it. No I/O.
+"""Finding out where frames begin in what an agent sends, after a part of it was missed. No I/O.
 
-Whatever looks like a header may be payload. But a frame is 10,240 bytes long at the most, so a frame begins
-somewhere in the next 10,240 bytes, and another where that one ends. What looks like a header anywhere else
-leads, in a few steps, to something that is none, or to where a frame does begin. So all places are followed
+Anything that looks like a header may be payload. But a frame has at most 10,240 bytes, so one begins
+somewhere in the next 10,240 bytes, and another one where that ends. A false header leads, within a few
+frames, to a place where no header is, or to the beginning of a real frame. So all candidates are followed
 side by side until only one is left.
 """
 
@@ -13,19 +13,19 @@ from cc_proxy.hyperstart.state import ResyncState
 
 _unpack_from = FRAME_HEADER.unpack_from
 _LONGEST_MARKER = HEADER_SIZE + len(LOSSLESS)
-#: Bytes that are kept of what was received: a header may be cut.
+#: Bytes of what was received that are kept: they may be the first part of a header.
 _KEPT = HEADER_SIZE - 1
 
 
 class Unrecognisable(Exception):
-    """There is no place where a frame can begin."""
+    """No place is left where a frame can begin."""
 
 
 class Resync:
-    """Looks for a place where a frame begins for certain; whose the bytes before it are, nobody can tell.
+    """Looks for a place where a frame certainly begins. Which stream the bytes before it are on is unknown.
 
-    Two things make it certain. No other place is left, which takes some 10 to 20 KiB. Or the agent sends the
-    probe, a marker that was sent to it: its seq was drawn at random, so that nothing else has those bytes.
+    A place is certain when no other is left, which takes some 10 to 20 KiB; or when the agent sends the probe
+    back, a marker whose seq was drawn at random, so that nothing else has those bytes.
 
     It keeps 11 bytes, and a number for each place that is left.
     """
@@ -33,16 +33,16 @@ class Resync:
     def __init__(self, state: ResyncState) -> None:
         self.state = state
         self._probe = state.probe.to_bytes(8, "big")
-        # All places are counted from the beginning of what is received.
+        # Places are offsets from the first byte received.
         self._at = 0  # the next one to look at
-        self._ahead: set[int] = set()  # those where a frame may begin, besides the first MAX_FROM_AGENT
+        self._ahead: set[int] = set()  # where a frame may begin, besides all of the first MAX_FROM_AGENT
         self._tail = b""
         self._tail_at = 0
 
     def receive(self, data: bytes) -> bytes | None:
-        """Take what the agent sent. Returns the end of it that begins with a frame, or None if that is open.
+        """Take what the agent sent. Returns its end, from a certain frame on; None if no place is certain yet.
 
-        It is of no use after it has returned something, or raised `Unrecognisable`.
+        Do not call it again after it has returned something, or raised `Unrecognisable`.
         """
         data, begin = self._tail + data, self._tail_at
         stop = begin + len(data)
@@ -61,7 +61,7 @@ class Resync:
         return None
 
     def _is_certain(self) -> bool:
-        """Go on to the next place; returns whether it is the only one that is left."""
+        """Go on to the next place to look at; returns whether it is the only one left."""
         if self._at < MAX_FROM_AGENT:
             return False
         self._ahead = {place for place in self._ahead if place >= self._at}
@@ -71,7 +71,7 @@ class Resync:
         return len(self._ahead) == 1
 
     def _length(self, data: bytes, at: int) -> int:
-        """Return the length of the frame that may begin there; 0 if none can."""
+        """Return the length of the frame that may begin at this index; 0 if none can."""
         seq, length = _unpack_from(data, at)
         if seq >= FIRST_MARKER:
             longest = _LONGEST_MARKER

@@ -7,14 +7,14 @@ from cc_proxy.hyperstart.frames import HEADER_SIZE, MAX_TO_AGENT, MOST_IN_SLICE,
 from cc_proxy.hyperstart.state import SplitterState
 
 _ROOM = MAX_TO_AGENT - HEADER_SIZE
-#: How a header ends that has no payload behind it.
+#: The length in the header of an empty frame.
 _EMPTY_LENGTH = HEADER_SIZE.to_bytes(4, "big")
 _LENGTH_AT = 8
-# What the bits of a `word` are, above 32 of what is missing, or of the length of an unfinished header.
-_BEGUN_AT = 32  # four bits: how much of a header there is
+# The bits of a `word`. The lower 32 are the payload bytes still missing, or an unfinished header's length.
+_BEGUN_AT = 32  # four bits: how many bytes of an unfinished header there are
 _SAID_AT = 36  # whether there was any payload
 _AT_EOF_AT = 37
-_WRONG_AT = 38  # whether the seq in the unfinished header is another client's
+_WRONG_AT = 38  # whether the seq in the unfinished header is not the client's
 _ALL_BITS = (1 << 64) - 1
 
 _pack = FRAME_HEADER.pack
@@ -22,12 +22,12 @@ _unpack_from = FRAME_HEADER.unpack_from
 
 
 def state_of(io_base: int, word: int) -> SplitterState:
-    """Return the state that a splitter's `word` stands for, as far as it matters for what comes next."""
+    """Return the state that a splitter's `word` stands for. Its counters are only 0 or not."""
     begun, rest = word >> _BEGUN_AT & 0xF, word & 0xFFFF_FFFF
     said = word >> _SAID_AT & 1
     header, missing = b"", rest
     if begun:
-        other = word >> _WRONG_AT & 1  # that its seq is not the client's is all that counts about it
+        other = word >> _WRONG_AT & 1  # any other seq will do: the frame is refused whichever it has
         header, missing = _pack(io_base ^ -other & _ALL_BITS, rest)[:begun], 0
     return SplitterState(header, missing, said, said, bool(word >> _AT_EOF_AT & 1))
 
@@ -35,7 +35,7 @@ def state_of(io_base: int, word: int) -> SplitterState:
 def whole_frames(pieces: Sequence[bytes | memoryview], count: int) -> int:
     """Return how many of the first `count` pieces are whole frames: all, unless the last is a header alone.
 
-    The pieces are some that `StdinSplitter.split` returned, and whole frames between them.
+    The pieces come from `StdinSplitter.split`, perhaps with other whole frames in between.
     """
     last = pieces[count - 1]
     if isinstance(last, bytes) and len(last) == HEADER_SIZE and not last.endswith(_EMPTY_LENGTH):
@@ -44,11 +44,10 @@ def whole_frames(pieces: Sequence[bytes | memoryview], count: int) -> int:
 
 
 class StdinSplitter:
-    """Turns what one client sends into frames that its agent can take, as few long slices of the buffer.
+    """Turns what one client sends into frames that its agent can take, as a few long slices of the buffer.
 
-    Frames of up to `MAX_TO_AGENT` bytes that arrive in one piece pass unchanged. The payload of a longer
-    frame, or of one that is still arriving, is passed on in new frames. So nothing is ever kept back but an
-    unfinished header.
+    Frames of up to `MAX_TO_AGENT` bytes that arrive whole pass unchanged. The payload of a longer frame, or
+    of one that is still arriving, is passed on in new frames. So only an unfinished header is ever held back.
     """
 
     def __init__(self, io_base: int) -> None:
@@ -58,21 +57,21 @@ class StdinSplitter:
         self._missing = 0
         #: Payload bytes handed out so far.
         self.payload_bytes = 0
-        #: Frames handed out so far. A longer frame of the client's counts as the frames it was split into.
+        #: Frames handed out so far. A long frame counts as the frames it was split into.
         self.frames = 0
         #: Whether the last frame handed out was end of file.
         self.at_eof = False
-        #: Where long frames are to be joined, if `join` is to do anything.
+        #: Where `join` is to join long frames: the beginning and the end of the rest of a frame's payload.
         self.joints: list[tuple[int, int]] = []
-        #: What the client sent that it may not send; nothing is handed out after that.
+        #: What the client sent and may not send; nothing is handed out after it.
         self.error: str | None = None
 
     def state(self) -> SplitterState:
-        """Return where it stands, for `restore`."""
+        """Return what `restore` needs."""
         return SplitterState(self._header, self._missing, self.payload_bytes, self.frames, self.at_eof)
 
     def word(self) -> int:
-        """Return where it stands as a number of 40 bits, for `state_of`, which does without the counters."""
+        """Return the state as a 40-bit number for `state_of`, without the counters."""
         word = self._missing | bool(self.payload_bytes) << _SAID_AT | self.at_eof << _AT_EOF_AT
         return word | self._begun() if self._header else word
 
@@ -83,19 +82,19 @@ class StdinSplitter:
         return length | len(begun) << _BEGUN_AT | wrong << _WRONG_AT
 
     def restore(self, state: SplitterState) -> None:
-        """Go on where another one of this stream stood."""
+        """Go on where another splitter of this stream stood."""
         self._header, self._missing = state.header, state.missing
         self.payload_bytes, self.frames, self.at_eof = state.payload_bytes, state.frames, state.at_eof
 
     def split(self, buffer: Buffer, view: memoryview, start: int, stop: int) -> list[bytes | memoryview]:
         """Turn `buffer[start:stop]` into pieces to be written to the agent one after the other.
 
-        `view` is a memoryview of `buffer`. Before the pieces are used, call `join` with it. A frame
-        on another seq than the client's own, or with a total length under 12, sets `error`; neither that
-        frame nor anything after it is in the pieces.
+        `view` is a memoryview of `buffer`. Call `join` with it before using the pieces. A frame on a seq
+        other than the client's own, or with a total length under 12, sets `error`; neither that frame nor
+        anything after it is in the pieces.
 
-        A piece may be empty. It ends where a frame ends, and has `MOST_IN_SLICE` bytes at the most; but a
-        header may be a piece of its own, in front of its payload (`whole_frames`).
+        A piece may be empty. It has at most `MOST_IN_SLICE` bytes, and ends where a frame ends, unless it is
+        a header alone, before its payload (`whole_frames`).
         """
         pieces: list[bytes | memoryview] = []
         pos = self._pass_only_frame(buffer, view, start, stop, pieces)
@@ -109,9 +108,9 @@ class StdinSplitter:
         return pieces
 
     def join(self, view: memoryview) -> None:
-        """Change the bytes that `split` was given where long frames are joined.
+        """Change the buffer that `split` was given, in the places where long frames are joined.
 
-        Until then they are as the client sent them: another process can do the same once more.
+        Until then it is as the client sent it, so that another process can split it once more.
         """
         for left, end in self.joints:
             view[left : end + HEADER_SIZE] = self._full_header + view[left:end].tobytes()
@@ -120,7 +119,7 @@ class StdinSplitter:
     def _pass_only_frame(
         self, buffer: Buffer, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
     ) -> int:
-        """Pass exactly one whole, short frame, as in interactive use."""
+        """Pass exactly one whole, short frame, as in interactive use. Returns where it ends, or `start`."""
         if not HEADER_SIZE <= stop - start <= MAX_TO_AGENT or self._missing or self._header or self.error:
             return start
         if _unpack_from(buffer, start) != (self._io_base, stop - start):
@@ -134,9 +133,9 @@ class StdinSplitter:
     def _pass_frames(
         self, buffer: Buffer, view: memoryview, start: int, stop: int, pieces: list[bytes | memoryview]
     ) -> int:
-        """Pass frames that are whole and short enough; begin the payload of the first that is not.
+        """Pass frames that are whole and short enough, and begin the payload of the first that is not.
 
-        It may stop before that, once there are enough for a slice.
+        It may stop earlier, once there are enough for a slice. Returns where it stopped.
         """
         pos = row = start
         frames, last_length, begun = 0, -1, 0
@@ -160,7 +159,7 @@ class StdinSplitter:
         if pos > start:
             if pos - start <= MOST_IN_SLICE:
                 pieces.append(view[start:pos])
-            else:  # there was a row last
+            else:  # only a row at the end can make it longer
                 pieces += (view[start:row], *_in_slices(view[row:pos], last_length))
             self.payload_bytes += pos - start - frames * HEADER_SIZE
             self.frames += frames
@@ -186,9 +185,9 @@ class StdinSplitter:
     ) -> int:
         """Put payload into new frames: the rest of a frame that has begun, and long frames that follow it.
 
-        The end of one long frame's payload moves up to the payload of the next, over its header, so that a
-        new header can be written in place before it. A frame of 8 KiB then makes two pieces, not six, at the
-        price of copying some hundred bytes.
+        The end of one long frame's payload moves up to the payload of the next, over the header between them,
+        so that a new header can be written in place before it. A frame of 8 KiB then makes two pieces, not
+        six, at the price of copying some hundred bytes. Returns where it stopped.
         """
         begin = pos = start
         end, joined, full_header = start + self._missing, 0, self._full_header
@@ -230,6 +229,6 @@ class StdinSplitter:
 
 
 def _in_slices(row: memoryview, length: int) -> Iterator[memoryview]:
-    """Yield a row of frames, each of this length, as slices that are not too long."""
+    """Return a row of frames of this length as slices of at most `MOST_IN_SLICE` bytes."""
     step = MOST_IN_SLICE // length * length
     return (row[at : at + step] for at in range(0, len(row), step))

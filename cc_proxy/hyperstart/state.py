@@ -1,4 +1,4 @@
-"""What is known of an agent's channels between two bytes, as values that another process goes on with."""
+"""The state of an agent's channels between two bytes, as values that another process goes on with."""
 
 from msgspec import Struct
 
@@ -23,16 +23,16 @@ class WindowState(Struct, frozen=True):
 
 
 class ResyncState(Struct, frozen=True):
-    """`Resync`: what tells frames of the agent's from anything else."""
+    """`Resync`: what tells the agent's frames from other bytes."""
 
-    #: Streams have lower seqs.
+    #: All streams have lower seqs.
     next_seq: int
-    #: The seq of the marker that was sent to find out.
+    #: The seq of the marker that was sent as a probe.
     probe: int
 
 
 class ParserState(Struct, frozen=True):
-    """`ControlParser`: what has come of an unfinished message; `begun` is its code and what is kept of it."""
+    """`ControlParser`: what has come of a message; `begun` is its code and the part of it that is kept."""
 
     buffer: bytes
     begun: tuple[int, bytes] | None

@@ -1,4 +1,4 @@
-"""Which streams a command puts processes on (docs/protocol.md, 2): their `stdio`. No I/O."""
+"""The streams that a command gives to processes (docs/protocol.md, 2): their `stdio`. No I/O."""
 
 import msgspec
 
@@ -12,7 +12,7 @@ _LAST_SEQ = (1 << 64) - 1
 def stdio_seqs(payload: bytes) -> list[int]:
     """Return the seqs that stand as `stdio` anywhere in a command's JSON, in no particular order.
 
-    Whatever is no seq, or no JSON, names none: the agent judges that, and this never raises.
+    Never raises: what is no seq, or no JSON, is left out. The agent judges it.
     """
     try:
         found: list[object] = [msgspec.json.decode(payload)]
@@ -23,7 +23,7 @@ def stdio_seqs(payload: bytes) -> list[int]:
         value = found.pop()
         if isinstance(value, dict):
             seq = value.get("stdio")
-            # An agent takes 3.0 for 3, as JSON does. False and True are numbers in Python alone.
+            # An agent takes 3.0 for 3, as JSON does. Booleans are numbers only in Python.
             if isinstance(seq, int | float) and not isinstance(seq, bool) and 0 < seq <= _LAST_SEQ:
                 seqs += [int(seq)] if seq == int(seq) else []
             found += value.values()
