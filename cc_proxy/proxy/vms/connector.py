@@ -24,7 +24,7 @@ import msgspec
 from cc_proxy.api.deadline import Deadline
 from cc_proxy.api.errors import TimedOut
 from cc_proxy.linux.credentials import Credentials
-from cc_proxy.proxy.vms.connector_process import REPORT, DialRequest, run_connector
+from cc_proxy.proxy.vms.connector_process import MOST_BYTES, REPORT, DialRequest, run_connector
 
 #: The most children of one user that may hang at once. Each takes about a megabyte.
 _MOST_LEFT = 32
@@ -161,6 +161,8 @@ class Connector:
         if self._control is None:
             self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:
+                # A request goes in whole or not at all, and the default has no room for 65,536 groups.
+                self._control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MOST_BYTES)
                 self._pid = os.fork()
             except BaseException:
                 theirs.close()

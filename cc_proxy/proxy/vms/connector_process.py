@@ -33,7 +33,7 @@ _NOT_YET = {errno.ENOENT, errno.ECONNREFUSED}
 #: The most fds that come with a request: an end of a socket pair, and the sockets to connect.
 _MOST_FDS = 4
 #: More than a request can have: a process has at most 65,536 groups.
-_MOST_BYTES = 1024 * 1024
+MOST_BYTES = 1024 * 1024
 
 REPORT = struct.Struct("@ii")
 
@@ -85,7 +85,7 @@ def _keep_only(control: socket.socket) -> socket.socket:
 
 def _serve(control: socket.socket) -> bool:
     """Have a child carry out the next request; returns whether more may come."""
-    request, fds, _, _ = socket.recv_fds(control, _MOST_BYTES, _MOST_FDS)
+    request, fds, _, _ = socket.recv_fds(control, MOST_BYTES, _MOST_FDS)
     if not fds:
         return False
     try:

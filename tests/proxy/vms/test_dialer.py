@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import socket
@@ -245,6 +246,15 @@ def test_the_vm_sees_the_client(listener: socket.socket) -> None:
         peer = Credentials.of_peer(accepted)
     assert (peer.uid, peer.gid, peer.groups) == (BOB.uid, BOB.gid, BOB.groups)
     assert peer.pid != os.getpid()
+
+
+@needs_root
+def test_a_user_may_be_in_as_many_groups_as_there_can_be(listener: socket.socket) -> None:
+    path = path_of(listener)
+    path.chmod(0o777)
+    crowd = dataclasses.replace(BOB, groups=tuple(range(1_000_000, 1_065_536)))
+    with connect(dialer_of(crowd), path), listener.accept()[0] as accepted:
+        assert Credentials.of_peer(accepted).groups == crowd.groups
 
 
 @needs_root
