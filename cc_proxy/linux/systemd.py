@@ -133,8 +133,15 @@ class Notifier:
         return self.tell("FDSTORE=1", f"FDNAME={name}", fds=fds) and self.is_heard()
 
     def is_heard(self) -> bool:
-        """Return once the manager has taken in all that it was told; False if it does not within a time."""
-        ours, theirs = os.pipe2(os.O_CLOEXEC)
+        """Return once the manager has taken in all that it was told.
+
+        False if it does not within a time, or if it cannot be asked, as no fd is left.
+        """
+        try:
+            ours, theirs = os.pipe2(os.O_CLOEXEC)
+        except OSError as error:
+            self.error = str(error)
+            return False
         try:
             told = self.tell("BARRIER=1", fds=[theirs])
         finally:

@@ -13,6 +13,7 @@ import pytest
 from cc_proxy.linux import systemd
 from cc_proxy.linux.systemd import ActivationError, Notifier, take_listener
 from tests.proxy.support import open_fds
+from tests.shortages import few_fds
 
 VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 NOTIFY = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
@@ -208,6 +209,19 @@ def test_manager_that_does_not_read_is_not_waited_for(
         assert time.thread_time() - before < 0.1, "it waits, and does not ask over and over"
         manager.recv(1000)
         assert told.tell("WATCHDOG=1", wait=False)
+
+
+def test_manager_that_cannot_be_asked_has_not_heard(
+    monkeypatch: pytest.MonkeyPatch, tmp_sock_dir: Path, notifier: list[Notifier]
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", f"{tmp_sock_dir}/notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"{tmp_sock_dir}/notify")
+        notifier.append(told := Notifier())
+        with few_fds():
+            assert not told.is_heard()
+            assert "Too many open files" in told.error
+            assert told.tell("READY=1"), "that takes no fd"
 
 
 def test_manager_that_was_started_again_is_told(
