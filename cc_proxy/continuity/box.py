@@ -1,4 +1,4 @@
-"""A box for fds that is in no process: what was put into it stays for as long as somebody has it open."""
+"""A box for fds, kept by the kernel: what was put into it stays as long as any process has the box open."""
 
 import array
 import errno
@@ -17,32 +17,31 @@ _MOST_FDS = 253
 _ROOM = socket.CMSG_SPACE(_MOST_FDS * array.array("i").itemsize)
 #: <asm-generic/socket.h>; Python's `socket` has no name for it.
 _SO_PEEK_OFF = 42
-#: Each message carries one byte beside the fds, which says what they are: those that somebody keeps, or a
-#: state with those behind it.
+#: Each message carries one byte beside its fds, which says what they are: kept fds, or the memfd of a state.
 _KEPT, _STATE = b"k", b"s"
-#: Bytes of the socket's buffer, which is room for some 550 messages.
+#: Bytes of the socket's buffer, which has room for some 550 messages.
 _BUFFER = 212_992
-#: From so many messages on, the fds in them are to be packed into fewer.
+#: With this many messages or more, it is time to pack their fds into fewer.
 _MANY = 256
 
 
 class Box:
-    """A socket pair: fds that were sent from one end, and not received at the other, wait in the kernel.
+    """A socket pair: fds that were sent from one end and not received at the other wait in the kernel.
 
-    For one thread at a time. A process that has both ends can take out what is in the box. The kernel throws
-    it away when no process has either end.
+    A process that has both ends can take out what is in the box. The kernel discards it when no process has
+    either end. One thread at a time.
     """
 
     def __init__(self, ends: Sequence[socket.socket] = ()) -> None:
-        """Make an empty one, or take over the two ends of one that may have something in it."""
+        """Make an empty box, or take over the two ends of one that may have something in it."""
         first, second = ends or socket.socketpair()
         for end in (first, second):
             end.setblocking(False)
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-        # It is the receiving end where something waits.
+        # The end at which something waits is the receiving end.
         self._sender, self._receiver = (second, first) if _waiting(first) else (first, second)
         self._messages = _waiting(self._receiver)
-        # The number of the oldest message, and of the last one that has each thing, as far as that was seen.
+        # Messages are numbered: the oldest one's number, and that of the last message with each known thing.
         self._first = 0
         self._places: dict[Identity, int] = {}
 
@@ -58,15 +57,15 @@ class Box:
 
     @property
     def is_crowded(self) -> bool:
-        """Whether it is time to pack its fds into fewer messages, with more fds in each."""
+        """Whether it is time to pack its fds into fewer messages."""
         return self._messages >= _MANY
 
     def has(self, identity: Identity) -> bool:
-        """Whether something is in it that was put in or looked at."""
+        """Whether something is in it, as far as this process has put it in or looked at it."""
         return self._places.get(identity, -1) >= self._first
 
     def put(self, fds: Mapping[int, Identity]) -> None:
-        """Put fds in, which stay open in this process. Raises `OSError`, and some may be in it."""
+        """Put fds in, which stay open in this process. Raises `OSError`, and then some may be in it."""
         pairs = [*fds.items()]
         for first in range(0, len(pairs), _MOST_FDS):
             some = dict(pairs[first : first + _MOST_FDS])
@@ -74,7 +73,7 @@ class Box:
             self._note(some.values(), self._first + self._messages - 1)
 
     def pack(self, fds: Mapping[int, Identity]) -> None:
-        """Have it hold these fds in few messages, and nothing else. What is in it stays so all the time.
+        """Have it hold these fds in few messages, and nothing else. At no moment is any of them missing.
 
         Raises `OSError`, and then only some are packed.
         """
@@ -83,13 +82,13 @@ class Box:
         while left:
             some, left = left[:_MOST_FDS], left[_MOST_FDS:]
             self.put(dict(some))
-            if left:  # those are still where they were
+            if left:  # drop only what is older than those, which are still in their old messages
                 self.drop(self._places.get(left[0][1], -1) - self._first)
         self.drop(end - self._first)
         self._places = {identity: self._places[identity] for identity in fds.values()}
 
     def put_state(self, state: bytes, fds: Mapping[int, Identity]) -> None:
-        """Put in a state, and those fds that go with it and are not there. Raises `OSError`, as `put`."""
+        """Put in a state, and those of its fds that are not in the box yet. Raises `OSError`, as `put`."""
         with open(os.memfd_create("cc-proxy-state"), "wb", buffering=0) as file:
             left = memoryview(state)
             while left:
@@ -98,19 +97,19 @@ class Box:
         self.put({fd: identity for fd, identity in fds.items() if not self.has(identity)})
 
     def drop(self, messages: int) -> None:
-        """Throw away the oldest messages. Raises `OSError`."""
+        """Discard the oldest messages. Raises `OSError`."""
         for _ in range(messages):
-            self._receiver.recv(1)  # with no room for the fds, they are closed at once
+            self._receiver.recv(1)  # which leaves no room for the fds, so the kernel closes them
             self._messages -= 1
             self._first += 1
 
     def look(self) -> tuple[bytes, list[int]]:
-        """Return the last state, empty if there is none, and new fds of the rest; everything stays there.
+        """Return the last state, empty if there is none, and new fds for all kept ones.
 
-        Some fds may be there several times. Raises `OSError`.
+        Everything stays in the box. The same thing may be there several times. Raises `OSError`.
         """
         state, fds = b"", list[int]()
-        self._receiver.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, 0)  # each look goes on behind the last
+        self._receiver.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, 0)  # each peek goes on after the last
         try:
             for number in range(_waiting(self._receiver)):
                 mark, some = self._peek()
@@ -172,5 +171,5 @@ def _read(memory: int) -> bytes:
 
 
 def _waiting(sock: socket.socket) -> int:
-    """Return how many bytes, which is to say messages, wait there."""
+    """Return how many bytes wait there; each message has one."""
     return int.from_bytes(fcntl.ioctl(sock, termios.FIONREAD, bytes(4)), sys.byteorder)

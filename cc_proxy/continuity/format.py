@@ -1,7 +1,7 @@
 """What is handed over from one process to the next, as bytes and fds.
 
-A newer daemon reads what an older one has written: members are added with a default, and never change their
-meaning. Where that is not enough, `VERSION` is raised.
+A newer daemon reads what an older one has written: new members have a default, and no member changes its
+meaning. If that is not enough, `VERSION` is raised.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ VERSION = 1
 
 #: What is kept in the table.
 AnyRecord = VmRecord | GoneVmRecord | SessionRecord | ConnectionRecord
-#: By what they stand for, the fds that have been left to this process.
+#: The fds that were left to this process, by their identities.
 Found = dict[Identity, int]
 
 T = TypeVar("T")
@@ -39,15 +39,15 @@ class DaemonState(Struct, frozen=True, kw_only=True):
     program: str
     #: When it came to rest (CLOCK_MONOTONIC, which all processes share).
     rested_at: float
-    #: What was in force, in its own encoding; and the log's level, if that was changed since.
+    #: The settings in force (`encode_settings`); and the log's level, if it is not that of the settings.
     settings: bytes
     log_level: str | None
     #: When the first process began (CLOCK_MONOTONIC), and how often it was replaced, this time included.
     known_since: float
     replaced: Replaced
-    #: How many gaps there were, and of how many bytes at most.
+    #: How many gaps there were, and how many bytes were lost in them at most.
     gaps: tuple[int, int] = (0, 0)
-    #: Errors that nobody expected, by event.
+    #: Unexpected errors, by event.
     faults: dict[str, int]
     #: Requests that users may make at once, by uid.
     users: dict[int, float]
@@ -74,7 +74,7 @@ class DaemonRecord(Struct, frozen=True, kw_only=True):
 
 
 def encode(state: DaemonState | DaemonRecord | Record) -> tuple[bytes, dict[int, Identity]]:
-    """Return a state as bytes, and the fds that it names, in order, each with what it stands for.
+    """Return a state as bytes, and the fds that it names, in order, each with its identity.
 
     Raises `OSError` if one is closed.
     """
@@ -89,7 +89,7 @@ def encode(state: DaemonState | DaemonRecord | Record) -> tuple[bytes, dict[int,
 
 
 def find(fds: Iterable[int]) -> Found:
-    """Return what has been left by what it stands for. Closes fds that are there twice."""
+    """Return fds by their identities. Closes those that stand for the same thing as another."""
     found: Found = {}
     for fd in fds:
         if found.setdefault(identity_of(fd), fd) != fd:
@@ -100,7 +100,7 @@ def find(fds: Iterable[int]) -> Found:
 def decode(data: bytes, fds: Sequence[int]) -> DaemonState:
     """Return the state that was encoded, with the fds of this process. Raises `Unreadable`.
 
-    Closes those that it does not name, or all.
+    Closes the fds that the state does not name; all of them if it raises.
     """
     found = find(fds)
     with taking_all(found):
@@ -110,7 +110,7 @@ def decode(data: bytes, fds: Sequence[int]) -> DaemonState:
 
 @contextlib.contextmanager
 def taking_all(found: Found) -> Iterator[None]:
-    """Close what is left at the end; or everything, if it cannot be read."""
+    """Close what has not been taken out at the end; or everything, after an error."""
     everything = dict(found)
     try:
         yield
@@ -123,7 +123,7 @@ def taking_all(found: Found) -> Iterator[None]:
 
 
 def check_version(data: bytes) -> None:
-    """Raises `Unreadable` if a newer daemon has written it."""
+    """Raise `Unreadable` if a newer daemon has written the data."""
     try:
         header = msgspec.msgpack.decode(data, type=_Header)
     except msgspec.MsgspecError as error:
@@ -133,14 +133,14 @@ def check_version(data: bytes) -> None:
 
 
 def take_record(data: bytes, found: Found) -> AnyRecord:
-    """The same for a record of the table."""
+    """Return a record of the table, as `take` does."""
     kind: Any = AnyRecord
     record: AnyRecord = take(data, kind, found)
     return record
 
 
 def take(data: bytes, kind: type[T], found: Found) -> T:
-    """Return what was encoded, with the fds that it names, which are taken out. Raises `Unreadable`."""
+    """Return what was encoded. The fds that it names are taken out of `found`. Raises `Unreadable`."""
 
     def decode_fd(kind: type[Any], value: Any) -> Any:
         if kind is not Fd:
@@ -157,14 +157,14 @@ def take(data: bytes, kind: type[T], found: Found) -> T:
 
 
 def encode_settings(settings: Settings) -> bytes:
-    """Return settings as bytes; none if a path of the command line is no text."""
+    """Return settings as bytes; empty if a path from the command line is no text."""
     with contextlib.suppress(UnicodeEncodeError):
         return msgspec.msgpack.encode(settings, enc_hook=lambda value: value.unknown or int(value))
     return b""
 
 
 def decode_settings(data: bytes) -> Settings | None:
-    """Return the settings that were encoded; None if they mean nothing any more."""
+    """Return the settings that were encoded; None if this version cannot read them."""
     with contextlib.suppress(msgspec.MsgspecError, ValueError):
         return msgspec.msgpack.decode(data, type=Settings, dec_hook=lambda kind, given: kind.resolve(given))
     return None

@@ -12,9 +12,10 @@ _count = _bytes = 0
 
 
 def note(vm: str, direction: str, streams: Iterable[int], most_bytes: int) -> None:
-    """Log and count a gap of at most so many bytes, in one or some of these streams of a VM; in any, if none.
+    """Log and count a gap of at most `most_bytes`.
 
-    `direction` is `output` or `stdin`.
+    It is in one or more of these `streams` of a VM; in any of them if none is named. `direction` is `output`
+    or `stdin`.
     """
     global _count, _bytes  # noqa: PLW0603
     _count += 1
@@ -31,11 +32,11 @@ def note(vm: str, direction: str, streams: Iterable[int], most_bytes: int) -> No
 
 
 def counts() -> tuple[int, int]:
-    """Return how many gaps there have been, and of how many bytes at most."""
+    """Return how many gaps there were, and how many bytes were lost in them at most."""
     return _count, _bytes
 
 
 def restore(counts: tuple[int, int]) -> None:
-    """Count those of the processes before, too."""
+    """Count the gaps of earlier processes, too."""
     global _count, _bytes
     _count, _bytes = _count + counts[0], _bytes + counts[1]

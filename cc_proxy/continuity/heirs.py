@@ -1,4 +1,4 @@
-"""Who goes on with what this process hands over: a process that the manager starts, or one started here."""
+"""The process that goes on after this one: the service manager starts it, or this process does."""
 
 import contextlib
 import os
@@ -14,42 +14,43 @@ from cc_proxy.api.errors import TimedOut
 from cc_proxy.continuity.box import Box
 from cc_proxy.linux.fds import Identity
 
-#: Names the process that has started this one, and the fds that it has passed.
+#: The environment variable with the pid of the process that started this one, and the fds that it passed.
 _PREDECESSOR = "CC_PROXY_PREDECESSOR"
-#: Seconds that a process which was started gets to be ready, and to take over: nobody is served meanwhile.
+#: Seconds that the new process gets to be ready, and then to take over. During the second, no client is
+#: served.
 _PATIENCE, _PAUSE = 30.0, 5.0
 #: The process whose end ends all others of its PID namespace.
 _INIT = 1
-#: Signals that may have come too late for this process.
+#: Signals that may come too late for this process, and are passed on to the new one.
 _PASSED_ON = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
-#: What the two processes tell each other: that one is ready to take over, that all is in the box, and that it
-#: has taken over.
+#: What the two processes tell each other: the new one is ready; all is in the box; the new one has taken
+#: over.
 _READY, _FILLED, _TAKEN = b"r", b"f", b"t"
 
 
 class NotReplaced(Exception):
-    """Nobody goes on with it: this process has to; the text says why."""
+    """No other process goes on, so this one has to; the text says why."""
 
 
 class Heir(Protocol):
-    """Whoever goes on with what this process hands over. Main thread."""
+    """What goes on with everything that this process hands over. Main thread."""
 
-    #: What this process has to exit with for that.
+    #: The status with which this process has to exit for that.
     exit_status: int
 
     def prepare(self) -> None:
-        """See to it that there is one. Raises `NotReplaced`."""
+        """Make sure that another process will go on. Raises `NotReplaced`."""
 
     def hand_over(self, data: bytes, fds: Mapping[int, Identity]) -> None:
-        """Give everything away; this process is to touch it no more. Raises `NotReplaced`: then it may."""
+        """Give everything away, which this process must not touch then. Raises `NotReplaced`: then it may."""
 
     def close(self) -> None:
-        """It has been handed over, or not."""
+        """Close what is open for this, after `hand_over`, whether that succeeded or not."""
 
 
 class Successor:
-    """A process that is started here, with this one's command line."""
+    """A process that this one starts, with its own command line."""
 
     exit_status = 0
 
@@ -61,7 +62,7 @@ class Successor:
         self._link: socket.socket | None = None
 
     def prepare(self) -> None:
-        """Start it, and wait until it has read its settings. Raises `NotReplaced`."""
+        """Start the process, and wait until it has read its settings. Raises `NotReplaced`."""
         if os.getpid() == _INIT:
             self._give_up("it is process 1, and all others of its PID namespace would end with it")
         try:
@@ -95,7 +96,7 @@ class Successor:
             self._link.send(_FILLED)
         self._wait_for(_TAKEN, _PAUSE)
         assert self._process
-        self._process.returncode = 0  # it is on its own now, and this process does not wait for its end
+        self._process.returncode = 0  # it is on its own now: `Popen` must not wait for its end
         for number in signal.sigpending() & _PASSED_ON:
             os.kill(self._process.pid, number)
 
@@ -125,7 +126,7 @@ class Successor:
 
 
 class Predecessor:
-    """The process that has started this one, to go on with what it did. Main thread."""
+    """The process that started this one, in order to be replaced. Main thread."""
 
     def __init__(self, box: Box, link: socket.socket) -> None:
         self.box = box
@@ -148,7 +149,7 @@ class Predecessor:
         return self._link.recv(1) == _FILLED
 
     def take_over(self) -> None:
-        """Say that this process goes on. Raises `OSError` if nobody hears it."""
+        """Say that this process goes on. Raises `OSError` if the other one does not hear it."""
         self._link.send(_TAKEN, socket.MSG_NOSIGNAL)
         self._link.close()
         self.box.close()

@@ -1,4 +1,4 @@
-"""What the process before has left to this one."""
+"""What the previous process has left to this one."""
 
 import os
 import socket
@@ -19,19 +19,19 @@ from cc_proxy.settings import Settings
 
 #: Seconds after which a process is known to survive what it has taken over.
 _WELL_AFTER = 10.0
-#: Processes in a row that may end sooner. After that the next one begins with nothing: what they took over
-#: must be what ends them, and systemd's start limit would leave no daemon at all.
+#: Processes in a row that may end sooner. After that, the next one begins with nothing: what they took over
+#: must be what ends them, and in the end systemd's start limit would leave no daemon at all.
 _MOST_TRIES = 10
 
 
 class Nothing(Exception):
-    """The process before goes on after all; the text says why."""
+    """The previous process goes on after all; the text says why."""
 
 
 class Inheritance:
-    """What is in the service manager's store, or comes from the process that has started this one.
+    """What is in the service manager's store, or comes from the process that started this one. Main thread.
 
-    Main thread. Nothing is taken until `take_over`: if this process ends before, the next one finds it all.
+    Nothing is taken out before `take_over`: if this process ends earlier, the next one finds everything.
     """
 
     def __init__(self, notifier: Notifier, directory: str) -> None:
@@ -50,17 +50,17 @@ class Inheritance:
         if self._store and self._store.memory:
             self._read(self._look)
             if self.error:
-                self._store.forget()  # its listening socket, for one, would be in the way
+                self._store.forget()  # or its listening socket, for one, would be in the way
 
     @property
     def settings(self) -> Settings | None:
-        """The settings that were in force, if they are known before this process has any."""
+        """The settings of the previous process, if what it left is in the store."""
         return decode_settings(self._state.settings) if self._state else None
 
     def wait(self) -> DaemonState | None:
-        """Return what was left, None if nothing was; waits for a process that has started this one.
+        """Return what was left, None if nothing was. Waits for the process that started this one, if any.
 
-        Raises `Nothing` if that goes on itself.
+        Raises `Nothing` if that process goes on itself.
         """
         if predecessor := self._predecessor:
             try:
@@ -80,7 +80,7 @@ class Inheritance:
             self._state = read()
         except (OSError, Unreadable) as error:
             self.error = str(error)
-        except Exception as error:  # whatever it is, the next process would find the same
+        except Exception as error:  # whatever it is, the next process would fail in the same way
             self.error = f"it makes no sense: {error!r}"
         self.reading = time.monotonic() - begun
 
@@ -103,14 +103,14 @@ class Inheritance:
         return state
 
     def keeper(self) -> Keeper:
-        """Return what keeps all that this process is at; it does so from `take_over` on."""
+        """Return the keeper of this process's parts. What it keeps counts from `take_over` on."""
         return self._store.open() if self._store else NOTHING
 
     def take_over(self, describe: Callable[[], DaemonRecord]) -> str:
-        """From now on it is this process's. Returns why it can leave nothing to the next one, if it cannot.
+        """Take over what was left. Returns why this process can leave nothing itself; empty if it can.
 
         `describe` is called now, and by `keep_daemon`, for what is known of the daemon itself. Raises
-        `Nothing`: then it is not.
+        `Nothing` if the previous process goes on itself.
         """
         if self._predecessor:
             try:
@@ -133,7 +133,7 @@ class Inheritance:
             self._store.keep_daemon(self._describe(), is_well=is_well)
 
     def end(self) -> None:
-        """This is an end: nothing is left to anybody."""
+        """Leave nothing to a next process: the daemon stops."""
         if self._store:
             self._store.forget()
 
@@ -143,12 +143,12 @@ class Inheritance:
             self._store.let_go()
 
     def heir(self) -> Heir:
-        """Return who goes on after this process."""
+        """Return what goes on after this process."""
         return self._store or Successor(self._directory)
 
 
 def _let_go(losses: Losses) -> None:
-    """Hang up on who cannot go on, and close what is no use any more."""
+    """Hang up on peers that cannot go on, and close fds that are not needed."""
     for fd, fields in losses.hung_up:
         logger.error("hung up: it cannot go on after a crash", extra=fields)
         close_stream(socket.socket(fileno=fd.number))

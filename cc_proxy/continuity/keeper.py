@@ -1,7 +1,8 @@
-"""What has to outlive this process, however it ends, and is kept outside of it as it changes.
+"""Keeps, outside of this process, what has to outlive it however it ends.
 
-Each part says what it is made of (a record, with fds), and where it stands (its cell): the table has both,
-the box has the fds. If the process is killed, the next one makes the parts again from that.
+Each part has a record, which says what it is made of, fds included, and a cell, which says where it stands.
+The table holds both, and the box holds the fds. If this process is killed, the next one makes the parts again
+from them.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from cc_proxy.log.levels import logger
 
 #: The daemon's own fds are kept under this number. Those of slots begin at 1.
 _DAEMON = 0
-#: So many parts may be released, and an eighth of those that are kept, before the box is packed.
+#: The box is packed when more parts than this have been released, plus an eighth of those that are kept.
 _FEW = 64
 
 
@@ -35,15 +36,15 @@ class Slot:
         cell: Cell = NO_CELL,
         release: Callable[[int], None] | None = None,
     ) -> None:
-        #: Others' records name it by this, and no other slot of this process has it; 0 if it is not kept.
+        #: Unique in this process: other parts' records name this one by it. 0 if the part is not kept.
         self.number = number
-        #: Its words; `NO_CELL` if it is not kept.
+        #: Its words; `NO_CELL` if the part is not kept.
         self.cell = cell
         self._release = release or _ignore
 
     def release(self) -> None:
-        """The part is over, and nobody writes into the cell any more. No matter if it was released before."""
-        self.cell = NO_CELL  # before another part has the slot
+        """Stop keeping the part. Its cell must not be written to any more. May be called more than once."""
+        self.cell = NO_CELL  # before another part gets the slot
         release, self._release = self._release, _ignore
         release(self.number)
 
@@ -67,7 +68,7 @@ class Keeper(Protocol):
 
 
 class _Nothing:
-    """Keeps nothing: nobody would find it."""
+    """Keeps nothing, because no process would find it."""
 
     def keep(self, record: Record, memory: int = -1, words: Sequence[int] = ()) -> Slot:  # noqa: ARG002
         return Slot()
@@ -82,7 +83,7 @@ NOTHING: Keeper = _Nothing()
 class TableKeeper:
     """See `Keeper`. The next process finds what is kept here only after `take_over`.
 
-    If this process is killed before that, the next one finds what the process before had left.
+    If this process is killed before that, the next one finds what the previous one left.
     """
 
     def __init__(self, table: Table, box: Box) -> None:
@@ -90,12 +91,12 @@ class TableKeeper:
         self._table = table
         table.begin()
         self._box = box
-        self._counts = False
-        self._released = 0  # parts whose fds may be in the box still
-        self._is_told = False  # by the log, that what was last to be kept is not
+        self._counts = False  # whether `take_over` was called
+        self._released = 0  # parts whose fds may still be in the box
+        self._is_told = False  # whether the log says that the last part could not be kept
         self._daemon = b""
-        # By the numbers of slots: the fds of what is kept, each with what it stood for then (by now it may be
-        # closed, or be another); and those that are closed with it.
+        # By slot number: the fds of each part, with their identities then (by now an fd may be closed, or
+        # stand for something else); and the memory that is closed with the part.
         self._fds: dict[int, dict[int, Identity]] = {}
         self._memory: dict[int, int] = {}
 
@@ -145,14 +146,14 @@ class TableKeeper:
     # Main thread ------------------------------------------------------------------------------------------
 
     def take_over(self, daemon: DaemonRecord) -> None:
-        """Have the next process find what this one keeps, instead of what the one before had left.
+        """Have the next process find what this one keeps, instead of what the previous one left.
 
-        Raises `OSError` or `ValueError` if that cannot be. Then the next process finds nothing.
+        Raises `OSError` or `ValueError` if that fails. Then the next process finds nothing.
         """
         data, fds = encode(daemon)
         with self._lock:
             self._fds[_DAEMON], self._daemon = fds, data
-            try:  # most of it is there still, from the process before
+            try:  # most of it is still there, from the previous process
                 self._box.put({fd: each for fd, each in self._open().items() if not self._box.has(each)})
                 self._table.take_over(data)
             except (OSError, ValueError):
@@ -162,7 +163,7 @@ class TableKeeper:
             self._pack()
 
     def set_daemon(self, daemon: DaemonRecord, *, is_well: bool) -> None:
-        """Keep what is now known of the daemon itself; `is_well` if what was found does it no harm.
+        """Keep what is now known of the daemon itself; `is_well` if it has survived what it took over.
 
         Raises `OSError` or `ValueError`.
         """
@@ -178,16 +179,16 @@ class TableKeeper:
             self._fds[_DAEMON], self._daemon = fds, data
 
     def hand_over(self, state: bytes, fds: Mapping[int, Identity]) -> None:
-        """Leave a state and its fds, which count now. Raises `OSError`, and nothing has changed.
+        """Leave a state and its fds, which count instead of the slots from now on.
 
-        After that nobody keeps anything here.
+        Raises `OSError`, and then nothing has changed. Otherwise nothing may be kept here after that.
         """
         with self._lock:
             self._box.put_state(state, fds)
             self._table.hand_over()
 
     def end(self) -> None:
-        """Nothing is left to anybody."""
+        """Leave nothing to the next process."""
         with self._lock:
             self._table.end()
             with contextlib.suppress(OSError):
@@ -195,7 +196,7 @@ class TableKeeper:
         self.close()
 
     def close(self) -> None:
-        """Keep nothing any more; what is kept stays so."""
+        """Keep nothing more; what is kept stays."""
         with self._lock:
             self._counts = False
             self._fds.clear()
@@ -206,20 +207,20 @@ class TableKeeper:
 
     def _put(self, fds: Mapping[int, Identity]) -> None:
         """Put fds into the box. Raises `OSError`."""
-        # Fds of what is released count against LimitNOFILE= while they are in it, and once that is reached
-        # nothing can be packed any more.
+        # Fds of released parts count against LimitNOFILE= while they are in the box, and once that limit is
+        # reached, it cannot be packed any more.
         if self._box.is_crowded or self._released > _FEW + len(self._fds) // 8:
             self._pack()
         self._box.put(fds)
 
     def _pack(self) -> None:
-        """Have the box hold what is kept, in few messages, and nothing else, as far as that can be."""
+        """Have the box hold only what is kept, in few messages, as far as possible."""
         with contextlib.suppress(OSError):  # one of them was closed just now, or too many fds are in flight
             self._released = 0
             self._box.pack(self._open())
 
     def _open(self) -> dict[int, Identity]:
-        """Return the fds of what is kept."""
+        """Return the fds that are kept and still stand for the same things."""
         known = (pair for some in self._fds.values() for pair in some.items())
         return {fd: identity for fd, identity in known if _stands_for(fd) == identity}
 

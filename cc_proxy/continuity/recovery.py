@@ -1,6 +1,6 @@
-"""What a process that was killed has left, as the same value that one which was replaced hands over.
+"""After a crash: the same value that the process would have handed over, made from what it left.
 
-Nothing is read from or written to an fd here, but sockets are asked how much waits there.
+Nothing is read from or written to an fd here, but sockets are asked how much waits in them.
 """
 
 import time
@@ -62,9 +62,9 @@ from cc_proxy.linux.fds import Fd, unread
 from cc_proxy.linux.receipt import taken
 from cc_proxy.settings import Settings
 
-#: What the streams say of a session's process, by what its VM says.
+#: The flags of a session's streams that `AT_PROCESS` implies, even if the pump did not know them yet.
 _PROCESSES = {0: 0, PROCESS_COMMANDED: EXPECTED, PROCESS_STARTED: EXPECTED | STARTED}
-#: What a client is told whose request had no answer yet.
+#: The response to a request that had no answer yet.
 _LOST_ANSWER = messages.encode(
     Response(False, "cc-proxy was killed before it answered: whether the request was carried out is unknown")
 )
@@ -79,16 +79,16 @@ _LOST = "it was lost, or its pump hung, before cc-proxy was killed"
 class Losses:
     """What could not be saved."""
 
-    #: Of which VM each is.
+    #: Each with the id of its VM.
     gaps: list[tuple[str, Gap]] = field(default_factory=list)
-    #: Fds whose peers are to be hung up on, and for each what is to be logged.
+    #: Fds whose peers are to be hung up on, each with the fields of its log line.
     hung_up: list[tuple[Fd, dict[str, object]]] = field(default_factory=list)
-    #: Fds that are no use any more.
+    #: Fds that are not needed any more.
     unused: list[Fd] = field(default_factory=list)
 
 
 def recover(table: Table, found: Found) -> tuple[DaemonState, Losses]:
-    """Return the state of the daemon, and what of it is lost. Takes the fds that are named out of `found`.
+    """Return the state of the daemon, and what of it is lost. Takes the fds that it names out of `found`.
 
     Raises `Unreadable`.
     """
@@ -123,18 +123,18 @@ _Parts = Sequence[tuple[Entry, AnyRecord]]
 
 
 class _Vms:
-    """The VMs, one after the other."""
+    """Recovers the VMs, one after the other."""
 
     def __init__(self, settings: Settings, losses: Losses) -> None:
         self._settings = settings
         self._losses = losses
         self.states: list[VmState] = []
         self.by_id: dict[str, int] = {}
-        #: By the number of a VM's slot, where it stands among them.
+        #: The index of each VM in `states`, by the number of its slot.
         self.numbers: dict[int, int] = {}
 
     def recover(self, parts: _Parts) -> None:
-        """Recover all, and their sessions."""
+        """Recover all VMs and their sessions."""
         sessions: dict[int, list[SessionFacts]] = {}
         for entry, record in parts:
             if isinstance(record, SessionRecord):
@@ -203,7 +203,7 @@ class _Vms:
         )
 
     def _left_to_linger(self, cell: Cell) -> float:
-        """Return how long a VM may stay after bye: all of that time, if its pump had not heard of it yet."""
+        """Return how long a VM may still linger after bye: all the time, if its pump did not know yet."""
         finish_at = cell[FINISH_AT]
         return finish_at / 1e9 - time.monotonic() if finish_at else self._settings.vm.bye_linger
 
@@ -218,7 +218,7 @@ class _Vms:
 
 
 def _gone(record: VmRecord | GoneVmRecord, cause: str) -> VmState:
-    """Return a VM of which the id is left."""
+    """Return a VM of which only the id is left."""
     return VmState(
         container_id=record.container_id,
         owner=record.owner,
@@ -234,14 +234,14 @@ def _gone(record: VmRecord | GoneVmRecord, cause: str) -> VmState:
 
 
 def _control(fd: Fd, entry: Entry) -> ControlState:
-    """Return a control channel on which nobody knows which commands have no answer yet."""
+    """Return a control channel. Which commands have no answer yet is not known; the new process finds out."""
     parser = state_at(entry.cell[AT_RECEIVED])
     channel = ControlChannelState(parser=parser, outgoing=b"", quiz=None, ready=False, is_up=False)
     return ControlState(fd=fd, channel=channel, commands=[], requests=[])
 
 
 def _connections(parts: _Parts, vms: Mapping[int, int], losses: Losses) -> Iterable[ConnectionState]:
-    """Yield the connections; who waits for an answer gets one that says that it is lost."""
+    """Yield the connections; a client that waits for an answer is told that it is lost."""
     for entry, record in parts:
         if not isinstance(record, ConnectionRecord):
             continue

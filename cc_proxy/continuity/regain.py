@@ -1,8 +1,7 @@
-"""What a channel can go on with after its process was killed: a value like the one that is handed over, made
-from what the cells and the buffers say. No I/O.
+"""After a crash: the value that a channel would have handed over, made from its cells and buffers. No I/O.
 
-What cannot be told is left out, and said: as a gap, where bytes may be missing, or as a session that has to
-be hung up. A stream never gets a part of a frame, nor bytes of another one.
+What nobody can tell is left out, and reported: as a gap, where bytes may be missing, or as a session that has
+to be hung up. A stream never gets a part of a frame, or bytes of another stream.
 """
 
 import secrets
@@ -46,7 +45,7 @@ _EMPTY = FRAME_HEADER.size
 
 
 class SessionFacts(NamedTuple):
-    """What is known of a session for as long as there is one."""
+    """What is known of a session: what does not change, and its cell."""
 
     fd: Fd
     first_seq: int
@@ -59,11 +58,11 @@ class SessionFacts(NamedTuple):
 class ChannelFacts(NamedTuple):
     """What is known of a channel beside its memory."""
 
-    #: None if it is closed, and clients have yet to read what had come.
+    #: None if it is closed while clients have yet to read what had come.
     io: Fd | None
     memory: Memory
     sessions: Sequence[SessionFacts]
-    #: Seqs from here on have not been given out.
+    #: The first seq that has not been handed out.
     next_seq: int
     #: `stdin.window` of the settings.
     window: int
@@ -74,9 +73,9 @@ class ChannelFacts(NamedTuple):
 class Gap(NamedTuple):
     """Bytes that may be missing."""
 
-    #: Whether they are stdin. Else they are output.
+    #: Whether they are stdin; otherwise they are output.
     to_vm: bool
-    #: The first seqs of the sessions that may be concerned; all of the VM's, if there are none.
+    #: The first seqs of the sessions that may be affected; if empty, any session of the VM may be.
     streams: list[int]
     most: int
 
@@ -103,7 +102,7 @@ class _Doubt(Exception):
 
 
 def regain(facts: ChannelFacts) -> Regained:
-    """Return what a channel can go on with that was driven by a process that is no more."""
+    """Return what a channel can go on with whose process was killed."""
     cell = facts.memory.cell
     gaps: list[Gap] = []
     hung_up: list[HungUp] = []
@@ -117,9 +116,9 @@ def regain(facts: ChannelFacts) -> Regained:
             hung_up.append(HungUp(session, str(doubt)))
             continue
         sessions.append(_ending(found, ends.get(session.first_seq, b"")))
-    if resync:  # first: what comes back before the probe is not recognised, and markers are to be
+    if resync:  # first: nothing that comes back before the probe is recognised, and the markers have to be
         to_vm.insert(0, encode_frame(resync.probe))
-    # As many frames as there can be may be waiting in the guest.
+    # The guest may have as many unhandled frames as it has room for.
     pacer = PacerState(MOST_QUEUED, MOST_QUEUED, 0, MARKERS_TO_TRUST, bool(cell[LOSSLESS]))
     streams = StreamsState(
         unfinished=unfinished,
@@ -135,7 +134,7 @@ def regain(facts: ChannelFacts) -> Regained:
 
 
 def _read(reading: Reading, room: memoryview) -> int | None:
-    """Return how much was read to the beginning of `room`; None if that cannot be told."""
+    """Return how many bytes were read into `room`; None if nobody can tell."""
     if not reading.busy:
         return reading.size
     if not reading.size:
@@ -147,9 +146,9 @@ def _read(reading: Reading, room: memoryview) -> int | None:
 
 
 def _output(facts: ChannelFacts, gaps: list[Gap]) -> tuple[bytes, ResyncState | None, dict[int, bytes]]:
-    """Return what has been read of an unfinished frame, or what frames are to be looked for with.
+    """Return what has been read of an unfinished frame, or else the state in which to look for frames.
 
-    And, by first seq, what has been read of the ends of sessions' processes (`_end_of`).
+    And, by first seq, the ends of sessions' processes that have been read (`_end_of`).
     """
     memory = facts.memory
     view = memoryview(memory.output)
@@ -185,7 +184,8 @@ def _end_of(stdio: int, pieces: Sequence[memoryview]) -> bytes:
 def _ending(session: SessionState, end: bytes) -> SessionState:
     """Have the end of its process passed on, perhaps once more: a client without it would wait for ever.
 
-    Whoever has had it takes no more of the stream. An empty frame is no end before there is a process.
+    A client that has it already reads no more of the stream. An empty frame is no end before there is a
+    process.
     """
     if not end or not session.expected or session.output_gone:
         return session
@@ -208,7 +208,7 @@ def _session(session: SessionFacts, facts: ChannelFacts, to_vm: list[bytes], gap
             gaps.append(Gap(to_vm=True, streams=[session.first_seq], most=reading.size))
         if splitter.at_eof:
             to_vm.append(encode_frame(session.first_seq))
-        ended = False  # if it is, that will be read once more
+        ended = False  # if the client has ended it, that is read once more
     if cell[SPOOLED]:
         gaps.append(Gap(to_vm=False, streams=[session.first_seq], most=cell[SPOOLED]))
     return SessionState(
@@ -233,7 +233,7 @@ def _session(session: SessionFacts, facts: ChannelFacts, to_vm: list[bytes], gap
 
 
 def _splitter(session: SessionFacts, reading: Reading, buffer: memoryview) -> SplitterState:
-    """Return where the splitter stands behind what was read last."""
+    """Return where the splitter stands after what was read last. Raises `_Doubt`."""
     state = state_of(session.first_seq, session.cell[SPLIT] & (1 << WHERE_AT) - 1)
     if reading.where == session.cell[SPLIT] >> WHERE_AT:
         return state
@@ -251,7 +251,7 @@ def _splitter(session: SessionFacts, reading: Reading, buffer: memoryview) -> Sp
 
 
 def _window(session: SessionFacts, size: int, to_vm: list[bytes], *, ask: bool) -> WindowState | None:
-    """Return a window that a new marker will open again: what was sent before, the agent may still have."""
+    """Return a window that a new marker will open again, since the agent may not have handled what it has."""
     if not size:
         return None
     window = StdinWindow(session.first_seq, size)

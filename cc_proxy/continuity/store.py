@@ -1,4 +1,4 @@
-"""The service manager's store: it keeps fds, and starts another process when this one has ended."""
+"""The service manager's store: the manager keeps fds, and starts another process when this one has ended."""
 
 import contextlib
 import mmap
@@ -16,21 +16,21 @@ from cc_proxy.linux.fds import Identity
 from cc_proxy.linux.systemd import Notifier, take_stored
 from cc_proxy.log.levels import logger
 
-#: How the names begin under which any version has the service manager store fds; and what it calls the box's
-#: two ends, the table, and what tells whether they are kept.
+#: How the names of stored fds begin, in any version; and the names of the box's two ends, of the table, and
+#: of the witness, a socket that shows whether the manager keeps what it was given.
 _OURS = "cc-proxy-"
 _BOX, _TABLE, _WITNESS = f"{_OURS}box", f"{_OURS}table", f"{_OURS}witness"
 _MOST_KEPT = 4
 
 
 class Store:
-    """What the manager keeps: the box, and the table. Main thread, but for the keeper."""
+    """What the manager keeps: the box and the table. Main thread, except for the keeper."""
 
-    #: The unit has it mean that another process is to be started.
+    #: With this status, the unit has another process started.
     exit_status = os.EX_TEMPFAIL
 
     def __init__(self, notifier: Notifier) -> None:
-        """Take what has been kept for this process."""
+        """Take what was kept for this process."""
         self._notifier = notifier
         self._witness: socket.socket | None = None  # its peer is kept, or has hung up
         self._keeper: TableKeeper | None = None
@@ -62,9 +62,9 @@ class Store:
         close_all(tables)
 
     def open(self) -> Keeper:
-        """Have everything kept; returns what does that. If the manager keeps nothing, `error` says so.
+        """Return a keeper. If the manager keeps nothing, neither does that, and `error` says why.
 
-        What has been found there is kept until the keeper takes over.
+        What was found in the store stays there until the keeper takes over.
         """
         try:
             self._have_kept()
@@ -79,7 +79,7 @@ class Store:
         return self._keeper
 
     def _have_kept(self) -> None:
-        """Raises `OSError`."""
+        """Have the manager keep box and table; `error` says why if it does not. Raises `OSError`."""
         self.error = ""
         if self._witness:
             self._witness.close()
@@ -103,7 +103,7 @@ class Store:
 
     @property
     def _is_kept(self) -> bool:
-        """Whether the manager keeps the witness, which it has been given last."""
+        """Whether the manager keeps the witness, which was the last thing that it was given."""
         if not self._witness:
             return False
         poll = select.poll()
@@ -111,12 +111,12 @@ class Store:
         return not poll.poll(0)
 
     def prepare(self) -> None:
-        """See whether everything is kept. Raises `NotReplaced`."""
+        """Check that everything is kept. Raises `NotReplaced`."""
         if self.error or not self._keeper or not self._is_kept:
             raise NotReplaced(f"the service manager keeps nothing: {self.error or 'it has dropped the box'}")
 
     def hand_over(self, data: bytes, fds: Mapping[int, Identity]) -> None:
-        """Leave everything there. Raises `NotReplaced`."""
+        """Leave everything in the store. Raises `NotReplaced`."""
         self.prepare()
         assert self._keeper
         try:
@@ -135,7 +135,7 @@ class Store:
         return self.error
 
     def keep_daemon(self, daemon: DaemonRecord, *, is_well: bool) -> None:
-        """Keep what is now known of the daemon itself; `is_well` if what was found does it no harm."""
+        """Keep what is now known of the daemon itself; `is_well` if it has survived what it took over."""
         if self._keeper:
             try:
                 self._keeper.set_daemon(daemon, is_well=is_well)
@@ -143,10 +143,10 @@ class Store:
                 logger.warning("a crash would lose what has changed", extra={"error": str(error)})
 
     def forget(self) -> None:
-        """Have nothing kept."""
+        """Have the manager keep nothing any more."""
         if self._keeper:
             self._keeper.end()
-        elif self.box:  # at once, and not only when the manager gets to it
+        elif self.box:  # now, because the manager may take its time
             with contextlib.suppress(OSError):
                 self.box.drop(self.box.messages)
         for name in (_BOX, _TABLE, _WITNESS):
@@ -155,10 +155,10 @@ class Store:
         self.box = self.memory = self._keeper = None
 
     def close(self) -> None:
-        """Nothing is left to do: this process may need it again."""
+        """Do nothing: if it was not replaced, this process goes on using the store."""
 
     def let_go(self) -> None:
-        """Close what this process has of it; the manager keeps its own."""
+        """Close this process's fds; the manager keeps its own."""
         if self._keeper:
             self._keeper.close()
         if self.box:
@@ -169,7 +169,7 @@ class Store:
 
 
 def _empty(end: socket.socket) -> None:
-    """Close one end of a box, and what is in it at once: its listening socket would be in the way."""
+    """Close one end of a box, and at once what is in it: a listening socket would be in the way."""
     with end, contextlib.suppress(OSError):
         while end.recv(1, socket.MSG_DONTWAIT):
             pass

@@ -1,8 +1,8 @@
-"""The table: what a process keeps for the next one as it changes, in memory that outlives it.
+"""The table: what a process keeps for the next one, in memory that outlives it.
 
-Whenever the process is killed, what is here makes sense. A slot counts once its generation is stored, which
-is done last. So do the daemon's own record, and everything that a new process has written for itself: one
-word of the header says which of them counts. Native order has such a word stored at once.
+Whenever the process is killed, the table makes sense. A slot counts once its generation is stored, which is
+done last. In the same way one word of the header says which generation counts, and which copy of the daemon's
+own record. Such a word is in native order, so that it is stored in one step.
 """
 
 import itertools
@@ -13,41 +13,41 @@ from typing import NamedTuple
 
 from cc_proxy.continuity.cells import CELL_SIZE
 
-#: In native order: it is stored at once.
+#: In native order, so that it is stored in one step.
 _WORD = struct.Struct("@Q")
 #: The last byte is the version of all that follows.
 _MAGIC = b"ccproxy\x01"
 _MAGIC_SIZE = len(_MAGIC)
 #: Where the header's words are: what counts, how many slots have ever been used, and how many processes have
-#: begun with what is here since one of them was well.
+#: begun with what is here since the last one that survived it.
 _AT_STATE, _AT_SLOTS, _AT_TRIES = 8, 16, 24
 
-#: The daemon's own record is written where it does not count, by turns.
+#: Where the two copies of the daemon's own record are. A new one replaces the copy that does not count.
 _DAEMON_SIZE = 256 * 1024
 _COPIES = {1: mmap.PAGESIZE, 2: mmap.PAGESIZE + _DAEMON_SIZE}
 
 _SLOTS_AT = mmap.PAGESIZE + 2 * _DAEMON_SIZE
 _SLOT_SIZE = 1024
-#: More than the settings allow by default: connections, VMs that are up or gone, and sessions. Twice, for a
-#: process that takes over has its own beside those that it has found.
+#: Room for twice the connections, sessions and VMs, up or gone, that the settings allow by default: a process
+#: that takes over writes its own slots beside those that it has found.
 MOST_SLOTS = 131_072
-#: Its generation, the length of its record, and its number, which no other slot of its generation ever has.
+#: How a slot begins: its generation, the length of its record, and its number, unique in its generation.
 _SLOT = struct.Struct("@IIQ")
 _GENERATION = struct.Struct("@I")
 _CELL_AT = _SLOT_SIZE - CELL_SIZE
 
-#: In bytes; only what is in use takes memory.
+#: Bytes of the table; only what is in use takes memory.
 SIZE = _SLOTS_AT + MOST_SLOTS * _SLOT_SIZE
 MOST_IN_RECORD = _CELL_AT - _SLOT.size
 _NO_WORDS = bytes(CELL_SIZE)
 
 
 class Unreadable(Exception):
-    """What the process before has left cannot be read; the text says why."""
+    """What the previous process has left cannot be read; the text says why."""
 
 
 class Entry(NamedTuple):
-    """A slot of the process before."""
+    """A slot of the previous process."""
 
     number: int
     record: bytes
@@ -58,9 +58,9 @@ class _State(NamedTuple):
     """What counts, in one word."""
 
     generation: int
-    #: Which copy of the daemon's record; 0 if there is nothing.
+    #: Which copy of the daemon's record counts; 0 if nothing does.
     copy: int
-    #: Whether everything has been handed over, so that the slots are not what counts.
+    #: Whether everything has been handed over, so that the slots do not count.
     handed_over: bool
 
     @classmethod
@@ -73,37 +73,33 @@ class _State(NamedTuple):
 
 
 class Table:
-    """A table in memory of `SIZE` bytes. One thread at a time, but for the cells.
-
-    A new one is all zero, and has nothing.
-    """
+    """A table in memory of `SIZE` bytes, empty if all are zero. One thread at a time, except for the cells."""
 
     def __init__(self, memory: mmap.mmap) -> None:
-        """Raises `Unreadable` if somebody else's is there."""
-        #: Where it is.
+        """Raises `Unreadable` if there is anything else in the memory."""
         self.memory = memory
         self._view = memoryview(memory)
         found = memory[:_MAGIC_SIZE]
         if found not in (_MAGIC, bytes(_MAGIC_SIZE)):
             raise Unreadable(f"the table is not of this version, but begins with {found!r}")
         self._state = _State.from_word(self._word(_AT_STATE))
-        # Of what this process writes, which counts from `take_over` on.
+        # The generation of what this process writes, which counts from `take_over` on.
         self._generation = self._state.generation + 1
         self._numbers = itertools.count(1)
-        # Where each slot is that this process has taken, by its number; and where there is one to take.
+        # Offsets of the slots that this process has taken, by number; and of free ones.
         self._slots: dict[int, int] = {}
         self._free: list[int] = []
 
-    # What the process before has left ---------------------------------------------------------------------
+    # What the previous process has left -------------------------------------------------------------------
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing."""
+        """Whether nothing was left."""
         return not self._state.copy
 
     @property
     def is_handed_over(self) -> bool:
-        """Whether everything was handed over in another way."""
+        """Whether the slots do not count, because the process handed over everything."""
         return self._state.handed_over
 
     @property
@@ -114,14 +110,14 @@ class Table:
         return self.memory[at + _WORD.size : at + _WORD.size + size]
 
     def entries(self) -> Iterator[Entry]:
-        """Yield what was in the slots."""
+        """Yield the slots that count."""
         for at in filter(self._counts, self._all()):
             _, size, number = _SLOT.unpack_from(self.memory, at)
             begin = at + _SLOT.size
             yield Entry(number, self.memory[begin : begin + size], self._cell(at))
 
     def note_try(self) -> int:
-        """This process is about to go on; returns how many have tried before, and may have died of it."""
+        """Count this process, which is about to go on; returns how many before it have not survived that."""
         tries = self._word(_AT_TRIES)
         _WORD.pack_into(self.memory, _AT_TRIES, tries + 1)
         return tries
@@ -129,9 +125,9 @@ class Table:
     # What this process leaves -----------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """This process is about to write. Call it once, before anything that follows."""
+        """Prepare to write. Call it once, before anything that follows."""
         self._free = [at for at in self._all() if not self._counts(at)]
-        for at in self._free:  # of a process that was killed before it had taken over
+        for at in self._free:  # they may be of a process that was killed before it took over
             _GENERATION.pack_into(self.memory, at, 0)
 
     def add(self, record: bytes, words: Sequence[int] = ()) -> tuple[int, memoryview]:
@@ -176,7 +172,7 @@ class Table:
         self._count(self._state._replace(copy=self._write_daemon(record)))
 
     def take_over(self, daemon: bytes) -> None:
-        """From now on what this process has written counts, and nothing that it has found.
+        """Have what this process has written count, in place of what it has found.
 
         Raises `ValueError` if there is no room for the daemon's own record.
         """
@@ -188,20 +184,20 @@ class Table:
             self._forget(at)
 
     def hand_over(self) -> None:
-        """Everything has been handed over: the slots do not count any more."""
+        """Have the slots count no more, because everything has been handed over."""
         self.be_well()
         self._count(self._state._replace(handed_over=True))
 
     def be_well(self) -> None:
-        """What was found does this process no harm."""
+        """Note that this process has survived what it took over."""
         _WORD.pack_into(self.memory, _AT_TRIES, 0)
 
     def end(self) -> None:
-        """Nothing is left to anybody."""
+        """Leave nothing to the next process."""
         self._count(_State(self._generation, 0, handed_over=False))
 
     def _all(self) -> range:
-        """Return where all slots are that have ever been used."""
+        """Return the offsets of all slots that have ever been used."""
         return range(_SLOTS_AT, _SLOTS_AT + self._word(_AT_SLOTS) * _SLOT_SIZE, _SLOT_SIZE)
 
     def _counts(self, at: int) -> bool:
@@ -209,7 +205,7 @@ class Table:
         return bool(self._state.copy and generation == self._state.generation)
 
     def _write_daemon(self, record: bytes) -> int:
-        """Write it where it does not count yet; returns where."""
+        """Write the daemon's own record over the copy that does not count; returns which."""
         if len(record) > _DAEMON_SIZE - _WORD.size:
             raise ValueError(f"the daemon's own record has {len(record)} bytes")
         copy = 1 if self._state.copy == 2 else 2  # noqa: PLR2004 - the other one

@@ -4,4 +4,4 @@ import msgspec
 
 
 class Record(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """What a part is made of: facts that do not change, and its fds (`Fd`). Members are added at the end."""
+    """What a part is made of: facts that do not change, and its fds (`Fd`). New members go at the end."""

@@ -1,6 +1,6 @@
 """The clients' connections as values, for another process to go on with.
 
-Times are in seconds, and what is left of them.
+A time is the number of seconds that are left.
 """
 
 from msgspec import Struct
@@ -14,23 +14,23 @@ class ConnectionState(Struct, frozen=True):
 
     fd: Fd
     number: int
-    #: Where the VM that it is attached to stands among all of them.
+    #: The index in `RegistryState.vms` of the VM that it is attached to.
     vm: int | None
-    #: What has come of requests, behind the one whose `text` it is that has no answer yet.
+    #: The text of the request that has no answer yet, if any; and what has come after it.
     unread: bytes
     text: bytes | None
     delay: float
-    #: What is left of a response, and the fd that goes out behind that.
+    #: What is left to send of a response, and the fd that follows it.
     unsent: bytes
     passed: Fd | None
-    #: Until the message that is unfinished, or the response, has to be through; None if there is none.
+    #: The time for the unfinished message or response; None if there is none.
     left: float | None
-    #: Bytes that it counts for while they are on their way.
+    #: Bytes that count against `request_bytes`.
     counted: int
 
 
 class ListenerState(Struct, frozen=True):
-    """`Listener`: `path` is where it stands, if it was made by the daemon."""
+    """`Listener`: `path` is that of its file, if the daemon made it."""
 
     fd: Fd
     path: str | None
@@ -46,7 +46,7 @@ class ServerState(Struct, frozen=True):
 
 
 class ConnectionRecord(Record, frozen=True, tag=4):
-    """A connection that has been there for a while."""
+    """A connection that is kept."""
 
     fd: Fd
     number: int

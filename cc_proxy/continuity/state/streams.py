@@ -1,6 +1,6 @@
 """The streams of one VM as values, for another process to go on with.
 
-Times are in seconds, and what is left of them.
+A time is the number of seconds that are left, or an age in seconds.
 """
 
 from msgspec import Struct
@@ -21,7 +21,7 @@ class SpoolFile(Struct, frozen=True):
 
 
 class SessionState(Struct, frozen=True):
-    """`Session`, and how far its process has come (`Routes`)."""
+    """`Session`, and whether a command to start its process was sent (`expected`, from `Routes`)."""
 
     fd: Fd
     first_seq: int
@@ -38,7 +38,7 @@ class SessionState(Struct, frozen=True):
     stuck: str
     spool: list[SpoolFile]
     patience: float
-    #: Until what is pending is spilled; None if nothing is.
+    #: The time until `pending` moves to the spool; None if it is not going to.
     patient: float | None
     idle: float
 
@@ -56,20 +56,20 @@ class PacerState(Struct, frozen=True):
 class StreamsState(Struct, frozen=True):
     """What a channel copies."""
 
-    #: What has been read of an unfinished frame of the VM's, and what the VM has not taken.
+    #: What has been read of an unfinished frame of the VM, and what the VM has yet to take.
     unfinished: bytes
     to_vm: bytes
     sessions: list[SessionState]
     pacer: PacerState
     traffic: Traffic
-    #: If frames of the VM's have to be found first; nothing is unfinished then.
+    #: Set if the beginning of a frame has yet to be found; nothing is unfinished then.
     resync: ResyncState | None = None
 
 
 class ChannelState(Struct, frozen=True):
     """`Channel`."""
 
-    #: None if it is closed, and clients have yet to read what had come.
+    #: None if it is closed while clients have yet to read what had come.
     io: Fd | None
     finish_in: float | None
     finish_cause: str

@@ -1,4 +1,7 @@
-"""The VMs as values, for another process to go on with. Times are in seconds, and what is left, or an age."""
+"""The VMs as values, for another process to go on with.
+
+A time is the number of seconds that are left, or an age in seconds.
+"""
 
 from msgspec import Struct
 
@@ -14,7 +17,7 @@ class CommandState(Struct, frozen=True):
     code: int
     #: The seqs of the processes that it starts.
     starts: list[int]
-    #: Whether the daemon has sent it on its own account.
+    #: Whether the daemon sent it for itself, and not for a client.
     posted: bool
 
 
@@ -26,7 +29,7 @@ class RequestState(Struct, frozen=True):
     payload: bytes
     age: float
     starts: list[int]
-    #: Which of the commands it is that have been sent; None if that is still to be done.
+    #: Its index in `ControlState.commands`; None if it has not been sent yet.
     sent: int | None
 
 
@@ -41,7 +44,7 @@ class ControlState(Struct, frozen=True):
 
 
 class ConsoleState(Struct, frozen=True):
-    """`Console`: `line` is what has come of an unfinished one."""
+    """`Console`: `line` is what has come of an unfinished line."""
 
     fd: Fd
     line: bytes
@@ -49,7 +52,7 @@ class ConsoleState(Struct, frozen=True):
 
 
 class BootState(Struct, frozen=True):
-    """`Boot`: a hello that is not answered yet. Without sockets, they are dialled anew."""
+    """`Boot`: a hello that is not answered yet. If it has no sockets, the next process connects them."""
 
     left: float
     quizzed_in: float
@@ -86,10 +89,10 @@ class VmState(Struct, frozen=True):
     next_seq: int
     peers: list[tuple[str, int]]
     boot: BootState | None
-    #: None if it is closed.
+    #: Each None if it is closed.
     control: ControlState | None
     console: ConsoleState | None
-    #: None if it never had a pump, or has gone.
+    #: None if the VM has no pump yet, or has gone.
     channel: ChannelState | None
 
 
@@ -110,7 +113,7 @@ class FailedVmState(Struct, frozen=True):
 
 
 class RegistryState(Struct, frozen=True):
-    """`Registry`. VMs are known by where they stand in `vms`."""
+    """`Registry`. A VM is named by its index in `vms`."""
 
     vms: list[VmState]
     by_id: dict[str, int]
