@@ -73,7 +73,7 @@ class _State(NamedTuple):
 
 
 class Table:
-    """A table in memory of `SIZE` bytes, empty if all are zero. One thread at a time, except for the cells."""
+    """A table in memory of `SIZE` bytes, empty if all are zero. One thread at a time, except for cells."""
 
     def __init__(self, memory: mmap.mmap) -> None:
         """Raises `Unreadable` if there is anything else in the memory."""
