@@ -76,7 +76,7 @@ class Charge:
 
 
 class User:
-    """One user, for as long as it has connections or VMs. Any thread."""
+    """One user, as long as it has connections or VMs. Any thread."""
 
     def __init__(self, users: "Users", uid: int) -> None:
         self._users = users
