@@ -6,9 +6,9 @@
         client.attach("my-container")
         io_base, fd = client.allocate_io(2)
 
-Most programs need only `Client`. Below it, `read_message`, `write_message`, `read_fd` and `write_fd` move
-single messages and fds over a socket of yours, and the payload classes are the contents of messages.
-`encode_frame` and `FrameParser` are for the fd of `allocate_io`, which carries frames.
+Most programs need only `Client`, and `encode_frame` and `FrameParser` for the fd that `allocate_io` returns,
+which carries frames. A program with a socket of its own can send and receive single messages and fds with
+`read_message`, `write_message`, `read_fd` and `write_fd`; the payload classes are what messages contain.
 """
 
 from cc_proxy.api.client import AllocatedIo, Client

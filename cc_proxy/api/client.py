@@ -36,7 +36,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 
 class AllocatedIo(NamedTuple):
-    """What `allocate_io` returns: the first stream's seq, and the fd of the streams, yours to close."""
+    """The first stream's seq, and the fd of the streams, which the caller must close."""
 
     io_base: int
     fd: int
@@ -47,15 +47,16 @@ class Client:
 
     `connection` is the path of the proxy's socket, or a connected stream socket, which then belongs to the
     client and is closed with it. `timeout` is how long each request may take, in seconds; None waits for
-    ever. Each method takes a `timeout` that overrides it. A `Deadline` is one limit for all requests
-    together.
+    ever. Each method takes a `timeout` of its own, which overrides it unless it is None. Pass a `Deadline`
+    instead of a number to set one limit for several requests together.
 
-    Every method raises `Refused`, with the daemon's text, if the daemon refused the request. Nothing has
-    changed then, and the connection stays usable, unless the daemon closed it (a user who may not connect, a
-    limit). `ProtocolError`, `TimedOut` and `OSError` leave the connection in an unknown state: after one of
-    those every request raises `ProtocolError`, and the client can only be closed.
+    Every method raises `Refused`, with the daemon's text, if the daemon refuses the request. Nothing has
+    changed then, and the connection stays usable, unless the daemon has closed it too: it does so if the user
+    may not connect, or is over a limit on connections. `ProtocolError`, `TimedOut` and `OSError` leave the
+    connection in an unknown state: after one of them every request raises `ProtocolError`, and all that is
+    left to do is to close the client.
 
-    One thread at a time may use a client. It is a context manager that closes on the way out.
+    One thread at a time may use a client. A client is a context manager, which closes it at the end.
     """
 
     def __init__(
@@ -81,9 +82,10 @@ class Client:
         *,
         timeout: float | Deadline | None = None,
     ) -> int:
-        """Register the VM behind two sockets and attach to it; returns the protocol version.
+        """Register a VM and attach this connection to it; returns the protocol version.
 
-        Returns once the VM is ready, which may take up to the daemon's `vm.ready_timeout`.
+        `ctl_serial`, `io_serial` and `console` are the absolute paths of the VM's sockets. The daemon answers
+        once the VM is ready, which may take as long as its setting `vm.ready_timeout` allows.
         """
         return self._result(Hello(container_id, ctl_serial, io_serial, console), Version, timeout).version
 
@@ -96,17 +98,21 @@ class Client:
         self.request(Bye(container_id), timeout=timeout)
 
     def allocate_io(self, n_streams: int = 1, *, timeout: float | Deadline | None = None) -> AllocatedIo:
-        """Get 1 stream (stdin and stdout) or 2 (and stderr), and the fd that carries their frames."""
+        """Allocate 1 stream (stdin and stdout) or 2 (stderr as well), and return them with their fd.
+
+        This connection must be attached to a VM.
+        """
         deadline = self._deadline(timeout)
         result = self._result(AllocateIo(n_streams), AllocateIoResult, deadline)
         with self._exchange():
             return AllocatedIo(result.io_base, read_fd(self._sock, timeout=deadline))
 
     def hyper(self, name: str, data: Any = UNSET, *, timeout: float | Deadline | None = None) -> None:
-        """Have the agent carry out a command and wait for its acknowledgement.
+        """Send a command to the agent; returns once the agent has acknowledged it.
 
-        `data` is any value that msgspec can encode as JSON. `bytes` and `msgspec.Raw` are JSON text already,
-        and reach the agent byte for byte. If `data` is left out, or empty, the command carries none.
+        `data` is any value that msgspec can encode as JSON. `bytes` and `msgspec.Raw` are taken as JSON text,
+        which reaches the agent byte for byte. If `data` is left out, or is empty text, the command has none.
+        This connection must be attached to a VM.
         """
         if not isinstance(data, bytes | msgspec.Raw | msgspec.UnsetType):
             data = msgspec.json.encode(data)
@@ -114,22 +120,25 @@ class Client:
         self.request(Hyper(name, msgspec.Raw(encoded) if encoded else UNSET), timeout=timeout)
 
     def status(self, *, timeout: float | Deadline | None = None) -> Status:
-        """Return the state of the daemon and its VMs, what waits in them, and for whom.
+        """Return the state of the daemon and its VMs: what waits in each of them, and for which client.
 
-        The daemon waits half a second at most for its VMs. A daemon without this request refuses it.
+        The daemon waits half a second at most for its VMs. One that is too old to know this request refuses
+        it.
         """
         return self._result(GetStatus(), Status, timeout)
 
     def set_log_level(self, level: str, *, timeout: float | Deadline | None = None) -> LogLevelChange:
-        """Make the daemon log events of `level` and above, until it reads its settings again.
+        """Make the daemon log events of `level` and above, until it next reads its settings.
 
-        `level` is `error`, `warning`, `info`, `debug`, `io` or `console`. Returns the old level and the new
-        one.
+        `level` is `error`, `warning`, `info`, `debug`, `io` or `console`. Returns the old and the new level.
         """
         return self._result(SetLogLevel(level), LogLevelChange, timeout)
 
     def request(self, payload: Payload, *, timeout: float | Deadline | None = None) -> msgspec.Raw:
-        """Send any payload; returns the `data` of the response, encoded, or empty if there is none."""
+        """Send any payload; returns the `data` of the response as JSON text, empty if there is none.
+
+        Use `allocate_io` instead of sending an `AllocateIo`: it also takes the fd that follows the response.
+        """
         request = Request(payload.NAME, msgspec.Raw(msgspec.json.encode(payload)))
         deadline = self._deadline(timeout)
         limit = messages.MAX_STATUS if isinstance(payload, GetStatus) else messages.MAX_TEXT
@@ -146,7 +155,7 @@ class Client:
         return msgspec.Raw() if isinstance(response.data, msgspec.UnsetType) else response.data
 
     def fileno(self) -> int:
-        """The connection's fd. Between requests it becomes readable only when the daemon goes away."""
+        """Return the connection's fd. Between requests it becomes readable only when the daemon closes it."""
         return self._sock.fileno()
 
     def close(self) -> None:
@@ -170,7 +179,7 @@ class Client:
             return messages.decode(bytes(data), kind)
 
     def _write(self, request: Request, deadline: Deadline) -> None:
-        """Send a request. If that fails, raise what the daemon said before it stopped reading."""
+        """Send a request. If that fails because the daemon has refused this client, raise `Refused`."""
         try:
             write_message(self._sock, request, timeout=deadline)
         except OSError:
@@ -180,7 +189,10 @@ class Client:
             raise Refused(response.error) from None
 
     def _said(self) -> Response | None:
-        """Return the response that has arrived already, if any. Raises `ProtocolError` if it is none."""
+        """Return the response that has already arrived, if any.
+
+        Raises `ProtocolError` if what has arrived is not a response.
+        """
         try:
             return self._read(Deadline(0))
         except OSError:
@@ -195,7 +207,7 @@ class Client:
 
     @contextmanager
     def _exchange(self) -> Iterator[None]:
-        """Refuse to begin after a failure. An error inside is a failure."""
+        """Raise `ProtocolError` if an earlier exchange failed. An error inside makes this one fail."""
         if self._broken:
             raise ProtocolError("an earlier request failed half-way; close this client and make another")
         self._broken = True

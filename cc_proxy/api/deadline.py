@@ -14,9 +14,10 @@ _LONGEST_WAIT = 86_400.0
 
 
 class Deadline:
-    """`timeout` seconds from now; None and infinity mean never. 0 is a timeout too: it has passed already.
+    """The moment `timeout` seconds from now.
 
-    Functions that take a timeout also take a deadline, so that several can share one.
+    None and infinity mean never; 0 has passed already, so that nothing waits. Every function that takes a
+    timeout also takes a deadline, so that several calls can share one.
     """
 
     def __init__(self, timeout: "float | Deadline | None") -> None:
@@ -30,11 +31,11 @@ class Deadline:
         return max(0.0, self._end - time.monotonic())
 
     def wait_readable(self, sock: socket.socket, what: str) -> None:
-        """Return once `sock` has something to read or is closed. Raises `TimedOut` naming `what`."""
+        """Return once `sock` has something to read, or its peer is gone. Raises `TimedOut`, naming `what`."""
         self._wait(sock, select.POLLIN, what)
 
     def wait_writable(self, sock: socket.socket, what: str) -> None:
-        """Return once `sock` can be written to or is closed. Raises `TimedOut` naming `what`."""
+        """Return once `sock` takes data, or its peer is gone. Raises `TimedOut`, naming `what`."""
         self._wait(sock, select.POLLOUT, what)
 
     def _wait(self, sock: socket.socket, events: int, what: str) -> None:
@@ -44,7 +45,7 @@ class Deadline:
         poll.register(sock, events)
         while True:
             left = min(self.remaining(), _LONGEST_WAIT)
-            # Rounded up, or the last millisecond would be spent spinning.
+            # Round up: rounded down, it would poll again and again during the last millisecond.
             if poll.poll(math.ceil(left * 1000)):
                 return
             if not self.remaining():

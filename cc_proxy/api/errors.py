@@ -6,13 +6,14 @@ they reach the caller as `OSError`.
 
 
 class ProxyError(Exception):
-    """The base of all exceptions that this API raises itself."""
+    """The base of all exceptions of this API's own."""
 
 
 class Refused(ProxyError):
     """The daemon answered a request with `"success":false`.
 
-    `text` is the daemon's own error text (docs/protocol.md, 1). The connection stays usable.
+    `text` is the daemon's error text (docs/protocol.md, 1). The connection stays usable, unless the daemon
+    has closed it too.
     """
 
     def __init__(self, text: str) -> None:
@@ -23,12 +24,12 @@ class Refused(ProxyError):
 class ProtocolError(ProxyError):
     """The peer sent something that the protocol does not allow, or closed the connection within a message.
 
-    The connection cannot be used any more: close it.
+    The connection is no longer usable: close it.
     """
 
 
 class TimedOut(ProxyError, TimeoutError):
-    """The deadline passed before the message was sent or received whole.
+    """The deadline passed before the whole message was sent or received.
 
-    Part of it may have been: close the connection.
+    A part of it may have been. The connection is no longer usable: close it.
     """

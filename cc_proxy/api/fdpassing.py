@@ -15,7 +15,7 @@ _INT = array.array("i").itemsize
 
 
 def write_fd(sock: socket.socket, fd: int, *, timeout: float | Deadline | None = None) -> None:
-    """Send a duplicate of `fd`, in a send of its own. `fd` itself stays open and remains the caller's.
+    """Send a duplicate of `fd`, separately from any message. `fd` itself stays open and the caller's.
 
     `timeout` is in seconds; None waits for ever. Raises `TimedOut`, or `OSError` if the peer has gone.
     Any thread may call, one at a time for each socket.
@@ -32,13 +32,15 @@ def write_fd(sock: socket.socket, fd: int, *, timeout: float | Deadline | None =
 
 
 def read_fd(sock: socket.socket, *, timeout: float | Deadline | None = None) -> int:
-    """Receive the fd that was sent with `write_fd`. It is the caller's to close, and close-on-exec.
+    """Receive the fd that was sent with `write_fd`. It is close-on-exec, and the caller closes it.
 
     `timeout` is in seconds; None waits for ever. Raises `ProtocolError` if anything but one byte `F` with
-    exactly one fd arrives (all fds that arrived are closed), `TimedOut`, or `OSError`.
+    exactly one fd arrives (fds that arrived are closed then), `TimedOut`, or `OSError`: with EMFILE if this
+    process has no room for another fd.
     Any thread may call, one at a time for each socket.
     """
-    # Room for one fd more than is allowed, to distinguish too many fds from one that the kernel cut off.
+    # Room for one fd more than allowed: MSG_CTRUNC without any fd then means that this process has no room
+    # for it, not that the peer sent too many.
     room = socket.CMSG_SPACE(2 * _INT)
     deadline = Deadline(timeout)
     while True:

@@ -12,25 +12,28 @@ MAX_FRAME = 64 * 1024
 
 
 class Frame(NamedTuple):
-    """One frame. An empty payload is end of file."""
+    """One frame. An empty payload means end of file."""
 
     seq: int
     payload: bytes
 
 
 def encode_frame(seq: int, payload: bytes | memoryview = b"") -> bytes:
-    """Return a whole frame; without payload it is end of file."""
+    """Return a whole frame; without a payload it means end of file."""
     return b"".join((FRAME_HEADER.pack(seq, FRAME_HEADER.size + len(payload)), payload))
 
 
 class FrameParser:
-    """Splits a byte stream into frames. It may arrive in any pieces. Holds one unfinished frame at most."""
+    """Splits a byte stream, which may arrive in arbitrary pieces, into frames.
+
+    Holds one unfinished frame at most.
+    """
 
     def __init__(self) -> None:
         self._buffer = b""
 
     def receive_data(self, data: bytes) -> list[Frame]:
-        """Take bytes as they arrived, and return the frames they complete.
+        """Take the next bytes of the stream; returns the frames that they complete.
 
         Raises `ProtocolError` for a total length under 12 or over `MAX_FRAME`; the stream is unusable after
         that.

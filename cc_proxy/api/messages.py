@@ -1,7 +1,7 @@
 """Client messages as bytes (docs/protocol.md, 1): framing and JSON, no I/O.
 
-`encode` makes the bytes of one message. `MessageParser` finds the messages in what arrives, in any pieces.
-`decode` turns the text of a message into a typed value.
+`encode` makes the bytes of one message. `MessageParser` splits a byte stream, which may arrive in arbitrary
+pieces, into the texts of messages. `decode` turns such a text into a typed value.
 """
 
 import functools
@@ -34,14 +34,20 @@ _encoder = msgspec.json.Encoder()
 
 
 def frame_text(text: bytes, limit: int = MAX_TEXT) -> bytes:
-    """Put the header before a JSON text. Raises `ProtocolError` if the text is over `limit` bytes long."""
+    """Return a JSON text with its header before it.
+
+    Raises `ProtocolError` if the text is longer than `limit` bytes.
+    """
     if len(text) > limit:
         raise ProtocolError(f"a message of {len(text)} bytes is over the limit of {limit}")
     return HEADER.pack(len(text), 0) + text
 
 
 def encode(message: msgspec.Struct, limit: int = MAX_TEXT) -> bytes:
-    """Return one whole message, header and compact JSON, whose text is `limit` bytes long at most."""
+    """Return one whole message: the header and compact JSON.
+
+    Raises `ProtocolError` if the text is longer than `limit` bytes.
+    """
     return frame_text(_encoder.encode(message), limit)
 
 
@@ -64,14 +70,14 @@ def _decoder(kind: type[Any]) -> msgspec.json.Decoder[Any]:
 
 
 class MemberError(ProtocolError):
-    """The text is a JSON object, but not of the type that was wanted; the error names the member."""
+    """The text is a JSON object, but a member does not fit the wanted type; the error names it."""
 
 
 def decode(text: bytes, kind: type[T]) -> T:
     """Decode the JSON text of a message.
 
-    Raises `ProtocolError` if it is not UTF-8 or not a JSON object; its subclass `MemberError` if it is one,
-    but not what `kind` describes, or nested deeper than `MAX_NESTING`.
+    Raises `ProtocolError` if the text is not UTF-8 or not a JSON object; its subclass `MemberError` if it is
+    an object, but not one that `kind` describes, or is nested deeper than `MAX_NESTING`.
     """
     try:
         str(text, "utf-8")
@@ -89,7 +95,7 @@ def decode(text: bytes, kind: type[T]) -> T:
 
 
 def _is_object(text: bytes) -> bool:
-    """Whether a text is a JSON object at all. It must have passed `_check_nesting`."""
+    """Whether a text is a JSON object at all. Only for text that is not nested too deeply."""
     try:
         msgspec.json.decode(text, type=dict[str, msgspec.Raw])
     except ValueError:
@@ -100,8 +106,8 @@ def _is_object(text: bytes) -> bool:
 def _check_nesting(text: bytes) -> None:
     """Refuse text that is nested too deeply for the decoder, which recurses for each level.
 
-    Once that is known, the rest is only checked for matching numbers of brackets: a walk over it would take
-    long. Raises `MemberError`, or `ProtocolError` if the brackets do not match.
+    From the level that is too deep on, only the numbers of opening and closing brackets are compared: going
+    through all of them would take long. Raises `MemberError`, or `ProtocolError` if the numbers differ.
     """
     depth = 0
     for token in _STRINGS_AND_BRACKETS.finditer(text):
@@ -122,7 +128,7 @@ class MessageParser:
     """Splits a byte stream into the JSON texts of its messages.
 
     Pass what arrives to `receive_data`, then call `next_text` until it returns None. The parser holds only
-    what has arrived and was not taken: no memory is allocated because a length is announced.
+    bytes that have arrived: it allocates no memory for a length that is merely announced.
     """
 
     def __init__(self) -> None:
@@ -131,7 +137,7 @@ class MessageParser:
 
     @property
     def missing(self) -> int:
-        """After `next_text` returned None: how many bytes the next message lacks, as far as is known."""
+        """After `next_text` returned None: how many bytes of the next message are known to be missing."""
         held = len(self._data) - self._pos
         if held < HEADER.size:
             return HEADER.size - held
@@ -144,11 +150,11 @@ class MessageParser:
 
     @property
     def unread(self) -> bytes:
-        """What has arrived and was not taken."""
+        """What has arrived, but was not returned by `next_text`."""
         return bytes(self._data[self._pos :])
 
     def receive_data(self, data: bytes) -> None:
-        """Take bytes as they arrived."""
+        """Take the next bytes of the stream."""
         if self.unfinished:
             if not isinstance(self._data, bytearray) or self._pos:
                 self._data = bytearray(self._data[self._pos :])
@@ -160,7 +166,7 @@ class MessageParser:
     def next_text(self) -> bytes | None:
         """Return the next whole JSON text, or None if more has to arrive first.
 
-        Raises `ProtocolError` for a header that is not allowed; the stream is unusable after that.
+        Raises `ProtocolError` for an invalid header; the stream is unusable after that.
         """
         begin = self._pos + HEADER.size
         if len(self._data) < begin:

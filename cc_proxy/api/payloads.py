@@ -1,8 +1,8 @@
 """The requests that a client may send, and their results: plain typed data, no I/O.
 
-Each class is one row of the payload table (docs/protocol.md, 1). Members have Python names, and the wire's
-names in JSON (`container_id` is `containerId` there). Decoding is strict about types. An absent argument
-takes its default, the empty value; the daemon decides what that means. Absent `data` is `UNSET`.
+Each class is one row of the payload table (docs/protocol.md, 1). Members have Python names here and camel
+case in JSON: `container_id` is `containerId` on the wire. Decoding is strict about types. An absent argument
+becomes empty or 0, and the daemon decides what that means; absent `data` becomes `UNSET`.
 """
 
 from typing import ClassVar
@@ -46,7 +46,7 @@ class Bye(_Payload, frozen=True):
 
 
 class AllocateIo(_Payload, frozen=True):
-    """Ask for 1 or 2 stream numbers and the fd that carries them. Result: `AllocateIoResult`."""
+    """Allocate 1 or 2 streams, and the fd that carries them. Result: `AllocateIoResult`."""
 
     NAME: ClassVar[str] = "allocateIO"
 
@@ -72,7 +72,7 @@ class GetStatus(_Payload, frozen=True):
 
 
 class SetLogLevel(_Payload, frozen=True):
-    """Make the daemon log more, or less, until its settings are read again. Result: `LogLevelChange`."""
+    """Make the daemon log more or less, until it next reads its settings. Result: `LogLevelChange`."""
 
     NAME: ClassVar[str] = "logLevel"
 
@@ -87,7 +87,7 @@ class LogLevelChange(_Payload, frozen=True, omit_defaults=False):
     new: str
 
 
-#: What `Version` says; docs/protocol.md describes it.
+#: The version of the protocol that docs/protocol.md describes; the daemon reports it in `Version`.
 PROTOCOL_VERSION = 1
 
 
@@ -98,23 +98,23 @@ class Version(_Payload, frozen=True):
 
 
 class AllocateIoResult(_Payload, frozen=True):
-    """The result of `allocateIO`. The fd follows it (`read_fd`).
+    """The result of `allocateIO`. The fd follows the response (`read_fd`).
 
-    stdin and stdout are stream `io_base`, stderr is `io_base + 1` if two were asked for.
+    stdin and stdout have the seq `io_base`; stderr, if 2 streams were allocated, has `io_base + 1`.
     """
 
     io_base: int
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a client sends: the name of a payload, and its arguments, still encoded."""
+    """What a client sends: the name of a payload, and the payload itself as JSON text."""
 
     id: str = ""
     data: Raw | UnsetType = UNSET
 
 
 class Response(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the daemon answers: members in this order, `error` and `data` left out when empty."""
+    """What the daemon answers, with its members in this order. Empty `error` and `data` are left out."""
 
     success: bool
     error: str = ""

@@ -1,38 +1,38 @@
 """The state of the daemon: the result of `GetStatus` (docs/protocol.md, extensions).
 
-Sizes are in bytes, times in seconds. Lists are bounded; the numbers beside them count what the lists leave
-out too. Ids and texts that somebody else chose are cut to `LONGEST_TEXT` characters.
+Sizes are in bytes, times in seconds. Lists are bounded; the counts beside them include what the lists leave
+out. Ids, and texts that a client or a VM chose, are cut to `LONGEST_TEXT` characters.
 """
 
 import msgspec
 
-#: Longest id or text, in characters, with the `…` at its end.
+#: Longest id or text, in characters, including the `…` at the end of one that was cut.
 LONGEST_TEXT = 256
-#: The most entries in a list of one VM's.
+#: The most entries in each list of a `VmStatus`.
 MOST_LISTED = 8
-#: The most VMs that are listed.
+#: The most VMs in a `Status`.
 MOST_VMS = 2_048
-#: The most users that are listed.
+#: The most users in a `Status`.
 MOST_USERS = 1_024
-#: The most VMs that failed.
+#: The most failed VMs in a `Status`.
 MOST_ENDED = 32
-#: Seconds that the daemon waits for all its VMs together before it answers.
+#: Seconds that the daemon waits for its VMs, all of them together, before it answers.
 PATIENCE = 0.5
 
 
 class _Part(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
-    """The base: immutable, camel case on the wire, every member always present."""
+    """The base: immutable, in camel case on the wire, and every member is always sent."""
 
 
 class LastError(_Part, frozen=True):
-    """The latest error, and how long ago it was."""
+    """The latest error, and how long ago it occurred."""
 
     text: str
     age: float
 
 
 class WaitingCommand(_Part, frozen=True):
-    """A command that a client waits for: the agent is at it, or at others before it."""
+    """A command that a client waits for: the agent has not answered it, or not yet one before it."""
 
     name: str
     age: float
@@ -41,9 +41,9 @@ class WaitingCommand(_Part, frozen=True):
 class WaitingStream(_Part, frozen=True):
     """Output that a client has not taken yet."""
 
-    #: The first stream of its fd.
+    #: The first seq of the client's fd.
     stream: int
-    #: The process that asked for its fd, and its user. That process may have passed it on.
+    #: The process that allocated the fd, and its user. It may have passed the fd to another process.
     pid: int
     uid: int
     #: Bytes that wait on disk, and bytes that wait in memory.
@@ -51,9 +51,9 @@ class WaitingStream(_Part, frozen=True):
     pending: int
     #: How long the client has taken nothing.
     idle: float
-    #: Whether the VM is not read because of it.
+    #: Whether the daemon has stopped reading the VM because of this client.
     holds_vm: bool
-    #: Why the spool does not take what is pending; empty if it does, or was not asked to.
+    #: Why the spool does not take what is pending; empty if it does, or has not been asked to.
     reason: str
 
 
@@ -63,31 +63,32 @@ class Traffic(_Part, frozen=True):
     bytes_to_clients: int
     bytes_to_vm: int
     frames_to_clients: int
-    #: As the agent gets them: a long frame of a client's is several.
+    #: Counted as the agent gets them: a client's long frame reaches it as several.
     frames_to_vm: int
     #: Frames from the VM that nobody owned.
     stray_frames: int
-    #: How often the VM had to wait because the spool took no more of what a client did not read.
+    #: How often the VM had to wait for a client that did not read, as the spool could not take the output.
     pauses: int
 
 
 class Streams(_Part, frozen=True):
     """A VM's I/O channel and the fds of its clients, at one moment."""
 
-    #: Fds of `allocateIO` that are open.
+    #: Open fds of `allocateIO`.
     sessions: int
     traffic: Traffic
-    #: Whether the VM is not read at present; `waiting` tells who is the reason.
+    #: Whether the daemon has stopped reading the VM; `waiting` tells which clients it waits for.
     paused: bool
-    #: Sessions whose output waits, the longest first; how many they are; and the bytes of all of them.
+    #: Sessions whose output waits: those that hold the VM first, then those that have been idle longest. All
+    #: of them are counted in `waiting_sessions`, and their bytes in `spooled` and `pending`.
     waiting: list[WaitingStream]
     waiting_sessions: int
     spooled: int
     pending: int
-    #: Bytes of stdin that the VM does not take, and how long it has taken none; 0 if it takes them.
+    #: Bytes of stdin that wait because the VM takes none, and for how long it has taken none; 0 if it does.
     stdin_held: int
     stdin_stalled: float
-    #: Sessions whose stdin waits for the agent to acknowledge what it was sent.
+    #: Sessions whose stdin waits until the agent acknowledges what was sent to it.
     stdin_unacknowledged: int
 
 
@@ -102,48 +103,48 @@ class VmStatus(_Part, frozen=True):
     state: str
     #: Time since hello.
     age: float
-    #: Connections that are attached to it.
+    #: Connections that are attached to the VM.
     clients: int
-    #: None before there is an I/O pump, and if the pump did not answer in time: `answers` tells which.
+    #: None if the VM's I/O pump has not started, or did not answer in time: `answers` tells which.
     streams: Streams | None
-    #: False if its I/O pump did not answer in time.
+    #: False if the VM's I/O pump did not answer in time.
     answers: bool
-    #: Commands that clients wait for, the oldest first; and how many they are.
+    #: Commands that clients wait for, oldest first; `waiting_commands` counts all of them.
     commands: list[WaitingCommand]
     waiting_commands: int
-    #: Commands that the agent has not answered, including those that nobody waits for any more.
+    #: Commands that the agent has not answered, including those that no client waits for any longer.
     unanswered: int
     last_error: LastError | None
 
 
 class UserStatus(_Part, frozen=True):
-    """How much one user has of everything that is limited (`[limits.user]` in the settings)."""
+    """What one user has of everything that `[limits.user]` in the settings limits."""
 
     uid: int
     connections: int
     vms: int
     sessions: int
-    #: Commands that wait for their VMs' answers.
+    #: Commands that wait for a VM's answer.
     commands: int
-    #: Bytes that wait on disk.
+    #: Bytes that wait on disk for this user's clients.
     spooled: int
 
 
 class EndedVm(_Part, frozen=True):
-    """A VM that was lost, or never came up, and is gone."""
+    """A VM that is gone because it was lost or never came up."""
 
     id: str
     error: LastError
 
 
 class Replaced(_Part, frozen=True):
-    """How often one process of the daemon has gone on where another ended, its VMs and clients staying."""
+    """How often a new process of the daemon has taken over the VMs and clients of the one before."""
 
-    #: Those that were planned: restarts, and upgrades of the package.
+    #: Planned ones: restarts, and upgrades of the package.
     restarts: int = 0
-    #: Those in which the process before was killed, or failed.
+    #: Unplanned ones: the process before was killed, or failed.
     crashes: int = 0
-    #: Why this process took over: `restart` or `crash`; empty if it is the first one.
+    #: Why this process took over: `restart` or `crash`; empty if it is the first.
     last: str = ""
 
 
@@ -154,25 +155,25 @@ class Status(_Part, frozen=True):
     pid: int
     #: Of this process.
     uptime: float
-    #: Path of the settings file, empty if there is none.
+    #: Path of the settings file; empty if there is none.
     settings_file: str
     log_level: str
-    #: Clients that are connected.
+    #: Connected clients.
     connections: int
-    #: Users who have anything, by uid, `MOST_USERS` at most.
+    #: Users who have any of what is limited, ordered by uid, `MOST_USERS` at most.
     users: list[UserStatus]
     #: Bytes that wait on disk for all clients together.
     spooled: int
-    #: Ordered by id, `MOST_VMS` at most; and how many VMs there are.
+    #: Ordered by id, `MOST_VMS` at most; `vm_count` counts all of them.
     vms: list[VmStatus]
     vm_count: int
-    #: VMs that failed, the latest first, `MOST_ENDED` at most.
+    #: VMs that failed, latest first, `MOST_ENDED` at most.
     ended: list[EndedVm]
-    #: Since the first of the processes that have followed each other: no VM is known for longer. 0 from a
-    #: daemon that does not say.
+    #: Time since the first process started whose VMs have been handed down to this one: no VM can have been
+    #: registered for longer. 0 from an older daemon, which does not tell.
     known_for: float = 0.0
     replaced: Replaced = Replaced()
-    #: How often bytes of streams were lost as a process was killed, and how many those were at most.
+    #: How often bytes of streams were lost when a process was killed, and how many bytes at most.
     gaps: int = 0
     lost: int = 0
 

@@ -1,7 +1,7 @@
 """Whole messages over a connected stream socket, within a deadline.
 
-A read never takes a byte beyond its message, so that an fd after it stays with its own byte. The socket may
-be blocking or not; its mode does not change.
+Reading a message takes no byte beyond its end, because an fd that follows comes with a byte of its own. The
+socket may be blocking or not; its mode does not change.
 """
 
 import errno
@@ -21,17 +21,17 @@ DEFAULT_SOCKET = "/run/cc-oci-runtime/proxy.sock"
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-#: The most that is read at once: a length that a peer announces must not decide how much is allocated.
+#: The most that is read at once: the length that a peer announces must not decide how much is allocated.
 LARGEST_READ = 64 * 1024
 _LONGEST_WAIT = 86_400.0
 _TIMEVAL = struct.Struct("@ll")
 
 
 def connect(path: str, *, timeout: float | Deadline | None = None) -> socket.socket:
-    """Connect to the AF_UNIX stream socket at `path`; the socket returned is blocking.
+    """Connect to the AF_UNIX stream socket at `path`; returns a blocking socket.
 
-    `timeout` is in seconds; None waits for ever. connect(2) waits while the backlog is full. Raises
-    `TimedOut`, or an `OSError` with the path as its `filename`. Any thread may call.
+    Waits while the backlog is full. `timeout` is in seconds; None waits for ever. Raises `TimedOut`, or an
+    `OSError` with the path as its `filename`. Any thread may call.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -48,11 +48,11 @@ def connect_socket(sock: socket.socket, path: str, timeout: float | Deadline | N
     try:
         connected = False
         while not connected:
-            # connect(2) takes the timeout of send(2). 0 would mean for ever, so it is never quite 0.
+            # connect(2) obeys the timeout of send(2). 0 would mean for ever, so it is never quite 0.
             limit_send(sock, max(deadline.remaining(), 1e-6))
             sock.connect(path)
-            # After a signal Python takes the connect for finished in the background, but AF_UNIX does not do
-            # that.
+            # If a signal interrupts connect(2), Python assumes that the kernel goes on connecting in the
+            # background. For AF_UNIX it does not.
             connected = _has_peer(sock)
         limit_send(sock, 0.0)
     except BlockingIOError:
@@ -74,20 +74,20 @@ def _has_peer(sock: socket.socket) -> bool:
 
 
 def limit_receive(sock: socket.socket, seconds: float) -> None:
-    """Make each recv(2) of a blocking socket wait `seconds` at most, then raise `BlockingIOError`.
+    """Make each recv(2) on a blocking socket wait `seconds` at most, then raise `BlockingIOError`.
 
-    0 waits for ever. Any thread may call.
+    0 means for ever. Any thread may call.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
 
 
 def limit_send(sock: socket.socket, seconds: float) -> None:
-    """Do the same for send(2) and connect(2)."""
+    """Limit each send(2) and connect(2) on a blocking socket, as `limit_receive` limits recv(2)."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(seconds))
 
 
 def _timeval(seconds: float) -> bytes:
-    """Round up to microseconds: 0 would mean for ever."""
+    """Return the kernel's form of `seconds`, rounded up: 0 would mean for ever."""
     whole, micro = divmod(math.ceil(min(seconds, _LONGEST_WAIT) * 1_000_000), 1_000_000)
     return _TIMEVAL.pack(whole, micro)
 
@@ -99,11 +99,12 @@ def read_message(
     timeout: float | Deadline | None = None,
     limit: int = messages.MAX_TEXT,
 ) -> T | None:
-    """Read one message with a text of `limit` bytes at most, and decode it as `kind`.
+    """Read one message and return it, decoded as `kind`, which is `Request` or `Response`.
 
-    `kind` is `Request` or `Response`. Returns None if the peer closed the connection between two messages.
-    `timeout` is for the whole message, in seconds; None waits for ever. Raises `ProtocolError`, `TimedOut` or
-    `OSError`. Any thread may call, one at a time for each socket.
+    Returns None if the peer closed the connection between two messages. The text may have `limit` bytes.
+    `timeout` is for the whole message, in seconds; None waits for ever. Raises `ProtocolError` for anything
+    else that the peer sends or fails to send, `TimedOut`, or `OSError`. Any thread may call, one at a time
+    for each socket.
     """
     deadline = Deadline(timeout)
     header = _read_exactly(sock, messages.HEADER.size, deadline)
@@ -115,10 +116,10 @@ def read_message(
 def write_message(
     sock: socket.socket, message: msgspec.Struct, *, timeout: float | Deadline | None = None
 ) -> None:
-    """Send one message, header and text in one write if the socket takes it.
+    """Send one message: header and text in a single write if the socket takes it.
 
-    `timeout` is for the whole message, in seconds; None waits for ever. Raises `ProtocolError` if the
-    message is over 1 MiB, `TimedOut`, or `OSError` if the peer has gone.
+    `timeout` is for the whole message, in seconds; None waits for ever. Raises `ProtocolError` if the text
+    is longer than 1 MiB, `TimedOut`, or `OSError` if the peer has gone.
     Any thread may call, one at a time for each socket.
     """
     left = memoryview(messages.encode(message))
