@@ -1,8 +1,8 @@
-"""cc-proxyctl, the command people use by hand; `python -m cc_proxy.cli.ctl` is the same."""
+"""cc-proxyctl, the command that people use by hand; `python -m cc_proxy.cli.ctl` runs it too."""
 
 from cc_proxy.linux.standard_fds import guard_standard_fds
 
-# Before the other imports: some libraries keep a file open, which must not become stdin.
+# Before the other imports: some libraries keep a file open, and if stdin is closed, that would become stdin.
 guard_standard_fds()
 
 import signal
@@ -25,7 +25,7 @@ from cc_proxy.ctl.stdio import show
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the whole command line. Man page and completion are made from it too."""
+    """Return the parser of the whole command line. The man page and the completion are made from it."""
     return parser.build(COMMANDS)
 
 

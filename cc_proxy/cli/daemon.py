@@ -61,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon; returns its exit status."""
     guard_standard_fds()
     options = build_parser().parse_args(argv)
-    # Before there is a second thread, in which an unblocked signal would end the process at once.
     if options.check_config:
         return _check(options)
+    # Before there is a second thread, in which an unblocked signal would end the process at once.
     daemon.block_signals()
     raise_fd_limit()
     inheritance = Inheritance(notifier := Notifier(), _directory())
@@ -75,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _refuse(error)
         chosen, wrong = kept, str(error)
     leave_directory(options)
-    have_one_arena()  # before the log's thread, which would get an arena of its own
+    have_one_arena()  # before the log's thread starts, or that would get an arena of its own
     connector = Connector()
-    with contextlib.suppress(OSError):  # no process can be forked: a hello will try again, and report it
-        connector.start()  # this too before there is a second thread
+    with contextlib.suppress(OSError):  # no process can be forked: the next hello tries again and reports it
+        connector.start()  # this also forks, so it must precede the second thread
     log = Logging(chosen.log.level, chosen.log.format)
     log.start()
     status = EXIT_FAILED
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _directory() -> str:
-    """Return the directory for relative paths of the command line: any, if this process is in none."""
+    """Return the directory that relative paths on the command line start from; `/` if it has been removed."""
     try:
         return os.getcwd()
     except FileNotFoundError:
@@ -118,7 +118,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _check_settings(chosen: Settings, path: str | None) -> int:
-    """Print which file's settings are right; returns the exit status.
+    """Check what only this machine can tell of the settings, and print the result; returns the exit status.
 
     Raises `SettingsError` if no file can be made in the spool's directory, or a user or group is unknown.
     """
@@ -139,19 +139,19 @@ def leave_directory(options: argparse.Namespace) -> None:
 
 
 def _stay_with_file(options: argparse.Namespace) -> None:
-    """Remember which file was read, to read it again even if the default file has vanished by then."""
+    """Remember which file was read, so that later the daemon reads that one even if it has vanished."""
     options.config = settings.file_read(options.config) or None
 
 
 def read_again(options: argparse.Namespace) -> Settings:
-    """Return the settings as they are now. Raises `SettingsError`."""
+    """Read the settings again, as they are now. Raises `SettingsError`."""
     chosen = choose_settings(options)
     _stay_with_file(options)
     return chosen
 
 
 def _refuse(error: SettingsError) -> int:
-    """Say in one line, plainly or to the journal, why the daemon does not start; returns the exit status."""
+    """Say on stderr, or in the journal, why the daemon does not start; returns the exit status."""
     if sys.stderr and stderr_is_journal(sys.stderr):
         log = Logging("info", "auto")
         log.start()
@@ -178,7 +178,10 @@ def choose_settings(options: argparse.Namespace) -> Settings:
 
 
 def _level_of_environment() -> LogLevel | None:
-    """Return the level that the environment gives, as a name or a number of `-v`. Raises `SettingsError`."""
+    """Return the level that the environment sets, by its name or by a number as for `-v`.
+
+    Raises `SettingsError`.
+    """
     given = os.environ.get(LOG_LEVEL_VARIABLE)
     if not given:
         return None
@@ -190,7 +193,7 @@ def _level_of_environment() -> LogLevel | None:
 
 
 def _run(chosen: Settings, host: Host) -> int:
-    """Serve on the socket that systemd has passed, or on one of our own; returns the exit status."""
+    """Serve until the daemon has to stop; returns the exit status."""
     with contextlib.closing(host.notifier):
         try:
             try:
@@ -221,13 +224,13 @@ def _run(chosen: Settings, host: Host) -> int:
 
 
 def _listener(chosen: Settings, state: DaemonState | None) -> Listener:
-    """Return the socket that the manager has passed, else that of the process before, else one of our own."""
+    """Return the socket that systemd has passed, else the one of the process before, else a new one."""
     try:
         inherited = systemd.take_listener()
     except ActivationError as error:
         if not state:
             raise
-        inherited = None  # clients that are connected, and VMs, can do without
+        inherited = None  # the connected clients and the VMs do not depend on it
         logger.error("no new socket to listen on: the one from before stays", extra={"error": str(error)})
     if inherited:
         if state:

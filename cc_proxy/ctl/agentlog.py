@@ -1,4 +1,4 @@
-"""What an embedded agent says on stderr: why it refused a command, since its answer has no room for that."""
+"""The log of an embedded agent. It says why the agent refused a command; the agent's answer cannot."""
 
 import hashlib
 import os
@@ -6,18 +6,18 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-#: How the private directories of embedded agents are called.
+#: The names of the private directories of embedded agents begin with this.
 DIRECTORY_PREFIX = "cc-proxyctl-"
-#: Longest path of the directory's parent: a path to a socket has at most 107 bytes.
+#: Longest path of such a directory's parent: sockets are made in it, whose paths have at most 107 bytes.
 _LONGEST_PARENT = 70
-#: Bytes that are looked at.
+#: Bytes of a log that are searched.
 _READ_SIZE = 64 * 1024
 #: Seconds to wait for a line, and between two looks.
 _PATIENCE, _INTERVAL = 0.5, 0.01
 
 
 def parent() -> str:
-    """Return a directory for private ones, that the proxy sees too: it may have a /tmp of its own."""
+    """Return the directory to make private ones in. The proxy must see it, and may have its own /tmp."""
     for path in (os.environ.get("TMPDIR"), "/run", os.environ.get("XDG_RUNTIME_DIR")):
         if path and len(os.fsencode(path)) <= _LONGEST_PARENT and os.access(path, os.W_OK | os.X_OK):
             return path
@@ -25,18 +25,18 @@ def parent() -> str:
 
 
 def log_name(container_id: str) -> str:
-    """Return the name of an agent's log in its directory: an id may have characters that no file name has."""
+    """Return the name of an agent's log. It is a hash: an id may have characters that a file name may not."""
     return hashlib.sha256(container_id.encode()).hexdigest()[:32] + ".log"
 
 
 class AgentLog:
-    """What the embedded agent that is registered as `container_id` says from now on, if it is this user's.
+    """What the agent registered as `container_id` logs from now on.
 
-    Of any other VM there is no log, which is as if it said nothing.
+    Only an embedded agent that this user started has a log. Any other VM seems to say nothing.
     """
 
     def __init__(self, container_id: str) -> None:
-        self._logs: dict[Path, int] = {}  # and where in them it begins
+        self._logs: dict[Path, int] = {}  # each with its size by now
         for path in Path(parent()).glob(f"{DIRECTORY_PREFIX}*/{log_name(container_id)}"):
             with suppress(OSError):
                 status = path.lstat()
@@ -44,9 +44,9 @@ class AgentLog:
                     self._logs[path] = status.st_size
 
     def reason(self, command: str) -> str:
-        """Return what was said last about a command; nothing if nothing was.
+        """Return the last line about a command; empty if there is none.
 
-        What a VM says comes by its console, which may be slower than the answer.
+        It waits for one: the log of a VM is its console, which may be slower than the agent's answer.
         """
         deadline = time.monotonic() + _PATIENCE
         while not (said := self._last_line(f" {command}: ")) and self._logs and time.monotonic() < deadline:
@@ -59,7 +59,7 @@ class AgentLog:
 
 
 def _lines(path: Path, offset: int) -> list[str]:
-    """Return the lines that have come after the offset, whole ones."""
+    """Return the whole lines after the offset."""
     with suppress(OSError), path.open("rb") as log:
         log.seek(offset)
         return log.read(_READ_SIZE).decode(errors="replace").rpartition("\n")[0].splitlines()

@@ -1,4 +1,4 @@
-"""A process in a container, from start to end, attached to this command's standard streams."""
+"""A process in a container, attached to this command's standard streams from its start to its end."""
 
 import signal
 import socket
@@ -33,7 +33,7 @@ from cc_proxy.ctl.terminal import Terminal
 StartCommand = Callable[[HyperProcess], tuple[str, msgspec.Struct]]
 
 
-#: A process that ends this soon after a signal, in seconds, is taken to have been killed by it.
+#: A process that ends within this many seconds after a signal is assumed to have been killed by it.
 _KILLED_WITHIN = 5.0
 _NOT_STARTED = "the agent does not say why: look whether the program, -w's directory and -u's user are there"
 
@@ -45,7 +45,7 @@ def terminal_for(process: ProcessOptions) -> Terminal | None:
 
 @dataclass(frozen=True)
 class Attendance:
-    """Stands for a process: passes this command's input to it, and its output to this command's."""
+    """Stands in for a process: passes this command's stdin to it, and its output to this command's stdout."""
 
     client: Client
     signals: Signals
@@ -57,11 +57,12 @@ class Attendance:
     def run(self, command: StartCommand, *, passes_signals: bool) -> int:
         """Start the process and return its exit status.
 
-        With `passes_signals` signals are passed on. They reach a container's first process, so use this only
-        for that one.
+        With `passes_signals`, signals are passed on. The agent delivers them to the container's first
+        process, so set it only for that one.
 
-        Raises `Failure`, `ProxyError` or `OSError` if the process or its status cannot be had; `Interrupted`
-        if a signal or a closed stdout ends this command first. `client` must make no other requests then.
+        Raises `Failure`, `ProxyError` or `OSError` if the process cannot be started or its status is not
+        known; `Interrupted` if a signal or a closed stdout ends this command first. `client` must make no
+        other requests afterwards.
         """
         began = time.monotonic()
         with self.signals.may_interrupt():
@@ -75,7 +76,7 @@ class Attendance:
         return status
 
     def _start(self, command: StartCommand, io_base: int) -> None:
-        """Have the process started. The first signal does not interrupt this: it is for the process."""
+        """Have the agent start the process. The first signal does not interrupt: it is for the process."""
         size = self.terminal.size() if self.terminal else None
         name, arguments = command(hyper_process(self.process, io_base, size))
         log = AgentLog(self.container_id)
@@ -95,14 +96,18 @@ class Attendance:
         return self.terminal.raw(keys_are_signals=not self.process.interactive)
 
     def _relay(self, io: socket.socket, io_base: int, passes_signals: bool) -> int | None:
-        """Carry the streams until the process has ended; returns its status, None if they ended first."""
+        """Carry the streams until the process ends; returns its status, or None if the streams end first."""
         streams, passed_on = ProcessStreams(io_base), _PassedOn()
         stdin = StdinSource(io_base, forward=self.process.interactive, terminal=self.process.terminal)
         with closing(BackgroundCommands(self.client)) as commands, closing(OutputWriter()) as output:
             io_fd = IoFd(io, streams, stdin, output)
 
             def passes(signum: int) -> bool:
-                """Whether to pass a signal on: not a second one to stop while nobody reads the output."""
+                """Whether to pass a signal on instead of ending this command.
+
+                While nobody reads the output, the process may be unable to end, so only the first signal to
+                stop is passed on.
+                """
                 again = output.stalled and signum in STOPPING and passed_on.any_stopping
                 insists = again or self.signals.insistent
                 return passes_signals and streams.status is None and not insists
@@ -138,9 +143,9 @@ class Attendance:
 
 
 class _PassedOn:
-    """The signals that were passed on to a process, and whether one of them may have ended it.
+    """The signals that were passed on to a process, to tell whether one of them has killed it.
 
-    The agent reports 0 for a process that a signal killed.
+    For a process that a signal killed, the agent reports the status 0.
     """
 
     def __init__(self) -> None:
@@ -162,7 +167,7 @@ class _PassedOn:
         self._ended = self._ended or time.monotonic()
 
     def status(self, reported: int) -> int:
-        """Return the exit status of a process for which the agent reports `reported`."""
+        """Return the exit status of a process for which the agent has reported `reported`."""
         if reported or self._ended is None:
             return reported
         recent = [signum for signum, at in self._signals.items() if self._ended - at <= _KILLED_WITHIN]

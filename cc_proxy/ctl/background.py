@@ -1,4 +1,4 @@
-"""Commands for the agent while a process runs. Nobody waits for their answers."""
+"""Commands that are sent to the agent while a process runs. Nobody waits for their answers."""
 
 import os
 import select
@@ -17,17 +17,18 @@ _READ_SIZE = 64 * 1024
 
 
 class BackgroundCommands:
-    """Pipelines `hyper` commands over the connection of a client that is attached.
+    """Pipelines `hyper` commands over the connection of an attached client.
 
-    The answers are read and dropped, as the shim in the field does. A window that could not be resized is no
-    reason to stop, and a container that cannot be killed has just ended. The client must make no more
-    requests.
+    The answers are read and dropped, as the shim in the field does: a window that could not be resized is no
+    reason to stop, and a container that cannot be killed has just ended. From now on the client must make no
+    requests of its own.
     """
 
     def __init__(self, client: Client) -> None:
         self._sock: socket.socket | None = socket.socket(fileno=os.dup(client.fileno()))
-        #: The rest of the command that is being sent; and those that wait, by the signal they are for.
+        #: What is left of the command that is being sent.
         self._outgoing = b""
+        #: Commands that wait to be sent, by the signal that caused them.
         self._waiting: dict[int, bytes] = {}
 
     def close(self) -> None:
@@ -39,8 +40,8 @@ class BackgroundCommands:
     def send(self, signum: int, name: str, arguments: msgspec.Struct) -> None:
         """Send a command because of a signal, as soon as the connection takes it.
 
-        It replaces an earlier one for the same signal of which nothing has been sent. Signals themselves are
-        the same: several that come before one is handled are one.
+        It replaces an earlier command for the same signal that still waits, as a pending signal absorbs
+        further ones.
         """
         payload = Hyper(name, msgspec.Raw(msgspec.json.encode(arguments)))
         self._waiting[signum] = encode(Request(payload.NAME, msgspec.Raw(msgspec.json.encode(payload))))
@@ -53,7 +54,7 @@ class BackgroundCommands:
         return self._sock.fileno(), select.POLLIN | sending
 
     def handle(self, events: int) -> None:
-        """Send, and drop what arrives. Close a connection that is lost; the I/O fd will tell the rest."""
+        """Send, and drop what arrives. A lost connection is only closed: the I/O fd tells why it was lost."""
         assert self._sock is not None
         try:
             if events & select.POLLOUT:
@@ -77,7 +78,7 @@ class BackgroundCommands:
 
 
 class SignalWatch:
-    """Calls `react` for each signal that comes."""
+    """Calls `react` for each signal that arrives."""
 
     def __init__(self, signals: Signals, react: Callable[[int], None]) -> None:
         self._signals = signals
@@ -88,6 +89,6 @@ class SignalWatch:
         return self._signals.fileno(), select.POLLIN
 
     def handle(self, _events: int) -> None:
-        """React to the signals that came."""
+        """React to the signals that have arrived."""
         for signum in self._signals.take():
             self._react(signum)

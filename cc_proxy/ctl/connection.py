@@ -11,12 +11,12 @@ from cc_proxy.ctl.options import SOCKET_VARIABLE, ProxyOptions
 from cc_proxy.ctl.signals import Signals
 from cc_proxy.linux.socketfile import MAX_SOCKET_PATH
 
-#: Seconds that asking why something went wrong may take.
+#: Seconds that it may take to ask the proxy why something went wrong.
 _PATIENCE = 2.0
 
 _SEE_LOG = "cc-proxy's log says why"
 _NOBODY_LISTENS = f"start cc-proxy, or name its socket with --socket-path or {SOCKET_VARIABLE}"
-#: Python's own error for a path that is too long, the only one without a number.
+#: Python itself refuses a path that is too long, and no other error of a connect lacks a number.
 _TOO_LONG = None
 _NEXT_STEPS = {
     _TOO_LONG: f"a socket's path has at most {MAX_SOCKET_PATH} bytes",
@@ -29,7 +29,7 @@ _NEXT_STEPS = {
 def connect(proxy: ProxyOptions, signals: Signals | None = None) -> Client:
     """Return a connected client. Raises `Failure` if no proxy can be reached.
 
-    With `signals`, one that ends the command raises `Interrupted`.
+    With `signals`, a signal that ends the command raises `Interrupted`.
     """
     interruptible: AbstractContextManager[None] = signals.may_interrupt() if signals else nullcontext()
     try:
@@ -42,7 +42,7 @@ def connect(proxy: ProxyOptions, signals: Signals | None = None) -> Client:
 
 
 def lost_streams(proxy: ProxyOptions, container_id: str, name: str, began: float) -> Failure:
-    """Return the failure of a process `name` whose streams ended before it did.
+    """Return the failure to report for the process `name`, whose streams ended before it did.
 
     Asks the proxy whether the VM or the proxy itself went away, and why. `began` is when the process was
     started (`time.monotonic`).
@@ -70,7 +70,7 @@ def lost_streams(proxy: ProxyOptions, container_id: str, name: str, began: float
 
 
 def _knows(client: Client, container_id: str) -> bool:
-    """Whether the id is still a VM's. One that was lost, or powered off, keeps it until somebody says bye."""
+    """Whether a VM is registered under the id. One that is lost or powered off still is, until a bye."""
     try:
         client.attach(container_id)
     except Refused:
@@ -79,7 +79,7 @@ def _knows(client: Client, container_id: str) -> bool:
 
 
 def _gone(vm: VmStatus, before_the_end: str) -> Failure:
-    """Return the failure that a VM's status gives for streams which have ended."""
+    """Return the failure to report when a VM's streams have ended, as its status tells it."""
     if vm.state not in ("lost", "gone"):
         return Failure(f"cc-proxy closed the streams {before_the_end}", hint=_SEE_LOG)
     if vm.last_error:

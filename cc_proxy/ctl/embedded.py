@@ -10,7 +10,7 @@ import sys
 
 from cc_proxy.ctl import options
 
-#: What is written to the ready fd.
+#: Written to the ready fd once both sockets listen.
 READY = b"\n"
 
 
@@ -26,7 +26,7 @@ def agent(asked: options.AgentOptions) -> int:
         if fd is None:
             print(f"cc-proxy agent: listens on {asked.vm.ctl} and {asked.vm.io}", file=sys.stderr, flush=True)
             return
-        # SIGTERM is handled by now. If the peer went away before, writing fails.
+        # SIGTERM is already handled. If the peer went away before the kernel was told, the write fails.
         _end_with_peer(fd)
         os.write(fd, READY)
 
@@ -46,8 +46,8 @@ def _peer_is_gone(fd: int) -> bool:
 def _end_with_peer(fd: int) -> None:
     """If `fd` is a socket, have the kernel send SIGTERM when its other end is closed.
 
-    So an agent does not outlive the process that started it, even if that was killed. It needs no thread that
-    waits, which would disturb an agent that forks. Pipes are left out: some kernels signal for each read.
+    So the agent does not outlive the process that started it, even if that is killed. A thread that waits for
+    this would disturb the agent, which forks. Pipes are left out: some kernels send a signal at every read.
     """
     if stat.S_ISSOCK(os.fstat(fd).st_mode):
         fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())

@@ -1,4 +1,4 @@
-"""How a command fails: a line on stderr and an exit status."""
+"""How a command fails: with a line on stderr and an exit status."""
 
 import sys
 from contextlib import suppress
@@ -12,17 +12,16 @@ STATUS_FAILED = 125
 STATUS_MISUSE = 2
 #: The agent refused to start the command.
 STATUS_NOT_STARTED = 127
-#: Added to the number of the signal that ended a command, as shells do.
+#: Added to the number of the signal that ended a command, as in shells.
 STATUS_SIGNALLED = 128
 
-#: The daemon's mark of what the agent itself refused (docs/protocol.md, hyper).
+#: The daemon's text contains this if the agent itself refused (docs/protocol.md, hyper).
 _FROM_AGENT = "received from Hyperstart"
 
-
-#: The daemon's names of a VM's sockets, and the options for them.
+#: The names of a VM's sockets in the daemon's texts, and the options that give them.
 _OPTIONS = {"ctlSerial": "--ctl", "ioSerial": "--io"}
 
-#: What to do about errors whose text does not say so, by what the daemon's text has in it.
+#: What to do about errors whose text does not say it. The keys are parts of the daemon's texts.
 _NEXT_STEPS = {
     "unknown containerID": "`cc-proxyctl status` lists the VMs that you may use, and those that failed",
     "container already registered": "choose another id, or free this one: `cc-proxyctl bye ID`",
@@ -52,7 +51,7 @@ class Misuse(Failure):
 
 
 class Interrupted(Exception):
-    """A signal ends the command, without a message. SIGPIPE stands for an output that nobody reads."""
+    """A signal ends the command, without a message. SIGPIPE means that nobody reads the output."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"signal {signum}")
@@ -61,17 +60,17 @@ class Interrupted(Exception):
 
 
 def says_why(refusal: Refused) -> bool:
-    """Whether an agent that refused gave a reason. hyperstart never does."""
+    """Whether a refusal gives a reason. One by an agent may not: hyperstart never gives any."""
     return not refusal.text.endswith(_FROM_AGENT)
 
 
 def is_from_agent(refusal: Refused) -> bool:
-    """Whether the agent refused, and not the proxy."""
+    """Whether it was the agent that refused, rather than the proxy."""
     return _FROM_AGENT in refusal.text
 
 
 def explain(error: Exception) -> str:
-    """Return in a few words what went wrong, and what to do about it if that is known."""
+    """Return what went wrong in a few words, and what to do about it if that is known."""
     return with_hint(_text(error), _hint(error))
 
 
@@ -95,28 +94,28 @@ def _hint(error: Exception) -> str:
 
 
 def _next_step(refusal: Refused) -> str:
-    """Return what to do about what the daemon refused; empty if its text says enough."""
+    """Return what to do about a refusal; empty if the daemon's text says enough."""
     if not says_why(refusal):
         return _NOT_SAID
     return next((step for part, step in _NEXT_STEPS.items() if part in refusal.text), "")
 
 
 def with_hint(text: str, hint: str) -> str:
-    """Return a text followed by what to do, if anything."""
+    """Return `text`, followed by `hint` if there is one."""
     return f"{text} ({hint})" if hint else text
 
 
 def reason(error: Exception) -> str:
-    """Return what the system or the proxy says about an error, without Python's own additions."""
+    """Return what the system or the proxy says about an error, without what Python adds to it."""
     strerror = error.strerror if isinstance(error, OSError) else None
-    # str() of an OSError with a file name but no number is full of None.
+    # str() is no use: if an OSError has a file name but no number, it shows both as None.
     return strerror or " ".join(map(str, error.args))
 
 
 def say(text: str) -> None:
-    """Print one line on stderr, whatever `text` contains: a VM may have chosen some of it."""
+    """Print `text` on stderr as one printable line, whatever it contains: a VM may have chosen some of it."""
     if sys.stderr is None:
         return  # closed from the start; print() would write to stdout instead
     line = "".join(char if char.isprintable() else " " for char in text)
-    with suppress(OSError):  # if nobody reads it, the exit status still tells
+    with suppress(OSError):  # if nobody reads it, the exit status still reports the failure
         print(f"cc-proxyctl: {line}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""An agent of our own for one run: a child process in a private directory."""
+"""An embedded agent for a single `run`: a child process, with its sockets in a private directory."""
 
 import os
 import select
@@ -22,9 +22,10 @@ _PATIENCE = 10.0
 
 @contextmanager
 def local_agent(signals: Signals, container_id: str, console: str) -> Iterator[VmSockets]:
-    """Run an agent for as long as the context lasts; yields the VM that it stands for, the one of this id.
+    """Run an agent as long as the context lasts; yields the sockets of the VM that it stands in for.
 
-    Raises `Failure` if it does not come up, `Interrupted` if a signal comes first.
+    `container_id` is the id under which that VM will be registered. Raises `Failure` if the agent does not
+    come up, `Interrupted` if a signal comes first.
     """
     with tempfile.TemporaryDirectory(
         prefix=DIRECTORY_PREFIX, dir=parent(), ignore_cleanup_errors=True
@@ -52,7 +53,7 @@ def _running_agent(vm: VmSockets, log: Path, signals: Signals) -> Iterator[socke
 
 def _start(vm: VmSockets, log: Path, announce: int) -> subprocess.Popen[bytes]:
     command = ["agent", "--ctl", vm.ctl, "--io", vm.io, "--ready-fd", str(announce)]
-    # Users want all of their stdin to arrive. How hyperstart loses some is for tests.
+    # Users want all of their stdin to arrive. Only tests want an agent that loses some, as hyperstart does.
     command += ["--remove", str(log.parent), "--lossless"]
     with log.open("wb") as errors:
         return subprocess.Popen(
@@ -61,9 +62,9 @@ def _start(vm: VmSockets, log: Path, announce: int) -> subprocess.Popen[bytes]:
             stdout=subprocess.DEVNULL,
             stderr=errors,
             pass_fds=(announce,),
-            # So that Python imports this very package, and nothing from the user's directory.
+            # Python then imports this very package, and nothing from the user's working directory.
             cwd=Path(cc_proxy.__file__).parent.parent,
-            # Ctrl-C is meant for the process in the container, not for its agent.
+            # Ctrl-C is meant for the process in the container, not for the agent.
             process_group=0,
         )
 

@@ -1,7 +1,7 @@
-"""The command line as typed values. No I/O except reading the environment.
+"""The command line as typed values. No I/O, except that the environment is read.
 
 Each class has a constructor `of` that reads argparse's namespace. It raises `Misuse` for what argparse cannot
-check: options that make sense only together.
+check, such as options that make sense only together.
 """
 
 import os
@@ -13,11 +13,11 @@ from typing import Self
 from cc_proxy.api import DEFAULT_SOCKET
 from cc_proxy.ctl.errors import Misuse
 
-#: The environment variable with the path of the proxy's socket, unless the command line gives one.
+#: The environment variable that names the proxy's socket, unless the command line does.
 SOCKET_VARIABLE = "CC_PROXY_SOCKET"
-#: The environment variable with the path of the settings of VMs, unless the command line gives one.
+#: The environment variable that names the file of VM settings, unless the command line does.
 GUEST_VARIABLE = "CC_PROXY_GUEST"
-#: The options that override settings of VMs, by the names of these.
+#: The options that override VM settings, by the names of the settings.
 VM_OPTIONS = {
     "qemu": "--qemu",
     "machine": "--machine",
@@ -90,7 +90,7 @@ class GuestOptions:
 
     #: A file of settings; None for the default one.
     file: str | None
-    #: Settings that the command line has, by their names.
+    #: Settings from the command line, by their names.
     overrides: Mapping[str, object]
 
     @classmethod
@@ -188,7 +188,7 @@ class HelloOptions:
 
 @dataclass(frozen=True, slots=True)
 class RegisteredOptions:
-    """A command about a registered VM that needs nothing but its id: `attach`, `bye`."""
+    """A command that needs nothing but the id of a registered VM: `attach`, `bye`."""
 
     proxy: ProxyOptions
     container_id: str
@@ -243,7 +243,7 @@ class AgentOptions:
 
     vm: VmSockets
     ready_fd: int | None
-    #: The directory to remove at the end; empty for none.
+    #: The directory to remove at the end; empty to remove none.
     remove: str
     lossless: bool
 
@@ -254,7 +254,7 @@ class AgentOptions:
 
 
 def environment_variables(settings: Iterable[str], environ: Mapping[str, str]) -> dict[str, str]:
-    """Read `NAME=VALUE`; and `NAME`, which takes its value from `environ` if it has one.
+    """Parse settings of the form `NAME=VALUE`, or `NAME`, whose value is that in `environ`, if any.
 
     Raises `Misuse` if there is no name.
     """

@@ -14,7 +14,7 @@ _UNKNOWN = "no answer"
 
 
 def overview(status: Status) -> str:
-    """Return a status as lines: the daemon, a table of the VMs, what waits, what went wrong."""
+    """Return a status as lines of text: the daemon, a table of the VMs, what waits, and what went wrong."""
     lines = list(_daemon(status))
     if status.vms:
         lines += ["", *_table([_HEADINGS, *map(_row, status.vms)])]
@@ -49,7 +49,7 @@ def waits(vm: VmStatus) -> Iterator[str]:
 
 
 def size(number: int) -> str:
-    """Return a number of bytes in a unit that suits it."""
+    """Return a number of bytes in a suitable unit."""
     unit = min(max(number.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
     return f"{number / 1024**unit:.4g} {_UNITS[unit]}"
 

@@ -1,4 +1,4 @@
-"""The command line: what a command is, and the argparse parser made from a table of them. No I/O."""
+"""The command line: what a command is, and the argparse parser for a table of commands. No I/O."""
 
 import argparse
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -11,7 +11,7 @@ from cc_proxy.api import DEFAULT_SOCKET
 from cc_proxy.api.status import LONGEST_TEXT
 from cc_proxy.ctl.options import GUEST_VARIABLE, SOCKET_VARIABLE
 
-#: In seconds. Longer than the daemon's own deadlines, whose errors say more.
+#: In seconds. Longer than the daemon's own timeouts, because the daemon's errors say more.
 DEFAULT_TIMEOUT = 120.0
 _LONGEST_TIMEOUT = 86_400.0
 _LARGEST_FD = 2**31 - 1
@@ -40,16 +40,16 @@ class Subcommand(Generic[Options]):
     name: str
     summary: str
     description: str
-    #: Each begins after `cc-proxyctl`.
+    #: Command lines without the leading `cc-proxyctl`.
     examples: tuple[str, ...]
-    #: Each adds an argument or more to the parser, in this order.
+    #: Functions that each add one or more arguments to the parser, in this order.
     arguments: tuple[Callable[[ArgumentParser], None], ...]
-    #: Reads the arguments. Raises `Misuse`.
+    #: Turns the parsed arguments into the command's options. Raises `Misuse`.
     read: Callable[[Namespace], Options]
     #: Returns the exit status.
     do: Callable[[Options], int]
     aliases: tuple[str, ...] = ()
-    #: Only where argparse's own would be wrong.
+    #: The usage line, where the one that argparse makes would be wrong.
     usage: str | None = None
 
     def main(self, args: Namespace) -> int:
@@ -58,7 +58,7 @@ class Subcommand(Generic[Options]):
 
 
 def build(commands: Sequence[Subcommand[Any]]) -> ArgumentParser:
-    """Return the parser for a table of commands. In what it parses, `main` is the command's `main`."""
+    """Return the parser for a table of commands. Its namespace has `main`, that of the parsed command."""
     parser = ArgumentParser(
         prog="cc-proxyctl",
         description="Talk to cc-proxy by hand: run processes in VMs, send requests to VMs and to the proxy.",
@@ -80,7 +80,7 @@ def build(commands: Sequence[Subcommand[Any]]) -> ArgumentParser:
 def _add_command(
     subparsers: "argparse._SubParsersAction[ArgumentParser]", name: str, command: Subcommand[Any]
 ) -> None:
-    """Add a command under one of its names, each with its own parser, so that its help shows that name."""
+    """Add a command under one of its names. Each name has its own parser, so that help shows that name."""
     parser = subparsers.add_parser(
         name,
         help=command.summary,
@@ -103,7 +103,7 @@ def add_id(parser: ArgumentParser) -> None:
 
 
 def add_timeout(parser: ArgumentParser) -> None:
-    """Add the deadline of requests."""
+    """Add the timeout of requests."""
     parser.add_argument(
         "--timeout",
         metavar="S",
@@ -134,7 +134,7 @@ def add_console(parser: ArgumentParser) -> None:
 
 
 def add_process(parser: ArgumentParser) -> None:
-    """Add what describes a process, and its command line, which must come last."""
+    """Add the options that describe a process, and its command line, which must come last."""
     add = parser.add_argument
     add("-t", "--tty", dest="terminal", action="store_true", help="give the process this terminal")
     add("-i", "--interactive", action="store_true", help="pass stdin on to the process")
@@ -175,14 +175,14 @@ def text(value: str) -> str:
 
 
 def container_id(value: str) -> str:
-    """Check the id of a container. The proxy refuses an empty one too, but does not say what is wrong."""
+    """Check the id of a container. The proxy refuses an empty one, but does not say what is wrong with it."""
     if not value:
         raise argparse.ArgumentTypeError("a container id has at least one character")
     return text(value)
 
 
 def new_id(value: str) -> str:
-    """Check the id of a new container. Several commands for the agent must carry it, so it has a limit."""
+    """Check the id of a new container. Its length is limited because commands for the agent contain it."""
     if len(value) > LONGEST_TEXT:
         raise argparse.ArgumentTypeError(
             f"a container id has at most {LONGEST_TEXT} characters, this one has {len(value)}"

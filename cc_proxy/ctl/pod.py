@@ -1,4 +1,4 @@
-"""The VM that `run` has registered and the pod it has started in it: undone in every outcome."""
+"""The VM that a command has registered, and the pod it has started there: undone whatever happens."""
 
 import signal
 from contextlib import suppress
@@ -16,7 +16,7 @@ _GRACE = 5.0
 
 
 class TemporaryPod:
-    """One pod with one container, under the same id. At the end of the context neither is left.
+    """One VM and its pod, under one id. The end of the context destroys the pod and unregisters the VM.
 
     Destroying and unregistering use connections of their own, because a request that failed or was
     interrupted leaves its connection in an unknown state.
@@ -26,10 +26,10 @@ class TemporaryPod:
         self._signals = signals
         self._socket_path = proxy.socket_path
         self._container_id = container_id
-        # Each is True if it may be: a request that was interrupted may have been carried out.
+        # Both are True in case of doubt: a request that was interrupted may have been carried out.
         self._registered = False
         self._started = False
-        self._answered = False
+        self._answered = False  # whether hello was
         #: Whether a process may be running in the pod.
         self.busy = False
 
@@ -45,15 +45,15 @@ class TemporaryPod:
             self._unregister()
 
     def adopt(self) -> None:
-        """Take a VM and a pod that are there already as this one's, to be undone."""
+        """Take over a VM and a pod that already exist, to undo them at the end of the context."""
         self._registered = self._started = self._answered = True
 
     def keep(self) -> None:
-        """Have both go on when the context ends."""
+        """Leave the VM and the pod as they are when the context ends."""
         self._registered = self._started = False
 
     def register(self, client: Client, vm: VmSockets) -> None:
-        """Say hello. A first signal waits for the answer, which tells what has to be undone."""
+        """Say hello. The first signal does not interrupt this: the answer tells what has to be undone."""
         try:
             with self._signals.may_interrupt(tolerate=1):
                 self._registered = True
@@ -64,7 +64,7 @@ class TemporaryPod:
             raise
 
     def start(self, client: Client) -> None:
-        """Start the pod. If the VM has one already, it is somebody else's and is left alone."""
+        """Start the pod. If the VM already has one, that is somebody else's and is left alone."""
         try:
             with self._signals.may_interrupt():
                 self._started = True
@@ -105,7 +105,7 @@ class TemporaryPod:
                 with self._signals.may_be_cut_short():
                     client.bye(self._container_id)
             except Refused:
-                # After an answered hello a refusal only means that somebody else has unregistered the VM.
+                # If hello was answered, somebody else must have unregistered the VM in the meantime.
                 if not self._answered:
                     say(
                         f"{self._container_id} may still become registered: "

@@ -1,7 +1,8 @@
 """One loop for everything that happens while a process runs.
 
-Before each wait every party says which fd it wants to use and for what. A party that asks for nothing is
-paused: while stdout is not read, no frames are read; while the proxy takes no frames, stdin is not read.
+Before each wait, every party says which fd it wants to use, and for what. A party that asks for nothing is
+paused, which makes back-pressure: while nobody reads stdout, no frames are read; while the proxy takes no
+frames, stdin is not read.
 """
 
 import select
@@ -25,7 +26,7 @@ class Party(Protocol):
     """A participant of the loop."""
 
     def wants(self) -> Wanted:
-        """Return what to wait for. Called before each wait."""
+        """Return what to wait for. The loop calls it before each wait."""
 
     def handle(self, events: int, /) -> None:
         """Use the fd without blocking. `events` are those of poll(2)."""
@@ -64,7 +65,7 @@ class FrameSink(Protocol):
 
 
 class IoFd:
-    """The I/O fd of a process: sends what `stdin` has, and puts what arrives into `output`."""
+    """The I/O fd of a process: sends the frames of `stdin`, and pushes what arrives to `output`."""
 
     def __init__(
         self, sock: socket.socket, streams: ProcessStreams, stdin: FrameSource, output: FrameSink
@@ -73,11 +74,11 @@ class IoFd:
         self._streams = streams
         self._stdin = stdin
         self._output = output
-        #: Whether the proxy has closed it, and everything was read.
+        #: Whether the proxy has closed its end, and everything has been read.
         self.at_eof = False
 
     def wants(self) -> Wanted:
-        """Write while there is something to send; read while output does not pile up."""
+        """Write while there is something to send; read until too much output waits."""
         sending = select.POLLOUT if self._stdin.frames else 0
         reading = select.POLLIN if self._may_read() else 0
         return self._sock.fileno(), sending | reading
@@ -101,7 +102,7 @@ class IoFd:
         except BlockingIOError:
             return
         except ConnectionError:
-            # The process may have ended; its last output can still be read.
+            # The process may have ended, and its last output can still be read.
             self._stdin.close()
             return
         self._stdin.frames = self._stdin.frames[sent:]

@@ -1,10 +1,10 @@
-"""Commands for the agent, as the JSON it expects (docs/protocol.md, 2). No I/O."""
+"""The agent's commands as typed values, encoded as the JSON it expects (docs/protocol.md, 2). No I/O."""
 
 import msgspec
 
 from cc_proxy.ctl.options import ProcessOptions
 
-#: A process gets these unless the command line says otherwise. Agents may give it none.
+#: A process gets these unless the command line says otherwise: the agent may set none itself.
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _DEFAULT_TERM = "xterm"
 
@@ -38,7 +38,7 @@ class WindowSize(msgspec.Struct, frozen=True):
 
 
 class HyperProcess(_Arguments, frozen=True, omit_defaults=True):
-    """A process to start. The agent knows it by its streams."""
+    """A process to start. The agent identifies it by the seqs of its streams."""
 
     terminal: bool
     stdio: int
@@ -54,7 +54,7 @@ class HyperProcess(_Arguments, frozen=True, omit_defaults=True):
 
 
 class NewContainer(_Arguments, frozen=True):
-    """`newcontainer`: its root is shared/`image`/`rootfs`, and it starts `process`."""
+    """`newcontainer`: its root directory is shared/`image`/`rootfs`, its first process `process`."""
 
     id: str
     image: str

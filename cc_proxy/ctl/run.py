@@ -16,7 +16,7 @@ from cc_proxy.ctl.vm.settings import choose
 
 
 def run(asked: options.RunOptions) -> int:
-    """Start a pod with one process; returns that process's exit status. Leaves nothing of the pod behind."""
+    """Start a pod with one process; returns the process's exit status. Nothing of the pod remains."""
     container_id = asked.container_id
 
     def new_container(process: HyperProcess) -> tuple[str, msgspec.Struct]:
@@ -38,7 +38,7 @@ def run(asked: options.RunOptions) -> int:
 
 
 def _vm(asked: options.RunOptions, signals: Signals, stack: ExitStack) -> options.VmSockets:
-    """Return the VM to use; one that is started ends with the stack."""
+    """Return the sockets of the VM to use. If it has to be started first, it ends with the stack."""
     match asked.vm:
         case options.VmSockets():
             return asked.vm
@@ -52,8 +52,8 @@ def _vm(asked: options.RunOptions, signals: Signals, stack: ExitStack) -> option
 def execute(asked: options.ExecOptions) -> int:
     """Start a process in a running pod; returns its exit status.
 
-    Signals end this command, not the process: the agent could pass them only to the container's first
-    process. The process reads end of file then.
+    Signals end this command, and the process then reads end of file. They are not passed on, because the
+    agent would deliver them to the container's first process.
     """
 
     def exec_cmd(process: HyperProcess) -> tuple[str, msgspec.Struct]:

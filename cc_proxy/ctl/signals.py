@@ -1,4 +1,4 @@
-"""Signals: waiting for them, and letting them interrupt a request that takes too long."""
+"""Signals: waiting for them, and letting them interrupt a request that takes long."""
 
 import os
 import signal
@@ -11,28 +11,29 @@ from typing import Any, Self
 
 from cc_proxy.ctl.errors import Interrupted
 
-#: Signals that would end this command, but are passed to the process instead.
+#: Signals that end this command, unless it passes them on to the process.
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
-#: With these, people and service managers ask a command to end.
+#: Those with which people and service managers ask a command to stop.
 STOPPING = frozenset({signal.SIGINT, signal.SIGTERM})
 
 _CAUGHT = (*ENDING, signal.SIGWINCH)
+#: How many signals to take from the pipe at once.
 _MANY = 512
 #: This many signals of `STOPPING` within `_SOON` seconds end the command, whatever the process does.
 _INSISTENT = 3
 _SOON = 5.0
-#: Seconds that each of the two steps of cleaning up may then take.
+#: Seconds that each step of cleaning up may take after that.
 _LAST_GRACE = 0.5
 
 
 class Signals:
-    """Catches `ENDING` and SIGWINCH for as long as the context lasts. Main thread only.
+    """Catches `ENDING` and SIGWINCH as long as the context lasts. Main thread only.
 
-    They wait in a pipe until `take` fetches them; `fileno` is readable while there are any. Signals that were
-    ignored when the command began (nohup, a background job of a script) stay ignored.
+    Signals wait in a pipe until `take` fetches them; `fileno` is readable while there are any. Those that
+    were ignored when the command began (nohup, a background job of a script) stay ignored.
 
-    Signals interrupt nothing, except inside `may_interrupt` and `may_be_cut_short`.
+    A signal interrupts nothing, except inside `may_interrupt` and `may_be_cut_short`.
     """
 
     def __init__(self) -> None:
@@ -41,17 +42,17 @@ class Signals:
         self._reader = self._writer = -1
         self._ending = 0
         self._last = 0
-        #: Called for each ending signal; returns whether it interrupts. None: no signal does.
+        #: Called for each signal of `ENDING`; returns whether it interrupts. None if no signal does.
         self._interrupts: Callable[[], bool] | None = None
         self._stopping: deque[float] = deque(maxlen=_INSISTENT)
-        #: Whether the user insists on an end: three SIGINT or SIGTERM came within a few seconds.
+        #: Whether the user insists on an end: `_INSISTENT` signals of `STOPPING` came within `_SOON` seconds.
         self.insistent = False
 
     def __enter__(self) -> Self:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._reader, False)
         os.set_blocking(self._writer, False)
-        # The C handler writes to it, so a signal just before poll(2) still wakes that up.
+        # Python's C handler writes each signal to it, so one that comes just before poll(2) still ends that.
         self._old_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for signum in _CAUGHT:
             if signal.getsignal(signum) is not signal.SIG_IGN:
@@ -68,11 +69,11 @@ class Signals:
         os.close(self._writer)
 
     def fileno(self) -> int:
-        """An fd that is readable while signals wait."""
+        """Return an fd that is readable while signals wait."""
         return self._reader
 
     def take(self) -> list[int]:
-        """Return the signals that came since the last call, in order, each once."""
+        """Return the signals that have arrived since the last call, in order, each of them once."""
         try:
             caught = os.read(self._reader, _MANY)
         except BlockingIOError:
@@ -82,9 +83,9 @@ class Signals:
 
     @contextmanager
     def may_interrupt(self, *, tolerate: int = 0) -> Iterator[None]:
-        """Make an ending signal raise `Interrupted` inside, once more than `tolerate` have come.
+        """Raise `Interrupted` inside, once more than `tolerate` signals of `ENDING` have come since `take`.
 
-        It may be raised anywhere inside, so there must be nothing inside that has to be undone.
+        It may be raised anywhere inside, so nothing may be done there that has to be undone.
         """
 
         def too_many() -> bool:
@@ -96,11 +97,11 @@ class Signals:
             yield
 
     def may_be_cut_short(self) -> AbstractContextManager[None]:
-        """Make the signal that makes the user `insistent` raise `Interrupted` inside. For cleaning up."""
+        """For cleaning up: raise `Interrupted` inside at the signal with which the user gets `insistent`."""
         return self._interrupted_if(lambda: self.insistent)
 
     def grace(self, seconds: float) -> float:
-        """Return how long a step of cleaning up may take: `seconds`, or little if the user is `insistent`."""
+        """Return how many seconds a step of cleaning up may take: fewer if the user is `insistent`."""
         return _LAST_GRACE if self.insistent else seconds
 
     @contextmanager
@@ -121,6 +122,6 @@ class Signals:
             in_a_row = self._stopping[-1] - self._stopping[0] <= _SOON
             self.insistent = self.insistent or (len(self._stopping) == _INSISTENT and in_a_row)
         if self._interrupts and self._interrupts():
-            # Only once: the cleaning up that follows must not be interrupted again.
+            # Only once: the clean-up that follows must not be interrupted again.
             self._interrupts = None
             raise Interrupted(signum)

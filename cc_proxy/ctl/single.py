@@ -1,4 +1,4 @@
-"""Commands of one or two requests: `hello`, `attach`, `hyper` and `bye`."""
+"""Commands that make only one or two requests: `hello`, `attach`, `hyper` and `bye`."""
 
 import os
 import sys
@@ -35,7 +35,7 @@ def attach(asked: options.RegisteredOptions) -> int:
 
 
 def hyper(asked: options.HyperOptions) -> int:
-    """Have an agent carry out a command."""
+    """Send a command to an agent, and wait for its acknowledgement."""
     data = None if asked.data is None else _json(asked.data)
     with connect(asked.proxy) as client:
         client.attach(asked.container_id)
@@ -57,7 +57,7 @@ def bye(asked: options.RegisteredOptions) -> int:
 
 
 def _json(given: str) -> bytes:
-    """Return a JSON text as it was given. Raises `Misuse` if it is none."""
+    """Return the JSON text from the command line or stdin, unchanged. Raises `Misuse` if it is not JSON."""
     data = _read_stdin() if given == _STDIN else os.fsencode(given)
     try:
         msgspec.json.decode(data)

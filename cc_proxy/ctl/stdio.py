@@ -1,7 +1,7 @@
-"""The standard streams of this command, used so that the loop in `relay` never blocks on one.
+"""The standard streams of this command, used in such a way that the loop in `relay` never blocks on one.
 
-The mode of their fds does not change: other processes, such as the shell, share what they are open on, and do
-not expect a non-blocking terminal.
+The mode of their fds does not change: other processes, such as the shell, share the open file behind them,
+and do not expect a non-blocking terminal.
 """
 
 import errno
@@ -18,7 +18,7 @@ from cc_proxy.ctl.streams import MAX_STDIN_PAYLOAD, STDERR_FD, STDOUT_FD, stdin_
 
 STDIN_FD = 0
 
-#: Bytes to read from stdin at once: whole frames.
+#: Bytes to read from stdin at once: they fill whole frames.
 _READ_SIZE = 8 * MAX_STDIN_PAYLOAD
 #: Ctrl-D.
 _VEOF = b"\x04"
@@ -39,28 +39,28 @@ def show(text: str = "") -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except OSError as error:
-        # Or Python would try again at exit, and complain.
+        # Otherwise Python would try to write again at exit, and complain.
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), STDOUT_FD)
         raise _unwritten(STDOUT_FD, error) from None
 
 
 class StdinSource:
-    """Reads stdin as frames, one piece at a time: nothing more is read until `frames` has been sent."""
+    """Reads stdin as frames, piece by piece: the next piece is read when `frames` has been sent."""
 
     def __init__(self, io_base: int, *, forward: bool, terminal: bool) -> None:
         self._io_base = io_base
         self._open = forward
         self._terminal = terminal
-        #: Frames to be sent. A terminal has no end of file.
+        #: Frames to be sent. Without `forward` that is an end of file, except for a terminal, which has none.
         self.frames = b"" if forward or terminal else stdin_frames(io_base, b"")
 
     def wants(self) -> Wanted:
-        """Read once everything has been sent."""
+        """Read when everything has been sent."""
         return (STDIN_FD, select.POLLIN) if self._open and not self.frames else NOTHING
 
     def handle(self, _events: int) -> None:
-        """Read what has come. Raises `Failure`, or `Interrupted` if the terminal has hung up."""
+        """Read what has arrived. Raises `Failure`, or `Interrupted` if the terminal has hung up."""
         data = self._read()
         if data is None:
             return
@@ -70,14 +70,14 @@ class StdinSource:
         self.frames = stdin_frames(self._io_base, data)
 
     def close(self) -> None:
-        """Read no more: nobody takes it any longer."""
+        """Stop reading: nobody takes stdin any longer."""
         self._open = False
         self.frames = b""
 
     def end(self) -> None:
-        """Append the end of file, since nothing more can come. For a terminal that is a key, Ctrl-D.
+        """Append an end of file, since this command ends. For a terminal that is a key, Ctrl-D.
 
-        A terminal in its usual mode takes it for end of file, unless a line is half typed.
+        A terminal in its usual mode takes that key for end of file, unless a line is half typed.
         """
         if self._terminal or self._open:
             self.frames += stdin_frames(self._io_base, _VEOF if self._terminal else b"")
@@ -86,31 +86,32 @@ class StdinSource:
     def _read(self) -> bytes | None:
         try:
             return os.read(STDIN_FD, _READ_SIZE)
-        except BlockingIOError:  # stdin is non-blocking, and another process has read first
+        except BlockingIOError:  # stdin is non-blocking, and another process was first to read
             return None
         except OSError as error:
-            if error.errno == errno.EIO:  # a terminal that has hung up, or that is not ours
+            if error.errno == errno.EIO:  # the terminal has hung up, or this command is in the background
                 return b""
             raise Failure(f"cannot read standard input: {reason(error)}") from None
 
 
 class OutputWriter:
-    """Output that waits to be written to stdout and stderr, in the order in which it came."""
+    """Writes output to stdout and stderr, in the order in which it came."""
 
     def __init__(self) -> None:
+        #: What waits to be written: each time the standard fd and the data.
         self._waiting: deque[tuple[int, memoryview]] = deque()
-        #: The fd through which each is written.
+        #: For each standard fd the fd through which it is written.
         self._fds = {fd: _own_handle(fd) for fd in _NAMES}
-        #: How many bytes wait.
+        #: How many bytes wait to be written.
         self.size = 0
 
     @property
     def stalled(self) -> bool:
-        """Whether output waits that nobody takes now."""
+        """Whether output waits because nobody reads it."""
         return bool(self._waiting) and not _takes_a_piece(self._first())
 
     def close(self) -> None:
-        """Close our own handles. What waits is not written any more."""
+        """Close our own handles. What still waits is lost."""
         for standard, fd in self._fds.items():
             if fd != standard:
                 os.close(fd)
@@ -121,7 +122,7 @@ class OutputWriter:
         self.size += len(data)
 
     def wants(self) -> Wanted:
-        """Write what is first, if anything waits."""
+        """Write to the fd of what came first, if anything waits."""
         return (self._first(), select.POLLOUT) if self._waiting else NOTHING
 
     def handle(self, _events: int) -> None:
@@ -149,9 +150,10 @@ class OutputWriter:
 
 
 def _own_handle(fd: int) -> int:
-    """Return a non-blocking handle of the terminal behind `fd`; `fd` itself if it is none, or not ours.
+    """Return a non-blocking fd of our own for the terminal behind `fd`; `fd` itself if there is none.
 
-    poll(2) calls a terminal writable when it has room for a single byte, so a write could block.
+    poll(2) calls a terminal writable when it has room for a single byte, so a longer write could block. If we
+    may not open the terminal, `fd` itself has to do.
     """
     if os.isatty(fd):
         with suppress(OSError):
@@ -160,7 +162,7 @@ def _own_handle(fd: int) -> int:
 
 
 def _takes_a_piece(fd: int) -> bool:
-    """Whether `fd` is writable. Asked before each piece: others may write to the same pipe."""
+    """Whether `fd` is writable. To be asked before each piece, since others may write to the same pipe."""
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     return bool(poll.poll(0))

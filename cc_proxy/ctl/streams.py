@@ -1,4 +1,4 @@
-"""A process's streams as frames (docs/protocol.md, 3), and recognising its end in them. No I/O."""
+"""A process's streams as frames (docs/protocol.md, 3), and how they tell that it has ended. No I/O."""
 
 from enum import Enum
 
@@ -22,8 +22,8 @@ class _Phase(Enum):
 class ExitWatch:
     """Follows the frames of one process's stdio stream until they tell its exit status.
 
-    A process ends with an empty frame. The first frame of one byte after that is the exit status. A frame of
-    one byte before it is output; so is any other frame between the two.
+    When the process ends, an empty frame comes, and the next frame of one byte is the exit status. Any other
+    frame before the exit status is output.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class ExitWatch:
         self.status: int | None = None
 
     def output(self, payload: bytes) -> bytes:
-        """Take the payload of the next frame; returns the part of it that is output."""
+        """Take the payload of the next frame; returns it if it is output, else nothing."""
         if self._phase is _Phase.RUNNING and not payload:
             self._phase = _Phase.AT_EOF
         elif self._phase is _Phase.AT_EOF and len(payload) == 1:
@@ -43,7 +43,7 @@ class ExitWatch:
 
 
 class ProcessStreams:
-    """Sorts what arrives on a process's I/O fd by stdout and stderr."""
+    """Sorts what arrives on a process's I/O fd into stdout and stderr."""
 
     def __init__(self, io_base: int) -> None:
         self._io_base = io_base
@@ -56,9 +56,9 @@ class ProcessStreams:
         return self._watch.status
 
     def receive_data(self, data: bytes) -> list[tuple[int, bytes]]:
-        """Take bytes as they arrived; returns pairs of a standard fd and output for it, in order.
+        """Take the next bytes; returns pairs of a standard fd and output for it, in order.
 
-        Neighbours for the same fd are joined. Raises `ProtocolError` if what arrived is not frames.
+        Neighbouring frames for the same fd are joined. Raises `ProtocolError` if the bytes are not frames.
         """
         runs: list[tuple[int, list[bytes]]] = []
         for frame in self._parser.receive_data(data):
@@ -77,7 +77,7 @@ class ProcessStreams:
 
 
 def stdin_frames(seq: int, data: bytes) -> bytes:
-    """Return `data` as frames on `seq`; empty data as an end-of-file frame."""
+    """Return `data` as frames of stream `seq`; empty data as an end-of-file frame."""
     view = memoryview(data)
     starts = range(0, max(1, len(data)), MAX_STDIN_PAYLOAD)
     return b"".join(encode_frame(seq, view[start : start + MAX_STDIN_PAYLOAD]) for start in starts)

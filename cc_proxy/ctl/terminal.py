@@ -16,7 +16,7 @@ _LFLAG = 3
 
 
 class Terminal:
-    """The terminal behind an fd. Raises `Misuse` if it is no terminal."""
+    """The terminal behind an fd. Raises `Misuse` if the fd is not a terminal."""
 
     def __init__(self, fd: int) -> None:
         if not os.isatty(fd):
@@ -24,7 +24,7 @@ class Terminal:
         self._fd = fd
 
     def size(self) -> WindowSize:
-        """Return the size of its window; 0 by 0 if the terminal does not know it, or has hung up."""
+        """Return the size of the window; 0 by 0 if the terminal does not know it, or has hung up."""
         try:
             return WindowSize(*termios.tcgetwinsize(self._fd))
         except termios.error:
@@ -32,10 +32,10 @@ class Terminal:
 
     @contextmanager
     def raw(self, *, keys_are_signals: bool) -> Iterator[None]:
-        """Put the terminal into raw mode for as long as the context lasts.
+        """Put the terminal into raw mode as long as the context lasts.
 
-        With `keys_are_signals`, Ctrl-C and the like still make signals: otherwise a user whose keys nobody
-        reads could not get out. Raises `Interrupted` if the terminal has hung up.
+        With `keys_are_signals`, Ctrl-C and the like still send signals: while nobody reads the keys, the user
+        could not get out otherwise. Raises `Interrupted` if the terminal has hung up.
         """
         try:
             before = termios.tcgetattr(self._fd)
@@ -48,8 +48,7 @@ class Terminal:
 
     def _set_raw(self, keys_are_signals: bool) -> None:
         with contextlib.suppress(termios.error):
-            # TCSANOW, because waiting for output to drain would block for ever on a terminal that nobody
-            # reads.
+            # TCSANOW: to wait until output has drained would block for ever on a terminal that nobody reads.
             tty.setraw(self._fd, termios.TCSANOW)
             if keys_are_signals:
                 attributes = termios.tcgetattr(self._fd)
@@ -57,6 +56,6 @@ class Terminal:
                 termios.tcsetattr(self._fd, termios.TCSANOW, attributes)
 
     def _set(self, attributes: list[Any]) -> None:
-        """Set the terminal's mode. If it has hung up, reading from it will tell."""
+        """Set the terminal's mode. If the terminal has hung up, that is noticed when it is read."""
         with contextlib.suppress(termios.error):
             termios.tcsetattr(self._fd, termios.TCSANOW, attributes)
