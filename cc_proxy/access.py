@@ -1,4 +1,4 @@
-"""Who may do what; nothing else decides that. No I/O except looking up names of users and groups."""
+"""Who may do what: all of it is decided here. No I/O except looking up names of users and groups."""
 
 import grp
 import os
@@ -9,7 +9,7 @@ import msgspec
 
 from cc_proxy.linux.credentials import ROOT, Credentials
 
-#: The name that settings have for the group the daemon runs as.
+#: What settings call the group the daemon runs as.
 OWN_GROUP = "@daemon"
 
 _HIGHEST_ID = 2**32 - 2
@@ -19,7 +19,7 @@ _NOBODY = -1
 class _Id(int):
     """The number of a user or a group. Settings give it as a name or a number."""
 
-    #: The name, if it could not be looked up so far. The number is then one that nobody has.
+    #: The name, if no lookup has found it so far. The number is then one that nobody has.
     unknown = ""
 
     @classmethod
@@ -45,7 +45,7 @@ class _Id(int):
         raise ValueError(f"there is no {kind} {given!r}") from None
 
     def as_given(self) -> int | str:
-        """Return the number, or the name if nobody knows that so far."""
+        """Return the number, or the name if that is unknown so far."""
         return self.unknown or int(self)
 
     @classmethod
@@ -101,12 +101,12 @@ class Access(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 def unknown_names(access: Access) -> list[str]:
-    """Return the names that could not be looked up so far: they let nobody in."""
+    """Return the names that no lookup has found so far: they let nobody in."""
     return [given.unknown for given in (*access.users, *access.groups, *access.admins) if given.unknown]
 
 
 def look_up_again(access: Access) -> Access:
-    """Return the same, with unknown names looked up again. May wait for a name service."""
+    """Return `access` with the unknown names looked up again. May wait for a name service."""
     return Access(
         users=tuple(UserId.resolve(user.as_given()) for user in access.users),
         groups=tuple(GroupId.resolve(group.as_given()) for group in access.groups),
@@ -126,7 +126,7 @@ def names_others(access: Access) -> bool:
 
 
 def may_use(access: Access, who: Credentials, owner: int) -> bool:
-    """Whether a client may use a VM that the user `owner` has registered, or learn of it."""
+    """Whether a client may use, or know of, a VM that the user `owner` has registered."""
     return who.uid == owner or is_admin(access, who)
 
 

@@ -36,7 +36,7 @@ class LogSettings(SettingsTable, frozen=True):
 
 
 class VmSettings(SettingsTable, frozen=True):
-    """How long a VM may take for what it does. In seconds."""
+    """How long to wait for a VM, in seconds."""
 
     ready_timeout: _Seconds = 30.0
     ready_ping_after: _Seconds = 5.0
@@ -47,7 +47,7 @@ class VmSettings(SettingsTable, frozen=True):
 class StdinSettings(SettingsTable, frozen=True):
     """How stdin is paced (docs/protocol.md, the agent's stdin)."""
 
-    #: Bytes of payload that a process may be sent before its agent acknowledges them; 0: no pacing.
+    #: Bytes of payload that a process may be sent before its agent acknowledges them; 0 for no pacing.
     window: Annotated[int, Meta(ge=0, le=1_048_576)] = 512
     #: Seconds until an agent that has not acknowledged them is asked again.
     echo_timeout: _Seconds = 0.1
@@ -70,7 +70,7 @@ class UserLimits(SettingsTable, frozen=True):
     sessions: _Count = 2_048
     commands: _Count = 512
     request_bytes: _Bytes = 16 * 1024 * 1024
-    #: Requests per second while other users are connected, after five seconds' worth at once.
+    #: Requests per second while other users are connected, after a burst of five seconds' worth.
     request_rate: _Count = 100
 
 
@@ -80,10 +80,10 @@ class Limits(SettingsTable, frozen=True):
     connections: _Count = 16_384
     vms: _Count = 1_024
     sessions: _Count = 32_768
-    #: Those that wait for their VMs' answers.
+    #: Commands that wait for their VMs' answers.
     commands: _Count = 8_192
-    #: Of requests over 4 KiB that have no answer yet (as announced, until they have arrived whole), of
-    #: responses over 4 KiB that clients have not read, and of the ids of VMs.
+    #: Bytes of unanswered requests over 4 KiB (of the length announced, until all has arrived), of responses
+    #: over 4 KiB that clients have not read, and of VM ids.
     request_bytes: _Bytes = 256 * 1024 * 1024
     user: UserLimits = UserLimits()
     #: Seconds for a message to arrive once it has begun, and for a client to read a response.
@@ -108,7 +108,7 @@ Changes = dict[str, tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Reload:
-    """The outcome of replacing settings: which have changed, and which new values wait for a restart."""
+    """What a reload has changed, and the changes that wait for a restart."""
 
     changed: Changes
     waiting: Changes

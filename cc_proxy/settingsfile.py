@@ -1,4 +1,4 @@
-"""Settings files: TOML, read whole and checked whole, and mistakes in the words of such files."""
+"""Settings files: TOML, read and checked whole. Errors are in TOML's words, not in msgspec's."""
 
 import errno
 import os
@@ -29,19 +29,19 @@ _TYPES = {
 _ABSOLUTE_PATH = r"^/[^\x00]*$"
 _PATH = r"^[^\x00]+$"
 _TEXT = r"^[^\x00]*$"
-#: What has to match these, in words.
+#: The patterns in words, for errors.
 _PATTERNS = {
     _ABSOLUTE_PATH: "an absolute path",
     _PATH: "a path",
     _TEXT: "a string without NUL characters",
 }
 
-#: Types of settings that the system takes: no NUL can be in them.
+#: Types of settings that are passed to the system, which takes no NUL.
 AbsolutePath = Annotated[str, Meta(pattern=_ABSOLUTE_PATH)]
 Path = Annotated[str, Meta(pattern=_PATH)]
 Text = Annotated[str, Meta(pattern=_TEXT)]
 
-#: What a setting may be, by its name, of those that have a choice of words.
+#: The values that a setting may have, by its name, for settings with a fixed set of values.
 Choices = dict[str, tuple[str, ...]]
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -66,7 +66,7 @@ def decode(text: str, source: str, kind: type[T], choices: Choices) -> T:
 
 
 def read(path: str, *, optional: bool) -> str | None:
-    """Return the text of a settings file; None if it is missing and may be.
+    """Return the text of a settings file; None if it is missing and `optional`.
 
     Raises `SettingsError` if it cannot be read.
     """
@@ -94,7 +94,7 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def _resolve(kind: type[Any], given: Any) -> Any:
-    """Turn what stands in the file into a type that TOML has no word for."""
+    """Convert a value from the file into a type that TOML lacks."""
     return kind.resolve(given)
 
 

@@ -5,7 +5,7 @@ class TokenBucket:
     """Holds up to `burst` tokens, and is full at first. It has no lock and no clock: the caller brings both.
 
     `now` is in seconds, by one monotonic clock. `rate` is in tokens per second. It applies to the time since
-    the call before, and may differ from call to call.
+    the previous call, and may differ from call to call.
     """
 
     __slots__ = ("_burst", "_filled_at", "_left")
@@ -27,12 +27,12 @@ class TokenBucket:
         return self._left >= number
 
     def left(self, rate: float, now: float) -> float:
-        """Return how many tokens there are; fewer than none if some are owed."""
+        """Return how many tokens there are; negative if some are owed."""
         self._fill(rate, now)
         return self._left
 
     def restore(self, left: float, now: float) -> None:
-        """Go on with so many tokens."""
+        """Go on with `left` tokens, as of `now`."""
         self._left, self._filled_at = min(self._burst, left), now
 
     def full(self, rate: float, now: float) -> bool:
@@ -40,7 +40,7 @@ class TokenBucket:
         return self.has(self._burst, rate, now)
 
     def _fill(self, rate: float, now: float) -> None:
-        # The thread that was here before may have read the clock later.
+        # `now` can be earlier than in the previous call: threads read the clock before they take the lock.
         elapsed = max(0.0, now - self._filled_at)
         self._left = min(self._burst, self._left + elapsed * rate)
         self._filled_at += elapsed

@@ -40,7 +40,7 @@ class Resync:
         self._tail_at = 0
 
     def receive(self, data: bytes) -> bytes | None:
-        """Take what the agent sent. Returns its end, from a certain frame on; None if no place is certain yet.
+        """Take what the agent sent. Returns its end, from a certain frame on; None if none is certain yet.
 
         Do not call it again after it has returned something, or raised `Unrecognisable`.
         """

@@ -1,1 +1,1 @@
-"""Interfaces of Linux that the standard library lacks, or has only in part."""
+"""Linux interfaces that the standard library lacks, or covers only in part."""

@@ -65,7 +65,7 @@ class Credentials:
 
     @classmethod
     def of_peer(cls, sock: socket.socket) -> "Credentials":
-        """Return the process that connected the peer socket, or made it listen, as it was then."""
+        """Return the identity of the peer process, as it was when it called connect or listen."""
         peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
         pid, uid, gid = _PEERCRED.unpack(peer)
         return cls(pid, uid, gid, _peer_groups(sock))
@@ -84,11 +84,11 @@ class Credentials:
 def become(who: Credentials) -> None:
     """Give the calling thread the rights of `who` and no others, for good.
 
-    The listener of a socket that it connects after that sees `who` as its peer. If this process is root and
-    so is `who`, nothing changes. Raises `CannotAct`; the thread must do nothing else then.
+    A server that the thread then connects to sees `who` as its peer. If both this process and `who` are root,
+    nothing changes. Raises `CannotAct`; the thread must do nothing else then.
 
-    After this the kernel lets `who` change the scheduling of the thread. Its real and saved ids stay what
-    they were; they decide who may signal or trace this process.
+    After this the kernel lets `who` change the scheduling of the thread. Its real and saved ids stay as they
+    were; they decide who may signal or trace this process.
     """
     if who.uid == os.geteuid() == ROOT:
         return
@@ -111,7 +111,7 @@ def forbid_dumps() -> None:
 
 
 def name_process(name: str) -> None:
-    """Change this process's name in `ps -o comm` and the like; 15 characters count. Main thread."""
+    """Change this process's name in `ps -o comm` and the like; 15 characters at most. Main thread."""
     _call(_libc.prctl, _PR_SET_NAME, name.encode(), 0, 0, 0)
 
 

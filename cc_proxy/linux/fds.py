@@ -13,20 +13,21 @@ import termios
 import time
 from collections.abc import Sequence
 
-#: Bytes that are passed on without copying.
+#: Bytes to be passed on without copying.
 Piece = bytes | memoryview
 
 #: All threads read unwanted bytes into this. Made once, because memory may be short later.
 _SCRATCH = bytearray(64 * 1024)
 #: The most pieces that one system call takes (<limits.h>).
 IOV_MAX = 1024
-#: UNIX_SKB_FRAGS_SZ and the rest of what unix_stream_sendmsg reckons with, in net/unix/af_unix.c.
+#: What unix_stream_sendmsg limits its buffers by (net/unix/af_unix.c): UNIX_SKB_FRAGS_SZ, and an allowance
+#: of 64 bytes for overhead.
 _KERNEL_BUFFER = 32 * 1024
-_SAID_OF_IT = 64
+_OVERHEAD = 64
 _FD = struct.Struct("i")
-#: What the kernel says when it has no memory for a call.
+#: Errors of a call for which the kernel has no memory.
 _SHORT_OF_MEMORY = frozenset({errno.ENOBUFS, errno.ENOMEM})
-#: Seconds to wait then: the fd is ready, so that nothing else keeps its thread from trying again at once.
+#: Seconds to wait then. The fd stays ready, so without a pause its thread would spin.
 _BREATH = 0.001
 #: Since Linux 6.16; Python's `socket` has no name for it.
 _SO_PASSRIGHTS = 83
@@ -35,7 +36,7 @@ _SO_COOKIE = 57
 
 
 class Fd:
-    """An open fd as part of a value that is handed over. It owns nothing: whoever takes the value does."""
+    """An open fd as part of a value that is handed over. Whoever takes the value owns the fd."""
 
     __slots__ = ("number",)
 
@@ -43,7 +44,8 @@ class Fd:
         self.number = number
 
 
-#: By device, inode and cookie an fd is known in any process. Sockets' inodes wrap around after 2^32 of them.
+#: Device, inode and cookie tell what an fd stands for, in any process. The cookie is needed because inodes of
+#: sockets wrap around after 2^32 of them.
 Identity = tuple[int, int, int]
 
 
@@ -54,7 +56,7 @@ def identity_of(fd: int) -> Identity:
 
 
 def _cookie(fd: int) -> int:
-    """Return the number that the kernel has given to a socket, and gives to no other."""
+    """Return the number that the kernel gives to this socket and to no other."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
     try:
         return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
@@ -72,8 +74,8 @@ def raise_fd_limit() -> int:
 def refuse_rights(sock: socket.socket) -> None:
     """Make an AF_UNIX socket, and those accepted on it, refuse fds: a peer that passes one gets EPERM.
 
-    Closing an unwanted fd can take as long as its sender chose: a TCP socket with unsent data and SO_LINGER
-    sleeps in close(2). Does nothing if the kernel cannot do this.
+    Closing an unwanted fd can take as long as its sender chooses: a TCP socket with unsent data and SO_LINGER
+    sleeps in close(2). Does nothing if the kernel does not support this.
     """
     try:
         sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
@@ -91,12 +93,12 @@ def may_hold_fds(sock: socket.socket) -> bool:
 
 
 def holds_fds(sock: socket.socket) -> bool:
-    """Whether fds wait unread on a stream socket. Also True if too many bytes wait to tell.
+    """Whether fds wait unread on a stream socket. Also True if so many bytes wait that it cannot tell.
 
     No more come after `shutdown(SHUT_RD)`. This reads nothing, and never blocks.
     """
     try:
-        # MSG_CTRUNC tells of fds, because there is no room for them.
+        # There is no room for fds, so MSG_CTRUNC shows that there are some.
         size, _, flags, _ = sock.recvmsg_into([_SCRATCH], 0, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
         return False
@@ -106,7 +108,7 @@ def holds_fds(sock: socket.socket) -> bool:
 def check_passable(sock: socket.socket, peer: socket.socket) -> None:
     """Check that `peer`, which is connected to `sock`, could be passed to a client now.
 
-    Raises `OSError` if not: the kernel passes no more fds once too many are in flight.
+    Raises `OSError` if not: the kernel refuses once too many fds are in flight.
     """
     sock.sendmsg([b"?"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _FD.pack(peer.fileno()))])
     peer.recv(1)
@@ -132,7 +134,7 @@ def unread(sock: socket.socket | int) -> int:
 
 
 def untaken(sock: socket.socket) -> int:
-    """Return the bytes of memory held by sent data that the peer has not read; 0 if it has read all."""
+    """Return how many bytes of memory the data holds that the peer has not read; 0 if it has read all."""
     return _ask(sock, termios.TIOCOUTQ)  # the same number as SIOCOUTQ
 
 
@@ -141,9 +143,9 @@ def _ask(sock: socket.socket | int, question: int) -> int:
 
 
 def is_for_now(error: OSError) -> bool:
-    """Whether a call on a non-blocking fd failed only for now: there was no room, or no memory.
+    """Whether a call on a non-blocking fd may succeed later: there was no room, or no memory.
 
-    Waits a millisecond for memory.
+    If there was no memory, sleeps for a millisecond first.
     """
     if error.errno in _SHORT_OF_MEMORY:
         time.sleep(_BREATH)
@@ -152,13 +154,13 @@ def is_for_now(error: OSError) -> bool:
 
 
 def taken_whole(sock: socket.socket) -> int:
-    """Return the most bytes of which an AF_UNIX stream socket takes all or none in one send.
+    """Return how many bytes one send can have for an AF_UNIX stream socket to take all of them or none.
 
-    It copies what is sent into buffers of the kernel's, and either has room for one or not. None is longer
-    than half of what it may hold, less what the kernel says of it.
+    The kernel copies what is sent into buffers, and there is room for a whole buffer or for none of it. A
+    buffer is at most half as long as all that the socket may hold, less the overhead.
     """
     half = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2
-    return min(_KERNEL_BUFFER, half - _SAID_OF_IT)
+    return min(_KERNEL_BUFFER, half - _OVERHEAD)
 
 
 def receive_into(sock: socket.socket, view: memoryview) -> int:
@@ -180,7 +182,7 @@ def send_pieces(sock: socket.socket, pieces: Sequence[Piece]) -> Sequence[Piece]
     Raises `OSError` if the peer has gone.
     """
     if len(pieces) == 1:
-        # The most frequent case, in the fewest steps.
+        # The most frequent case gets the fewest steps.
         try:
             sent = sock.send(pieces[0])
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Sending so that, whatever becomes of this process, another one can tell whether it was done."""
+"""Sending in such a way that the next process can tell what was sent, whenever this one is killed."""
 
 import ctypes
 import functools
@@ -18,7 +18,7 @@ class _Piece(ctypes.Structure):
 
 @functools.lru_cache(maxsize=64)
 def _piece(data: bytes) -> _Piece:
-    """Return a piece, which nobody changes. Many responses are the same."""
+    """Return a shared, immutable piece: many responses are the same."""
     piece = _Piece(data, len(data))
     piece.address = ctypes.addressof(piece)
     return piece
@@ -37,20 +37,20 @@ class _Control(ctypes.Structure):
 
 _CONTROL_END = _Control.fd.offset + _Control.fd.size
 
-#: Without letting go of the GIL: nothing here waits, and to get it back may take longer than the call.
+#: PyDLL keeps the GIL: nothing here waits, and getting it back may take longer than the call.
 _sendmmsg = ctypes.PyDLL(None, use_errno=True).sendmmsg
 _sendmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)
 
-#: Words of 64 bits in a receipt: it is a `struct mmsghdr`. The kernel stores into the last one how many bytes
-#: it has taken, and a process cannot be killed between that and the send.
+#: Words of 64 bits in a receipt, which is a `struct mmsghdr`. The kernel stores into the last one how many
+#: bytes it has taken, and a process cannot be killed between the send and that.
 WORDS = 8
 _PIECES, _NUMBER_OF_PIECES, _CONTROL, _CONTROL_SIZE, _TAKEN = 2, 3, 4, 5, 7
-#: Whether that is so on this machine: its words have to have 64 bits.
+#: Whether a receipt has this layout on this machine: only if its words have 64 bits.
 FITS = ctypes.sizeof(ctypes.c_void_p) == ctypes.sizeof(ctypes.c_uint64)
 
 
 class Receipt:
-    """Sends, and has the kernel note in memory that this was done. One thread at a time."""
+    """Sends, and has the kernel note in shared memory how much it took. One thread at a time."""
 
     __slots__ = ("_address", "_words")
 
@@ -61,11 +61,14 @@ class Receipt:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(words))
 
     def clear(self) -> None:
-        """Nothing has been sent."""
+        """Note that nothing has been sent."""
         self._words[_TAKEN] = 0
 
     def send(self, fd: int, data: bytes) -> None:
-        """Send so few bytes that a socket takes all or none of them, without waiting. Raises `OSError`."""
+        """Send without waiting. `data` must be so short that a socket takes it whole or not at all.
+
+        Raises `OSError`.
+        """
         piece = _piece(data)
         self._words[_PIECES] = piece.address
         if _sendmmsg(fd, self._address, 1, _DONTWAIT) < 0:
@@ -73,7 +76,7 @@ class Receipt:
             raise OSError(number, os.strerror(number))
 
     def send_fd(self, fd: int, data: bytes, passed: int) -> None:
-        """The same, and the fd `passed` goes with it."""
+        """Do the same, and pass the fd `passed` along."""
         control = _Control(_CONTROL_END, socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)
         self._words[_CONTROL], self._words[_CONTROL_SIZE] = ctypes.addressof(control), _CONTROL_END
         try:

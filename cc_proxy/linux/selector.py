@@ -1,7 +1,7 @@
-"""epoll for the pump, by selectors2.
+"""epoll for the pump, on top of selectors2.
 
-selectors2 2.0.2 imports `Mapping` from `collections`, where it has not been since Python 3.10. While
-selectors2 is loaded, its own namespace has an import that provides it; nothing else in the process sees that.
+selectors2 2.0.2 imports `Mapping` from `collections`, which has lacked it since Python 3.10. So selectors2 is
+loaded with an `__import__` of its own that provides it. Nothing else in the process sees that.
 """
 
 import builtins
@@ -50,7 +50,7 @@ class Selector:
 
     def __init__(self) -> None:
         self._selector = _selectors2.EpollSelector()
-        # Selectors can neither watch an fd for hang-ups alone, nor change events cheaply; epoll can.
+        # Unlike epoll, selectors cannot watch an fd for hang-ups alone, or change its events cheaply.
         self._epoll: select.epoll = self._selector._epoll
 
     def fileno(self) -> int:
@@ -60,12 +60,12 @@ class Selector:
     def add(self, fd: int, events: int) -> None:
         """Watch `fd` for `events`, or with `NOTHING_ELSE` only for hang-ups.
 
-        Raises `OSError` if the kernel watches no more fds of this user's, or has no memory for it.
+        Raises `OSError` if the kernel watches no more fds for this user, or has no memory for it.
         """
         try:
             self._selector.register(fd, _selectors2.EVENT_READ)
         except OSError as error:
-            self._selector.unregister(fd)  # selectors2 believes that it is watched
+            self._selector.unregister(fd)  # selectors2 took it for watched before epoll refused it
             if error.errno == errno.ENOSPC:
                 raise OSError(errno.ENOSPC, "fs.epoll.max_user_watches is reached") from None
             raise

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 #: Longest path that fits into a socket address, in bytes.
 MAX_SOCKET_PATH = 107
 
-#: Device and inode: they tell a file from another one that later has the same name.
+#: Device and inode, which tell a file from a later one of the same name.
 Identity = tuple[int, int]
 
-#: Seconds to wait for another process that holds the lock, longer than starting takes; and between two tries.
+#: Seconds to wait for a process that holds the lock (longer than starting takes), and between two tries.
 _PATIENCE, _INTERVAL = 2.0, 0.01
 
 
@@ -42,8 +42,8 @@ def remove_stale(path: str) -> None:
 def _is_alive(path: str) -> bool:
     """Whether a process has the socket open.
 
-    A stream socket that is alive refuses a datagram socket as being of the wrong type. So whoever listens
-    does not notice: a stream socket would be accepted, perhaps in the place of a hypervisor's one peer.
+    A live stream socket refuses a datagram socket because of its type, and its process notices nothing. A
+    stream socket would be accepted instead, perhaps as the only peer that a hypervisor takes.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         code = probe.connect_ex(path)
@@ -54,10 +54,10 @@ def _is_alive(path: str) -> bool:
 
 @contextlib.contextmanager
 def locked(directory: str) -> Iterator[None]:
-    """Keep other daemons that are starting from checking and replacing the same socket meanwhile.
+    """Keep other starting daemons from checking and replacing the same socket at the same time.
 
-    Anybody who may read the directory can also lock it, and never unlock it. So after a while this goes on
-    without the lock.
+    Any process that may read the directory can lock it and never unlock it. So after two seconds this goes on
+    without the lock. Raises `OSError` if the directory cannot be opened.
     """
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -68,7 +68,7 @@ def locked(directory: str) -> Iterator[None]:
 
 
 def _lock(fd: int) -> None:
-    """Lock the file behind an fd, unless somebody keeps it locked for longer than starting takes."""
+    """Lock the file behind an fd, unless another process keeps it locked for longer than starting takes."""
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
         with contextlib.suppress(BlockingIOError):

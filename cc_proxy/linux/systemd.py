@@ -9,7 +9,7 @@ from collections.abc import Sequence
 _FIRST_FD = 3
 #: Seconds to wait for a manager that does not read its messages.
 _SEND_TIMEOUT = 1.0
-#: Seconds that a manager gets to work on what it was told.
+#: Seconds to wait until a manager has handled what it was told.
 _BARRIER_TIMEOUT = 5
 
 
@@ -20,7 +20,7 @@ class ActivationError(Exception):
 def take_stored(prefix: str) -> dict[str, list[int]]:
     """Return the fds that the manager has stored under names that begin with `prefix`, by name.
 
-    It passes them behind the listening socket. Removes them from the environment.
+    It passes them along with the listening socket. Removes them from the environment.
     """
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
     others = [name for name in names if not name.startswith(prefix)]
@@ -126,16 +126,16 @@ class Notifier:
         return True
 
     def store(self, name: str, fds: Sequence[int]) -> bool:
-        """Have the manager keep fds for the next process; returns once it has taken them, or refused.
+        """Have the manager keep fds for the next process; returns once it has taken or refused them.
 
-        False if it could not be told.
+        False if it could not be told, or did not handle it in time.
         """
         return self.tell("FDSTORE=1", f"FDNAME={name}", fds=fds) and self.is_heard()
 
     def is_heard(self) -> bool:
-        """Return once the manager has taken in all that it was told.
+        """Wait until the manager has handled all that it was told.
 
-        False if it does not within a time, or if it cannot be asked, as no fd is left.
+        False if it does not within 5 seconds, or if it cannot be asked because no fd is left.
         """
         try:
             ours, theirs = os.pipe2(os.O_CLOEXEC)

@@ -28,7 +28,7 @@ def count(event: str) -> None:
 
 
 def restore(counts: dict[str, int]) -> None:
-    """Go on with what the process before has counted. Any thread."""
+    """Go on with the counts of the previous process. Any thread."""
     with _lock:
         _counts.update(counts)
 

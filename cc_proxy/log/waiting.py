@@ -11,7 +11,7 @@ from cc_proxy.log.levels import fields_of
 
 #: Bytes that may wait to be written. Events beyond that are dropped and counted.
 _MOST_WAITING = 4 * 1024 * 1024
-#: Bytes that an event takes besides its text, about.
+#: Roughly how many bytes an event takes besides its text.
 _EVENT_SIZE = 1_024
 #: Longest text in an event, and longest traceback, list or table, in characters. The journal splits lines
 #: over 48 KiB.
@@ -22,7 +22,7 @@ _LAST_LINES = 1.0
 
 
 class EventQueue(queue.Queue[tuple[int, logging.LogRecord | None]]):
-    """The events with their sizes. Its own size is in bytes, and so is its limit."""
+    """Events with their sizes. The queue's own size and limit are in bytes, too."""
 
     def __init__(self) -> None:
         super().__init__(_MOST_WAITING)
@@ -64,7 +64,7 @@ class QueueWriter(logging.handlers.QueueHandler):
 
 
 class QueueReader(logging.handlers.QueueListener):
-    """Takes events out of the queue. Ends once everything that waits is written, if it can be."""
+    """Passes events from the queue to the handler that writes them, in a thread of its own."""
 
     def __init__(self, waiting: EventQueue, handler: logging.Handler) -> None:
         super().__init__(waiting, handler)
@@ -83,7 +83,7 @@ class QueueReader(logging.handlers.QueueListener):
         self._waiting.put_nowait((1, None))
 
     def finish(self) -> bool:
-        """End the thread; returns whether it has ended, after two seconds at most."""
+        """End the thread once it has written all events. False if it has not ended within two seconds."""
         thread = self._thread
         try:
             self._waiting.put((1, None), timeout=_LAST_LINES)
@@ -95,12 +95,12 @@ class QueueReader(logging.handlers.QueueListener):
 
 
 def _shorten(record: logging.LogRecord) -> int:
-    """Cut long fields of an event, which a client may have chosen; returns about how many bytes it takes."""
+    """Cut an event's long fields, which a client may have chosen; returns roughly how many bytes it takes."""
     size = _EVENT_SIZE
     for name, value in fields_of(record).items():
         size += _shorten_field(record, name, value)
     if record.exc_info:
-        # Formatted now, because it refers to all local variables of its functions.
+        # Formatted now, because a traceback keeps all local variables of its functions alive.
         trace = logging.Formatter().formatException(record.exc_info)
         record.exc_info, record.exc_text = None, trace[-_LONGEST_TRACE:]
         size += sys.getsizeof(record.exc_text)

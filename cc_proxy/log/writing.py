@@ -66,7 +66,7 @@ class TextLines(logging.Formatter):
         stack = fields.pop("stack", None)
         parts += [f"{name}={json.dumps(value, default=str)}" for name, value in fields.items()]
         line = printable_json(" ".join(parts))
-        if stack:  # nobody would read it in one line
+        if stack:  # unreadable on one line
             line += "\n" + printable_lines(str(stack).rstrip("\n"))
         if record.exc_text:
             line += "\n" + printable_lines(record.exc_text)
@@ -74,7 +74,7 @@ class TextLines(logging.Formatter):
 
 
 class _Sink(logging.Handler):
-    """A handler that adds to each record how many before it could not be written. The log's thread."""
+    """A handler that adds to each record how many before it could not be written. For the log's thread."""
 
     def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class _Nowhere(io.TextIOBase):
 def _output_of(stream: TextIO) -> Callable[[memoryview], int]:
     """Return a function that writes some bytes to the stream, and returns how many.
 
-    It bypasses the stream's own buffer, which keeps what cannot be written and does not tell how much was.
+    It bypasses the stream's own buffer, which keeps what it cannot write, and does not say how much it wrote.
     """
     try:
         return partial(os.write, stream.fileno())
