@@ -142,7 +142,7 @@ class Replaced(_Part, frozen=True):
 
     #: Planned ones: restarts, and upgrades of the package.
     restarts: int = 0
-    #: Unplanned ones: the process before was killed, or failed.
+    #: Unplanned ones: the previous process was killed, or failed.
     crashes: int = 0
     #: Why this process took over: `restart` or `crash`; empty if it is the first.
     last: str = ""

@@ -224,7 +224,7 @@ def _run(chosen: Settings, host: Host) -> int:
 
 
 def _listener(chosen: Settings, state: DaemonState | None) -> Listener:
-    """Return the socket that systemd has passed, else the one of the process before, else a new one."""
+    """Return the socket that systemd has passed, else that of the previous process, else a new one."""
     try:
         inherited = systemd.take_listener()
     except ActivationError as error:

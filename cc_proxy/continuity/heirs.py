@@ -43,14 +43,14 @@ class Heir(Protocol):
         """Make sure that another process will go on. Raises `NotReplaced`."""
 
     def hand_over(self, data: bytes, fds: Mapping[int, Identity]) -> None:
-        """Give everything away, which this process must not touch then. Raises `NotReplaced`: then it may."""
+        """Give everything away. This process must not touch it any more, unless `NotReplaced` is raised."""
 
     def close(self) -> None:
         """Close what is open for this, after `hand_over`, whether that succeeded or not."""
 
 
 class Successor:
-    """A process that this one starts, with its own command line."""
+    """A process that this one starts, with the same command line."""
 
     exit_status = 0
 

@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 
-#: Seconds between two looks of a waiting thread whether it should go on waiting.
+#: Seconds between two checks of a waiting thread whether to go on waiting.
 LOOK_UP = 0.1
 
 

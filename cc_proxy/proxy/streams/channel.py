@@ -40,8 +40,8 @@ _HUNG_UP = "the VM hung up its I/O channel"
 class Channel:
     """Owns the VM's I/O socket, what is watched beside it, and the sessions.
 
-    One thread drives it: `wait`, then `serve`, as long as the channel `is_in_use`. It has no lock, so only
-    that thread may call the other methods.
+    One thread drives it: `wait`, then `serve`, as long as the channel `is_in_use`. It has no lock, so that
+    thread alone may call the other methods too, unless they say otherwise.
     """
 
     def __init__(

@@ -62,7 +62,7 @@ class Output:
         return b"" if self.resync else self._intake.unfinished
 
     def restore(self, state: StreamsState, sessions: Sequence[Session]) -> None:
-        """Go on where another one stood, with what waited for clients there."""
+        """Go on where another process stood, with what waited for clients there."""
         before = state.traffic
         self.bytes, self.frames = before.bytes_to_clients, before.frames_to_clients
         self.strays, self.pauses = before.stray_frames, before.pauses

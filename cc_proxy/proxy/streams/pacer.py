@@ -79,7 +79,7 @@ class Pacer:
         return window.room
 
     def restore(self, state: PacerState, sessions: Iterable[Session]) -> None:
-        """Go on where another one stood; its markers may still come back, or are asked for again.
+        """Go on where another process stood. Its markers may still come back, or are sent again.
 
         Pings that were on their way prove nothing any more.
         """
@@ -114,7 +114,7 @@ class Pacer:
         self.markers += 1
 
     def forget(self, session: Session) -> None:
-        """Wait for nothing of a session's any more: there is room for it, or it is about to be closed."""
+        """Stop waiting for the agent on behalf of a session: it has room again, or is about to be closed."""
         self.asked.pop(session, None)
         if self._round:
             self._round.discard(session)

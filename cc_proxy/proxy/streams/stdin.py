@@ -62,7 +62,7 @@ class Stdin:
         self.error: str | None = None
 
     def restore(self, state: StreamsState, sessions: Sequence[Session]) -> None:
-        """Go on where another one stood, with what waited for the VM there."""
+        """Go on where another process stood, with what waited for the VM there."""
         self.bytes = state.traffic.bytes_to_vm
         self._pacer.restore(state.pacer, sessions)
         for session in sessions:
