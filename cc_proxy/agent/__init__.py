@@ -1,13 +1,13 @@
-"""The embedded agent: stands in for a VM, to try and to test the proxy without one (docs/protocol.md).
+"""The embedded agent: stands in for a VM, to try and test the proxy without one (docs/protocol.md).
 
-It listens on a control and an I/O socket as a hypervisor would, answers like the agent in a VM, with its
+It listens on a control and an I/O socket as a hypervisor would, answers like the agent in a VM, has the same
 limits, and runs the containers' processes as processes of this host.
 
     with Agent("/tmp/vm.ctl", "/tmp/vm.io") as agent:
         agent.serve()
 
-`run_agent` is the same as a whole program. `lossless` makes it a better VM than one with hyperstart, `Quirks`
-a worse one. `python3 -m cc_proxy.agent --guest` is the agent in a VM, as its first process.
+`run_agent` does the same as a whole program. `lossless` makes the agent better than hyperstart, `Quirks` make
+it worse. `python3 -m cc_proxy.agent --guest` is the agent as the first process of a real VM.
 """
 
 from cc_proxy.agent.agent import Agent

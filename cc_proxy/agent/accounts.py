@@ -11,7 +11,7 @@ _PASSWD_FIELDS, _GROUP_FIELDS = 7, 4
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """One user, and the group that is theirs."""
+    """A user, and the user's primary group."""
 
     name: str
     uid: int
@@ -19,7 +19,7 @@ class Account:
 
 
 class Accounts(Protocol):
-    """Where users and groups are looked up. What is not found is None."""
+    """Where users and groups are looked up. A lookup returns None if there is no such user or group."""
 
     def user(self, name: str) -> Account | None:
         """Return a user by name."""
@@ -31,11 +31,11 @@ class Accounts(Protocol):
         """Return the number of a group."""
 
     def groups_of(self, user: Account, gid: int) -> list[int]:
-        """Return all groups of a user whose first group is `gid`."""
+        """Return all groups of a user whose primary group is `gid`."""
 
 
 class SystemAccounts:
-    """Those that this system knows, from wherever."""
+    """The users and groups that this system's C library finds."""
 
     def user(self, name: str) -> Account | None:
         try:
@@ -60,7 +60,7 @@ class SystemAccounts:
 
 
 class FileAccounts:
-    """Those in /etc/passwd and /etc/group of a root directory. Lines that are wrong are nobody."""
+    """The users and groups in /etc/passwd and /etc/group of a root directory. Bad lines are skipped."""
 
     def __init__(self, root: str) -> None:
         users = _lines(os.path.join(root, "etc/passwd"), _PASSWD_FIELDS)
@@ -82,7 +82,7 @@ class FileAccounts:
 
 
 def accounts_in(root: str | None) -> Accounts:
-    """Return the accounts that a process with this root directory finds; None is for this system's own."""
+    """Return the accounts that a process with this root directory finds; None stands for the agent's root."""
     return SystemAccounts() if root is None else FileAccounts(root)
 
 

@@ -1,4 +1,4 @@
-"""The embedded agent: a VM, as far as its two serial ports show."""
+"""The embedded agent: what a VM is to the host, behind its two serial ports."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from cc_proxy.agent.processes import Processes
 from cc_proxy.agent.quirks import NO_QUIRKS, Quirks
 from cc_proxy.agent.socketport import SocketPort
 
-#: Seconds that a host gets to read what was sent to it before the power went off.
+#: Seconds that a host gets to read what it was sent before the power goes off.
 _LAST_READ = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What an agent finds around it."""
+    """What an agent runs on: its ports, its machine, and its process."""
 
-    #: Makes a port of the loop, a path, and the turn of what happens there. Raises `ListenError`.
+    #: Makes the port at a path, which the loop serves in this turn of its rounds. Raises `CannotListen`.
     port: Callable[[Loop, str, Turn], Port] = SocketPort
     machine: ThisMachine = field(default_factory=ThisMachine)
-    #: None if the process has other children than the agent's.
+    #: None if this process has children besides the agent's.
     orphans: Orphans | None = None
-    #: Called with the reason when a command is answered with ERROR.
+    #: Called with the reason before a command is answered with ERROR.
     on_refused: Callable[[str], None] = lambda _reason: None
 
 
 class Agent:
-    """Stands in for a VM with the two AF_UNIX sockets of its hypervisor, or serves a VM's own two ports.
+    """Stands in for a VM behind the two AF_UNIX sockets of its hypervisor, or serves a real VM's two ports.
 
-    Once made, hosts can connect; they are served while `serve` runs. The sockets are removed by `close`
-    at the latest: use it as a context manager. Raises `ListenError` if a socket cannot be had.
+    Hosts can connect as soon as it is made; they are served while `serve` runs. `close` removes the sockets:
+    use the agent as a context manager. Raises `CannotListen` if it cannot have a port.
 
-    Like the real agent it throws stdin away that a process does not take, and says nothing of it. With
-    `lossless` it does not (`IoChannel`), and ends of processes do not wait for a moment without output.
+    Like the real agent, it silently drops stdin that does not fit. With `lossless` it drops none
+    (`IoChannel`), and reports the end of a process even while others put out data.
 
-    It is meant to have a process for itself and to run in its only thread: `run_agent` sees to that. It works
-    among other threads too, but then there must be no `Surroundings.orphans`, and a terminal, a user or a
-    limit has Python code run between fork and exec, which is never quite safe there.
+    It is meant to run in the only thread of a process of its own (`run_agent`). It works among other threads,
+    too. But then there must be no `Surroundings.orphans`, and processes with a terminal, a user or limits run
+    Python code between fork and exec, which is never quite safe among threads.
     """
 
     def __init__(
@@ -80,23 +80,23 @@ class Agent:
     # Any thread, and signal handlers -----------------------------------------------------------------
 
     def stop(self) -> None:
-        """Have `serve` return soon, as if the VM's plug was pulled. Not to be called after `close`."""
+        """Have `serve` return soon, as if the VM's plug was pulled. Must not be called after `close`."""
         self._loop.stop()
 
     @property
     def wakeup_fd(self) -> int:
-        """For `signal.set_wakeup_fd`: so that no signal comes too late to interrupt the wait for events.
+        """For `signal.set_wakeup_fd`, so that every signal interrupts the wait for events.
 
-        Orphans that have ended are waited for when it is written to: SIGCHLD should be handled, somehow.
+        Each write to it also reaps orphans. So SIGCHLD needs a Python handler, if only an empty one.
         """
         return self._loop.wakeup_fd
 
     # One thread --------------------------------------------------------------------------------------
 
     def serve(self) -> None:
-        """Be a VM until it powers off or `stop` is called; then nothing of it is left.
+        """Be a VM until it powers off or `stop` is called; then end all processes and hang up.
 
-        Raises `Panic` if it ended by a crash, of which there is nothing left either. Can be called once.
+        Raises `Panic` where the real agent would crash, after the same cleanup. Can be called once.
         """
         try:
             self._ctl.serve(self._server)
@@ -108,7 +108,7 @@ class Agent:
             self._end()
 
     def close(self) -> None:
-        """End all processes, hang up and remove the sockets, whether `serve` was called or not."""
+        """End all processes, hang up, and remove the sockets, even if `serve` was never called."""
         self._end()
         self._made.close()
 
@@ -125,7 +125,7 @@ class Agent:
         self._io.set_reading(True)
 
     def _power_off(self) -> None:
-        """End once the host has taken what was sent to it, or has had the time to."""
+        """End once the host has read what it was sent, or has had the time to."""
         self._loop.call_later(_LAST_READ, self._loop.stop)
         self._ctl.when_drained(lambda: self._io.when_drained(self._loop.stop))
 

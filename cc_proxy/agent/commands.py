@@ -1,6 +1,6 @@
 """The commands a pod needs, as typed values (docs/protocol.md). No I/O.
 
-Like the real agent, decoding is strict: a member nobody knows is as wrong as one of the wrong type.
+Decoding is as strict as the real agent's: an unknown member is as wrong as one of the wrong type.
 """
 
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ _Name = Annotated[str, _NOT_EMPTY]
 
 
 class _Arguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
-    """Common shape: immutable, camel case on the wire, nothing that is not named."""
+    """Common shape: immutable, camel case on the wire, no unknown members."""
 
 
 class EnvVar(_Arguments, frozen=True):
@@ -44,7 +44,7 @@ class ProcessSpec(_Arguments, frozen=True):
     args: Annotated[list[str], _NOT_EMPTY]
     #: The seq of stdin, stdout and the exit status.
     stdio: int
-    #: The seq of stderr; 0 is for a terminal that takes stderr too.
+    #: The seq of stderr; 0 if stderr goes to the terminal.
     stderr: int = 0
     terminal: bool = False
     envs: list[EnvVar] = []
@@ -68,7 +68,7 @@ class ProcessSpec(_Arguments, frozen=True):
 
 
 class StartPod(_Arguments, frozen=True):
-    """Begin a pod. None of the network settings means anything to processes of this host."""
+    """Begin a pod. The network settings mean nothing to processes of this host."""
 
     hostname: str = ""
     containers: list[Any] = []
@@ -80,7 +80,7 @@ class StartPod(_Arguments, frozen=True):
 
 
 class NewContainer(_Arguments, frozen=True):
-    """Begin a container with its first process. There is no root to change to: the files are this host's."""
+    """Begin a container with its first process."""
 
     id: _Name
     process: ProcessSpec
@@ -99,7 +99,7 @@ class ExecCmd(_Arguments, frozen=True):
 
 
 class KillContainer(_Arguments, frozen=True):
-    """Send a signal to a container's first process, or to all it has."""
+    """Send a signal to a container's first process, or to all of its processes."""
 
     container: str
     signal: Annotated[int, Meta(ge=0, le=64)]
@@ -107,7 +107,7 @@ class KillContainer(_Arguments, frozen=True):
 
 
 class WinSize(_Arguments, frozen=True):
-    """Set the size of the terminal that belongs to a stream."""
+    """Set the size of the terminal on a stream."""
 
     seq: int
     row: _Cells
@@ -135,7 +135,7 @@ class DestroyPod(_Arguments, frozen=True):
 
 Command = StartPod | NewContainer | ExecCmd | KillContainer | WinSize | ReadFile | Version | Ping | DestroyPod
 
-#: Commands whose payload is not looked at.
+#: Commands whose payload is ignored.
 _BARE: dict[int, Command] = {Code.VERSION: Version(), Code.PING: Ping(), Code.DESTROY_POD: DestroyPod()}
 
 _DECODERS: dict[int, msgspec.json.Decoder[Command]] = {
@@ -152,7 +152,7 @@ _DECODERS: dict[int, msgspec.json.Decoder[Command]] = {
 
 
 def decode(code: int, payload: bytes) -> Command:
-    """Return the command that a control message is. Raises `CommandRefused` if it is none, or wrong."""
+    """Return the command in a control message. Raises `CommandRefused` if it is unknown or wrong."""
     if code in _BARE:
         return _BARE[code]
     if code not in _DECODERS:

@@ -1,4 +1,4 @@
-"""The control channel as the agent serves it: READY, NEXT, and one answer for each command in its turn."""
+"""The control channel as the agent serves it: READY, NEXT, and one answer for each command, in order."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _EVENT = b'{"container":"","process":"","event":"finished","status":0}'
 class CommandServer:
     """Reads commands from the port, one after the other, and has the pod carry them out.
 
-    Nothing is read while an answer has not gone out, and nothing any more once DESTROYPOD has come:
-    `power_off` is called when that is answered. `on_refused` is called with the reason before a command is
-    answered with ERROR, which has no room for one.
+    It reads no further until an answer has gone out, and nothing more after DESTROYPOD: `power_off` is called
+    when that is answered. `on_refused` is called with the reason before a command is answered with ERROR,
+    because ERROR itself cannot carry one.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class CommandServer:
         pod.on_finished = self._pod_finished
 
     def boot(self) -> None:
-        """Be up: say READY, and look at what comes."""
+        """Be up: send READY, and begin to read commands."""
         self._up = True
         self._say_ready()
         self._port.set_reading(True)
@@ -52,16 +52,16 @@ class CommandServer:
     # What the port calls -----------------------------------------------------------------------------
 
     def connected(self) -> None:
-        """Say READY, to the first host after the boot only. What another did not finish is nobody's."""
+        """Send READY if this is the first host after the boot. Drop what the last host did not finish."""
         self._receiver = ControlReceiver()
         self._say_ready()
 
     def disconnected(self) -> None:
-        """Forget the answers: they would be taken for those to another host's commands."""
+        """Forget answers that have not gone out: the next host would take them for answers to its own."""
         self._port.discard()
 
     def readable(self) -> None:
-        """Take what belongs to one command. Raises `Panic` for one that the agent does not survive."""
+        """Read at most one command, and carry it out. Raises `Panic` if the agent does not survive it."""
         message: ControlMessage | None = None
         while message is None and (data := self._port.receive(self._receiver.wanted)):
             self._send(next_message(len(data)))
@@ -106,7 +106,7 @@ class CommandServer:
             self._send(encode(Code.READY))
 
     def _send(self, message: bytes) -> None:
-        # What nobody is there for is not kept: see `disconnected`.
+        # Without a host, nothing is kept for the next one: see `disconnected`.
         if self._port.connected:
             self._port.send(message)
 

@@ -1,4 +1,4 @@
-"""Whom a process runs as: names and numbers as a command gives them, and what this agent may do about it."""
+"""The user and groups that a process runs as: looking them up, and checking what this agent may assume."""
 
 import os
 from collections.abc import Sequence
@@ -13,24 +13,24 @@ _MAX_ID = 2**32 - 2
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a child has to become before it runs its program."""
+    """The user and groups that a child takes on before it runs its program."""
 
     uid: int
     gid: int
     groups: tuple[int, ...]
 
     def assume(self) -> None:
-        """Become it. For the child: the order matters, the first call may be the last that is permitted."""
+        """Take them on. Called in the child. `setuid` comes last, as it gives up the right to the others."""
         os.setgroups(self.groups)
         os.setgid(self.gid)
         os.setuid(self.uid)
 
 
 def resolve(spec: ProcessSpec, root: str | None = None) -> Identity | None:
-    """Return whom a process is to run as; None for this agent itself. `root` is its root directory, if it has
-    another one.
+    """Return what a process is to run as; None if that is what the agent runs as.
 
-    Raises `CommandRefused` for names nobody has, and for anybody else if the agent is not root.
+    `root` is its root directory, if that is not the agent's. Raises `CommandRefused` for unknown names, and
+    for any other user or group if the agent is not root.
     """
     if not (spec.user or spec.group or spec.additional_groups):
         return None
@@ -54,7 +54,7 @@ def _check_own(uid: int, gid: int, groups: Sequence[int]) -> None:
 
 
 def _user(accounts: Accounts, name: str) -> tuple[int, Account | None]:
-    """Return the uid, and the user if there is one: numbers do without."""
+    """Return the uid, and the user if there is one: a number needs no user."""
     number = _number(name)
     user = accounts.user(name) if number is None else accounts.user_by_id(number)
     if user is not None:
@@ -73,7 +73,7 @@ def _group(accounts: Accounts, name: str) -> int:
 
 
 def _number(name: str) -> int | None:
-    """Return the id that `name` is in decimal; None if it is a name indeed."""
+    """Return the id if `name` is a decimal number; None if it is a name."""
     if not (name.isascii() and name.isdecimal()):
         return None
     if int(name) > _MAX_ID:

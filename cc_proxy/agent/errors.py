@@ -1,8 +1,8 @@
-"""What can go wrong in the agent."""
+"""The agent's errors."""
 
 
 class CommandRefused(Exception):
-    """A command that is answered with ERROR. The text is for the log: on the wire ERROR is empty."""
+    """A command is answered with ERROR. The text is for the log: on the wire, ERROR is empty."""
 
 
 class MissingBinary(CommandRefused):
@@ -10,8 +10,8 @@ class MissingBinary(CommandRefused):
 
 
 class Panic(Exception):
-    """What would end the real agent, and its VM with it: both sockets see end of file, all processes die."""
+    """The real agent would end here, and its VM with it: the host sees end of file, all processes die."""
 
 
 class CannotListen(Exception):
-    """A socket cannot be put where it was asked for; the text names the path and the reason."""
+    """The agent cannot have a socket or port; the text names it and the reason."""

@@ -1,4 +1,4 @@
-"""The agent as the first process of a virtual machine, and all it does there for others to run."""
+"""What the agent does as the first process of a virtual machine, so that other processes can run there."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cc_proxy.agent.errors import CommandRefused
 from cc_proxy.agent.kernel import BIND, NODEV, NOEXEC, NOSUID, REC
 from cc_proxy.agent.machine import ThisMachine
 
-#: How the hypervisor calls the ports of the two channels.
+#: The hypervisor's names for the ports of the two channels.
 PORTS = ("sh.hyper.channel.0", "sh.hyper.channel.1")
 
-#: What is mounted where, unless something is: an initramfs may have begun.
+#: What to mount, unless something is mounted there: an initramfs may have done a part of it.
 _MOUNTS = (
     ("proc", "/proc", NOSUID | NODEV | NOEXEC, ""),
     ("sysfs", "/sys", NOSUID | NODEV | NOEXEC, ""),
@@ -29,21 +29,21 @@ _MOUNTS = (
     ("tmpfs", "/tmp", NOSUID | NODEV, "mode=1777"),  # noqa: S108
     ("cgroup2", "/sys/fs/cgroup", NOSUID | NODEV | NOEXEC, ""),
 )
-#: What programs expect in /dev, beside what the kernel puts there.
+#: What programs expect in /dev besides what the kernel puts there.
 _LINKS = (("fd", "self/fd"), ("stdin", "self/fd/0"), ("stdout", "self/fd/1"), ("stderr", "self/fd/2"))
 _CONSOLE = "/dev/console"
 _SHARE = "/run/cc-proxy/shared"
-#: The number of that kind of virtio device. Without one the kernel would complain of each pod.
+#: The virtio device id of a file system. Mounting without such a device makes the kernel log an error.
 _VIRTIO_FS = 26
-#: Linux takes no longer name.
+#: Linux's limit, in bytes.
 _LONGEST_HOSTNAME = 64
 
 
 class Guest(ThisMachine):
-    """A virtual machine: a pod gives it a name, and may bring the roots of its containers.
+    """A virtual machine: a pod gives it a hostname, and may bring root directories for its containers.
 
-    Those are in a directory that the hypervisor shares by virtiofs. Without one, containers have the files
-    of the agent.
+    Those are in a directory that the hypervisor shares by virtiofs. Without one, containers have the agent's
+    files.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -51,7 +51,7 @@ class Guest(ThisMachine):
         self._shares = False
 
     def start_pod(self, hostname: str, share: str) -> None:
-        """Give the machine its name, and mount what is shared."""
+        """Set the hostname, and mount what is shared."""
         if hostname:
             socket.sethostname(hostname.encode()[:_LONGEST_HOSTNAME].decode(errors="ignore"))
         if share and _has_device(_VIRTIO_FS):
@@ -63,15 +63,15 @@ class Guest(ThisMachine):
                 self._say(f"nothing is shared as {share!r}: {error.strerror}")
 
     def end_pod(self) -> None:
-        """Let go of what is shared: the next pod may have another."""
+        """Unmount what is shared: the next pod may have something else."""
         if self._shares:
             self._unmount(_SHARE)
             self._shares = False
 
     def make_root(self, image: str, rootfs: str, volumes: Sequence[object]) -> str | None:
-        """Return the directory of a container's root, with /proc, /sys and /dev in it.
+        """Return a container's root directory, with /proc, /sys and /dev mounted in it.
 
-        Refuses volumes: what a container wrote to one that is not there would be lost.
+        Refuses volumes: what the container wrote there would be lost.
         """
         if volumes:
             raise CommandRefused("fsmap has to be empty: this agent mounts no volumes")
@@ -90,7 +90,7 @@ class Guest(ThisMachine):
         return root
 
     def remove_root(self, root: str | None) -> None:
-        """Take out what `make_root` has put there."""
+        """Unmount what `make_root` has mounted."""
         if root is not None:
             for where in ("proc", "sys", "dev"):
                 self._unmount(os.path.join(root, where))
@@ -103,7 +103,7 @@ class Guest(ThisMachine):
 
 
 def prepare(say: Callable[[str], None]) -> None:
-    """Make a kernel and some files a system in which programs run. What cannot be had is said."""
+    """Turn a bare kernel and an initramfs into a system that can run programs. Failures are only reported."""
     failed = [f"cannot mount {target}: {error.strerror}" for target, error in _mount_all()]
     _use_console()
     for text in failed:
@@ -118,7 +118,7 @@ def prepare(say: Callable[[str], None]) -> None:
 
 
 def be_init(serve: Callable[[], None]) -> None:
-    """Call `serve` and power off, whatever happens: a first process that returns is the kernel's panic."""
+    """Call `serve`, and power off, whatever it raises: the kernel panics if its first process ends."""
     try:
         serve()
     except BaseException:
@@ -143,7 +143,7 @@ def _mount_all() -> list[tuple[str, OSError]]:
 
 
 def _has_device(number: int) -> bool:
-    """Whether the machine has a virtio device of a kind."""
+    """Whether the machine has a virtio device with this device id."""
     kinds = Path("/sys/bus/virtio/devices").glob("*/device")
     return any(int(file.read_text(), 16) == number for file in kinds)
 
@@ -156,7 +156,7 @@ def _mount_points() -> set[str]:
 
 
 def _use_console() -> None:
-    """Have stderr lead to the console, where the kernel does not see to it, and wait for nobody there."""
+    """Connect the standard streams to the console, if the kernel has not. Writing there must not block."""
     with suppress(OSError):
         fd = os.open(_CONSOLE, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
         for standard in range(3):

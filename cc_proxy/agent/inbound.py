@@ -1,4 +1,4 @@
-"""What the host sends, as the agent takes it in: with its limits, and their consequences. No I/O."""
+"""Taking in what the host sends, with the real agent's limits and their consequences. No I/O."""
 
 import struct
 
@@ -9,7 +9,7 @@ from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.control import HEADER, MAX_COMMAND, ControlMessage, encode
 from cc_proxy.hyperstart.frames import MAX_TO_AGENT
 
-#: Bytes of stdin that are kept for a process.
+#: Bytes of stdin that the real agent keeps for a process.
 STDIN_SIZE = 512
 
 _PIPE_SIZE = 64 * 1024
@@ -23,18 +23,18 @@ def next_message(size: int) -> bytes:
 
 
 class ControlReceiver:
-    """Puts the host's commands together the way the agent reads them: the header first, then the body.
+    """Assembles the host's commands the way the real agent reads them: the header first, then the body.
 
-    The caller must not read more than `wanted` bytes at once: each read is answered with a NEXT of its size.
+    The caller must not read more than `wanted` bytes at once: a NEXT with its size acknowledges each read.
     """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        #: How much the next read may bring at most; never 0.
+        #: The most bytes that the next read may bring; never 0.
         self.wanted = HEADER.size
 
     def receive_data(self, data: bytes) -> ControlMessage | None:
-        """Take the bytes of one read, and return the message if they complete it.
+        """Take the bytes of one read; returns the message if they complete it.
 
         Raises `Panic` for a message that does not fit the agent's buffer.
         """
@@ -48,7 +48,7 @@ class ControlReceiver:
         _, length = HEADER.unpack(self._buffer)
         if length > MAX_COMMAND:
             raise Panic(f"a command of {length} bytes on the control channel")
-        # Hosts give 0 or 4 for a body that is not there.
+        # Some hosts give a length of 0 or 4 if there is no body.
         return int(max(0, length - HEADER.size))
 
     def _take_message(self) -> ControlMessage:
@@ -65,12 +65,12 @@ class HostFrames(FrameParser):
     def __init__(self, longest: int = MAX_TO_AGENT) -> None:
         super().__init__()
         self.longest = longest
-        #: What ends the agent once the frames before it were handled.
+        #: What ends the agent once it has handled the frames before.
         self.fatal: Panic | None = None
 
     @property
     def missing(self) -> int:
-        """Bytes that are missing of the next header or, if that is there, of its frame; never 0."""
+        """Bytes still to come of the next header or, once that has come, of its frame; never 0."""
         size = len(self._buffer)
         if size < FRAME_HEADER.size:
             return FRAME_HEADER.size - size
@@ -78,9 +78,9 @@ class HostFrames(FrameParser):
         return int(length) - size
 
     def receive_data(self, data: bytes) -> list[Frame]:
-        """Take bytes as they arrived and return the frames they complete; `fatal` is set if one is too long.
+        """Take bytes as they arrive, and return the frames they complete; sets `fatal` if one is too long.
 
-        That is known from its header: the agent does not wait for the rest.
+        The header alone shows that: the agent does not wait for the rest.
         """
         try:
             frames = super().receive_data(data)
@@ -101,37 +101,37 @@ class HostFrames(FrameParser):
 
 
 class StdinBuffer:
-    """What waits for one process to read it: `size` bytes, and whether end of file comes behind them."""
+    """Stdin that one process has yet to take: up to `size` bytes, and whether end of file follows them."""
 
     def __init__(self, size: int = STDIN_SIZE) -> None:
         self._size = size
         self._bytes = bytearray()
         self._ended = False
-        #: Bytes that did not fit, or came after the end.
+        #: Bytes that did not fit, or came after end of file.
         self.dropped = 0
 
     @property
     def is_over(self) -> bool:
-        """Whether the end has come, and everything before it has been written."""
+        """Whether end of file has come, and everything before it has been written."""
         return self._ended and not self._bytes
 
     def __len__(self) -> int:
         return len(self._bytes)
 
     def put(self, data: bytes) -> None:
-        """Keep as much of `data` as fits; the rest is lost, and nobody is told."""
+        """Keep as much of `data` as fits; the rest is silently dropped."""
         room = 0 if self._ended else self._size - len(self._bytes)
         self._bytes += data[:room]
         self.dropped += max(0, len(data) - room)
 
     def end(self) -> None:
-        """Let end of file follow what is there."""
+        """Take end of file."""
         self._ended = True
 
     def peek(self) -> bytes:
-        """Return what waits, or the beginning of it: as much as a pipe may take."""
+        """Return the beginning of what waits: as much as a pipe may take."""
         return bytes(self._bytes[:_PIPE_SIZE])
 
     def consume(self, size: int) -> None:
-        """Take `size` bytes away from the front: they have been written."""
+        """Remove `size` bytes from the front: they have been written."""
         del self._bytes[:size]

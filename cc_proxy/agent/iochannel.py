@@ -1,4 +1,4 @@
-"""The I/O channel as the agent serves it: frames to the processes' stdin, frames of what they put out."""
+"""The I/O channel as the agent serves it: frames to the processes' stdin, and frames of their output."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from cc_proxy.hyperstart.pacing import FIRST_MARKER, LOSSLESS, marked_stream
 
 _READ_SIZE = 64 * 1024
 _END_SIZE = 2 * FRAME_HEADER.size + 1
-#: Of what waits for a host that does not read, this much may be answers to what it sent.
+#: Bytes of answers that may wait for a host that does not read, besides output.
 _MOST_ANSWERS = 64 * 1024
 
 
 class IoChannel:
-    """One write buffer of 10,240 bytes for all processes, and where the host's frames go.
+    """One write buffer of 10,240 bytes for the output of all processes, and a route for the host's frames.
 
-    The real agent takes one frame a round, and answers a frame that nobody owns at once, or never if its
-    buffer has no room for that. With `lossless` frames are taken as they come. An answer is never left out.
-    A marker (docs/protocol.md, 4) comes back when the process it was sent for has taken its stdin. Nothing
-    more is read while one has more waiting than a host may send it at once.
+    The real agent takes one frame a round. It answers a frame that no process owns at once, or never if its
+    buffer is full. With `lossless`, all frames that have come are taken at once, and no answer is left out. A
+    marker (docs/protocol.md, 4) comes back when its process has taken its stdin. Nothing more is read while
+    more waits for any process than a host may send it at once.
     """
 
     def __init__(self, port: Port, processes: Processes, quirks: Quirks, *, lossless: bool) -> None:
@@ -38,9 +38,9 @@ class IoChannel:
         self._answers_to_drop = sys.maxsize if quirks.no_echo else quirks.drop_echoes
 
     def announce(self) -> None:
-        """Tell the host what an agent it has to do with; nothing to be told of one like the real one.
+        """Tell the host that the agent is lossless, if it is and there is room for that.
 
-        It is not told if there is no room: each marker that comes back tells it too.
+        Without room this is left out: each marker that comes back tells the host, too.
         """
         if self.lossless and self.room >= len(LOSSLESS):
             self.send(FIRST_MARKER, LOSSLESS)
@@ -54,7 +54,7 @@ class IoChannel:
 
     @property
     def is_awaited(self) -> bool:
-        """Whether somebody waits for room."""
+        """Whether anything waits for room."""
         return self._port.is_awaited
 
     def send(self, seq: int, payload: bytes) -> None:
@@ -62,22 +62,22 @@ class IoChannel:
         self._send(encode_frame(seq, payload))
 
     def send_end(self, seq: int, status: int) -> bool:
-        """Send what says that a process has ended; False if there is no room."""
+        """Send end of file and the exit status of a process; False if there is no room."""
         if self._free < _END_SIZE:
             return False
         self._send(encode_frame(seq) + encode_frame(seq, bytes([status])))
         return True
 
     def when_drained(self, callback: Callable[[], None]) -> None:
-        """Call back once, when all the room there can be is there."""
+        """Call back once, when the write buffer is empty."""
         self._port.when_drained(callback)
 
     def flush(self) -> None:
-        """Let the host have what waits for it now."""
+        """Send the host what waits for it now."""
         self._port.flush()
 
     def set_full(self, stdin: ProcessStdin, full: bool) -> None:
-        """Take note of whether more than enough waits for a process."""
+        """Note whether more waits for a process than a host may send it at once."""
         (self._full.add if full else self._full.discard)(stdin)
         self._set_reading()
 
@@ -94,12 +94,12 @@ class IoChannel:
     # What the port calls -----------------------------------------------------------------------------
 
     def connected(self) -> None:
-        """What waited goes out by itself. What the host before did not finish is nobody's."""
+        """Drop what the last host did not finish. Output that waited goes out by itself."""
         self._frames = HostFrames(self._frames.longest)
         self.announce()
 
     def disconnected(self) -> None:
-        """What waits is for the next host."""
+        """Keep what waits for the next host."""
 
     def readable(self) -> None:
         """Take what the host has sent. Raises `Panic` for a frame that is too long."""

@@ -1,4 +1,4 @@
-"""System calls that Python has no function for. All of them need root."""
+"""System calls that the standard library lacks. All of them need root."""
 
 import ctypes
 import fcntl
@@ -23,17 +23,17 @@ def mount(source: str, target: str, kind: str, flags: int = 0, options: str = ""
 
 
 def unmount(target: str) -> None:
-    """Take a file system, and those in it, out of the tree; it ends when nobody uses it. Raises `OSError`."""
+    """Detach a file system, and those mounted in it; it goes once nothing uses it. Raises `OSError`."""
     _check(_libc.umount2(target.encode(), _DETACH), target)
 
 
 def power_off() -> None:
-    """End the machine, at once. Raises `OSError`."""
+    """Power the machine off at once. Raises `OSError`."""
     _check(_libc.reboot(_POWER_OFF), "power off")
 
 
 def bring_up(interface: str) -> None:
-    """Have a network interface carry packets. Raises `OSError`."""
+    """Bring a network interface up. Raises `OSError`."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         name = interface.encode()
         _, flags = _IFREQ.unpack(fcntl.ioctl(sock, _SIOCGIFFLAGS, _IFREQ.pack(name, 0)))

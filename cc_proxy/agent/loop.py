@@ -10,19 +10,19 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
-#: What may be waited for. Hang-ups are always reported, also where nothing else is.
+#: Events to wait for. Hang-ups are always reported, even with `NOTHING_ELSE`.
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 HANG_UP = select.EPOLLHUP | select.EPOLLERR
 NOTHING_ELSE = 0
-#: With others: report again only after something has changed.
+#: Together with others: report again only after something has changed.
 ONCE = select.EPOLLET
 
 _WAKE_READ = 4096
 
 
 class Turn(IntEnum):
-    """When in a round something is served."""
+    """When in a round an fd is served."""
 
     COMMANDS = 0
     FRAMES = 1
@@ -37,20 +37,20 @@ class _Watched(NamedTuple):
 
 
 class Loop:
-    """Calls back what waits for fds and for moments. Only `stop` may be used by others than its thread.
+    """Calls back when fds are ready or time is up. Only `stop` may be called by any thread.
 
-    Like the real agent's it goes in rounds: all that is ready is served once, in the order of its turns.
+    Like the real agent's loop, it goes in rounds: everything ready is served once, in the order of its turns.
     """
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._watched: dict[int, _Watched] = {}
-        #: Watched since the last wait: what that has brought under this number was about another file.
+        #: Fds watched since the last wait. That wait's events on these numbers are about files closed since.
         self._new: set[int] = set()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
         self._stopping = False
-        #: Called when something has been written to `wakeup_fd`: for each signal, at least once for several.
+        #: Called after something has been written to `wakeup_fd`; perhaps once for several signals.
         self.on_wake: Callable[[], None] = lambda: None
         self._wake_reader, self.wakeup_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.watch(self._wake_reader, READ, self._woken, Turn.COMMANDS)
@@ -58,16 +58,16 @@ class Loop:
     # Any thread, and signal handlers -----------------------------------------------------------------
 
     def stop(self) -> None:
-        """Have `run` return. Not to be called any more once `close` has been."""
+        """Have `run` return. Must not be called after `close`."""
         self._stopping = True
-        # A full pipe wakes the loop as well as one byte more would.
+        # If the pipe is full, the loop wakes up without another byte.
         with contextlib.suppress(BlockingIOError):
             os.write(self.wakeup_fd, b"\0")
 
     # The loop's thread -------------------------------------------------------------------------------
 
     def watch(self, fd: int, events: int, callback: Callable[[int], None], turn: Turn) -> None:
-        """Call `callback` with what is ready, as long as anything is. Replaces what there was for `fd`."""
+        """Call `callback` with the events that are ready, again and again. Replaces what `fd` had before."""
         if fd in self._watched:
             self._epoll.modify(fd, events)
         else:
@@ -76,23 +76,23 @@ class Loop:
         self._watched[fd] = _Watched(turn, callback)
 
     def forget(self, fd: int) -> None:
-        """Watch `fd` no more; to be called before it is closed. No matter if it was not watched."""
+        """Stop watching `fd`; call this before it is closed. Does nothing if it is not watched."""
         if self._watched.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
-        """Call `callback` once, in so many seconds."""
+        """Call `callback` once, after this many seconds."""
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._count), callback))
 
     def run(self) -> None:
-        """Call back until `stop` is called. What a callback raises ends it, and comes out."""
+        """Call back until `stop` is called. What a callback raises ends it, and is raised from here."""
         while not self._stopping:
             timeout = self._run_timers()
             self._new.clear()
             self._serve(self._epoll.poll(timeout))
 
     def close(self) -> None:
-        """Close what the loop itself has open."""
+        """Close the loop's own fds."""
         self._epoll.close()
         os.close(self._wake_reader)
         os.close(self.wakeup_fd)
@@ -108,7 +108,7 @@ class Loop:
                 watched.callback(events)
 
     def _run_timers(self) -> float | None:
-        """Call what is due; returns the seconds until the next one is."""
+        """Call what is due; returns the seconds until the next timer; None if there is none."""
         while self._timers:
             left = self._timers[0][0] - time.monotonic()
             if left > 0:

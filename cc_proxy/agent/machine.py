@@ -1,25 +1,25 @@
-"""What a pod finds around it: this host, of which nothing is changed."""
+"""The machine that a pod runs on. Here it is this host, which stays unchanged."""
 
 from collections.abc import Sequence
 
 
 class ThisMachine:
-    """The host of an agent that stands in for a VM: a pod gets its files, its name, its users.
+    """The host of an agent that stands in for a VM: a pod gets its files, hostname and users.
 
-    `Guest` is the one that is a VM indeed.
+    A real VM is a `Guest`.
     """
 
     def start_pod(self, hostname: str, share: str) -> None:
-        """Prepare for a pod; `share` names the directory that the hypervisor shares with it, if it does."""
+        """Prepare for a pod; `share` names the directory that the hypervisor shares with it, "" for none."""
 
     def end_pod(self) -> None:
-        """There is no pod any more, and nothing that runs."""
+        """Clean up after a pod, none of whose containers is left."""
 
     def make_root(self, image: str, rootfs: str, volumes: Sequence[object]) -> str | None:
-        """Return the directory that a container has as its root; None if it has that of the agent.
+        """Return a container's root directory; None if that is the agent's.
 
-        `volumes` are directories of the host's that it wants mounted. Raises `CommandRefused`.
+        `volumes` are the host directories that it wants mounted. Raises `CommandRefused`.
         """
 
     def remove_root(self, root: str | None) -> None:
-        """The container whose root this was has gone."""
+        """Clean up a root directory that `make_root` returned. Its container has gone."""

@@ -13,10 +13,9 @@ _prctl = ctypes.CDLL(None).prctl
 
 
 class Orphans:
-    """What containers leave behind become this process's children, as they would a guest's init's.
+    """Inside the context, orphans become this process's children, as they become those of a guest's init.
 
-    Only for a process that is the agent's alone: every child it has is taken for one of the agent's.
-    Orphans are adopted inside the context.
+    Only for a process that has no children but the agent's: it takes every child for one of them.
     """
 
     def __enter__(self) -> Self:
@@ -27,11 +26,11 @@ class Orphans:
         _prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
     def reap(self, ours: Container[int]) -> None:
-        """Wait for orphans that have ended; not for `ours`, which somebody else waits for."""
+        """Wait for orphans that have ended; not for `ours`, which the agent waits for elsewhere."""
         with suppress(ChildProcessError):
             while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
                 if ended.si_pid in ours:
-                    break  # it hides those behind it
+                    break  # waitid would return it again and again, and never an orphan
                 os.waitpid(ended.si_pid, 0)
             else:
                 return
@@ -40,7 +39,7 @@ class Orphans:
                 os.waitpid(pid, os.WNOHANG)
 
     def kill(self) -> None:
-        """End all children, those that come to light by that as well, and wait for them."""
+        """End all children and wait for them, including those that are orphaned on the way."""
         while killed := [pid for pid in _children() if _kill(pid)]:
             for pid in killed:
                 os.waitpid(pid, 0)
@@ -49,17 +48,17 @@ class Orphans:
 def _kill(pid: int) -> bool:
     try:
         os.kill(pid, signal.SIGKILL)
-    except PermissionError:  # it has become somebody else: a setuid program
+    except PermissionError:  # a setuid program runs as another user
         return False
     return True
 
 
 def _children() -> Iterator[int]:
-    """Find the children in all processes: not every kernel has /proc/PID/task/TID/children."""
+    """Search all processes for children: not every kernel has /proc/PID/task/TID/children."""
     me = os.getpid()
     for name in filter(str.isdecimal, os.listdir("/proc")):
         with suppress(FileNotFoundError, ProcessLookupError):
             stat = Path("/proc", name, "stat").read_bytes()
-            # The command, in parentheses, may hold anything.
+            # The command, in parentheses, may contain anything.
             if int(stat.rpartition(b")")[2].split()[1]) == me:
                 yield int(name)

@@ -1,4 +1,4 @@
-"""The pod: what runs in the VM, and what each command makes of it."""
+"""The pod: what runs in the VM, and what each command does to it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from cc_proxy.agent.quirks import Quirks
 from cc_proxy.agent.spawn import spawn
 from cc_proxy.hyperstart.control import HEADER, MAX_MESSAGE
 
-#: What VERSION is answered with.
+#: The answer to VERSION.
 PROTOCOL_VERSION = 4242
-#: The exit status of what should have run in a container that is not there.
+#: The exit status of a process for a container that does not exist.
 NO_CONTAINER = 125
 
 _U32 = struct.Struct(">I")
@@ -35,17 +35,17 @@ class _Container:
     """A container lives as long as its first process does."""
 
     id: str
-    #: The directory that is its root; None for the agent's.
+    #: Its root directory; None for the agent's.
     root: str | None
     first: Process | None = None
-    #: What was started in it afterwards.
+    #: The processes started in it afterwards.
     others: set[Process] = field(default_factory=set)
 
 
 class Pod:
     """Carries out commands. At most one pod lives at a time; without one, nothing can be started.
 
-    `processes` is kept up to date: those that run.
+    It keeps `processes` up to date: those that run.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class Pod:
         self.on_finished: Callable[[], None] = lambda: None
 
     def carry_out(self, command: Command) -> bytes:
-        """Carry out a command; returns what its ACK carries.
+        """Carry out any command but `DestroyPod`; returns the payload of its ACK.
 
-        Raises `CommandRefused` for an ERROR, and nothing has changed then. `DestroyPod` is not for here.
+        Raises `CommandRefused` for an ERROR; nothing has changed then.
         """
         match command:
             case commands.StartPod():
@@ -81,18 +81,18 @@ class Pod:
             case commands.ReadFile():
                 return self._read_file(command)
             case commands.Version():
-                self._channel.announce()  # hosts ask for it when they find an agent that was up before
+                self._channel.announce()  # hosts send VERSION when they find an agent that is up already
                 return _U32.pack(PROTOCOL_VERSION)
         return b""
 
     def destroy(self, destroyed: Callable[[], None]) -> None:
-        """Ask everything that runs to end, and call `destroyed` when all of it has: that may be never."""
+        """Ask all processes to end, and call `destroyed` when all of them have, which may be never."""
         self._destroyed = destroyed
         _signal_all(self._processes, signal.SIGTERM)
         self._see_if_destroyed()
 
     def kill(self) -> None:
-        """End everything that runs at once, and say nothing of it."""
+        """End all processes at once, and report none of them."""
         for process in list(self._processes):
             process.kill()
             self._processes.remove(process)
@@ -128,7 +128,7 @@ class Pod:
         if container is not None:
             container.others.add(self._run(command.process, container))
         else:
-            # Not before the ACK.
+            # The ACK comes first.
             self._loop.call_later(0, lambda: self._report(command.process.stdio, NO_CONTAINER))
 
     def _kill(self, command: commands.KillContainer) -> None:
@@ -181,13 +181,13 @@ class Pod:
             self.on_finished()
 
     def _report(self, seq: int, status: int) -> None:
-        """Report the end of what never ran."""
+        """Report the end of a process that never ran."""
         if not self._channel.send_end(seq, status):
             self._channel.when_drained(lambda: self._report(seq, status))
 
     def _see_if_destroyed(self) -> None:
         if self._destroyed is not None and not self._processes:
-            self._channel.flush()  # ends are reported before the answer
+            self._channel.flush()  # the host learns of the ends before the answer
             self._destroyed()
 
     # Checks ------------------------------------------------------------------------------------------
@@ -203,14 +203,14 @@ class Pod:
 
 
 def _signal_all(processes: Iterable[Process], number: int) -> None:
-    """Send a signal to the groups of processes, as far as that is permitted."""
+    """Send a signal to the process groups of processes, as far as that is permitted."""
     for process in processes:
         with suppress(CommandRefused):
             process.signal(number, group=True)
 
 
 def _content(path: str) -> bytes:
-    """Return what is in a regular file: anything else could make the agent wait."""
+    """Return a regular file's content: reading any other file could block. Raises `OSError`, `ValueError`."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError("not a regular file")

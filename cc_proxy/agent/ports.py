@@ -1,4 +1,4 @@
-"""A serial port of the VM, seen from the guest: hosts come and go on the other side of it."""
+"""A serial port of the VM, seen from the guest: hosts come and go at its other end."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ _READ_SIZE = 64 * 1024
 
 
 class PortUser(Protocol):
-    """What a port calls. Any of it may call the port back."""
+    """What a port calls. All of these methods may call the port."""
 
     def connected(self) -> None:
-        """Called when a host has come, and everything that another one sent has been taken."""
+        """Called when a host has come, and everything that the last one sent has been taken."""
 
     def readable(self) -> None:
-        """Called while there is something to `Port.receive`, if only that the host has gone."""
+        """Called while there is something to `Port.receive`, if only the news that the host has gone."""
 
     def disconnected(self) -> None:
         """Called when the host has gone; what it sent before may still be `readable`."""
 
 
 class Port(ABC):
-    """Takes one host after the other.
+    """Serves one host after the other.
 
-    What is sent goes to the host that is there, or to the next: like the buffers of a virtio queue, a
-    message that was begun is not finished for another host.
+    What is sent goes to the host that is there, or to the next. As with the buffers of a virtio queue, the
+    rest of a message that one host has begun to read does not go to another.
     """
 
     def __init__(self, loop: Loop, turn: Turn) -> None:
         self._loop = loop
         self._turn = turn
         self._user: PortUser | None = None
-        #: What the host is read from and written to; None while there is none.
+        #: The fd to read from and write to the host; None while there is none.
         self._host: int | None = None
         self._events = NOTHING_ELSE
         self._reading = False
-        self._rest = b""  # of what the last host sent, and nobody has taken yet
+        self._rest = b""  # what the last host sent and nobody has taken yet
         self._waiting: list[Piece] = []
         self._until_drained: list[Callable[[], None]] = []
         #: Bytes that wait to be sent.
@@ -49,16 +49,16 @@ class Port(ABC):
 
     @property
     def connected(self) -> bool:
-        """Whether there is a host that takes what is sent."""
+        """Whether there is a host."""
         return self._host is not None
 
     @property
     def is_awaited(self) -> bool:
-        """Whether somebody waits for what is to be sent to be through (`when_drained`)."""
+        """Whether anything waits until everything has been sent (`when_drained`)."""
         return bool(self._until_drained)
 
     def serve(self, user: PortUser) -> None:
-        """Begin to take hosts, on behalf of `user`. Nothing is read before `set_reading`."""
+        """Begin to serve hosts, on behalf of `user`. Nothing is read before `set_reading`."""
         self._user = user
         self._await_host()
 
@@ -70,7 +70,7 @@ class Port(ABC):
             self._loop.call_later(0, self._take_rest)
 
     def receive(self, size: int) -> bytes:
-        """Return what the host has sent, `size` bytes at most; nothing if there is nothing, or no host."""
+        """Return at most `size` bytes of what the host has sent; empty if there are none, or no host."""
         if self._rest:
             data, self._rest = self._rest[:size], self._rest[size:]
             return data
@@ -87,7 +87,7 @@ class Port(ABC):
         return data
 
     def send(self, *messages: bytes) -> None:
-        """Send whole messages, as far as they go now; the rest waits."""
+        """Send whole messages as far as possible now; the rest waits."""
         self._waiting += messages
         self.flush()
 
@@ -97,7 +97,7 @@ class Port(ABC):
         self._settle()
 
     def flush(self) -> None:
-        """Send what waits, as far as it goes now."""
+        """Send what waits, as far as possible now."""
         if self._host is not None and self._waiting:
             try:
                 self._waiting = list(self._write(self._host, self._waiting))
@@ -106,7 +106,7 @@ class Port(ABC):
         self._settle()
 
     def when_drained(self, callback: Callable[[], None]) -> None:
-        """Call back once, when everything that waits has been sent or discarded: at once if nothing does."""
+        """Call back once everything that waits has been sent or discarded; at once if nothing waits."""
         self._until_drained.append(callback)
         self._settle()
 
@@ -117,9 +117,9 @@ class Port(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Hang up, and take no more hosts. No matter if that has been done."""
+        """Hang up, and serve no more hosts. May be called more than once."""
 
-    # What a kind of port has to do -------------------------------------------------------------------
+    # What each kind of port implements ---------------------------------------------------------------
 
     @abstractmethod
     def _await_host(self) -> None:
@@ -127,7 +127,7 @@ class Port(ABC):
 
     @abstractmethod
     def _read(self, host: int, size: int) -> bytes:
-        """Return what the host has sent, nothing if it has gone. Raises `OSError`."""
+        """Return what the host has sent; empty if it has gone. Raises `OSError`."""
 
     @abstractmethod
     def _write(self, host: int, pieces: Sequence[Piece]) -> Sequence[Piece]:
@@ -135,7 +135,7 @@ class Port(ABC):
 
     @abstractmethod
     def _hang_up(self) -> None:
-        """The host has gone, and everything it sent has been read."""
+        """Close the connection to a host that has gone. Everything it sent has been read."""
 
     # -------------------------------------------------------------------------------------------------
 
@@ -160,14 +160,14 @@ class Port(ABC):
         if events & HANG_UP:
             self._see_off()
             return
-        # What the host has sent is handled first, whether there is room for an answer or not.
+        # What the host has sent is handled first, even if there is no room for an answer.
         if events & READ and self._user is not None:
             self._user.readable()
         if events & WRITE:
             self.flush()
 
     def _see_off(self) -> None:
-        """The host has gone. What it sent before is as good as ever: it is read now, before another comes."""
+        """Handle a host that has gone. What it sent still counts, so read it before another host comes."""
         host = self._host
         if host is None:
             return
@@ -182,18 +182,18 @@ class Port(ABC):
         if self._user is not None:
             self._user.disconnected()
         self._settle()
-        # Not in the middle of what found out that the host has gone.
+        # Later, because the caller may be in the middle of reading or writing.
         self._loop.call_later(0, self._take_rest)
 
     def _take_rest(self) -> None:
-        """Have the last host's rest taken; then the next one may come."""
+        """Have what the last host sent taken; then the next one may come."""
         while self._rest and self._reading and self._user is not None:
             self._user.readable()
         if not self._rest and self._host is None:
             self._await_host()
 
     def _settle(self) -> None:
-        """See what follows from a change of what waits."""
+        """React to a change of what waits."""
         self.waiting_size = sum(map(len, self._waiting))
         self._watch_host()
         if self._until_drained and not self._waiting:
@@ -203,5 +203,5 @@ class Port(ABC):
 
 
 def _is_rest(piece: Piece) -> bool:
-    """Whether the beginning of a message is gone: what `cut` leaves of one is a view of it."""
+    """Whether the beginning of a message has been sent: `cut` leaves a view of its rest."""
     return isinstance(piece, memoryview) and len(piece) < memoryview(piece.obj).nbytes

@@ -18,14 +18,14 @@ from cc_proxy.agent.loop import READ, WRITE, Loop, Turn
 from cc_proxy.agent.spawn import Child, set_size
 from cc_proxy.hyperstart.pacing import LOSSLESS_WINDOW
 
-#: Seconds that the real agent takes for an answer (measured), and a process to load its program.
+#: Seconds that the real agent takes to answer (measured), and that a process takes to load its program.
 _ROUND_TRIP, _LOADING = 0.004, 0.1
 
 
 class FrameChannel(Protocol):
-    """What a process needs of the I/O channel."""
+    """What a process needs from the I/O channel."""
 
-    #: Whether nothing that the host sends may be lost.
+    #: Whether no stdin may be lost.
     lossless: bool
 
     @property
@@ -34,31 +34,31 @@ class FrameChannel(Protocol):
 
     @property
     def is_awaited(self) -> bool:
-        """Whether somebody waits for room."""
+        """Whether anything waits for room."""
 
     def send(self, seq: int, payload: bytes) -> None:
         """Send a frame for which there is room."""
 
     def send_end(self, seq: int, status: int) -> bool:
-        """Send what says that a process has ended; False if there is no room."""
+        """Send end of file and the exit status of a process; False if there is no room."""
 
     def when_drained(self, callback: Callable[[], None]) -> None:
-        """Call back once, when all the room there can be is there."""
+        """Call back once, when the write buffer is empty."""
 
     def announce(self) -> None:
-        """Tell the host whether stdin may be lost."""
+        """Tell the host that the agent is lossless, if it is."""
 
     def flush(self) -> None:
-        """Let the host have what waits for it now."""
+        """Send the host what waits for it now."""
 
     def set_full(self, stdin: ProcessStdin, full: bool) -> None:
-        """Called when more waits for a process than a host may send at once, and when that is over."""
+        """Note whether more waits for a process than a host may send it at once."""
 
 
 class ProcessStdin:
-    """The way into a process: what it does not take at once waits.
+    """A process's stdin. What the process does not take at once waits here.
 
-    The real agent keeps 512 bytes, and writes them in the round after they came.
+    The real agent keeps 512 bytes, and writes them in the round after they have come.
     """
 
     def __init__(self, loop: Loop, channel: FrameChannel, fd: int, terminal: bool) -> None:
@@ -85,7 +85,7 @@ class ProcessStdin:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether something waits that the process does not take now."""
+        """Whether something waits that the process cannot take now."""
         if self._fd is None or not self._buffer:
             return False
         poll = select.poll()
@@ -93,11 +93,11 @@ class ProcessStdin:
         return not poll.poll(0)
 
     def when_taken(self, marker: int, callback: Callable[[], None]) -> None:
-        """Call back once the process has taken all that waits, or never will: at once if nothing does.
+        """Call back once the process has taken all that waits, or never will; at once if nothing waits.
 
-        A marker that is sent again replaces the one before. The real agent waits for none. But it needs
-        milliseconds for an answer, and its hosts rely on that: here whoever begins by loading a large program
-        would lose its stdin.
+        A marker sent again replaces the first. The real agent does not wait. But its answer takes
+        milliseconds, which hosts rely on: after a faster one, a process that is still loading its program
+        would lose stdin. So this waits even without `lossless`, but not for long.
         """
         self._until_taken[marker] = callback
         self._settle()
@@ -106,7 +106,7 @@ class ProcessStdin:
             self._loop.call_later(patience, partial(self._give_up, marker))
 
     def close(self) -> None:
-        """Let the process see end of file, now."""
+        """Give the process end of file now."""
         if self._fd is not None:
             self._set_watched(False)
             os.close(self._fd)
@@ -114,7 +114,7 @@ class ProcessStdin:
         self._settle()
 
     def _drain(self, _events: int = 0) -> None:
-        """Let the process have as much as it takes now, and the rest when it takes more."""
+        """Write as much as the process takes now, and the rest when it takes more."""
         if self._fd is None:
             return
         waiting = self._buffer.peek()
@@ -123,7 +123,7 @@ class ProcessStdin:
                 self._buffer.consume(os.write(self._fd, waiting))
             except BlockingIOError:
                 pass
-            except OSError:  # it reads no more
+            except OSError:  # the process reads no more
                 self.close()
                 return
         if self._buffer.is_over:
@@ -138,7 +138,7 @@ class ProcessStdin:
             callback()
 
     def _settle(self) -> None:
-        """See what follows from a change of what waits."""
+        """React to a change of what waits."""
         size = 0 if self._fd is None else len(self._buffer)
         if self._channel.lossless and (size > LOSSLESS_WINDOW) != self._full:
             self._full = not self._full
@@ -161,9 +161,9 @@ class ProcessStdin:
 class Process:
     """A process from its start until its exit status is sent; then `on_gone` is called.
 
-    It has ended when its program has and nobody holds its output open any more. Until then it stays a
-    zombie, so that its process group is certain to be its own. The real agent notices the end of a program
-    only when it has nothing else to do.
+    It has ended when its program has ended and no process holds its output open any more. Until then it stays
+    a zombie, so that no other process group can get its id. The real agent notices the end of a program only
+    when it has nothing else to do.
     """
 
     def __init__(
@@ -184,13 +184,13 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """Its process id, which is also that of its session and process group."""
+        """Its process id, which is also the id of its session and process group."""
         return self._popen.pid
 
     def signal(self, number: int, *, group: bool = False) -> None:
         """Send a signal to it, or to its process group. Raises `CommandRefused` if that is not permitted."""
         if self._popen.returncode is not None:
-            return  # its number is anybody's now
+            return  # another process may have its pid now
         try:
             (os.killpg if group else os.kill)(self.pid, number)
         except OSError as error:
@@ -205,8 +205,8 @@ class Process:
                 set_size(fd, rows, columns)
 
     def kill(self) -> None:
-        """End it and its group at once; nothing of it is sent any more, and `on_gone` is not called."""
-        with contextlib.suppress(CommandRefused):  # it may have become somebody else, who is not waited for
+        """End it and its group at once; nothing more is sent for it, and `on_gone` is not called."""
+        with contextlib.suppress(CommandRefused):  # a setuid program may be out of reach: do not wait for it
             self.signal(signal.SIGKILL, group=True)
             self._popen.wait()
         self.stdin.close()
@@ -232,7 +232,7 @@ class Process:
             data = os.read(fd, room)
         except BlockingIOError:
             return
-        except OSError:  # EIO is how a terminal says that nobody has it open
+        except OSError:  # EIO from a terminal means that no process has it open
             data = b""
         if data:
             self._channel.send(self._outputs[fd], data)
@@ -251,7 +251,7 @@ class Process:
     def _end_if_over(self) -> None:
         if self._pidfd is not None or self._outputs:
             return
-        # A signal's number goes nowhere: who is killed by one has status 0.
+        # Like the real agent: a process that is killed by a signal has status 0.
         status = max(0, self._popen.wait())
         if not self._channel.send_end(self.seq, status):
             self._channel.when_drained(self._end_if_over)

@@ -10,20 +10,20 @@ if TYPE_CHECKING:
 
 
 class Processes:
-    """Those that run. Several may have the same seq: nobody keeps a host from asking for that.
+    """The processes that run. Several may have the same seq, if a host asks for that.
 
-    What they put out is mixed then, and what the host sends is the oldest one's.
+    Then their output is mixed, and what the host sends goes to the oldest of them.
     """
 
     def __init__(self) -> None:
         self._by_seq: dict[int, list[Process]] = {}
 
     def add(self, process: Process) -> None:
-        """A process has been started."""
+        """Add a process that has been started."""
         self._by_seq.setdefault(process.seq, []).append(process)
 
     def remove(self, process: Process) -> None:
-        """A process is gone."""
+        """Remove a process that has gone."""
         same = self._by_seq[process.seq]
         same.remove(process)
         if not same:

@@ -1,4 +1,4 @@
-"""The embedded agent as a program: `cc-proxyctl agent`."""
+"""The embedded agent as a program: `cc-proxyctl agent`, or the first process of a VM."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ EXIT_NO_SOCKET = 1
 EXIT_PANIC = 2
 EXIT_MISUSE = 2
 
-#: Characters; a command may name a program that is longer.
+#: In characters. Reasons quote the host, which may have sent any length.
 _LONGEST_REASON = 500
-#: Refusals that are told of at once, and in each second from then on.
+#: Refusals that are reported in one burst, and per second in the long run.
 _BURST, _PER_SECOND = 100, 2.0
 
 _STOPPING = frozenset({signal.SIGTERM, signal.SIGINT})
-# Popen gives these back to its children by itself.
+# Popen resets these in its children by itself.
 _IGNORED_BY_PYTHON = frozenset({signal.SIGPIPE, signal.SIGXFSZ})
 
 
@@ -44,10 +44,11 @@ def run_agent(
 ) -> int:
     """Be a VM with these two sockets until it powers off, or SIGTERM or SIGINT comes.
 
-    Returns the exit status: 0 after any of these; 1 if a socket cannot be had and 2 after a panic, with the
-    reason on stderr, where commands that are refused have theirs too. `on_listening` is called once both
-    sockets take connections. For `lossless` see `Agent`.
-    Takes the whole process for itself, its signals and its children: to be called in its main thread.
+    Returns the exit status: 0 after any of these; 1 if a socket cannot be had, and 2 after a panic, with the
+    reason on stderr. The reasons of refused commands go there too. `on_listening` is called once both sockets
+    take connections. For `lossless` see `Agent`.
+
+    Call it in the main thread of a process that does nothing else: it takes over all signals and children.
     """
     surroundings = Surroundings(orphans=Orphans(), on_refused=_Refusals())
     return _run(
@@ -58,7 +59,7 @@ def run_agent(
 
 
 def run_guest() -> int:
-    """Be the first process of a virtual machine, and its agent on its two ports; at the end power it off.
+    """Be the first process of a virtual machine and the agent on its two ports; power it off at the end.
 
     Returns only if it is not the first process: 2, with the reason on stderr.
     """
@@ -105,7 +106,7 @@ def _run(
 
 
 class _Refusals:
-    """Says why commands are refused, at a bounded rate: stderr may be a file, and on a small disk."""
+    """Reports why commands are refused, at a bounded rate: stderr may be a file on a small disk."""
 
     def __init__(self) -> None:
         self._bucket = TokenBucket(_BURST)
@@ -129,10 +130,10 @@ def _fail(reason: str, status: int) -> int:
 
 @contextmanager
 def _signals_for(agent: Agent) -> Iterator[None]:
-    """Have SIGTERM and SIGINT stop the agent, and nothing about signals be inherited by its processes.
+    """Have SIGTERM and SIGINT stop the agent, and have its processes start with default signal handling.
 
-    A signal with a handler is at its default again in a new program; one that is ignored would stay so, and
-    programs in the background are often started with SIGINT ignored.
+    exec resets signals that have a handler. Those that are ignored stay ignored, and background programs are
+    often started with SIGINT ignored. So ignored signals get an empty handler.
     """
 
     def stop(_number: int, _frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""A listening socket and its file: never somebody else's file, and never left behind."""
+"""A listening socket and its file. It never replaces a file in use, and leaves none behind."""
 
 import contextlib
 import os
@@ -7,15 +7,15 @@ import socket
 from cc_proxy.agent.errors import CannotListen
 from cc_proxy.linux.socketfile import MAX_SOCKET_PATH, Identity, identity, locked, remove_stale
 
-# One peer is served at a time; the others wait here, connected and never answered.
+# One peer is served at a time. The others wait here, connected but not answered.
 _BACKLOG = 16
 
 
 class SocketFile:
     """A listening, non-blocking AF_UNIX stream socket.
 
-    A file that a dead process left is replaced. Raises `CannotListen` if the path is too long or in use, or
-    cannot be had.
+    Replaces a socket that a dead process left. Raises `CannotListen` if the path is too long, in use, or not
+    available for another reason.
     """
 
     def __init__(self, path: str) -> None:
@@ -36,7 +36,7 @@ class SocketFile:
             raise
 
     def close(self) -> None:
-        """Close the socket and remove its file, if the file is still this socket's. No matter if done."""
+        """Close the socket, and remove its file if that is still its own. May be called more than once."""
         with contextlib.suppress(OSError):
             if identity(self.path) == self._identity:
                 os.unlink(self.path)

@@ -1,4 +1,4 @@
-"""A port as the hypervisor shows it to hosts: an AF_UNIX socket that serves one of them at a time."""
+"""A port as the hypervisor offers it to hosts: an AF_UNIX socket that serves one of them at a time."""
 
 import socket
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ from cc_proxy.agent.ports import Port
 from cc_proxy.agent.socketfile import SocketFile
 from cc_proxy.linux.fds import Piece, close_stream, send_pieces
 
-#: Seconds until a connection is tried to be taken again that the process has no fd left for.
+#: Seconds until the next try to accept a connection for which the process had no fd left.
 _ACCEPT_AGAIN = 0.1
 
 
 class SocketPort(Port):
-    """Listens at `path`. Hosts that connect while there is one wait, and nothing answers them.
+    """Listens at `path`. A host that connects while another is served waits, and gets no answer.
 
-    Raises `ListenError` if the socket cannot be had.
+    Raises `CannotListen` if the socket cannot be had.
     """
 
     def __init__(self, loop: Loop, path: str, turn: Turn) -> None:
@@ -24,7 +24,7 @@ class SocketPort(Port):
         self._peer: socket.socket | None = None
 
     def close(self) -> None:
-        """Hang up, and remove the socket. No matter if that has been done."""
+        """Hang up, and remove the socket. May be called more than once."""
         self._loop.forget(self._file.sock.fileno())
         if self._host is not None:
             self._loop.forget(self._host)

@@ -1,4 +1,4 @@
-"""Makes a process of this host out of what a command describes."""
+"""Starts the process that a command describes, on this host."""
 
 import fcntl
 import os
@@ -23,16 +23,16 @@ _LARGEST_LIMIT = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A process that has begun to run its program, and the agent's ends of what it is connected to.
+    """A process that has begun to run its program, and the agent's ends of its streams.
 
-    Whoever gets one closes the fds, all of them non-blocking, and waits for the process.
+    All fds are non-blocking. The caller of `spawn` owns them, and has to wait for the process.
     """
 
     popen: subprocess.Popen[bytes]
     #: Readable once the process has ended.
     pidfd: int
     stdin: int
-    #: The fds to read its output from, and the seqs that it goes to.
+    #: The fds to read its output from, each with the seq of its stream.
     outputs: dict[int, int]
     terminal: bool
 
@@ -40,7 +40,7 @@ class Child:
 def spawn(spec: ProcessSpec, root: str | None = None) -> Child:
     """Start a process in a session of its own, with `root` as its root directory if one is given.
 
-    Raises `MissingBinary`, or `CommandRefused` for whatever else stands in the way; no process is left then.
+    Raises `MissingBinary`, or `CommandRefused` for any other obstacle; no process is left then.
     """
     if not spec.args[0]:  # execvp would try directories of PATH
         raise MissingBinary("no program ''")
@@ -58,7 +58,7 @@ def spawn(spec: ProcessSpec, root: str | None = None) -> Child:
 
 
 def set_size(terminal: int, rows: int, columns: int) -> None:
-    """Set the size of a terminal; whoever runs in its foreground gets a SIGWINCH."""
+    """Set the size of a terminal; its foreground process group gets a SIGWINCH."""
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, _WINSIZE.pack(rows, columns, 0, 0))
 
 
@@ -71,28 +71,28 @@ class _Surroundings(NamedTuple):
 
 
 class _Fds:
-    """Makes the two ends of things: ours are closed unless they are kept, theirs are closed in any case."""
+    """Makes pipes and terminals. The child's ends are closed in any case, ours unless `keep` is called."""
 
     def __init__(self, ours: ExitStack, theirs: ExitStack) -> None:
         self._ours = ours
         self._theirs = theirs
 
     def output(self) -> tuple[int, int]:
-        """Return our end and theirs of a pipe that they write to."""
+        """Return our end and the child's of a pipe that the child writes to."""
         reader, writer = os.pipe()
         return self._own(reader, writer)
 
     def input(self) -> tuple[int, int]:
-        """Return our end and theirs of a pipe that they read from."""
+        """Return our end and the child's of a pipe that the child reads from."""
         reader, writer = os.pipe()
         return self._own(writer, reader)
 
     def terminal(self) -> tuple[int, int]:
-        """Return our end and theirs of a terminal."""
+        """Return our end and the child's of a terminal."""
         return self._own(*os.openpty())
 
     def duplicate(self, ours: int) -> int:
-        """Return another of our fds for the same thing."""
+        """Return a duplicate of one of our fds."""
         copy = os.dup(ours)
         self._ours.callback(os.close, copy)
         return copy
@@ -129,7 +129,7 @@ def _connected(spec: ProcessSpec, around: _Surroundings, fds: _Fds) -> Child:
         cwd=None if around.root else around.workdir,
         env=_environment(spec.envs, spec.terminal),
         start_new_session=True,
-        # Safe where the agent is a program of its own, with one thread; left out where it can be.
+        # Safe while the agent is a program of its own, with one thread; None if there is nothing to do.
         preexec_fn=_preparation(spec, around),  # noqa: PLW1509
     )
     pidfd = _pidfd(popen)
@@ -150,12 +150,12 @@ def _prepare_terminal(terminal: int, spec: ProcessSpec, credentials: Identity | 
     if spec.rows or spec.columns:
         set_size(terminal, spec.rows, spec.columns)
     if credentials is not None:
-        # It has to be able to open /dev/tty and its own /dev/pts entry.
+        # The process must be able to open its terminal by name.
         os.fchown(terminal, credentials.uid, -1)
 
 
 def _environment(envs: list[EnvVar], terminal: bool) -> dict[str, str]:
-    """Return what a process finds in its environment: little more than what the command gives it."""
+    """Return a process's environment: what the command gives it, and a few defaults."""
     base = {"PATH": _PATH, "HOME": "/"} | ({"TERM": "xterm"} if terminal else {})
     return base | {variable.env: variable.value for variable in envs}
 
@@ -163,7 +163,7 @@ def _environment(envs: list[EnvVar], terminal: bool) -> dict[str, str]:
 def _preparation(spec: ProcessSpec, around: _Surroundings) -> Callable[[], None] | None:
     """Return what the child does between fork and exec; None if it has nothing to do.
 
-    Limits come first: raising them is root's privilege, and so is changing the root directory.
+    The credentials come last: raising limits and changing the root directory are privileges of root.
     """
     steps = [_limit_setter(limit) for limit in spec.rlimits]
     if spec.terminal:
@@ -198,5 +198,5 @@ def _limit_setter(limit: Rlimit) -> Callable[[], None]:
 
 
 def _limit(value: int) -> int:
-    """Return a limit as Python has it: what is not limited is the largest number on the wire."""
+    """Return a limit in Python's terms: on the wire, a larger number than any limit means no limit."""
     return value if value <= _LARGEST_LIMIT else resource.RLIM_INFINITY

@@ -1,4 +1,4 @@
-"""A virtio-serial port, as a guest sees it: a character device, whose host may be there or not."""
+"""A virtio-serial port, as a guest sees it: a character device, with or without a host at its other end."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from cc_proxy.agent.loop import HANG_UP, ONCE, WRITE, Loop, Turn
 from cc_proxy.agent.ports import Port
 from cc_proxy.linux.fds import Piece, cut
 
-#: The kernel takes no more of one write. What was not read when a host goes is lost by the write.
+#: The most bytes that the kernel takes in one write. When a host goes, whole writes that it has not read are
+#: lost.
 _MOST_WRITTEN = 32 * 1024
-#: Seconds until the ports have to be there, and between two looks: the kernel finds them by and by.
+#: Seconds until the ports must exist, and between two looks: the kernel finds them one by one.
 _PATIENCE, _INTERVAL = 10.0, 0.01
 
 
@@ -44,10 +45,10 @@ def find_ports(
 
 
 class VirtioPort(Port):
-    """The port that is the device at `path`. Raises `CannotListen` if it cannot be had: it has one user only.
+    """The port with the device at `path`. Raises `CannotListen`, for one if another process has it open.
 
-    While no host is there it is always readable and hung up, so it is watched for changes only. A host that
-    goes and another that comes in one round of the loop are taken for one.
+    While there is no host, the device is always readable and hung up, so it is watched only for changes. If a
+    host goes and another comes in one round of the loop, they are taken for one.
     """
 
     def __init__(self, loop: Loop, path: str, turn: Turn) -> None:
@@ -58,7 +59,7 @@ class VirtioPort(Port):
             raise CannotListen(f"{path}: {error.strerror}") from None
 
     def close(self) -> None:
-        """Let go of the port. No matter if that has been done."""
+        """Close the device. May be called more than once."""
         fd, self._fd, self._host = self._fd, None, None
         if fd is not None:
             self._loop.forget(fd)
