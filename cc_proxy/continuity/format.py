@@ -28,6 +28,9 @@ AnyRecord = VmRecord | GoneVmRecord | SessionRecord | ConnectionRecord
 #: The fds that were left to this process, by their identities.
 Found = dict[Identity, int]
 
+#: What a record of the table has in place of an fd that was closed before its part was over.
+CLOSED = Fd(-1)
+
 T = TypeVar("T")
 
 
@@ -133,22 +136,26 @@ def check_version(data: bytes) -> None:
 
 
 def take_record(data: bytes, found: Found) -> AnyRecord:
-    """Return a record of the table, as `take` does."""
+    """Return a record of the table, as `take` does. Fds that are missing are `CLOSED`."""
     kind: Any = AnyRecord
-    record: AnyRecord = take(data, kind, found)
+    record: AnyRecord = take(data, kind, found, CLOSED)
     return record
 
 
-def take(data: bytes, kind: type[T], found: Found) -> T:
-    """Return what was encoded. The fds that it names are taken out of `found`. Raises `Unreadable`."""
+def take(data: bytes, kind: type[T], found: Found, missing: Fd | None = None) -> T:
+    """Return what was encoded. The fds that it names are taken out of `found`. Raises `Unreadable`.
+
+    It also raises that if an fd is missing, unless `missing` is to take its place.
+    """
 
     def decode_fd(kind: type[Any], value: Any) -> Any:
         if kind is not Fd:
             raise NotImplementedError(f"no format for {kind}")
-        try:
-            return Fd(found.pop(tuple(value)))
-        except KeyError:
-            raise ValueError("an fd is missing") from None
+        if (fd := found.pop(tuple(value), None)) is not None:
+            return Fd(fd)
+        if missing is None:
+            raise ValueError("an fd is missing")
+        return missing
 
     try:
         return msgspec.msgpack.decode(data, type=kind, dec_hook=decode_fd)

@@ -33,6 +33,7 @@ from cc_proxy.continuity.cells import (
     State,
 )
 from cc_proxy.continuity.format import (
+    CLOSED,
     AnyRecord,
     DaemonRecord,
     DaemonState,
@@ -94,7 +95,8 @@ def recover(table: Table, found: Found) -> tuple[DaemonState, Losses]:
     """
     check_version(table.daemon)
     daemon = take(table.daemon, DaemonRecord, found)
-    parts = [(entry, take_record(entry.record, found)) for entry in table.entries()]
+    everything = ((entry, take_record(entry.record, found)) for entry in table.entries())
+    parts = [(entry, record) for entry, record in everything if not _is_over(record)]
     losses = Losses()
     vms = _Vms(decode_settings(daemon.settings) or Settings(), losses)
     vms.recover(parts)
@@ -117,6 +119,11 @@ def recover(table: Table, found: Found) -> tuple[DaemonState, Losses]:
         ),
     )
     return state, losses
+
+
+def _is_over(record: AnyRecord) -> bool:
+    """Whether the process was killed as it ended this part, and had closed its fd already."""
+    return isinstance(record, SessionRecord | ConnectionRecord) and record.fd is CLOSED
 
 
 _Parts = Sequence[tuple[Entry, AnyRecord]]
@@ -155,7 +162,8 @@ class _Vms:
 
     def _recover(self, entry: Entry, record: VmRecord, sessions: list[SessionFacts]) -> None:
         state = State(entry.cell[AT_STATE] or State.STARTING.value)
-        if state in (State.UP, State.LEAVING):
+        is_open = CLOSED not in (record.control, record.io, record.memory)
+        if is_open and state in (State.UP, State.LEAVING):
             self._add(entry, self._up(entry, record, state, sessions), has_id=state is State.UP)
             return
         why = _HELLO if state is State.STARTING else _LOST
@@ -163,9 +171,9 @@ class _Vms:
             self._hang_up(fd, record.container_id, None, why)
         for facts in sessions:
             self._hang_up(facts.fd, record.container_id, facts.first_seq, why)
-        self._losses.unused.append(record.memory)
+        self._drop(record.memory)
         if state is not State.STARTING:
-            self._add(entry, _gone(record, why), has_id=True)
+            self._add(entry, _gone(record, why), has_id=state is not State.LEAVING)
 
     def _add(self, entry: Entry, state: VmState, *, has_id: bool) -> None:
         self.numbers[entry.number] = len(self.states)
@@ -198,7 +206,7 @@ class _Vms:
             peers=record.peers,
             boot=None,
             control=None if cause else _control(record.control, entry),
-            console=ConsoleState(record.console, b"", "") if record.console else None,
+            console=_console(record.console),
             channel=regained.state,
         )
 
@@ -209,12 +217,17 @@ class _Vms:
 
     def _note(self, record: VmRecord, regained: Regained) -> None:
         self._losses.gaps += [(record.container_id, gap) for gap in regained.gaps]
-        self._losses.unused.append(record.memory)
+        self._drop(record.memory)
         for facts, why in regained.hung_up:
             self._hang_up(facts.fd, record.container_id, facts.first_seq, why)
 
     def _hang_up(self, fd: Fd, vm: str, stream: int | None, why: str) -> None:
-        self._losses.hung_up.append((fd, {"vm": vm, "stream": stream, "reason": why}))
+        if fd is not CLOSED:
+            self._losses.hung_up.append((fd, {"vm": vm, "stream": stream, "reason": why}))
+
+    def _drop(self, fd: Fd) -> None:
+        if fd is not CLOSED:
+            self._losses.unused.append(fd)
 
 
 def _gone(record: VmRecord | GoneVmRecord, cause: str) -> VmState:
@@ -238,6 +251,10 @@ def _control(fd: Fd, entry: Entry) -> ControlState:
     parser = state_at(entry.cell[AT_RECEIVED])
     channel = ControlChannelState(parser=parser, outgoing=b"", quiz=None, ready=False, is_up=False)
     return ControlState(fd=fd, channel=channel, commands=[], requests=[])
+
+
+def _console(fd: Fd | None) -> ConsoleState | None:
+    return ConsoleState(fd, b"", "") if fd and fd is not CLOSED else None
 
 
 def _connections(parts: _Parts, vms: Mapping[int, int], losses: Losses) -> Iterable[ConnectionState]:

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -16,9 +17,11 @@ from typing import Any
 
 import pytest
 
+from cc_proxy.continuity.box import close_all
 from cc_proxy.continuity.cells import AT_STATE, FINISH_AT, State
+from cc_proxy.linux.fds import identity_of
 from tests.wire.crowded import crowd
-from tests.wire.daemon import ManagedDaemon, Wire, own_daemon
+from tests.wire.daemon import PATIENT, ManagedDaemon, Pod, Wire, own_daemon
 from tests.wire.successors import KILLED_AT_A_SEND
 from tests.wire.support import (
     OK,
@@ -28,6 +31,8 @@ from tests.wire.support import (
     at_end,
     error_of,
     frame,
+    hello_data,
+    listen_at,
     refused,
     request,
     wait_until,
@@ -193,6 +198,85 @@ def test_a_vm_that_was_being_lost_says_so(town: Wire) -> None:
     daemon_of(town).crash()
     pod.client.hyper("ping")
     assert "VM gone: it was lost" in error_of(pod.client.receive())
+
+
+def test_a_vm_that_was_being_lost_costs_no_other(town: Wire) -> None:
+    """Its channels are closed, and its client has not read what it sent. The box has been packed since."""
+    pod, other = town.pod(), town.pod()
+    stream = pod.open(1)
+    for _ in range(400):
+        pod.vm.io.sendall(frame(stream.base, bytes(10_000)))
+    wait_until(lambda: status(town)["spooled"] > 0, "it is spooled")
+    pod.vm.io.close()
+    wait_until(lambda: "VM lost" in town.daemon.log(), "it is lost")
+    have_packed(other)
+    daemon_of(town).crash()
+    other.vm.answer_questions()
+    assert other.pings()
+    pod.client.hyper("ping")
+    assert "VM gone: it was lost" in error_of(pod.client.receive())
+
+
+def test_a_vm_whose_console_has_hung_up_goes_on(tmp_sock_dir: Path) -> None:
+    logged = f'[log]\nlevel = "console"\n{PATIENT}'
+    with own_daemon(tmp_sock_dir, logged, start=ManagedDaemon, check=True) as town:
+        path = tmp_sock_dir / "console"
+        vm, client = town.vm(), town.client()
+        with closing(listen_at(path)) as listener:
+            client.send(request("hello", hello_data("c", vm) | {"console": str(path)}))
+            vm.accept()
+            listener.accept()[0].close()
+        vm.say(READY)
+        assert client.receive() == VERSIONED
+        pod = Pod("c", client, vm)
+        have_packed(pod)
+        daemon_of(town).crash()
+        vm.answer_questions()
+        assert pod.pings()
+
+
+@pytest.mark.parametrize("part", ["stream", "connection"])
+def test_killed_between_closing_an_fd_and_forgetting_it(town: Wire, part: str) -> None:
+    pod, daemon = town.pod(), daemon_of(town)
+    client = town.attached(pod)
+    stream = pod.open(1)
+    assert pod.pings(client)
+    daemon.die()
+    with closing(daemon.manager.box()) as box:
+        _, fds = box.look()
+        closed = next(fd for fd in fds if what_it_is(fd) == part)
+        box.drop(box.messages)
+        box.put({fd: identity_of(fd) for fd in fds if fd != closed})
+        close_all(fds)
+    daemon.start_again()
+    pod.vm.answer_questions()
+    if part == "stream":
+        assert stream.at_end()
+        assert pod.pings()
+        assert pod.pings(client)
+    else:
+        pod.vm.send_frame(stream.base, b"on")
+        assert stream.read_frame().payload == b"on"
+
+
+def what_it_is(fd: int) -> str:
+    """A stream or a connection of a client's, or neither."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+    try:
+        ours, theirs = sock.getsockname(), sock.getpeername()
+    except OSError:
+        return "neither"
+    finally:
+        sock.detach()
+    if theirs:
+        return "neither"
+    return "connection" if ours else "stream"
+
+
+def have_packed(pod: Pod) -> None:
+    """Have the box packed, as it is long before it has so many messages."""
+    for _ in range(300):
+        pod.client.allocate(1).close()
 
 
 def test_what_ended_before_is_not_found_again(town: Wire) -> None:
