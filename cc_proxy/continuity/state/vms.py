@@ -137,7 +137,8 @@ class VmRecord(Record, frozen=True, tag=1):
 class GoneVmRecord(Record, frozen=True, tag=2):
     """A VM that has gone without bye, and keeps its id.
 
-    `before` is the number of its slot while it was up, by which attached connections name it; 0 if it had none.
+    `before` is the number of its slot while it was up, by which attached connections name it; 0 if it had
+    none.
     """
 
     container_id: str
