@@ -1,1 +1,1 @@
-"""Virtual machines that cc-proxyctl starts: QEMU, with a guest whose first process is the agent."""
+"""VMs that cc-proxyctl starts under QEMU, with a guest whose first process is the agent."""

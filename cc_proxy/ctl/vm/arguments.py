@@ -1,4 +1,4 @@
-"""The options that say what kind of VM to start. No I/O."""
+"""The command line options that say what kind of VM to start. No I/O."""
 
 import argparse
 from argparse import ArgumentParser
@@ -13,7 +13,7 @@ _DEFAULTS = QemuSettings()
 
 
 def add_vm_settings(parser: ArgumentParser) -> None:
-    """Add one for each setting, and one for their file."""
+    """Add one option for each setting of a VM, and one for the file of settings."""
     group = parser.add_argument_group(f"VM options, each of which overrides a setting in {DEFAULT_FILE}")
     add = group.add_argument
     add(
@@ -51,7 +51,7 @@ def add_vm_settings(parser: ArgumentParser) -> None:
 
 
 def _count(most: int) -> Callable[[str], int]:
-    """Return a function that parses a number and refuses one over `most`."""
+    """Return a function that parses a number from 1 to `most`."""
 
     def parse(value: str) -> int:
         if not (value.isascii() and value.isdecimal() and 0 < int(value) <= most):

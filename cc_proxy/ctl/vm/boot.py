@@ -1,4 +1,4 @@
-"""A VM from the start of QEMU until its agent has opened both ports."""
+"""Booting a VM: from the start of QEMU until the guest's agent has opened both ports."""
 
 import select
 import sys
@@ -14,17 +14,17 @@ from cc_proxy.ctl.vm.qmp import Qmp
 
 #: Seconds between two looks at the clock.
 _TICK = 0.25
-#: How the agent's own lines begin.
+#: The agent's own lines on the console begin with this.
 _AGENT = "cc-proxy agent: "
 _OPTIONS = "are --memory, --cpus, --machine and --qemu-arg right?"
 _LOOK = "do --kernel and --image fit, and is --memory enough?"
 
 
 class QemuFailed(Failure):
-    """QEMU ended, but not because its guest did: its accelerator or one of its options is to blame."""
+    """QEMU ended, though its guest did not shut down: the accelerator or one of the options is to blame."""
 
     def __init__(self, complaint: str) -> None:
-        """`complaint` is what QEMU said, if it said anything."""
+        """`complaint` is what QEMU said; empty if it said nothing."""
         self.complaint = complaint or "it did not say why"
         super().__init__(f"QEMU failed: {self.complaint}", hint=_OPTIONS if complaint else "")
 
@@ -33,7 +33,7 @@ class BootWatch:
     """Waits for one VM to boot."""
 
     def __init__(self, machine: Machine, note: str, advice: str) -> None:
-        """`note` is said once the guest runs; `advice` is what to do if it is never ready."""
+        """`note` is said once the guest runs. `advice` says what to do if the guest is not ready in time."""
         self._machine = machine
         self._note = note
         self._advice = advice
@@ -42,7 +42,10 @@ class BootWatch:
         self._closed_ports = set(PORTS)
 
     def wait(self, seconds: float) -> None:
-        """Wait until the guest's agent has opened its ports. Raises `Failure`, also after `seconds`."""
+        """Wait until the guest's agent has opened its ports.
+
+        Raises `Failure` if the VM ends first, or if that takes more than `seconds`.
+        """
         try:
             qmp = Qmp(self._machine.qmp_path)
         except OSError:
@@ -82,7 +85,7 @@ class BootWatch:
                 self._shut_down = True
 
     def _ended(self) -> Failure:
-        """Return what to say of a VM that ended too early."""
+        """Return the failure to report for a VM that ended too early."""
         self._machine.wait_until_ended()
         if not self._shut_down:
             return QemuFailed(self._machine.complaint())
@@ -93,7 +96,7 @@ class BootWatch:
 
 
 class _Progress:
-    """A line on the terminal, if stderr is one, that is gone in the end."""
+    """A line on stderr, if that is a terminal. The end of the context erases it."""
 
     def __init__(self) -> None:
         self._shown = ""

@@ -1,4 +1,4 @@
-"""What a VM needs of this machine, looked for before anything is started."""
+"""Checks, before a VM is started, that this machine has what it needs."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from cc_proxy.ctl.vm.settings import QemuSettings
 
 _KVM = "/dev/kvm"
 
-#: What files begin with, and where: bzImage and ELF; cpio, plain or packed in a way that Linux knows.
+#: The magic bytes of files, and their offsets: bzImage and ELF; cpio, plain or compressed as Linux accepts.
 _KERNELS = {b"HdrS": 0x202, b"\x7fELF": 0}
 _ARCHIVES = {
     b"0707": 0,
@@ -32,7 +32,7 @@ _GET_KVM = f"load the module kvm_intel or kvm_amd, or {WITHOUT_KVM}"
 
 
 def check_files(settings: QemuSettings) -> None:
-    """Look for QEMU, kernel and image. Raises `Failure`, which says what to do."""
+    """Check that QEMU, the kernel and the image are there. Raises `Failure`, which says what to do."""
     if not shutil.which(settings.qemu):
         raise Failure(f"{settings.qemu}: no program that can be run", hint=_GET_QEMU)
     _check_file(settings.kernel, _KERNELS, "a Linux kernel", _GET_GUEST.format("kernel"))
@@ -50,7 +50,7 @@ def _check_file(path: str, marks: Mapping[bytes, int], kind: str, hint: str) -> 
 
 
 def no_kvm(settings: QemuSettings) -> str:
-    """Return why KVM cannot be used; nothing if it may be. Raises `Failure` if the settings insist on it."""
+    """Return why KVM cannot be used; empty if it can. Raises `Failure` instead if the settings require it."""
     try:
         os.close(os.open(_KVM, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:

@@ -1,30 +1,31 @@
-"""The command line of QEMU. No I/O."""
+"""QEMU's command line. No I/O."""
 
 from collections.abc import Mapping
 
 from cc_proxy.ctl.vm.settings import QemuSettings
 
-#: The sockets a VM has, as they are called in its directory, and QEMU's character devices. All but the
-#: console's are QEMU's own.
+#: The names of a VM's sockets in its directory, and of QEMU's character devices. QEMU listens on all of the
+#: sockets except the console's, on which the keeper does.
 CTL, IO, CONSOLE, QMP = SOCKETS = ("ctl", "io", "console", "qmp")
-#: The ports of the two channels: their ids, and their names in the guest.
+#: The virtio ports of the two channels: their ids, and their names in the guest.
 PORTS = {CTL: "sh.hyper.channel.0", IO: "sh.hyper.channel.1"}
 
-#: `microvm` is the leanest. Without KVM it has no clock that Linux can rely on: on a busy host it may hang.
+#: The machine for each accelerator. `microvm` is the leanest, but without KVM it has no clock that Linux can
+#: rely on, and may hang on a busy host.
 _MACHINES = {"kvm": "microvm", "tcg": "pc"}
 _OPTIONS = {"microvm": "microvm,acpi=on", "q35": "q35", "pc": "pc"}
 _NOTHING_ELSE = ("-nodefaults", "-no-user-config", "-display", "none")
-#: When the kernel panics the VM ends at once: by a triple fault, as `microvm` has no other way.
+#: The VM ends at once when the kernel panics. It does so by a triple fault: `microvm` has no other way.
 _KERNEL = "console=ttyS0 quiet panic=-1 reboot=t"
 
 
 def qemu_command(
     settings: QemuSettings, accelerator: str, listeners: Mapping[str, int], console: int
 ) -> list[str]:
-    """Return the command that starts a VM, which waits for `cont` before it boots.
+    """Return the command that starts a VM. The VM boots when it gets `cont` on QMP.
 
-    `listeners` are fds of sockets that listen, by the names in `SOCKETS`. What comes from the guest's
-    console goes to the fd `console`.
+    `listeners` are the fds of listening sockets, by the names in `SOCKETS`. The guest's console writes to the
+    fd `console`.
     """
     machine = _MACHINES[accelerator] if settings.machine == "auto" else settings.machine
     bus = "virtio-serial-device" if machine == "microvm" else "virtio-serial-pci"

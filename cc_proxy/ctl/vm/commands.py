@@ -1,4 +1,4 @@
-"""`vm`: VMs that stay."""
+"""`vm`: VMs that keep running after the command has ended."""
 
 import os
 from contextlib import ExitStack
@@ -12,18 +12,18 @@ from cc_proxy.ctl.pod import TemporaryPod
 from cc_proxy.ctl.requests import NewContainer, hyper_process
 from cc_proxy.ctl.signals import Signals
 from cc_proxy.ctl.stdio import show
-from cc_proxy.ctl.vm.directory import directory_of, end_owner, is_kept, is_owned, remove_stale
+from cc_proxy.ctl.vm.directory import directory_of, end_owner, is_owned, remove_stale, was_started
 from cc_proxy.ctl.vm.lifetime import virtual_machine
 from cc_proxy.ctl.vm.settings import choose
 
 Action = Literal["start", "stop"]
 
-#: A pod ends with its first process. This one only waits for a signal.
+#: The first process of the pod, which ends when this does. It only waits for a signal.
 _FIRST = ProcessOptions(("tail", "-f", "/dev/null"))
 
 
 def vm(asked: VmOptions) -> int:
-    """Start or stop a VM that stays when this command has ended."""
+    """Start or stop such a VM; returns the exit status."""
     return _start(asked) if asked.action == "start" else _stop(asked)
 
 
@@ -61,7 +61,7 @@ def _stop(asked: VmOptions) -> int:
             if not is_owned(directory):
                 raise
         else:
-            if not is_kept(directory):
+            if not was_started(directory):
                 hint = f"`cc-proxyctl bye {asked.container_id}` unregisters it"
                 raise Failure(f"{asked.container_id}: no VM that you have started with `vm start`", hint=hint)
             with TemporaryPod(asked.proxy, asked.container_id, signals) as pod:

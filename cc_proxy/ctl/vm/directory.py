@@ -1,4 +1,4 @@
-"""The private directory of a VM: one for each id of a user's, locked for as long as somebody owns the VM."""
+"""The private directory of a VM: one for each user and id, locked as long as a process owns the VM."""
 
 import fcntl
 import hashlib
@@ -19,19 +19,19 @@ from cc_proxy.linux.socketfile import locked
 _PREFIX = f"{DIRECTORY_PREFIX}vm-"
 _NAME_LENGTH = 12
 _OWNER = "owner"
-#: Seconds that an owner has to end its VM, more than it gives QEMU.
+#: Seconds that an owner has to end its VM: more than it gives QEMU.
 _PATIENCE = 10.0
 _NO_ROOM = "the directory named by TMPDIR, or else /run or XDG_RUNTIME_DIR, needs some room"
 
 
 class InUse(Exception):
-    """Somebody owns the VM with that id."""
+    """A process already owns the VM with that id."""
 
 
 class VmDirectory:
-    """A directory that this process has the lock of, as does a process that it passes `lock` to.
+    """A VM's directory, which this process has locked. A process that inherits the fd `lock` shares the lock.
 
-    `log` and `errors` are the paths of what the guest, and QEMU, say.
+    `log` is the path of the file with the guest's console, `errors` of that with QEMU's messages.
     """
 
     def __init__(self, path: str, lock: int, log: str) -> None:
@@ -46,7 +46,7 @@ class VmDirectory:
 
     @classmethod
     def make(cls, container_id: str) -> Self:
-        """Make the directory for a VM, and remove those that nobody owns any more.
+        """Make and lock the directory for a VM, and remove those that no process owns any longer.
 
         Raises `InUse`, or `Failure` if it cannot be made.
         """
@@ -63,7 +63,7 @@ class VmDirectory:
             raise _no_room(path, error) from None
 
     def listen(self) -> dict[str, socket.socket]:
-        """Return the sockets of the VM, by their names. Raises `Failure`, and then none is left open."""
+        """Return the listening sockets of the VM, by their names. Raises `Failure`; none stays open then."""
         listeners: dict[str, socket.socket] = {}
         try:
             for name in SOCKETS:
@@ -77,7 +77,7 @@ class VmDirectory:
         return listeners
 
     def leave_to(self, pid: int) -> None:
-        """Leave the lock to the process that it was passed to, and note which that is. Raises `Failure`."""
+        """Leave the lock to the process `pid`, which has inherited it, and note the pid. Raises `Failure`."""
         try:
             Path(self.path, _OWNER).write_text(f"{pid}\n")
         except OSError as error:
@@ -85,7 +85,7 @@ class VmDirectory:
         self._unlock()
 
     def remove(self) -> None:
-        """Remove it. No matter if that has been done."""
+        """Unlock and remove the directory, if it still exists."""
         self._unlock()
         shutil.rmtree(self.path, ignore_errors=True)
 
@@ -100,13 +100,13 @@ def _no_room(path: str, error: OSError) -> Failure:
 
 
 def directory_of(container_id: str) -> str:
-    """Return the path of the directory for an id, which may be long and have any characters."""
+    """Return the path of this user's directory for an id. It is a hash: an id may be long or contain `/`."""
     digest = hashlib.sha256(f"{os.geteuid()} {container_id}".encode()).hexdigest()
     return os.path.join(parent(), _PREFIX + digest[:_NAME_LENGTH])
 
 
 def is_owned(path: str) -> bool:
-    """Whether there is such a directory, and somebody owns its VM."""
+    """Whether the directory exists, and a process owns its VM."""
     try:
         os.close(_lock(path))
     except BlockingIOError:
@@ -116,19 +116,19 @@ def is_owned(path: str) -> bool:
     return False
 
 
-def is_kept(path: str) -> bool:
-    """Whether the VM of a directory was started to stay."""
+def was_started(path: str) -> bool:
+    """Whether cc-proxyctl has started the VM of a directory: the owner of such a VM is noted there."""
     return Path(path, _OWNER).exists()
 
 
 def end_owner(path: str) -> None:
-    """Have the owner of a VM end it, if there is one, and wait until nothing is left. Raises `Failure`."""
+    """If a VM has an owner, have it end the VM, and wait until it has. Raises `Failure`."""
     try:
         owner = os.pidfd_open(int(Path(path, _OWNER).read_text()))
     except (OSError, ValueError):
         return
     try:
-        # The pid may be another process's by now, but not while the owner holds the lock.
+        # The pid may have been reused by now, but not as long as the owner holds the lock.
         if is_owned(path):
             signal.pidfd_send_signal(owner, signal.SIGTERM)
             poll = select.poll()
@@ -140,7 +140,7 @@ def end_owner(path: str) -> None:
 
 
 def _lock(path: str) -> int:
-    """Lock a directory. Raises `BlockingIOError` if somebody has, `OSError`."""
+    """Lock a directory; returns the fd. Raises `BlockingIOError` if it is already locked, or an `OSError`."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,9 +151,9 @@ def _lock(path: str) -> int:
 
 
 def remove_stale() -> None:
-    """Remove what is left of VMs of this user's whose owner was killed, as was who had started it.
+    """Remove this user's directories that no process owns any longer, because their owners were killed.
 
-    Others that make directories meanwhile are locked out; `VmDirectory.make` does it itself.
+    The lock on the parent keeps `VmDirectory.make` from making one meanwhile that is not locked yet.
     """
     with locked(parent()):
         _remove_stale()

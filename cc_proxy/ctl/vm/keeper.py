@@ -1,11 +1,14 @@
-"""Owner of one QEMU, in a process of its own.
+"""The owner of one QEMU: a process of its own.
 
 keeper.py LIFE LOCK CONSOLE LISTENER LOG PASSED DIRECTORY COMMAND...
 
-QEMU ends with this process. This process ends when QEMU has, or when the peer of the socket LIFE goes away
-(which it may, once it has sent a byte), and removes DIRECTORY. The fd LOCK is kept open meanwhile. What comes
-from the fd CONSOLE goes to the file LOG, which stays short, and to whoever connects to the socket LISTENER.
-PASSED are the fds that QEMU gets, separated by commas. It runs as a file, without the package, to be small.
+COMMAND starts QEMU, which ends with this process. This process ends when QEMU has ended, or when the peer of
+the socket LIFE goes away without having sent a byte, and then removes DIRECTORY. Until then it keeps the fd
+LOCK open. What the guest writes to its console arrives on the fd CONSOLE, and goes to the file LOG, which
+stays short, and to the peer that connects to the socket LISTENER. PASSED are the fds for QEMU, separated by
+commas.
+
+It is run as a file, and imports nothing of the package, to stay small.
 """
 
 import ctypes
@@ -20,20 +23,20 @@ from contextlib import suppress
 from typing import BinaryIO
 
 _PR_SET_PDEATHSIG = 1
-#: Seconds that QEMU has to end by itself: it may have to write to disks.
+#: Seconds that QEMU has to end after SIGTERM: it may have to write to disks.
 _PATIENCE = 5.0
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-#: All that a pipe holds: when QEMU has ended, one read takes what it left.
+#: As much as a pipe holds: after QEMU has ended, a single read gets all that is left.
 _READ_SIZE = 64 * 1024
-#: Bytes of the log, about; then it begins anew. As many wait for somebody to connect.
+#: When the log exceeds this many bytes, it is emptied. As many bytes, the latest, are kept for the peer.
 _LONGEST_LOG = 64 * 1024
 
 
 class GuestConsole:
-    """What the guest says. The daemon connects only when the guest has booted, and is told all of it."""
+    """The guest's console. The daemon connects to it only after the guest has booted, and gets all of it."""
 
     def __init__(self, source: int, listener: int, log: BinaryIO) -> None:
-        """`source` is where it comes from."""
+        """`source` is the fd on which the console arrives, `listener` that of a listening socket."""
         self.source = source
         self.listener = socket.socket(fileno=listener)
         self._log = log
@@ -41,25 +44,25 @@ class GuestConsole:
         self._unsent = b""
 
     def copy(self) -> bool:
-        """Take what has come; returns whether more may come."""
+        """Read what has arrived, and pass it on; returns whether more may come."""
         data = os.read(self.source, _READ_SIZE)
         if os.fstat(self._log.fileno()).st_size > _LONGEST_LOG:
             self._log.truncate(0)
-        with suppress(OSError):  # no disk space: the log is a help, nothing more
+        with suppress(OSError):  # the disk is full: a VM does not depend on its log
             self._log.write(data)
         self._unsent = (self._unsent + data)[-_LONGEST_LOG:]
         self._send()
         return bool(data)
 
     def accept(self) -> None:
-        """Take the next peer. The one before has gone, or has to."""
+        """Accept a peer. It takes the place of the one before."""
         if self._peer:
             self._peer.close()
         self._peer, _ = self.listener.accept()
         self._send()
 
     def _send(self) -> None:
-        """Send as much as the peer takes now: the guest does not wait for it."""
+        """Send as much as the peer takes now. The guest never waits for the peer."""
         if self._peer is None:
             return
         try:
@@ -74,7 +77,7 @@ class GuestConsole:
 
 
 def main(life: int, console: GuestConsole, passed: list[int], directory: str, command: list[str]) -> None:
-    """Run QEMU until it ends or has to."""
+    """Run QEMU until it ends, or has to be ended; then remove the directory."""
     for number in _STOPPING:
         signal.signal(number, lambda *_: sys.exit())
     try:
@@ -105,7 +108,7 @@ def _start(command: list[str], passed: list[int]) -> "subprocess.Popen[bytes]":
 
 
 def _wait(life: int, qemu: "subprocess.Popen[bytes]", console: GuestConsole) -> None:
-    """Return when QEMU has ended, or LIFE has before anything was said there."""
+    """Return when QEMU has ended, or when LIFE's peer has gone without having sent a byte."""
     ended = os.pidfd_open(qemu.pid)
     poll = select.poll()
     for fd in (life, ended, console.source, console.listener):

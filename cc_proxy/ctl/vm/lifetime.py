@@ -1,4 +1,4 @@
-"""A VM for as long as a command needs it."""
+"""A VM that runs as long as a command needs it."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,10 +16,10 @@ _SLOWER = "the VM is emulated, which is slower"
 
 @contextmanager
 def virtual_machine(signals: Signals, settings: QemuSettings, container_id: str) -> Iterator[Machine]:
-    """Start a VM and wait until it has booted; it ends with the context, unless it is kept.
+    """Start a VM and wait until it has booted; it ends with the context, unless it is kept (`Machine.keep`).
 
-    Raises `Failure` if that does not work, `Interrupted` if a signal comes first. A `Failure` raised inside
-    gets to know why the VM has ended.
+    Raises `Failure` if it does not boot, `Interrupted` if a signal comes first. If a `Failure` is raised
+    inside and the VM has ended, the reason for that becomes the hint of the failure.
     """
     check_files(settings)
     reason = "" if settings.accelerator == "tcg" else no_kvm(settings)
@@ -33,7 +33,7 @@ def virtual_machine(signals: Signals, settings: QemuSettings, container_id: str)
                 raise
             if settings.accelerator == "kvm":
                 raise Failure(str(error), hint=WITHOUT_KVM) from None
-            # In a VM there may be a KVM that does not work.
+            # KVM may be there without working, for instance in a VM.
             note = f"KVM does not work ({error.complaint}): {_SLOWER}"
             machine = stack.enter_context(_booted(signals, settings, container_id, "tcg", note))
         try:
@@ -61,7 +61,7 @@ def _booted(
 
 
 def _advice(settings: QemuSettings, accelerator: str) -> str:
-    """Return what to do about a VM that hangs while it boots, where its kind makes that likely."""
+    """Return what to do if a VM hangs while it boots; empty if nothing makes a VM of this kind likely to."""
     if accelerator == "kvm":
         return f"{WITHOUT_KVM}; or wait longer: --boot-timeout"
     return "microvm may hang without KVM: --machine pc" if settings.machine == "microvm" else ""

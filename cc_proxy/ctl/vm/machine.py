@@ -1,4 +1,4 @@
-"""A VM, and the process that owns its QEMU."""
+"""A VM that has been started, and the process that owns its QEMU."""
 
 import os
 import select
@@ -17,41 +17,48 @@ from cc_proxy.ctl.vm.directory import VmDirectory
 from cc_proxy.ctl.vm.settings import QemuSettings
 from cc_proxy.ctl.vm.words import first_complaint, last_words, panic
 
-#: Seconds that the owner has to end, more than it gives QEMU.
+#: Seconds that the owner has to end: more than it gives QEMU.
 _PATIENCE = 10.0
-#: Seconds within which it is known that a VM that was lost has ended.
+#: Seconds to wait after a failure to see whether the VM has ended.
 _SOON = 1.0
-#: Bytes of what is read of a log: more than the console's has.
+#: The most bytes to read from a log: more than the console's has.
 _MOST_READ = 256 * 1024
 
 
 class Machine:
-    """A VM that has been started, by a process of its own (keeper.py). `end` has to be called. One thread."""
+    """A VM that has been started. A process of its own (keeper.py) owns it.
+
+    The caller must call `end`. One thread.
+    """
 
     def __init__(self, directory: VmDirectory, settings: QemuSettings, accelerator: str) -> None:
-        """Start it: it waits for QMP's `cont` then. Raises `Failure` or `OSError`; nothing is left then."""
+        """Start the VM, which then waits for QMP's `cont`.
+
+        `directory` is removed with the VM. Raises `Failure` or `OSError`; it is removed then, too.
+        """
         self.sockets = VmSockets(*map(directory.socket_path, (CTL, IO, CONSOLE)))
         self.qmp_path = directory.socket_path(QMP)
         self._directory = directory
         self._is_kept = False
         with ExitStack() as undo:
             undo.callback(directory.remove)
-            #: What the guest has said, or the end of that; and what QEMU has said.
+            #: What the guest has said, or only the end of it.
             self._console = undo.enter_context(open(directory.log, "w+b", 0))
+            #: What QEMU has said.
             self._errors = undo.enter_context(open(directory.errors, "w+b", 0))
-            #: At its end when the owner has ended, who ends when this is closed.
+            #: At end of file when the owner has ended. Closing it ends the owner, unless the VM is kept.
             self._life, owners_life = map(undo.enter_context, socket.socketpair())
             self._owner = _start_owner(directory, settings, accelerator, owners_life, self._errors)
             owners_life.close()
             undo.pop_all()
 
     def keep(self) -> None:
-        """Have it go on after `end`."""
+        """Let the VM run on after `end`."""
         self._life.send(b"\n")
         self._is_kept = True
 
     def end(self, signals: Signals) -> None:
-        """End it, and leave nothing of it, unless it is kept."""
+        """End the VM and remove its directory, unless it is kept."""
         for each in (self._console, self._errors, self._life):
             each.close()
         if self._is_kept:
@@ -66,21 +73,21 @@ class Machine:
         self._directory.remove()
 
     def wait_until_ended(self, seconds: float | None = None) -> bool:
-        """Wait until it has ended of itself; returns whether it has."""
+        """Wait until the VM has ended by itself, for `seconds` at most; returns whether it has."""
         poll = select.poll()
         poll.register(self._life, select.POLLIN)
         return bool(poll.poll(None if seconds is None else seconds * 1000))
 
     def complaint(self) -> str:
-        """Return what QEMU complains about; nothing if it does not."""
+        """Return what QEMU complains about; empty if it does not complain."""
         return first_complaint(_content(self._errors))
 
     def last_words(self) -> str:
-        """Return what the guest has said to the last."""
+        """Return the last thing that the guest said on its console."""
         return last_words(_content(self._console)) or "its console says nothing"
 
     def explain(self, failure: Failure) -> Failure:
-        """Return a failure whose hint is why the VM has ended, if it has and that is known."""
+        """Return `failure`. If the VM has ended and it is known why, the hint says so."""
         if failure.status == STATUS_FAILED and self.wait_until_ended(_SOON):
             why = self.complaint() or panic(_content(self._console))
             return Failure(str(failure), failure.status, why or failure.hint)
@@ -104,13 +111,13 @@ def _start_owner(
         command = qemu_command(settings, accelerator, fds, guests_console.fileno())
         arguments = (*map(str, own), directory.log, ",".join(map(str, passed)), directory.path)
         owner = subprocess.Popen(
-            # Without site, and without what the environment and the user's directory have.
+            # Python then runs without site, and imports nothing that the environment or the user provides.
             [sys.executable, "-I", "-S", keeper.__file__, *arguments, *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=errors,
             pass_fds=(*own, *passed),
-            # Neither Ctrl-C nor the end of a terminal is for a VM.
+            # Neither Ctrl-C nor a terminal's hang-up is meant for the VM.
             start_new_session=True,
         )
     try:

@@ -1,4 +1,4 @@
-"""QEMU's own control channel (QMP): a JSON object a line, in both directions."""
+"""QEMU's own control channel (QMP): one JSON object per line, in both directions."""
 
 import json
 import socket
@@ -8,13 +8,13 @@ _READ_SIZE = 64 * 1024
 
 
 class Qmp:
-    """A connection that reads without blocking. The peer is ours: its lines are not bounded."""
+    """A connection to QEMU that reads without blocking. QEMU is trusted: its lines may have any length."""
 
     def __init__(self, path: str) -> None:
         """Connect. Raises `OSError`."""
         self._sock = socket.socket(socket.AF_UNIX)
         self._rest = b""
-        #: Whether QEMU has closed it.
+        #: Whether QEMU has closed the connection.
         self.at_eof = False
         try:
             self._sock.connect(path)
@@ -23,7 +23,7 @@ class Qmp:
             raise
 
     def send(self, command: str) -> None:
-        """Send a command. One that QEMU does not get any more is as good as one that it has got."""
+        """Send a command. If QEMU has gone, only `at_eof` tells."""
         try:
             self._sock.send(json.dumps({"execute": command}).encode(), socket.MSG_NOSIGNAL)
         except OSError:
@@ -42,9 +42,9 @@ class Qmp:
         return [json.loads(line) for line in lines]
 
     def fileno(self) -> int:
-        """The socket's fd, to wait on."""
+        """Return the socket's fd, to wait on."""
         return self._sock.fileno()
 
     def close(self) -> None:
-        """Close the connection; QEMU takes the next one then."""
+        """Close the connection. QEMU then accepts another one."""
         self._sock.close()

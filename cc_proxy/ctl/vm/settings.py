@@ -1,6 +1,6 @@
-"""What a VM is made of: read from a TOML file, overridden by the command line.
+"""The settings of a VM: read from a TOML file, and overridden by the command line.
 
-Every setting has a default; conf/guest.toml says what each is for.
+Every setting has a default; conf/guest.toml says what each setting is for.
 """
 
 import os
@@ -21,15 +21,15 @@ Machine = Literal["auto", "microvm", "q35", "pc"]
 Accelerator = Literal["auto", "kvm", "tcg"]
 _CHOICES = {"machine": get_args(Machine), "accelerator": get_args(Accelerator)}
 
-#: Where the package cc-proxy-guest has them.
+#: Where the package cc-proxy-guest installs the kernel and the image.
 _GUEST = "/usr/lib/cc-proxy/guest"
-#: The most that there may be, in MiB.
+#: In MiB.
 MOST_MEMORY = 2**24
 MOST_CPUS = 1024
 
 
 class QemuSettings(SettingsTable, frozen=True):
-    """How QEMU is started."""
+    """How to start QEMU."""
 
     qemu: Path = "qemu-system-x86_64"
     machine: Machine = "auto"
@@ -41,16 +41,16 @@ class QemuSettings(SettingsTable, frozen=True):
     image: Path = f"{_GUEST}/initramfs"
     #: Added to the kernel's command line.
     append: Text = ""
-    #: Added to QEMU's.
+    #: Added to QEMU's command line.
     arguments: tuple[Text, ...] = ()
-    #: Seconds.
+    #: In seconds.
     boot_timeout: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
 
 
 def parse(text: str, source: str) -> QemuSettings:
     """Return the settings that a TOML text describes. Raises `SettingsError`, naming `source` and the key.
 
-    Paths of kernel and image are relative to where `source` is.
+    Relative paths of the kernel and the image start from the directory of `source`.
     """
     settings = settingsfile.decode(text, source, QemuSettings, _CHOICES)
     here = os.path.dirname(os.path.abspath(source))
@@ -59,7 +59,7 @@ def parse(text: str, source: str) -> QemuSettings:
 
 
 def load(path: str | None = None) -> QemuSettings:
-    """Read `path`, or the default file if that exists, or take the defaults.
+    """Return the settings in `path`, else those in the default file if it exists, else the defaults.
 
     Raises `SettingsError` if the file cannot be read or has a mistake.
     """
@@ -68,7 +68,7 @@ def load(path: str | None = None) -> QemuSettings:
 
 
 def choose(asked: GuestOptions) -> QemuSettings:
-    """Return the settings of the file, overridden by the command line. Raises `Failure`."""
+    """Return the settings from the file, overridden by the command line. Raises `Failure`."""
     try:
         return msgspec.structs.replace(load(asked.file), **asked.overrides)
     except SettingsError as error:
