@@ -1,1 +1,1 @@
-"""cc-proxy's benchmark: `python -m bench`. How to read what it prints is in README.md beside this file."""
+"""cc-proxy's benchmark: `python -m bench`. README.md, beside this file, says how to read the results."""

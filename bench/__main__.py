@@ -1,4 +1,4 @@
-"""`python -m bench`: measures cc-proxy against a plain relay, and shows what came out."""
+"""`python -m bench`: measures cc-proxy against a plain relay, and shows the results."""
 
 import argparse
 import signal
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Measure the proxy, with every byte checked, against a plain relay on the same machine.",
-        epilog="bench/README.md says how it is done and how to read it.",
+        epilog="bench/README.md says what is done and how to read the results.",
     )
     parser.add_argument(
         "--quick", action="store_true", help="three short rounds: half a minute, coarser figures"
@@ -49,15 +49,15 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--vm", action="store_true",
-        help="measure a real VM under QEMU in place of all that, with the proxy and without it",
+        help="instead, measure a real VM under QEMU, with the proxy and without it",
     )  # fmt: skip
     parser.add_argument(
         "--restart", action="store_true",
-        help="measure what clients see of a daemon that another process replaces, in place of all that",
+        help="instead, measure what clients notice when another process replaces the daemon",
     )  # fmt: skip
     parser.add_argument(
         "--service", action="store_true",
-        help="with --restart: of the service of this machine, with `systemctl restart`; needs root",
+        help="with --restart: restart this machine's service with `systemctl restart`; needs root",
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the rows and exit")
     parser.add_argument(
@@ -65,10 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--picture", type=Path, default=_DEFAULT_PICTURE, metavar="FILE",
-        help="a picture, SVG or PNG by its ending (default: %(default)s)",
+        help="a picture, SVG or PNG by its suffix (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--from", type=Path, dest="source", metavar="FILE", help="measure nothing, show a JSON FILE"
+        "--from", type=Path, dest="source", metavar="FILE", help="measure nothing, show an older JSON FILE"
     )
     return parser
 
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure_vm(options: argparse.Namespace, console: Console) -> None:
-    from bench import guest  # noqa: PLC0415 - it needs what no other benchmark does
+    from bench import guest  # noqa: PLC0415 - no other benchmark needs what it imports
 
     guest.main(options.rounds or 3, options.picture, console)
 
@@ -113,7 +113,7 @@ def _measure_restarts(options: argparse.Namespace, console: Console) -> None:
 
 
 def _show(results: Results, options: argparse.Namespace, console: Console) -> None:
-    # The files first: a terminal that has gone away shall not cost a run of minutes.
+    # The files first: if the terminal has gone away, a run of minutes must not be lost.
     if not options.source:
         results.save(options.json)
     picture.draw(results, options.picture)
@@ -122,7 +122,7 @@ def _show(results: Results, options: argparse.Namespace, console: Console) -> No
 
 
 def _measure(rows: list[Row], options: argparse.Namespace, console: Console) -> Results:
-    """Measure. Raises `BenchError`, with what the daemons have complained about."""
+    """Measure the rows. Raises `BenchError`, with the complaints that the daemons have logged."""
     rounds = options.rounds or (3 if options.quick else 5)
     seconds = 0.06 if options.quick else 0.25
     for number in _INTERRUPTS:
@@ -143,7 +143,7 @@ def _measure(rows: list[Row], options: argparse.Namespace, console: Console) -> 
 
 
 def _progress(console: Console) -> Progress:
-    # Drawn between measurements only: a bar that moves by itself would take CPU from what is measured.
+    # Drawn only between measurements: a bar that moves by itself would take CPU from what is measured.
     return Progress(
         BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.description:<32}"),
         TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(),
@@ -152,7 +152,7 @@ def _progress(console: Console) -> Progress:
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    # Once is enough: the end of everything that was started must not be interrupted in turn.
+    # Only once: nothing may interrupt the end of all the processes that were started.
     for number in _INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

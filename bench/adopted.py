@@ -1,4 +1,4 @@
-"""Processes whose own parents have ended: a daemon that another one has started to go on in its place."""
+"""Processes whose parents have ended, such as a daemon that the one before has started as its successor."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 @contextmanager
 def adopting_orphans() -> Iterator[set[int]]:
-    """Become the parent of processes whose own ends meanwhile. Yields their pids, complete at the end."""
+    """Become the parent of descendants whose own parents end; yields the set of their pids, filled last."""
     prctl = ctypes.CDLL(None).prctl
     before = set(children())
     orphans: set[int] = set()
@@ -28,18 +28,18 @@ def adopting_orphans() -> Iterator[set[int]]:
 
 
 def children() -> Iterator[int]:
-    """The children of this process, and its zombies."""
+    """Yield the pids of this process's children, including zombies."""
     # From each process's stat: not every kernel has /proc/PID/task/TID/children.
     for entry in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
-            # The command, in parentheses, may hold blanks and parentheses of its own.
+        with suppress(FileNotFoundError, ProcessLookupError):  # the process has just ended
+            # The command's name, in parentheses, may contain blanks and parentheses.
             _state, parent, *_ = entry.read_text(errors="replace").rpartition(")")[2].split()
             if int(parent) == os.getpid():
                 yield int(entry.parent.name)
 
 
 def reap(pids: set[int], timeout: float) -> None:
-    """Wait for the end of children that are about to end. Raises `TimeoutError` if one does not."""
+    """Wait until children that are about to end have ended. Raises `TimeoutError` if one does not end."""
     for pid in pids:
         try:
             Adopted(pid).wait(timeout)
@@ -49,7 +49,7 @@ def reap(pids: set[int], timeout: float) -> None:
 
 
 class Adopted:
-    """A process that was started by another one, as if it were a `subprocess.Popen`."""
+    """A process that another one has started, with the interface of `subprocess.Popen`."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid

@@ -1,8 +1,7 @@
 """A user who wants all of a daemon: `python -m bench.attack SOCKET UID HABIT CONNECTIONS DIRECTORY`.
 
-Until killed. Some habits take VMs (`bench.hostile_vms`), whose sockets go into the directory.
-
-`bench.hostile` measures what that costs others.
+It runs until it is killed. Some habits need VMs (`bench.hostile_vms`), whose sockets go into the directory.
+`bench.hostile` measures what an attack costs other users.
 """
 
 import os
@@ -19,7 +18,7 @@ from cc_proxy.api import Attach, Hello, Request
 from cc_proxy.api.messages import HEADER, MAX_TEXT, encode
 
 _READ_SIZE = 64 * 1024
-#: Small enough to be sent in a piece, and many a socket's fill.
+#: Requests that are sent at once, few enough to fit into a socket's buffer; and connections per turn.
 _ROUND = 64
 
 
@@ -47,15 +46,15 @@ HABITS: dict[str, bytes] = {
     "churn": _ATTACH,
     "dribble": _LONG,
 }
-#: Habits of which that is sent once, and those of them that hang up then.
+#: Habits that send it only once on each connection, and those of them that then hang up.
 _ONCE = frozenset({"halves", "nonsense", "churn"})
 _HANGS_UP = frozenset({"churn"})
-#: Bytes that are sent at once.
+#: Bytes that are sent at once, where it is not everything.
 _PIECE = {"dribble": 1}
 
 
 class Attacker:
-    """One connection, which is made again whenever the daemon closes it."""
+    """One connection, which connects again whenever the daemon closes it."""
 
     def __init__(self, path: str, habit: str, epoll: select.epoll) -> None:
         self._path = path
@@ -72,7 +71,7 @@ class Attacker:
         sock.setblocking(False)
         try:
             sock.connect(self._path)
-        except OSError:  # its backlog is full, or this process's fds are
+        except OSError:  # the daemon's backlog is full, or this process is out of fds
             sock.close()
             return False
         self.sock = sock
@@ -81,7 +80,7 @@ class Attacker:
         return True
 
     def go_on(self, events: int) -> bool:
-        """Send and receive what is possible; False if the daemon has had enough."""
+        """Send and receive what is possible; returns False if the connection is over."""
         assert self.sock
         try:
             if events & select.EPOLLIN and (not self.sock.recv(_READ_SIZE) or self._hangs_up):
@@ -110,7 +109,7 @@ class Attacker:
 
 
 def attack(path: str, habit: str, connections: int) -> None:
-    """Have so many connections, each of which does what the habit says, or `all` of them in turn."""
+    """Keep `connections` connections busy with a habit; if it is `all`, they take all habits in turn."""
     epoll = select.epoll()
     names = list(HABITS) if habit == "all" else [habit]
     idle = [Attacker(path, names[number % len(names)], epoll) for number in range(connections)]
@@ -132,7 +131,7 @@ def attack(path: str, habit: str, connections: int) -> None:
 def main(path: str, uid: int, habit: str, connections: int, directory: str) -> None:
     parent = os.getppid()
     busy = starving.keep_busy(uid) if habit == starving.HABIT else set()
-    # How the host shares its CPUs among users is not what is measured.
+    # What is measured is the daemon, and not how the host shares its CPUs among users.
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     os.setgroups([])
     os.setresgid(uid, uid, uid)

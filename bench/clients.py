@@ -1,4 +1,4 @@
-"""The clients: a process that plays all of them."""
+"""The clients: one process plays all of them."""
 
 import os
 import socket
@@ -17,10 +17,10 @@ from cc_proxy.api import Attach, Client, Hyper, Payload, Request, Response, enco
 from cc_proxy.api.messages import encode
 
 _ECHO_PAYLOAD = 64
-#: Seconds of round trips before those that count.
+#: Seconds of round trips that do not count, before those that do.
 _WARM_UP = 0.03
 _TIMEOUT = 30.0
-#: Seconds between two echoes that go on while other things are done: a client that types fast, and no load.
+#: Seconds between two rounds of echoes in `echo_on`: like a client that types fast, and hardly any load.
 _BETWEEN_ECHOES = 0.002
 
 _VERSIONED = encode(Response(success=True, data=msgspec.Raw(b'{"version":1}')))
@@ -28,25 +28,25 @@ _DONE = encode(Response(success=True))
 
 
 class Clients(Generator):
-    """The clients' ends of their I/O fds are `ends`. Orders are the public methods."""
+    """`ends` are the clients' ends of their I/O fds. The public methods are orders (`bench.worker`)."""
 
     def __init__(self) -> None:
         super().__init__()
         self._proxy = ""
         self._registered: list[str] = []
         self._clients: list[Client] = []
-        # The same connections as sockets, for what has to be quick.
+        # The same connections as sockets, for what is timed.
         self._sockets: list[socket.socket] = []
 
     def hello(self, proxy: str, vms: dict[str, list[str]]) -> None:
-        """Register VMs, by container, over a connection each."""
+        """Register VMs, each over a connection of its own. `vms` has their sockets, by container id."""
         self._proxy = proxy
         for container, (control, io) in vms.items():
             self._connect().hello(container, control, io)
             self._registered.append(container)
 
     def attach(self, proxy: str, containers: list[str], connections: int) -> None:
-        """Attach so many connections, to each container in turn."""
+        """Attach this many connections, taking the containers in turn."""
         self._proxy = proxy
         for number in range(connections):
             self._connect().attach(containers[number % len(containers)])
@@ -54,7 +54,7 @@ class Clients(Generator):
     def allocate(self, vms: int) -> list[list[int]]:
         """Allocate a stream for each connection that `attach` made, and start a process on it.
 
-        Returns the streams of each VM. Meanwhile `Vms.start` has to acknowledge.
+        Returns the streams of each VM. `Vms.start` must acknowledge the commands meanwhile.
         """
         streams: list[list[int]] = [[] for _ in range(vms)]
         for number, client in enumerate(self._clients[len(self._registered) :]):
@@ -74,7 +74,7 @@ class Clients(Generator):
             self.ends.append(End(sock, vm, tuple(seqs)))
 
     def echo(self, seconds: float) -> dict[str, float]:
-        """Time echoes of one frame over the first end, then send end of file."""
+        """Time echoes of one frame over the first end, then send end of file; returns `latencies`."""
         end = self.ends[0]
         sock = make_blocking(end.sock)
         seq = end.seqs[0]
@@ -91,9 +91,9 @@ class Clients(Generator):
         return found
 
     def echo_on(self, echoes: int, until: str) -> list[tuple[float, list[float]]]:
-        """Have a frame go round over each of the first ends, again and again, until there is a file `until`.
+        """Send rounds of echoes over the first `echoes` ends, until the file `until` exists.
 
-        Returns for each time when that began (`time.monotonic`), and the seconds that each frame took.
+        Returns for each round when it began (`time.monotonic`), and the seconds that each echo took.
         """
         ends = [(make_blocking(end.sock), end) for end in self.ends[:echoes]]
         found = []
@@ -123,14 +123,14 @@ class Clients(Generator):
         return _timed(lambda: _round_trip(self._sockets[-1], question, _VERSIONED), seconds)
 
     def time_ping(self, seconds: float) -> dict[str, float]:
-        """Time pings, and end them with another command."""
+        """Time pings. Another command then tells the VM that they are over."""
         question = _request(Hyper("ping"))
         found = _timed(lambda: _round_trip(self._sockets[-1], question, _DONE), seconds)
         _round_trip(self._sockets[-1], _request(Hyper("version")), _DONE)
         return found
 
     def time_hop(self, path: str, container: str, seconds: float) -> dict[str, float]:
-        """Time what an attach takes if all the other side does is to send it back."""
+        """Time what an attach takes if the other side only sends it back."""
         question = _request(Attach(container))
         with _connected(path) as sock:
             found = _timed(lambda: _round_trip(sock, question, question), seconds)
@@ -138,19 +138,19 @@ class Clients(Generator):
         return found
 
     def time_connections(self, container: str, seconds: float) -> dict[str, float]:
-        """Time connect, attach and close."""
+        """Time each connect, attach and close."""
         question = _request(Attach(container))
         return _timed(lambda: _connection(self._proxy, question, _VERSIONED), seconds)
 
     def time_hop_connections(self, path: str, container: str, seconds: float) -> dict[str, float]:
-        """Time connect, one hop and close."""
+        """Time each connect, hop and close."""
         question = _request(Attach(container))
         found = _timed(lambda: _connection(path, question, question), seconds)
         _connected(path).close()
         return found
 
     def close(self) -> None:
-        """Unregister what was registered, and hang up."""
+        """Unregister the VMs, and hang up."""
         for client, container in zip(self._clients, self._registered, strict=False):
             client.bye(container)
         self.close_ends()
@@ -179,7 +179,7 @@ def _request(payload: Payload) -> bytes:
 
 
 def _timed(once: Callable[[], int], seconds: float) -> dict[str, float]:
-    """Call `once` for so long; returns what the nanoseconds it gives come down to."""
+    """Call `once` again and again for `seconds`; returns `latencies` of the nanoseconds that it returns."""
     warm = time.monotonic() + _WARM_UP
     while time.monotonic() < warm:
         once()
@@ -191,7 +191,7 @@ def _timed(once: Callable[[], int], seconds: float) -> dict[str, float]:
 
 
 def _round_trip(sock: socket.socket, question: bytes, answer: bytes) -> int:
-    """Return the nanoseconds until the answer was there."""
+    """Send a question; returns the nanoseconds until the whole answer was there."""
     begun = time.perf_counter_ns()
     sock.sendall(question)
     found = receive_some(sock)
@@ -204,7 +204,7 @@ def _round_trip(sock: socket.socket, question: bytes, answer: bytes) -> int:
 
 
 def _come_back(sock: socket.socket, frame: bytes) -> float:
-    """Return when a frame has come back."""
+    """Wait until a frame has come back; returns when it had (`time.monotonic`)."""
     found = receive_some(sock)
     while len(found) < len(frame):
         found += receive_some(sock)

@@ -1,4 +1,4 @@
-"""What many single figures come down to. Pure."""
+"""Summaries of many figures. Pure."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -9,7 +9,7 @@ _PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """Several figures of the same thing."""
+    """The median and the range of several figures of the same thing."""
 
     median: float
     least: float
@@ -21,13 +21,13 @@ def spread(figures: Sequence[float]) -> Spread:
 
 
 def percentile(ordered: Sequence[int], share: float) -> int:
-    """Return the least of some ordered samples that is not exceeded by such a share of them."""
+    """Return the least of the ordered samples that at least this share of them does not exceed."""
     rank = -(-len(ordered) * round(share * 1000) // 1000)
     return ordered[max(0, rank - 1)]
 
 
 def latencies(nanoseconds: Sequence[int]) -> dict[str, float]:
-    """Return the percentiles of round trips in microseconds, their count, and how many there are a second."""
+    """Return the percentiles of round trips in microseconds, their count, and their rate per second."""
     ordered = sorted(nanoseconds)
     found: dict[str, float] = {
         name: percentile(ordered, share) / 1000 for name, share in _PERCENTILES.items()

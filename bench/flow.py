@@ -1,4 +1,4 @@
-"""Bytes through sockets as fast as they go, from one process: what both kinds of generators share."""
+"""Moves bytes through sockets as fast as it can: what the generators of both sides share."""
 
 import select
 import socket
@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from bench.streams import BUFFER_SIZE, StreamCheck, WrongBytesError, cycle_of, repeated
 from cc_proxy.api.transport import limit_receive, limit_send
 
-#: Seconds without a byte after which the other side is given up.
+#: After this many seconds without a byte, the other side is given up.
 PATIENCE = 20.0
 
 
 class StalledError(Exception):
-    """Nothing has moved for `PATIENCE` seconds, or the other side has hung up."""
+    """No byte has moved for `PATIENCE` seconds, or the other side has hung up."""
 
 
 @dataclass
 class End:
-    """One end of a connection that carries frames, and whose frames those are."""
+    """One end of a connection that carries frames, with the VM and the streams whose frames they are."""
 
     sock: socket.socket
     vm: int
@@ -33,17 +33,17 @@ class End:
 
 @dataclass
 class Generator:
-    """One side of a flow: its ends, and the cycle of frames that each of them sends or expects."""
+    """One side of a flow: its ends, and for each of them the cycle of frames that it sends or expects."""
 
     ends: list[End] = field(default_factory=list)
     _cycles: list[bytes] = field(default_factory=list)
 
     def prepare(self, payload: int, frames: int) -> None:
-        """Make the cycles, so that no time is lost with that when time counts."""
+        """Make the cycles in advance, so that this is no part of the time that is measured."""
         self._cycles = [cycle_of(end.vm, end.seqs, payload, frames) for end in self.ends]
 
     def send(self, cycles: int) -> float:
-        """Send every end's cycle so many times; returns when that began."""
+        """Send the cycle of every end `cycles` times; returns when that began (`time.monotonic`)."""
         begun = time.monotonic()
         outlets = [_Outlet(end, cycle, cycles) for end, cycle in zip(self.ends, self._cycles, strict=True)]
         with select.epoll() as epoll:
@@ -63,7 +63,7 @@ class Generator:
         return begun
 
     def receive(self, cycles: int) -> float:
-        """Receive every end's cycle so many times and nothing else; returns when that was done."""
+        """Receive the cycle of every end `cycles` times, and nothing else; returns when that was done."""
         buffer = bytearray(BUFFER_SIZE)
         view = memoryview(buffer)
         with select.epoll() as epoll:
@@ -109,7 +109,7 @@ class _Outlet:
         self._view = memoryview(repeated(cycle, BUFFER_SIZE))
 
     def send(self) -> int:
-        """Send what is taken at once; returns how much is left."""
+        """Send what the socket takes now; returns how much is left."""
         size = min(self._left, BUFFER_SIZE)
         sent = self.end.sock.send(self._view[self._at : self._at + size])
         self._at = (self._at + sent) % self._period
@@ -123,7 +123,7 @@ def _stalled(ends: Iterable[End]) -> StalledError:
 
 
 def expect_silence(end: End) -> None:
-    """See that nothing came behind what was sent. Raises `WrongBytesError`."""
+    """Check that nothing came after what was sent. Raises `WrongBytesError`."""
     try:
         more = end.sock.recv(4096, socket.MSG_DONTWAIT)
     except BlockingIOError:
@@ -134,9 +134,9 @@ def expect_silence(end: End) -> None:
 
 
 def make_blocking(sock: socket.socket) -> socket.socket:
-    """Have reads and writes wait, for `PATIENCE` at the most, at no more than one syscall each.
+    """Make reads and writes wait for `PATIENCE` seconds at most; returns the socket.
 
-    (A timeout of the socket module's costs a `poll` before every one.)
+    Each of them stays a single system call: a timeout of the socket module would add a `poll` to it.
     """
     sock.setblocking(True)
     limit_receive(sock, PATIENCE)
@@ -145,7 +145,7 @@ def make_blocking(sock: socket.socket) -> socket.socket:
 
 
 def receive_some(sock: socket.socket, size: int = BUFFER_SIZE) -> bytes:
-    """Read once from a socket that `make_blocking` was applied to. Raises `StalledError`."""
+    """Read once from a socket that `make_blocking` has prepared. Raises `StalledError`."""
     try:
         data = sock.recv(size)
     except BlockingIOError:
@@ -156,7 +156,7 @@ def receive_some(sock: socket.socket, size: int = BUFFER_SIZE) -> bytes:
 
 
 def receive_into(sock: socket.socket, view: memoryview) -> int:
-    """Do as `receive_some`, into a buffer; returns how much came."""
+    """Do the same as `receive_some`, but into a buffer; returns how many bytes came."""
     try:
         size = sock.recv_into(view)
     except BlockingIOError:

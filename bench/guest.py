@@ -1,4 +1,4 @@
-"""`python -m bench --vm`: what a real VM costs under QEMU, and how much of that is the proxy's."""
+"""`python -m bench --vm`: what a real VM under QEMU costs, and which part of that is due to the proxy."""
 
 import os
 import tempfile
@@ -33,7 +33,7 @@ _GUEST = Path(__file__).parent.parent / "build" / "guest" / "guest.toml"
 
 
 class Quantity(NamedTuple):
-    """What is measured, the same way with the proxy and without it."""
+    """Something that is measured in the same way with the proxy and without it."""
 
     title: str
     unit: str
@@ -72,12 +72,12 @@ BOOT = "boot to READY"
 UNITS = {BOOT: "s"} | {quantity.title: quantity.unit for quantity in QUANTITIES}
 MEMORY = ("QEMU", "its owner (keeper)", "cc-proxy")
 
-#: Figures by what was measured, a list each.
+#: Lists of figures, by what was measured.
 Figures = dict[str, list[float]]
 
 
 def main(rounds: int, picture: Path, console: Console) -> None:
-    """Measure, and show it. Raises `BenchError`."""
+    """Measure, and show the results. Raises `BenchError`."""
     if GUEST_VARIABLE not in os.environ and _GUEST.exists():
         os.environ[GUEST_VARIABLE] = str(_GUEST)
     direct: Figures = {}
@@ -122,7 +122,7 @@ def _measure_proxied(signals: Signals, daemon: Daemon, figures: Figures, memory:
 
 @contextmanager
 def _vm(signals: Signals) -> Iterator[VmSockets]:
-    """A VM that has booted."""
+    """Yield the sockets of a VM that has booted."""
     settings = choose(GuestOptions(os.environ.get(GUEST_VARIABLE), {}))
     with virtual_machine(signals, settings, "bench") as machine:
         yield machine.sockets
@@ -140,7 +140,7 @@ def _note(figures: Figures, name: str, figure: float) -> None:
 
 
 def _pss(pid: int) -> int:
-    """Return the bytes of memory that a process has, of what it shares its share."""
+    """Return a process's proportional set size in bytes: it has its share of each page that is shared."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return 1024 * int(next(line for line in text.splitlines() if line.startswith("Pss:")).split()[1])
 
@@ -159,7 +159,7 @@ def _seconds(do: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-# What came out ---
+# The results ------------------------------------------------------------------------------------------
 
 
 _EXPLANATION = (
@@ -182,7 +182,7 @@ def _show(direct: Figures, proxied: Figures, memory: Figures, console: Console) 
 
 
 def _part(unit: str, ours: float, others: float) -> float:
-    """Return which part of the time goes to the proxy."""
+    """Return the part of the time that the proxy takes."""
     return 1 - (ours / others if unit == "MB/s" else others / ours)
 
 
@@ -192,7 +192,7 @@ def _caption() -> str:
 
 
 def _draw(direct: Figures, proxied: Figures, memory: Figures, path: Path) -> None:
-    """Draw a bar for each quantity: what of it is the proxy's, and what is the VM's."""
+    """Draw a bar for each quantity, divided into the proxy's part and the VM's."""
     parts = {}
     for title, unit in UNITS.items():
         ours, others = median(proxied[title]), median(direct[title])

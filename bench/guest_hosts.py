@@ -1,4 +1,4 @@
-"""Two ways to a real VM: straight to its sockets, as the proxy itself goes, and through the proxy."""
+"""Two ways to talk to a real VM: directly over its sockets, as the proxy does, and through the proxy."""
 
 import itertools
 import os
@@ -20,14 +20,14 @@ from cc_proxy.hyperstart.pacing import FIRST_MARKER, LOSSLESS_WINDOW
 
 _TIMEOUT = 100.0
 _READ_SIZE = 256 * 1024
-#: Payload bytes of a frame of stdin: what the proxy sends at once at the most.
+#: Payload bytes of a frame of stdin: as many as the longest frame that the proxy sends to an agent.
 _PAYLOAD = 4096 - 12
-#: Does nothing, so that a pod stays.
+#: A first process that does nothing, to keep the pod alive.
 _FIRST = ("tail", "-f", "/dev/null")
 
 
 class Host(ABC):
-    """Talks to the agent of one VM, from READY on. `end` destroys the pod, and with it the VM."""
+    """Talks to the agent of one VM, from READY on."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -42,11 +42,11 @@ class Host(ABC):
 
     @abstractmethod
     def command(self, code: Code, data: object = None) -> None:
-        """Have the agent carry out a command. Raises `BenchError` or `Refused`."""
+        """Send the agent a command, and wait for its acknowledgement. Raises `BenchError` or `Refused`."""
 
     @abstractmethod
     def run(self, args: tuple[str, ...], stdin: bytes = b"") -> int:
-        """Run a process to its end; returns how many bytes it put out. Raises `BenchError` if it fails."""
+        """Run a process to its end; returns the size of its output. Raises `BenchError` if it fails."""
 
     def start_pod(self) -> None:
         self.command(Code.START_POD, {"hostname": "bench", "containers": [], "shareDir": ""})
@@ -61,7 +61,7 @@ def process(io_base: int, args: tuple[str, ...]) -> dict[str, Any]:
 
 
 class Direct(Host):
-    """The yardstick: nobody between this and the hypervisor."""
+    """The yardstick: nothing is between this program and the hypervisor."""
 
     def __init__(self, sockets: VmSockets) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Direct(Host):
 
 
 class Proxied(Host):
-    """What is measured."""
+    """What is measured: everything goes through the proxy."""
 
     def __init__(self, path: str, sockets: VmSockets) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ def _pieces(seq: int, data: bytes) -> Iterator[bytes]:
 
 
 def _output(seq: int, frames: Iterator[Frame]) -> int:
-    """Read frames up to the exit status, which has to be 0; returns the size of the output."""
+    """Read frames up to the exit status, which must be 0; returns the size of the output."""
     size = 0
     for frame in frames:
         if frame.seq == seq and not frame.payload:

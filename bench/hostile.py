@@ -1,4 +1,4 @@
-"""`python -m bench.hostile`, as root: what a user's echo and requests take while another does their worst."""
+"""`python -m bench.hostile`, as root: how long a user's echoes and requests take while another attacks."""
 
 import argparse
 import os
@@ -14,17 +14,18 @@ from bench import attack, hostile_vms, starving
 from bench.processes import BenchError, Child, Daemon, Worker, gather
 from bench.stage import start_sessions
 
-#: Nobody's number.
+#: The attacker: a uid that no user of this machine has.
 _UID = 54_323
-#: Seconds until an attack has all its connections, at the most.
+#: Seconds that an attack may take to get all its connections.
 _WARM_UP = 60.0
-#: Seconds in which it has used up what a user may take in one go.
+#: Seconds in which an attack uses up what a user may take at once.
 _USED_UP = 2.0
-#: Seconds until it has noticed that all of them are gone, at the most: it reads on at the user's pace.
+#: Seconds that the daemon may take to notice that all of them are gone: it reads on at the user's rate.
 _GOODBYE = 300.0
 #: The victim's VM, and the connection that said hello for it.
 _STAYING = 2
-_FEW = 8  # connections, of those who send a megabyte each time
+#: Connections of an attack that sends messages of a megabyte.
+_FEW = 8
 _COMING_AND_GOING = frozenset({"churn", "nonsense", "vms", starving.HABIT})
 #: A VM, and its client's connection.
 _A_VM = 2
@@ -37,7 +38,7 @@ Figures = dict[str, dict[str, float]]
 
 
 class Scene:
-    """A daemon, a user who minds their own business, and one who does not."""
+    """A daemon, a user whose requests are timed, and sometimes another user, who attacks."""
 
     def __init__(self, directory: Path, stack: ExitStack, seconds: float) -> None:
         self._seconds = seconds
@@ -54,7 +55,7 @@ class Scene:
         gather(self._vms, runtime)
 
     def measure(self) -> Figures:
-        """Time echoes over a new session, and attaches."""
+        """Time echoes over a new session, and then attaches."""
         self._clients.call("attach", proxy=self._daemon.path, containers=[_CONTAINER], connections=1)
         self._vms.call("assign", streams=start_sessions(self._clients, self._vms, 1))
         self._vms.begin("echo")
@@ -66,13 +67,13 @@ class Scene:
 
     @contextmanager
     def attacked(self, habit: str, count: int) -> Iterator[None]:
-        """Have another user do that meanwhile, with so many connections or VMs."""
+        """Have another user attack as long as the context lasts, with `count` connections or VMs."""
         arguments = (self._daemon.path, str(_UID), habit, str(count), str(self._theirs))
         with Child("attacker", "bench.attack", *arguments):
             if habit not in _COMING_AND_GOING:
                 self._wait_for(count * (_A_VM if habit in hostile_vms.HABITS else 1))
             time.sleep(_USED_UP)
-            self.measure()  # while others are at work it is another matter
+            self.measure()  # the first requests under attack do not count
             yield
         self._daemon.settle(_GOODBYE, _STAYING)
 

@@ -1,4 +1,4 @@
-"""VMs that want all of a daemon, and their clients: what `bench.attack` does for some habits."""
+"""VMs that want all of a daemon, and their clients: the habits of `bench.attack` that need VMs."""
 
 import os
 import select
@@ -18,15 +18,15 @@ from cc_proxy.hyperstart.codes import Code
 from cc_proxy.hyperstart.pacing import FIRST_MARKER
 
 _READ_SIZE = 256 * 1024
-#: Frames, or messages, that are sent over and over: many a socket's fill.
+#: How many frames or messages are sent over and over.
 _ROUND = 4_096
 _TIMEOUT = 30.0
-#: Bytes of an event that takes its time.
+#: Bytes of a long event.
 _LONG = 10_000_000
 
 
 def _strays(first: int) -> bytes:
-    """Frames on seqs that nobody has, no two neighbours alike."""
+    """Return frames on seqs that no client has. No two neighbours are alike."""
     return b"".join(encode_frame(first + number % 7, b"x" * (number % 2)) for number in range(_ROUND))
 
 
@@ -39,14 +39,14 @@ def _bytes(seq: int) -> bytes:
 
 
 def _stdin(seq: int) -> bytes:
-    """Frames of which no two neighbours are alike."""
+    """Return frames of stdin. No two neighbours are alike."""
     return b"".join(encode_frame(seq, b"x" * (1 + number % 2)) for number in range(_ROUND))
 
 
 _EVENTS = MESSAGE.pack(Code.NEXT, MESSAGE.size) * _ROUND
 _LONG_EVENT = MESSAGE.pack(Code.NEXT, _LONG) + bytes(_LONG - MESSAGE.size)
 
-#: Who says something, and what, of a VM whose client has that stream.
+#: Who sends, and a function that returns what is sent, given the stream of the VM's client.
 _SAID: dict[str, tuple[str, Callable[[int], bytes]]] = {
     "strays": ("io", lambda _: _strays(1_000_000)),
     "markers": ("io", lambda _: _strays(FIRST_MARKER + 1_000_000)),
@@ -59,7 +59,7 @@ _SAID: dict[str, tuple[str, Callable[[int], bytes]]] = {
 
 
 class Vm:
-    """One of them, and the client that says hello for it."""
+    """One VM, and the client that says hello for it."""
 
     def __init__(self, proxy: str, directory: str, number: int) -> None:
         self._name = f"hostile-{number}"
@@ -80,7 +80,7 @@ class Vm:
         self.asking.sendall(encode(Request(payload.NAME, msgspec.Raw(msgspec.json.encode(payload)))))
 
     def ping(self) -> None:
-        """Have somebody wait for the agent, which does not answer."""
+        """Have the client wait for the agent, which does not answer."""
         self._ask(Hyper("ping"))
 
     def start_process(self, seq: int) -> None:
@@ -104,19 +104,19 @@ class Vm:
         self._say_hello()
 
 
-#: What the client of each does over and over.
+#: What the client of each VM does over and over.
 _DONE: dict[str, Callable[[Vm], None]] = {
     "vms": Vm.go_and_come,
     "streams": Vm.open_stream,
     "status": Vm.ask_status,
 }
 
-#: How many VMs each habit takes.
+#: How many VMs each habit has.
 HABITS = {**dict.fromkeys([*_SAID, *_DONE], 8), "status": 60}
 
 
 class Sender:
-    """Who says the same for ever, and who reads what comes of it: both as fast as they can."""
+    """One end that sends the same over and over, and the end that reads it: both as fast as they can."""
 
     def __init__(self, vm: Vm, habit: str) -> None:
         seq, fd = vm.client.allocate_io(1)
@@ -127,11 +127,11 @@ class Sender:
         self._left = memoryview(self._said)
         self._sender = {"io": vm.io, "control": vm.control, "client": stream}[who]
         self._reader = vm.io if who == "client" else stream
-        if habit == "long-events":  # so that there is somebody who reads on and on
+        if habit == "long-events":  # the daemon reads on and on only while a command waits for its answer
             vm.ping()
 
     def watched(self) -> Iterator[tuple[socket.socket, int, Callable[[], None]]]:
-        """Yield what is to be done when something is ready."""
+        """Yield each socket with the events to watch it for, and what to call then."""
         yield self._sender, select.EPOLLOUT, self._send
         yield self._reader, select.EPOLLIN, self._receive
 
@@ -147,7 +147,7 @@ class Sender:
 
 
 def attack(proxy: str, directory: str, habit: str) -> None:
-    """Have VMs, each of which does what the habit says."""
+    """Have VMs that follow the habit. Returns only if their clients fail."""
     directory = tempfile.mkdtemp(dir=directory)
     vms = [Vm(proxy, directory, number) for number in range(HABITS[habit])]
     if habit in _DONE:

@@ -1,6 +1,6 @@
 """Run a module that does not outlive the benchmark: `python -m bench.launch PARENT MODULE ARGUMENT...`.
 
-The benchmark ends what it has started, but cannot if it is killed itself; the kernel can.
+The benchmark ends the processes that it has started. If it is killed, the kernel ends them.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ _PR_SET_PDEATHSIG = 1
 
 
 def ends_with(parent: int) -> bool:
-    """Have this process end when its parent does; False if the parent has ended already.
+    """Have this process end when its parent does; returns False if the parent has ended already.
 
-    To be called again after a change of user: the kernel forgets it then.
+    Call it again after a change of user, which makes the kernel forget it.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    # It may have ended before the kernel was asked.
+    # The parent may have ended before the kernel was asked.
     return os.getppid() == parent
 
 

@@ -1,4 +1,4 @@
-"""Rounds: every row in turn, again and again, and what others did to the machine meanwhile."""
+"""Rounds of measurements, each of all rows in turn, and how much CPU other processes took meanwhile."""
 
 import contextlib
 import os
@@ -11,22 +11,22 @@ from bench.results import Round, RowResult
 from bench.rows import Row
 from bench.stage import Stage
 
-#: CPU that others may take during a round, in cores, for it to count.
+#: A round counts as quiet if other processes took this many cores at most.
 QUIET = 0.2
-#: A round of a row is made again that often if it was not quiet.
+#: How often a round of a row is repeated at most if it was not quiet.
 _REPEATS = 2
-#: So many in all may be made again for each one that has to be made, so that a busy machine comes to an end.
+#: Repeats in all, as a share of the planned rounds, so that a run on a busy machine comes to an end.
 _REPEATED_SHARE = 0.34
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Bystanders:
-    """How many cores other processes have taken since `start`, on average.
+    """Measures how many cores other processes have taken since `start`, on average.
 
-    Counted in two ways, of which the larger counts. The CPU clocks of the processes that are there are exact,
-    but show neither those that have come and gone nor what runs in other containers. The kernel's statistics
-    show all there is, but are sampled by a clock tick, which sees too little of what runs for microseconds.
+    It measures in two ways and takes the larger figure. The CPU clocks of all processes are exact, but miss
+    processes that have come and gone, and those in other containers. The kernel's statistics have everything,
+    but a clock tick samples them, which sees too little of what runs for microseconds.
     """
 
     def __init__(self, children: Sequence[Child]) -> None:
@@ -55,8 +55,8 @@ class Bystanders:
         return clocks
 
     def _read_statistics(self) -> float:
-        """Return the CPU seconds of all cores without ours. What this begins with is arbitrary."""
-        # The last is what a hypervisor has given to other machines.
+        """Return the CPU seconds of all cores, except ours. Only differences mean something."""
+        # `steal` is what the hypervisor has given to other machines.
         user, nice, system, _, _, _, _, steal = Path("/proc/stat").read_text().split(None, 9)[1:9]
         busy = sum(map(int, (user, nice, system, steal))) / _TICKS
         times = os.times()
@@ -65,7 +65,10 @@ class Bystanders:
 
 
 class Rounds:
-    """All rounds of all rows. `progress` is told before each of a row how many are done, and which comes."""
+    """All rounds of all rows.
+
+    Before each round of a row, `progress` is called with how many are done, and what comes next.
+    """
 
     def __init__(
         self, stage: Stage, rows: Sequence[Row], rounds: int, progress: Callable[[int, str], None]
@@ -79,7 +82,7 @@ class Rounds:
         self.results = [RowResult.of(row) for row in rows]
 
     def run(self) -> None:
-        """Make them all. Raises `BenchError` at the first thing that is wrong."""
+        """Make all rounds. Raises `BenchError` at the first thing that is wrong."""
         done = 0
         for number in range(self._rounds):
             for row, result in zip(self._rows, self.results, strict=True):
@@ -89,7 +92,7 @@ class Rounds:
                     done += 1
 
     def _count(self, row: Row, result: RowResult, number: int) -> None:
-        """Make a round of a row, again if need be, and keep the quietest."""
+        """Make a round of a row, repeat it if it was not quiet, and keep the quietest."""
         tries = [self._once(row, number)]
         while min(one.others for one in tries) > QUIET and len(tries) <= _REPEATS and self._repeats_left:
             self._repeats_left -= 1
@@ -99,7 +102,7 @@ class Rounds:
         result.discarded += [one for one in tries if one is not best]
 
     def _once(self, row: Row, number: int) -> Round:
-        """Measure a row and its yardstick; every other time the yardstick comes first."""
+        """Measure a row and its yardstick. In every other round the yardstick comes first."""
         self._bystanders.start()
         try:
             if number % 2:
@@ -114,5 +117,5 @@ class Rounds:
 
 
 def planned(rows: Sequence[Row], rounds: int) -> int:
-    """Return how many rounds of single rows that makes."""
+    """Return how many rounds of single rows `rounds` rounds of all rows make."""
     return sum(min(rounds, row.most_rounds) for row in rows)

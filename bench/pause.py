@@ -1,4 +1,4 @@
-"""`python -m bench --restart`: what clients see of a daemon that is replaced while their streams go on."""
+"""`python -m bench --restart`: what clients notice when the daemon is replaced while their streams go on."""
 
 import json
 import subprocess
@@ -23,11 +23,11 @@ from bench.stage import start_sessions
 from cc_proxy.api import DEFAULT_SOCKET
 
 VMS, SESSIONS, CONNECTIONS = 64, 1_000, 2_000
-#: Streams, of as many VMs, over which echoes go.
+#: Streams over which echoes go, each of another VM.
 _ECHOES = 8
 #: Seconds between the end of a restart and the next.
 _INTERVAL = 0.7
-#: Users but root may not have as much by default.
+#: By default only root may have so much.
 _LIMITS = "[limits.user]\nconnections = 4096\n"
 
 
@@ -35,18 +35,18 @@ class Restarted(Protocol):
     """A daemon that can be replaced."""
 
     path: str
-    #: What is done to it, in words.
+    #: How it is replaced, in words.
     how: str
 
     def replace(self) -> None:
-        """Have another process go on; returns once it does."""
+        """Have another process take over; returns once it has."""
 
     def log(self) -> Sequence[dict[str, object]]:
         """Return what it has logged."""
 
 
 class Own(Daemon):
-    """One that is started here, and starts the next one itself."""
+    """A daemon that is started here, and starts its successor itself."""
 
     how = "SIGUSR2"
 
@@ -64,26 +64,26 @@ class Installed:
             raise BenchError(f"{self.how}: {done.stderr.strip()}")
 
     def log(self) -> list[dict[str, object]]:
-        """Return what is in the journal."""
+        """Return what it has logged to the journal."""
         command = "journalctl --sync && journalctl --quiet --boot --output=cat -t cc-proxy"
         lines = subprocess.check_output(["sh", "-c", command], text=True).splitlines()  # noqa: S607
         return [json.loads(line) for line in lines]
 
 
 class Pauses(NamedTuple):
-    """What was seen. Seconds."""
+    """What was seen, in seconds."""
 
     how: str
-    #: When each round of echoes began, and what each echo of it took.
+    #: When each round of echoes began, and how long each of its echoes took.
     echoes: list[tuple[float, list[float]]]
     #: When each restart began.
     restarts: list[float]
-    #: What the daemon says of each: from coming to rest to going on, and to read the state.
+    #: What the daemon logs of each: the time from coming to rest until going on, and that to read the state.
     handing_over: list[float]
     reading: list[float]
 
     def pauses(self) -> list[float]:
-        """Return the longest time that each echo took after each restart had begun."""
+        """Return for each restart and each stream the longest time that an echo took after it had begun."""
         found = []
         for begun, end in zip(self.restarts, [*self.restarts[1:], self.echoes[-1][0] + 1], strict=True):
             # The echo that was on its way when the restart began belongs to it.
@@ -93,7 +93,7 @@ class Pauses(NamedTuple):
 
 
 def main(restarts: int, service: bool, picture: Path, console: Console) -> None:
-    """Measure, and show it. Raises `BenchError`."""
+    """Measure, and show the results. Raises `BenchError`."""
     found = _measure(restarts, service, console)
     _show(found, console)
     _draw(found, picture)
@@ -141,7 +141,7 @@ def _set_up(daemon: Restarted, vms: Worker, clients: Worker) -> None:
     clients.call("attach", proxy=daemon.path, containers=containers, connections=idle)
 
 
-# What came out -------------------------------------------------------------------------------------------
+# The results ---------------------------------------------------------------------------------------------
 
 
 def _show(found: Pauses, console: Console) -> None:
@@ -170,7 +170,7 @@ def _caption(found: Pauses) -> str:
 
 
 def _draw(found: Pauses, path: Path) -> None:
-    """Draw the echoes around one restart: that with the median pause."""
+    """Draw the echoes around the restart with the median pause."""
     pauses = found.pauses()
     each = [max(pauses[at : at + _ECHOES]) for at in range(0, len(pauses), _ECHOES)]
     restart = found.restarts[each.index(sorted(each)[len(each) // 2])]

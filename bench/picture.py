@@ -1,4 +1,4 @@
-"""The results as a picture: four panels, wide enough to be read in a README."""
+"""The results as a picture: four panels, large enough to be read in a README."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from bench.figures import Spread
 from bench.results import Results, RowResult
 from bench.rows import INPUT_PAYLOADS, OUTPUT_PAYLOADS, SESSION_COUNTS, VM_COUNTS
 
-# Any: newer types of matplotlib's want each key as a literal, older ones a plain dict.
+# Any: matplotlib's newer types want each key as a literal, the older ones a plain dict.
 STYLE: Any = {
     "font.size": 9,
     "figure.constrained_layout.w_pad": 0.1,
@@ -33,7 +33,7 @@ STYLE: Any = {
     "lines.markersize": 4.5,
     "svg.hashsalt": "cc-proxy",  # the same results give the same file
 }
-# Colours that stay apart in every kind of colour vision (Okabe and Ito).
+# Colours that can be told apart with any kind of colour vision (Okabe and Ito).
 BLUE, ORANGE, GREEN, RED = "#0072b2", "#e69f00", "#009e73", "#d55e00"
 _RELAY: dict[str, Any] = {"color": "#777777", "linestyle": "--", "marker": "s"}
 _SIZE = (10.0, 8.6)
@@ -44,7 +44,7 @@ Pick = Callable[[RowResult], Spread]
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draw the picture. What the file becomes is told by its ending; `.svg` and `.png` are good ones."""
+    """Draw the picture, in the format that the suffix of the file says, such as `.svg` or `.png`."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=_SIZE, layout="constrained")
         upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.0, 1.1), hspace=0.04).flat

@@ -1,4 +1,4 @@
-"""The processes that are measured and those that do the work: started, watched, ended."""
+"""Starts, watches and ends the processes that are measured, and those that measure them."""
 
 import json
 import os
@@ -18,11 +18,11 @@ from cc_proxy.api import Client
 _CHECKOUT = Path(__file__).parent.parent
 _START_TIMEOUT = 20.0
 _STOP_TIMEOUT = 10.0
-#: Seconds in which a thread of the daemon's that has nothing to do has certainly ended.
+#: Seconds after which an idle thread of the daemon has certainly ended.
 _LINGERING = 0.5
-#: No order takes longer; generators give up before that.
+#: Seconds to wait for the result of an order; a generator gives up before that.
 _ORDER_TIMEOUT = 120.0
-#: What would change the daemon if it were set.
+#: Environment variables that would influence the daemon begin with these.
 _FOREIGN = ("LISTEN_", "NOTIFY_SOCKET", "CC_PROXY_", "JOURNAL_STREAM")
 
 
@@ -31,7 +31,7 @@ class BenchError(Exception):
 
 
 class Child:
-    """A Python program of its own, which ends with the benchmark at the latest."""
+    """A Python module in a process of its own, which does not outlive the benchmark."""
 
     def __init__(self, name: str, module: str, *arguments: str, **options: Any) -> None:
         self.name = name
@@ -40,7 +40,7 @@ class Child:
             [sys.executable, "-m", "bench.launch", str(os.getpid()), module, *arguments],
             cwd=_CHECKOUT,
             env=environment,
-            process_group=0,  # Ctrl-C is for the benchmark, which then ends the others in order
+            process_group=0,  # Ctrl-C is for the benchmark, which then ends the others one by one
             **options,
         )
 
@@ -84,14 +84,14 @@ class Service(Child):
             )
 
     def complaints(self, lines: int = 12) -> list[str]:
-        """End it, and return the last of what it has logged beyond mere information."""
+        """End it; returns the last lines of its log, without mere information."""
         self.stop()
         log = self._log.read_text(errors="replace").splitlines()
         return [line for line in log if '"level": "INFO"' not in line][-lines:]
 
 
 class Daemon(Service):
-    """A cc-proxy with the default settings, except for its paths, and `settings` if they are given."""
+    """A cc-proxy with the default settings, except for its paths and what `settings` say."""
 
     def __init__(self, name: str, directory: Path, settings: str = "") -> None:
         self.path = str(directory / f"{name}.sock")
@@ -108,13 +108,13 @@ class Daemon(Service):
             raise
 
     def configure(self, settings: str) -> None:
-        """Write its settings file; `settings` begin inside of its table [spool]."""
+        """Write its settings file. `settings` is TOML text that goes on inside the table [spool]."""
         self.config.write_text(f'[spool]\ndirectory = "{self._directory}"\n{settings}')
 
     def replace(self) -> None:
-        """Have another process go on with everything; returns once it does. Raises `BenchError`.
+        """Have another process take over everything; returns once it has. Raises `BenchError`.
 
-        That process does not end with the benchmark if somebody kills the benchmark.
+        If the benchmark is killed, that process outlives it.
         """
         with adopting_orphans() as orphans:
             self.process.send_signal(signal.SIGUSR2)
@@ -129,7 +129,7 @@ class Daemon(Service):
         return [json.loads(line) for line in self._log.read_text().splitlines()]
 
     def connections(self) -> int:
-        """How many connections and VMs there are, but for the connection that asks."""
+        """Return how many connections and VMs there are, without the connection that asks."""
         with Client(self.path, timeout=_START_TIMEOUT) as client:
             return sum(user.connections + user.vms for user in client.status().users) - 1
 
@@ -137,15 +137,15 @@ class Daemon(Service):
         return self.memory()["Rss"]
 
     def memory(self) -> dict[str, int]:
-        """Return bytes by their name in smaps_rollup: `Rss`, `Pss` and others."""
-        # `statm` is quicker, but off by up to some hundred kB on newer kernels.
+        """Return numbers of bytes by their names in smaps_rollup: `Rss`, `Pss` and others."""
+        # `statm` is quicker, but on newer kernels it is wrong by up to some hundred kB.
         lines = (line.split() for line in self._proc("smaps_rollup").read_text().splitlines()[1:])
         return {fields[0].rstrip(":"): int(fields[1]) * 1024 for fields in lines}
 
     def settle(self, seconds: float = 5.0, staying: int = 0) -> None:
-        """Wait until what was closed is gone, so that its end is no part of the next measurement.
+        """Wait until everything that was closed is gone, so that this does not disturb the next measurement.
 
-        `staying` are the connections and VMs that were not closed. Raises `BenchError` if the others stay.
+        `staying` is how many connections and VMs were not closed. Raises `BenchError` if more stay.
         """
         deadline = time.monotonic() + seconds
         while self.connections() > staying:
@@ -153,7 +153,7 @@ class Daemon(Service):
                 left = self.connections() - staying
                 raise BenchError(f"{self.name} keeps {left} connections or VMs that have ended")
             time.sleep(0.005)
-        time.sleep(_LINGERING)  # the thread that has just answered this, too
+        time.sleep(_LINGERING)  # until the thread that has just answered has ended, too
 
     def count_threads(self) -> int:
         return len(os.listdir(self._proc("task")))
@@ -166,7 +166,7 @@ class Daemon(Service):
 
 
 class Relay(Service):
-    """The yardstick."""
+    """The yardstick (`bench.relay`)."""
 
     def __init__(self, directory: Path) -> None:
         self.path = str(directory / "relay.sock")
@@ -179,7 +179,7 @@ class Relay(Service):
 
 
 class Worker(Child):
-    """A generator process. Orders are given with `begin` and their results taken with `gather`."""
+    """A generator process. `begin` gives it an order, and `gather` takes the result."""
 
     def __init__(self, name: str, module: str, *arguments: str) -> None:
         super().__init__(name, module, *arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -209,9 +209,9 @@ class Worker(Child):
 
 
 def gather(*workers: Worker) -> Sequence[Any]:
-    """Return the results of what the workers were told to do, as soon as all have them.
+    """Wait until all workers have carried out their orders; returns the results, in the workers' order.
 
-    The first that failed raises `BenchError`, without waiting for others that now wait for it.
+    Raises `BenchError` as soon as one fails: the others may now wait for it in vain.
     """
     waiting = {worker.process.stdout.fileno(): worker for worker in workers if worker.process.stdout}
     results: dict[Worker, Any] = {}
@@ -230,8 +230,8 @@ def gather(*workers: Worker) -> Sequence[Any]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the CPU time of all threads of a process, those that have ended too."""
-    # The number of a process's CPU clock, as clock_getcpuclockid(3) makes it.
+    """Return the CPU time of all threads of a process, including those that have ended."""
+    # The id of the process's CPU clock, as clock_getcpuclockid(3) computes it.
     return time.clock_gettime(~pid << 3 | 2)
 
 

@@ -1,8 +1,8 @@
 """The yardstick: a plain relay between a client and a VM.
 
-It knows nothing of frames, streams or limits: for each connection and direction, a thread that reads up to
-64 KiB and writes it. A proxy in Python that also has to find out whose bytes those are cannot be expected
-to be quicker for the same reads and writes.
+It knows nothing of frames, streams or limits: for each connection and direction, one thread reads up to
+64 KiB and writes them. A proxy in Python, which must also find out whose bytes they are, cannot be expected
+to be faster with the same reads and writes.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ _PATH_SIZE = 128
 
 
 def destination(path: str) -> bytes:
-    """Return what a client begins with: where to connect it to."""
+    """Return what a client sends first: the path of the socket to which the relay connects it."""
     return path.encode().ljust(_PATH_SIZE, b"\0")
 
 
@@ -38,11 +38,11 @@ def main(path: str) -> None:
 def _copy(source: socket.socket, sink: socket.socket) -> None:
     buffer = bytearray(_READ_SIZE)
     view = memoryview(buffer)
-    # Whoever hangs up while bytes are on their way to it is an end too.
+    # If a peer hangs up while bytes are on their way to it, that is an end, too.
     with contextlib.suppress(OSError):
         while size := source.recv_into(buffer):
             sink.sendall(view[:size])
-    # The socket itself is closed when the thread of the other direction lets go of it as well.
+    # The socket itself is closed when the thread of the other direction no longer refers to it either.
     with contextlib.suppress(OSError):
         sink.shutdown(socket.SHUT_RDWR)
 

@@ -1,4 +1,4 @@
-"""What was measured: for people to compare, for machines as JSON. Pure, but for the look at this machine."""
+"""The results: for people to compare, and as JSON for programs. Pure, except for the look at this machine."""
 
 import os
 import platform
@@ -14,11 +14,11 @@ from cc_proxy import __version__
 
 
 class ResultsError(Exception):
-    """A file that does not hold results; the text says why."""
+    """A file does not contain results; the text says why."""
 
 
 class Round(msgspec.Struct):
-    """One round of one row: figures by their keys. `others` is how many cores others took meanwhile."""
+    """One round of one row: figures by their keys. `others` is how many cores other processes took."""
 
     others: float
     ours: dict[str, float]
@@ -27,7 +27,7 @@ class Round(msgspec.Struct):
 
 
 class RowResult(msgspec.Struct):
-    """All rounds of a row; those in `discarded` count for nothing."""
+    """All rounds of a row. Those in `discarded` do not count."""
 
     key: str
     group: str
@@ -47,12 +47,12 @@ class RowResult(msgspec.Struct):
         return spread([one.yardstick[figure] for one in self.rounds])
 
     def ratio(self, figure: str) -> Spread:
-        """Return ours against the yardstick's of the same round."""
+        """Return our figure divided by the yardstick's of the same round."""
         return spread([one.ours[figure] / one.yardstick[figure] for one in self.rounds])
 
 
 class Machine(msgspec.Struct):
-    """What it was measured on, and with."""
+    """The machine, and the versions of the software, that the results are from."""
 
     processor: str
     cores: int
@@ -79,7 +79,7 @@ class Results(msgspec.Struct):
     date: str
     machine: Machine
     rounds: int
-    #: How long one measurement was meant to take.
+    #: How long a measurement was meant to take.
     seconds: float
     rows: list[RowResult]
     format: int = 1
@@ -93,7 +93,7 @@ class Results(msgspec.Struct):
         return next((row for row in self.rows if row.key == key), None)
 
     def caption(self) -> str:
-        """Return on what this was taken, in a line."""
+        """Return a line that says what the results are from."""
         machine = self.machine
         return (
             f"{machine.cores} cores of {machine.processor}, Linux {machine.kernel}, {machine.python}, "
@@ -101,7 +101,7 @@ class Results(msgspec.Struct):
         )
 
     def save(self, path: Path) -> None:
-        """Write JSON: every round of every row, and what they come down to."""
+        """Write JSON: every round of every row, and a summary of each row."""
         tree = msgspec.to_builtins(self)
         for row, into in zip(self.rows, tree["rows"], strict=True):
             into["summary"] = _summary(row)

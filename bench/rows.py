@@ -1,4 +1,4 @@
-"""What is measured: one table. How each kind of row is carried out is in stage.py."""
+"""The table of what is measured. stage.py carries out each kind of row."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 
 class Kind(Enum):
-    """What has to be done for a row."""
+    """What is done for a row."""
 
     OUTPUT = "frames from VMs to clients"
     INPUT = "frames from clients to a VM"
@@ -21,7 +21,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that a row has in each round. `key` is its name among what the measurement returns."""
+    """A number that a row has in each round. `key` is its key in the result of the measurement."""
 
     key: str
     name: str
@@ -54,12 +54,12 @@ class Row:
     figures: tuple[Figure, ...]
     against: str = RELAY
     vms: int = 1
-    #: All VMs' together.
+    #: Of all VMs together.
     sessions: int = 1
     payload: int = 64
     #: Whether stdin is paced, as it is by default.
     paced: bool = True
-    #: What takes long and hardly varies needs no more rounds than that.
+    #: Fewer rounds are enough for what takes long and hardly varies.
     most_rounds: int = 1000
 
 
@@ -149,7 +149,7 @@ ROWS: tuple[Row, ...] = (*_output(), *_input(), *_round_trips(), *_memory(), *_s
 
 
 def chosen(patterns: list[str]) -> list[Row]:
-    """Return the rows that any of the shell patterns matches; all if there are none.
+    """Return the rows that match any of the shell patterns; all rows if there are no patterns.
 
     Raises `ValueError` for a pattern that matches nothing.
     """

@@ -1,4 +1,4 @@
-"""How a row is carried out, once: with the daemon, and with its yardstick."""
+"""Carries out one round of a row: with the daemon, and with the row's yardstick."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,22 +11,25 @@ from bench.processes import Child, Daemon, Relay, Service, Worker, gather
 from bench.rows import Kind, Row
 from bench.streams import NEIGHBOUR_FRAMES, NEIGHBOUR_RATE, frames_in_cycle
 
-#: What one measurement gives: figures by their keys.
+#: The result of one measurement: figures by their keys.
 Figures = dict[str, float]
 Way = Callable[[Row], Figures]
 Streams = list[list[int]]
 
-#: Bytes of the first transfer of a row, which only tells how much to transfer in those that count.
+#: Bytes of a row's first transfer, which only serves to choose the size of those that count.
 _FIRST_TRANSFER = 8_000_000
 _IDLE_CONNECTIONS = 1000
-#: Seconds of round trips from which a p99.9 can be taken.
+#: Seconds of round trips that are enough for a p99.9.
 _LEAST_ROUND_TRIPS = 0.15
-#: The kernel's limit for a socket's path is 107, and names are added.
+#: A socket's path has 107 bytes at most, and the sockets' names are added to this.
 _LONGEST_DIRECTORY = 60
 
 
 def start_sessions(clients: Worker, vms: Worker, sessions: int, vm_count: int = 1) -> Streams:
-    """Have a session for each attached connection, with a process on it; returns the streams of each VM."""
+    """Allocate a session for each attached connection, and start a process on it.
+
+    Returns the streams of each VM.
+    """
     vms.begin("start", processes=sessions)
     clients.begin("allocate", vms=vm_count)
     streams: Streams
@@ -35,13 +38,13 @@ def start_sessions(clients: Worker, vms: Worker, sessions: int, vm_count: int = 
 
 
 class Stage(AbstractContextManager["Stage"]):
-    """All processes there are. `seconds` is how long one measurement is to take."""
+    """All the processes that are needed. `seconds` is how long a measurement takes."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._round_trip_seconds = max(seconds, _LEAST_ROUND_TRIPS)
         self._numbers = count(1)
-        #: Bytes a second that a row's last transfer reached, and that of its yardstick.
+        #: The rate of each row's last transfer, in bytes per second, and of its yardstick's (True).
         self._rates: dict[tuple[str, bool], float] = {}
         with ExitStack() as stack:
             start = stack.enter_context
@@ -71,20 +74,20 @@ class Stage(AbstractContextManager["Stage"]):
 
     @property
     def children(self) -> list[Child]:
-        """What runs all the time."""
+        """The processes that run all the time."""
         return [self._daemon, self._unpaced, self._relay, self._vms, self._clients, self._neighbour]
 
     def complaints(self) -> list[str]:
-        """End the measured processes, and return what they have complained about, to explain a failure."""
+        """End the measured processes; returns the complaints that they logged, to explain a failure."""
         services: list[Service] = [self._daemon, self._unpaced, self._relay]
         return [f"{service.name}: {line}" for service in services for line in service.complaints()]
 
     def measure(self, row: Row) -> Figures:
-        """Measure a row. Raises `BenchError`, also if a single byte was wrong."""
+        """Measure a row. Raises `BenchError`, even if just one byte was wrong."""
         return self._ways[row.kind][0](row)
 
     def measure_yardstick(self, row: Row) -> Figures:
-        """Measure what the row is compared with; no figures if that is nothing. Raises `BenchError`."""
+        """Measure the row's yardstick; returns no figures if it has none. Raises `BenchError`."""
         return self._ways[row.kind][1](row) if row.against else {}
 
     # Throughput -------------------------------------------------------------------------------------------
@@ -115,7 +118,7 @@ class Stage(AbstractContextManager["Stage"]):
         return {"mb_per_s": megabytes / seconds, "cpu": cpu * 1000 / megabytes, "mb": megabytes}
 
     def _move(self, row: Row, through: Child, frames: int, cycles: int) -> tuple[float, float]:
-        """Move so many cycles; returns the seconds and the CPU seconds that took."""
+        """Move this many cycles; returns the seconds and the CPU seconds that this took."""
         before = through.cpu_seconds()
         if row.kind is Kind.OUTPUT:
             sender, receiver = self._vms, self._clients
@@ -152,13 +155,13 @@ class Stage(AbstractContextManager["Stage"]):
         return self._beside_neighbour(0)
 
     def _beside_neighbour(self, cycles: int) -> Figures:
-        """Time echoes while another client on the same VM gets so much and does not read it."""
+        """Time echoes while another client on the same VM is sent this many cycles and does not read them."""
         with self._sessions(self._daemon, 1, 1) as containers:
             self._neighbour.call("attach", proxy=self._daemon.path, containers=containers, connections=1)
             [[seq]] = start_sessions(self._neighbour, self._vms, 1)
             self._vms.begin("echo_beside", seq=seq, cycles=cycles)
             found: Figures = self._clients.call("echo", seconds=self._round_trip_seconds)
-            # It reads at last, and all of it has to be there.
+            # Now the neighbour reads, and everything must be there.
             self._neighbour.begin("receive_neighbour", cycles=cycles)
             gather(self._vms, self._neighbour)
             self._neighbour.call("close")
@@ -198,7 +201,7 @@ class Stage(AbstractContextManager["Stage"]):
     # Memory -----------------------------------------------------------------------------------------------
 
     def _memory(self, row: Row) -> Figures:
-        """Take a daemon that has not seen anything yet: memory that was used once is used again."""
+        """Measure a fresh daemon: an older one would reuse memory that it already has."""
         with Daemon("fresh", self._directory) as daemon, self._attached(daemon, 1, 0) as containers:
             before = daemon.resident_bytes()
             many = {"containers": containers, "connections": _IDLE_CONNECTIONS}
@@ -207,12 +210,12 @@ class Stage(AbstractContextManager["Stage"]):
                 start_sessions(self._clients, self._vms, _IDLE_CONNECTIONS)
             return {"kb_each": (daemon.resident_bytes() - before) / _IDLE_CONNECTIONS / 1000}
 
-    # The scenery ------------------------------------------------------------------------------------------
-    # What fails in here is not tidied up: it ends the run, and that ends all processes.
+    # VMs and clients --------------------------------------------------------------------------------------
+    # None of these cleans up after an error: an error ends the run, and with it all processes.
 
     @contextmanager
     def _sessions(self, daemon: Daemon, vms: int, sessions: int) -> Iterator[list[str]]:
-        """Have sessions, each over a connection of its own, on VMs in turn; yields the VMs' containers."""
+        """Have sessions, each over its own connection, on each VM in turn; yields the VMs' container ids."""
         with self._attached(daemon, vms, sessions) as containers:
             streams = start_sessions(self._clients, self._vms, sessions, vms)
             self._vms.call("assign", streams=streams)
@@ -220,7 +223,7 @@ class Stage(AbstractContextManager["Stage"]):
 
     @contextmanager
     def _attached(self, daemon: Daemon, vms: int, connections: int) -> Iterator[list[str]]:
-        """Have VMs registered, and connections attached to them in turn; yields the VMs' containers."""
+        """Register VMs, and attach connections to each of them in turn; yields the VMs' container ids."""
         vm_paths: list[list[str]] = self._vms.call("open", count=vms)
         containers = [f"bench-{next(self._numbers)}" for _ in vm_paths]
         self._vms.begin("boot")
@@ -234,7 +237,7 @@ class Stage(AbstractContextManager["Stage"]):
 
     @contextmanager
     def _relayed(self, streams: Streams) -> Iterator[None]:
-        """Have a connection through the relay to each VM, whose streams all go over it."""
+        """Connect to each VM through the relay, over one connection for all of the VM's streams."""
         paths = [io for _, io in self._vms.call("open", count=len(streams))]
         self._vms.begin("accept")
         self._clients.begin("connect_relay", relay=self._relay.path, streams=streams, destinations=paths)
@@ -246,7 +249,7 @@ class Stage(AbstractContextManager["Stage"]):
 
 
 def _directory() -> tempfile.TemporaryDirectory[str]:
-    """Make a place for sockets and the spool, with a path short enough for sockets."""
+    """Make a directory for sockets and the spool, with a path that is short enough for sockets."""
     base = tempfile.gettempdir()
     return tempfile.TemporaryDirectory(
         prefix="cc-proxy-bench-", dir=base if len(base) <= _LONGEST_DIRECTORY else "/tmp"

@@ -1,7 +1,7 @@
-"""A user who starves whatever runs with their uid: what `bench.attack` does for the habit `starve`.
+"""A user who starves all that runs with their uid: the habit `starve` of `bench.attack`.
 
-Hellos name a socket that accepts nothing, so that something of the daemon's with the user's uid waits for it.
-That is given the lowest priority, on a CPU that the user keeps busy.
+Hellos name a socket that accepts no connections, so that a part of the daemon waits for it under the user's
+uid. The user gives that part the lowest priority, on a CPU that is kept busy.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ HELLOS = 40
 _BUSY = 8
 _CPU = 0
 _INTERVAL = 0.01
-#: Seconds for which the socket stays.
+#: Seconds after which the socket is replaced.
 _ROUND = 0.5
 
 
 def keep_busy(uid: int) -> set[int]:
-    """Fork processes that do nothing but run, with the usual priority; they end with this one."""
+    """Fork processes that only burn CPU, with normal priority, and end with this one; returns their pids."""
     parent, busy = os.getpid(), set()
     for _ in range(_BUSY):
         busy.add(pid := os.fork())
@@ -51,7 +51,7 @@ def attack(path: str, directory: str, busy: set[int]) -> None:
             while time.monotonic() < until:
                 _starve_others(busy | {os.getpid()})
                 time.sleep(_INTERVAL)
-        os.unlink(full)  # all that waited goes on at once
+        os.unlink(full)  # everything that has waited goes on at once
 
 
 def _say_hello(path: str, number: int, full: str) -> None:
@@ -61,7 +61,7 @@ def _say_hello(path: str, number: int, full: str) -> None:
 
 
 def _starve_others(ours: set[int]) -> None:
-    """Take from all other threads on this host what the kernel lets this user take."""
+    """Take the CPU from all other threads on this host, as far as the kernel lets this user."""
     for task in Path("/proc").glob("[0-9]*/task/[0-9]*"):
         if int(task.parts[2]) not in ours:
             with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
-"""What the generators send, and the check of what arrives. No I/O.
+"""What the generators send, and how they check what arrives. No I/O.
 
-A stream is one cycle of frames over and over. No two frames of a cycle are alike, and none is like another
-stream's; so a chunk that arrives is right if, and only if, it is what stands in the cycle at that place. That
-is one `memcmp` a chunk, whatever the size of its frames, and leaves no byte unchecked.
+A stream is a cycle of frames that repeats. No two frames of a cycle are alike, and no frame is like one of
+another stream. So a chunk that arrives is right if, and only if, it equals the cycle at its place. That takes
+one `memcmp` for each chunk, whatever the size of its frames, and leaves no byte unchecked.
 """
 
 import random
@@ -13,13 +13,13 @@ from functools import lru_cache
 from cc_proxy.api import encode_frame
 from cc_proxy.api.frames import FRAME_HEADER
 
-#: Most that is read or sent at once.
+#: The most bytes that are read or sent at once.
 BUFFER_SIZE = 256 * 1024
-#: Seqs from here on are the proxy's questions whether stdin was taken in, to be sent back (docs/protocol.md).
+#: Frames with seqs from here on are the proxy's markers, which an agent sends back (docs/protocol.md).
 FIRST_MARKER = 1 << 63
 #: Longest frame that an agent takes (docs/protocol.md, 3).
 MAX_TO_AGENT = 4096
-#: What a neighbour is sent while echoes are timed: frames as long as hyperstart's, and how many a second.
+#: What a neighbour is sent while echoes are timed: frames as long as hyperstart's, and how many per second.
 NEIGHBOUR_PAYLOAD = 10_228
 NEIGHBOUR_FRAMES = 64
 NEIGHBOUR_RATE = 1000
@@ -31,30 +31,30 @@ _NOISE = random.Random(1).randbytes(64 * 1024)
 
 
 class WrongBytesError(Exception):
-    """What arrived is not what was sent. The text says where."""
+    """What arrived differs from what was sent. The text says where."""
 
 
 def frames_in_cycle(streams: int, payload: int) -> int:
-    """Return how many frames each of so many streams has in a cycle."""
+    """Return how many frames of each stream are in a cycle, given the number of streams."""
     return max(4, _CYCLE_SIZE // (streams * (payload + FRAME_HEADER.size)))
 
 
 def payload_of(vm: int, seq: int, number: int, size: int) -> bytes:
-    """Return the payload of frame `number` of a stream, like no other's if it has 8 bytes or more."""
+    """Return the payload of frame `number` of a stream. It is unique if it has 8 bytes or more."""
     start = (vm * 31 + seq * 7919 + number * 104_729) % (len(_NOISE) - size)
     return (_STAMP.pack(vm, seq, number) + _NOISE[start : start + size])[:size]
 
 
 @lru_cache(maxsize=64)
 def cycle_of(vm: int, seqs: tuple[int, ...], payload: int, frames: int) -> bytes:
-    """Return one cycle of the streams `seqs` of a VM, in turn: `frames` of each."""
+    """Return one cycle: `frames` frames of each of a VM's streams `seqs`, taking the streams in turn."""
     return b"".join(
         encode_frame(seq, payload_of(vm, seq, number, payload)) for number in range(frames) for seq in seqs
     )
 
 
 class StreamCheck:
-    """Checks a stream that comes unchanged: one cycle, so many times."""
+    """Checks a stream that must arrive unchanged: a cycle that repeats `cycles` times."""
 
     def __init__(self, name: str, cycle: bytes, cycles: int) -> None:
         self._name = name
@@ -62,11 +62,11 @@ class StreamCheck:
         self._total = self.left = len(cycle) * cycles
         #: How much may be read at once.
         self.read_size = min(max(len(cycle), _LEAST_READ), BUFFER_SIZE)
-        # So long that whatever is read at once stands somewhere in it as a whole.
+        # Long enough to contain in one piece whatever may be read at once.
         self._expected = repeated(cycle, self.read_size)
 
     def take(self, data: memoryview) -> None:
-        """Take the next bytes, `read_size` at the most. Raises `WrongBytesError`."""
+        """Check the next bytes, at most `read_size` of them. Raises `WrongBytesError`."""
         at = self._total - self.left
         if len(data) > self.left:
             raise WrongBytesError(f"{self._name}: more than the {self._total} bytes that were sent")
@@ -77,7 +77,7 @@ class StreamCheck:
 
 
 class _Stdin:
-    """What one client sends, as it may come out behind a proxy: the same payload, perhaps in other frames."""
+    """Checks what one client sends, behind a proxy: the payload is the same, but frames may be split."""
 
     def __init__(self, name: str, cycle: bytes, payload: int, cycles: int) -> None:
         self._name = name
@@ -88,13 +88,13 @@ class _Stdin:
         self._payload = repeated(b"".join(payloads), MAX_TO_AGENT)
         self._period = payload * len(payloads)
         wire = [b"".join(split(seq, piece)) for piece in payloads]
-        #: Length of one of the client's frames if it arrived whole and was split only because it is long.
+        #: Length of a client's frame if it was split for no other reason than that it is long.
         self._unit = len(wire[0])
         self._wire = repeated(b"".join(wire), BUFFER_SIZE)
         self._total = self.left = self._period * cycles
 
     def run(self, view: memoryview) -> int:
-        """Return how many bytes at the beginning of `view` are whole frames of the client, as expected."""
+        """Check whole frames of the client at the beginning of `view`; returns how many bytes were right."""
         at = self._total - self.left
         if at % self._size:
             return 0
@@ -125,7 +125,7 @@ class StdinCheck:
 
     @property
     def left(self) -> int:
-        """Payload bytes that are still to come."""
+        """How many bytes of payload are still to come."""
         return sum(stream.left for stream in self._streams.values())
 
     def take(self, buffer: bytearray, view: memoryview, stop: int) -> int:
@@ -162,18 +162,18 @@ class StdinCheck:
 
 
 def split(seq: int, payload: bytes) -> Sequence[bytes]:
-    """Return the frames in which a client's frame reaches the agent, if the proxy had all of it at once."""
+    """Return the frames in which a client's frame reaches the agent, if the proxy got all of it at once."""
     room = MAX_TO_AGENT - FRAME_HEADER.size
     return [encode_frame(seq, payload[at : at + room]) for at in range(0, len(payload), room)]
 
 
 def repeated(cycle: bytes, size: int) -> bytes:
-    """Return the cycle so often that any `size` bytes of the stream stand in it in one piece."""
+    """Return the cycle, repeated until any `size` bytes of the stream are in it in one piece."""
     return cycle * (1 + -(-size // len(cycle)))
 
 
 def matching(expected: bytes, begin: int, view: memoryview, unit: int) -> int:
-    """Return how much of `view` is as expected from `begin` on, in whole units."""
+    """Return how many bytes of `view`, in whole units, equal `expected` from `begin` on."""
     if not expected.startswith(view[:unit], begin):
         return 0
     if expected.startswith(view, begin):

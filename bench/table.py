@@ -33,7 +33,7 @@ def show(results: Results, console: Console) -> None:
 
 
 def noise(results: Results) -> str:
-    """Say what others took of the machine, and what became of it."""
+    """Return a sentence on how much CPU other processes took, and what that meant for the rounds."""
     kept = sorted(one.others for row in results.rows for one in row.rounds)
     discarded = sum(len(row.discarded) for row in results.rows)
     noisy = sum(others > QUIET for others in kept)
@@ -76,7 +76,7 @@ def _range(figures: Spread) -> str:
 
 
 def number(value: float) -> str:
-    """Return the digits that mean something."""
+    """Return a number with only those digits that mean something."""
     if value >= _THREE_DIGITS:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= _THREE_DIGITS / 10 else f"{value:.2f}"

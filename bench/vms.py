@@ -1,4 +1,4 @@
-"""The VMs: a process that plays the agents of all of them."""
+"""The VMs: one process plays the agents of all of them."""
 
 import os
 import select
@@ -29,7 +29,7 @@ _PING = MESSAGE.pack(Code.PING, MESSAGE.size)
 
 
 class Vms(Generator):
-    """The VMs' ends of their I/O channels are `ends`. Orders are the public methods."""
+    """`ends` are the VMs' ends of their I/O channels. The public methods are orders (`bench.worker`)."""
 
     def __init__(self, directory: str) -> None:
         super().__init__()
@@ -38,20 +38,20 @@ class Vms(Generator):
         self._controls: list[socket.socket] = []
 
     def open(self, count: int) -> list[list[str]]:
-        """Listen for so many VMs; returns the paths of each one's control and I/O channel."""
+        """Listen for this many VMs; returns for each the paths of its control and I/O channel."""
         paths = [[f"{self._directory}/vm{vm}.{channel}" for channel in ("ctl", "io")] for vm in range(count)]
         self._listeners = [listen(path) for pair in paths for path in pair]
         return paths
 
     def boot(self) -> None:
-        """Have the proxy connect to each VM, and say READY."""
+        """Let the proxy connect to each VM, and send READY."""
         for control, io in zip(self._listeners[::2], self._listeners[1::2], strict=True):
             self._controls.append(make_blocking(control.accept()[0]))
             self._accept(io)
             self._controls[-1].sendall(READY)
 
     def accept(self) -> None:
-        """Have the relay connect to the I/O channel of each VM."""
+        """Let the relay connect to the I/O channel of each VM."""
         for io in self._listeners[1::2]:
             self._accept(io)
 
@@ -63,12 +63,12 @@ class Vms(Generator):
             control.sendall(ACK)
 
     def assign(self, streams: list[list[int]]) -> None:
-        """Take note of the streams of each VM."""
+        """Note the streams of each VM."""
         for end, seqs in zip(self.ends, streams, strict=True):
             end.seqs = tuple(seqs)
 
     def receive_stdin(self, payload: int, frames: int, cycles: int) -> float:
-        """Receive what all clients of the first VM send; returns when that was done."""
+        """Receive and check what all clients of the first VM send; returns when that was done."""
         io = make_blocking(self.ends[0].sock)
         cycles_of = {seq: cycle_of(0, (seq,), payload, frames) for seq in self.ends[0].seqs}
         check = StdinCheck(cycles_of, payload, cycles)
@@ -89,13 +89,13 @@ class Vms(Generator):
         return ended
 
     def echo(self) -> None:
-        """Send back what comes, markers too, until a client's end of file."""
+        """Send back what comes, including markers, until a client sends end of file."""
         io = make_blocking(self.ends[0].sock)
         while not _is_end(data := receive_some(io)):
             io.sendall(data)
 
     def echo_on(self, clients: int) -> None:
-        """Send back whatever comes to a VM, markers too, until this many clients have sent end of file."""
+        """Send back what comes to each VM, including markers, until `clients` ends of file have come."""
         parsers = {}
         with select.epoll() as epoll:
             for end in self.ends:
@@ -110,7 +110,7 @@ class Vms(Generator):
                     clients -= sum(seq < FIRST_MARKER and not payload for seq, payload in frames)
 
     def echo_beside(self, seq: int, cycles: int) -> None:
-        """Do as `echo`, and meanwhile send a neighbour a frame each millisecond, so many cycles of them."""
+        """Do the same as `echo`, and meanwhile send cycles to a neighbour, a frame each millisecond."""
         io = make_blocking(self.ends[0].sock)
         cycle = memoryview(cycle_of(0, (seq,), NEIGHBOUR_PAYLOAD, NEIGHBOUR_FRAMES))
         size = len(cycle) // NEIGHBOUR_FRAMES
@@ -133,7 +133,7 @@ class Vms(Generator):
             io.sendall(frame)
 
     def answer_pings(self) -> None:
-        """Acknowledge each command, until one that is no ping."""
+        """Acknowledge commands, up to the first that is not a ping."""
         control = self._controls[0]
         command = _PING
         while command == _PING:
@@ -147,7 +147,7 @@ class Vms(Generator):
         return path
 
     def hop(self) -> None:
-        """Send back what comes on each connection, one after the other, until one that sends nothing."""
+        """Send back what comes on one connection after the other, until one is closed without a byte."""
         while self._serve_hop(self._listeners[0]):
             pass
 
@@ -178,7 +178,7 @@ class Vms(Generator):
 
 
 def _is_end(data: bytes) -> bool:
-    """Whether this is a client's end of file; clients in `echo` send it behind everything else."""
+    """Whether this is a client's end of file, which must have come in a read of its own."""
     if len(data) != FRAME_HEADER.size:
         return False
     seq, length = FRAME_HEADER.unpack(data)

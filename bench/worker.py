@@ -1,4 +1,4 @@
-"""How a generator is told what to do: an order a line on stdin, an answer a line on stdout, both JSON."""
+"""How a generator gets its orders: one per line on stdin, with one answer per line on stdout, as JSON."""
 
 import gc
 import json
@@ -11,9 +11,9 @@ from cc_proxy.linux.fds import raise_fd_limit
 
 
 def serve(generator: object) -> None:
-    """Carry out orders, each a method of `generator` by name, until there are no more."""
+    """Carry out orders until stdin ends. Each names one of `generator`'s methods, and has its arguments."""
     raise_fd_limit()
-    gc.disable()  # a pause of the generator's would count as the proxy's
+    gc.disable()  # a pause of the generator would be measured as one of the proxy
     for line in sys.stdin:
         order = json.loads(line)
         try:
