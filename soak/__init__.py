@@ -1,1 +1,1 @@
-"""cc-proxy's endurance test: `python -m soak`. docs/reliability.md says how to read what comes of it."""
+"""cc-proxy's endurance test: `python -m soak`. docs/reliability.md says how to read the results."""

@@ -1,4 +1,4 @@
-"""`python -m soak`: a daemon lives through minutes or hours of clients and VMs that behave and misbehave."""
+"""`python -m soak`: clients and VMs keep a daemon busy for minutes or hours, and some of them misbehave."""
 
 import argparse
 import random
@@ -26,33 +26,33 @@ _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m soak",
-        description="Have many VMs and clients do everything for a long time, and see that nothing grows.",
-        epilog="docs/reliability.md says how to read what comes of it.",
+        description="Have many VMs and clients do everything for a long time, and check that nothing grows.",
+        epilog="docs/reliability.md says how to read the results.",
     )
     parser.add_argument(
-        "--minutes", type=float, default=10.0, metavar="N", help="(default: 10; an hour is 60)"
+        "--minutes", type=float, default=10.0, metavar="N", help="how long (default: %(default)g)"
     )
     parser.add_argument("--vms", type=int, default=16, metavar="N", help="at once (default: %(default)s)")
     parser.add_argument(
         "--replace", type=float, default=0.0, metavar="SECONDS",
-        help="have another process of the daemon go on with everything that often (default: never)",
+        help="have another process take over from the daemon this often (default: never)",
     )  # fmt: skip
     parser.add_argument(
         "--seed", type=int, default=random.SystemRandom().randrange(1_000_000), metavar="N",
-        help="what is done, and when, is drawn with this; it is printed",
+        help="the seed of the random choices of what is done, and when; it is printed",
     )  # fmt: skip
     parser.add_argument(
-        "--json", type=Path, default=Path("build/soak.json"), metavar="FILE", help="all that was seen"
+        "--json", type=Path, default=Path("build/soak.json"), metavar="FILE", help="all that was measured"
     )
     parser.add_argument(
         "--picture",
         type=Path,
         default=Path("build/soak.png"),
         metavar="FILE",
-        help="PNG or SVG, by its ending",
+        help="a picture, PNG or SVG by its suffix",
     )
     parser.add_argument(
-        "--from", type=Path, dest="source", metavar="FILE", help="do nothing, show a JSON FILE"
+        "--from", type=Path, dest="source", metavar="FILE", help="do nothing, show an older JSON FILE"
     )
     return parser
 
@@ -96,7 +96,7 @@ def _soak(options: argparse.Namespace, console: Console) -> Record:
 
 
 def _progress(console: Console) -> Progress:
-    # Drawn once a second: a bar that moves by itself would take CPU from what is measured.
+    # Drawn once per second: a bar that moves by itself would take CPU from what is measured.
     return Progress(
         BarColumn(bar_width=None), TextColumn("{task.description:<52}"),
         TextColumn("left:"), TimeRemainingColumn(),
@@ -105,7 +105,7 @@ def _progress(console: Console) -> Progress:
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    # Once is enough: the end of everything that was started must not be interrupted in turn.
+    # Only once: nothing may interrupt the end of all the processes that were started.
     for number in _INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

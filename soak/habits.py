@@ -1,29 +1,29 @@
-"""What clients do with their I/O fds, and their processes with them."""
+"""What clients and their processes do with an I/O fd."""
 
 import random
 from dataclasses import dataclass
 from typing import Literal
 
-#: The process exits; or its client closes the fd, or one direction of it, or sends what it may not.
+#: The process exits; or its client closes the fd, closes one direction of it, or breaks the protocol.
 End = Literal["exit", "close", "half-close", "nonsense"]
 
 
 @dataclass(frozen=True)
 class Habit:
-    """One kind of client. Rates are bytes of payload a second."""
+    """One kind of client. Rates are in bytes of payload per second."""
 
     name: str
     down: int = 0
     up: int = 0
-    #: Bytes in a frame.
+    #: Bytes of payload in a frame.
     payload: int = 1024
-    #: Whether its process answers each frame of stdin with one of output.
+    #: Whether the process answers each frame of stdin with one of output.
     answers: bool = False
-    #: Seconds without reading, after as many with.
+    #: The client reads for this many seconds, then does not read for as many, and so on. 0: always reads.
     stall: float = 0.0
     reads: bool = True
     end: End = "exit"
-    #: Seconds that it stays, on average.
+    #: Seconds that the client stays, on average.
     stays: float = 12.0
 
 
@@ -42,5 +42,5 @@ HABITS = (
 
 
 def lifetime(dice: random.Random, average: float) -> float:
-    """Return seconds, as it is when everything may end at any moment."""
+    """Return a random lifetime in seconds: the end is as likely at one moment as at any other."""
     return dice.expovariate(1 / average)

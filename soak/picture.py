@@ -1,4 +1,4 @@
-"""A record as a picture: what should be flat, over time, and below it what went on meanwhile."""
+"""A record as a picture: what should stay flat, over time, and below it what went on meanwhile."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ _BESIDE: Any = {"loc": "upper left", "bbox_to_anchor": (1.04, 1.0)}
 
 
 def draw(record: Record, path: Path) -> None:
-    """Draw the picture; its kind is told by the file's ending."""
+    """Draw the picture, in the format that the suffix of the file says."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=_SIZE, layout="constrained")
         panels = figure.subplots(5, 1, sharex=True, height_ratios=(1, 1, 1, 1.2, 0.9))
@@ -97,7 +97,7 @@ def _latencies(axes: Axes, record: Record) -> None:
 
 
 def _load(axes: Axes, record: Record) -> None:
-    """What the worlds did, when VMs died and settings were read again; and what others did."""
+    """Draw what the worlds did, when VMs died and settings were read again, and what others did."""
     axes.set(title="What went on", ylabel="MB/s")
     times, rates = [], []
     for (begin, before, _), (end, after, _) in zip(record.course, record.course[_WINDOW:], strict=False):
@@ -120,7 +120,7 @@ def _load(axes: Axes, record: Record) -> None:
 
 
 def _others(axes: Axes, record: Record) -> None:
-    """Cores that other processes took, as a shade with an axis of its own."""
+    """Draw how many cores other processes took, as a shaded area with an axis of its own."""
     shade: Any = axes.twinx()
     shade.set(ylim=(0, 4))
     shade.grid(visible=False)
@@ -137,7 +137,7 @@ def _marks(axes: Axes, times: Sequence[float], height: float, color: str, label:
 
 
 def _line(axes: Axes, record: Record, key: str, label: str, color: str) -> None:
-    """Every sample thinly, and the median of each stretch of time over it."""
+    """Draw all samples as a thin line, and over it the median of each stretch of time."""
     line = _BY_KEY[key]
     every = [getattr(sample, key) * line.scale for sample in record.samples]
     axes.plot(_minutes(record.samples), every, color=color, alpha=0.3, lw=0.8)

@@ -1,4 +1,4 @@
-"""One VM and its clients, from a hello that succeeds to a death."""
+"""One VM and its clients, from hello to the VM's end."""
 
 import contextlib
 import random
@@ -21,7 +21,7 @@ from soak.habits import HABITS, lifetime
 from soak.session import Chunk, Session
 from soak.sockets import PATIENCE, Connection, VmSockets
 
-#: While so much waits for the VM's socket its processes write nothing.
+#: While this many bytes wait for the VM's socket, its processes write nothing.
 _OUTBOX = 256 * 1024
 _MOST_SESSIONS = 6
 _MOST_PIECES = 64
@@ -31,12 +31,12 @@ _STAYS = 25.0
 
 class _State(Enum):
     LIVES = auto()
-    SETTLES = auto()  # nothing new is begun, and all that was sent arrives
-    DEAD = auto()  # its clients read what has arrived, and the end
+    SETTLES = auto()  # nothing new begins, and everything that was sent must arrive
+    DEAD = auto()  # the VM has gone; its clients read what is left
 
 
 class Pod:
-    """A VM, played together with all of its clients."""
+    """A VM and all of its clients, played by one object."""
 
     def __init__(
         self, directory: str, proxy: str, name: str, number: int, dice: random.Random, done: Counter[str]
@@ -52,7 +52,7 @@ class Pod:
         self._settle_until = 0.0
         self._said_bye = False
         self._sessions: list[Session] = []
-        self._by_seq: dict[int, Session] = {}  # those that are over too: their stdin may still end
+        self._by_seq: dict[int, Session] = {}  # including those that are over: their stdin may still end
         self._outbox: deque[Chunk] = deque()
         self._outbox_size = self._partly_sent = 0
         self._inbox = bytearray()
@@ -77,10 +77,10 @@ class Pod:
         self._done["VMs"] += 1
         return channels
 
-    # What it does, again and again ------------------------------------------------------------------------
+    # Turns ------------------------------------------------------------------------------------------------
 
     def turn(self, now: float, seconds: float) -> None:
-        """Do what is due; `seconds` have passed since it was last asked."""
+        """Do what is due. `seconds` have passed since the last turn."""
         if self._state is _State.LIVES:
             self._live(now)
         if self._state is _State.DEAD:
@@ -98,17 +98,17 @@ class Pod:
             self._settle(now)
 
     def fileno(self) -> int:
-        """The I/O channel's fd; negative once it is closed."""
+        """Return the I/O channel's fd; negative if it is closed."""
         return self._io.fileno()
 
     def serve(self) -> None:
-        """Take what has come on the I/O channel, and send what waits for it."""
+        """Take what has come on the I/O channel, and send what waits to be sent on it."""
         self._control.answer_daemon()
         if not (self._flush() and self._receive() and self._flush()):
             raise WrongBytesError(f"{self._container}: the daemon has hung up")
 
     def end(self) -> None:
-        """Let everything arrive, and say bye."""
+        """Begin to let everything arrive, after which the VM says bye."""
         if self._state is _State.LIVES:
             self._state = _State.SETTLES
             self._settle_until = time.monotonic() + PATIENCE
@@ -116,7 +116,7 @@ class Pod:
                 self._queue(session.end("close" if session.habit.end == "close" else "exit"))
 
     def close(self) -> None:
-        """Whatever state it is in."""
+        """Close all sockets, in any state."""
         for session in self._sessions:
             session.sock.close()
         self._hang_up()
@@ -147,7 +147,7 @@ class Pod:
             self._outbox_size += len(chunk.frames)
 
     def _flush(self) -> bool:
-        """Send what the channel takes now; returns whether it is still there."""
+        """Send what the channel takes now; returns whether it is still open."""
         with contextlib.suppress(BlockingIOError):
             while self._outbox:
                 pieces = [chunk.frames for chunk, _ in zip(self._outbox, range(_MOST_PIECES), strict=False)]
@@ -169,7 +169,7 @@ class Pod:
         self._partly_sent = size
 
     def _receive(self) -> bool:
-        """Take the stdin that has come; returns whether the channel is still there."""
+        """Take the stdin that has come; returns whether the channel is still open."""
         with contextlib.suppress(BlockingIOError):
             while data := self._io.recv(_READ_SIZE, socket.MSG_DONTWAIT):
                 self._inbox += data
@@ -202,7 +202,7 @@ class Pod:
             raise WrongBytesError(f"{self._container}: stdin on stream {seq}, which is nobody's")
 
     def _die(self) -> None:
-        """At once, in the middle of whatever it does. Whole frames that it has sent still have to arrive."""
+        """End at once, in the middle of anything. Whole frames that were sent must still arrive."""
         self._done["VMs that died"] += 1
         if self._outbox:
             session, _, frame_size = self._outbox[0]
@@ -257,7 +257,7 @@ class Pod:
         connection.close()
 
     def _attach(self) -> None:
-        """A few more clients, as a shim for each process would be."""
+        """Attach a few more clients, as the shims of processes do."""
         for _ in range(3):
             connection = Connection(self._proxy)
             connection.send(Attach(self._container))
@@ -284,7 +284,7 @@ class Pod:
         self._done["sessions"] += 1
 
     def _ask(self) -> None:
-        """Several requests of one client at once, commands among them; then their answers, in order."""
+        """Send several requests of one client at once, with commands among them; then check the answers."""
         connection = self._dice.choice(self._connections)
         asked = [self._dice.choice(("attach", "ping", "refused")) for _ in range(self._dice.randint(1, 20))]
         payloads: dict[str, Payload] = {
@@ -299,13 +299,13 @@ class Pod:
         self._done["requests"] += len(asked)
 
     def _answer_command(self) -> bool:
-        """Carry a command out, or refuse to; returns which."""
+        """Acknowledge or refuse a command; returns whether it was acknowledged."""
         success = self._dice.random() < 0.9
         self._control.carry_out(Code.PING, success=success)
         return success
 
     def _come_and_go(self) -> None:
-        """A client that dies as soon as it is there, in one way or another."""
+        """Have a client that connects, does one thing, and goes away."""
         self._done["connections"] += 1
         connection = Connection(self._proxy)
         with contextlib.closing(connection):
@@ -324,7 +324,7 @@ class Pod:
                 self._hello_fails(connection)
 
     def _hello_fails(self, connection: Connection) -> None:
-        """The id is taken, there is no socket, or the VM hangs up."""
+        """Say hello in vain: the id is taken, there is no socket, or the VM hangs up."""
         self._done["hellos that failed"] += 1
         how = self._dice.choice(("taken", "no socket", "hangs up"))
         container = self._container if how == "taken" else f"{self._container}-fails"

@@ -1,4 +1,4 @@
-"""A VM and a client of its own, in one thread: what the daemon takes for an echo and for a command."""
+"""A VM and a client of its own, in one thread, to time an echo and a command through the daemon."""
 
 import socket
 import time
@@ -20,7 +20,7 @@ _PAYLOAD = 64
 
 
 class Probe:
-    """Measures round trips, one at a time. Seconds."""
+    """Measures round trips, one at a time, in seconds."""
 
     def __init__(self, proxy: str, directory: str) -> None:
         self._stack = ExitStack()
@@ -55,7 +55,7 @@ class Probe:
         self._connection.expect(True, "execcmd of the probe")
 
     def echo(self) -> float:
-        """A frame to the VM, and back. Markers are sent back outside of what is timed."""
+        """Time a frame to the VM and back. Markers are sent back when that is over."""
         self._number += 1
         frame = encode_frame(self._seq, payload_of(0, self._seq, self._number, _PAYLOAD))
         begun = time.perf_counter()
@@ -70,7 +70,7 @@ class Probe:
         return took
 
     def ping(self) -> float:
-        """A command to the agent, its answer, and the response."""
+        """Time a command: the request, the agent's answer, and the response."""
         begun = time.perf_counter()
         self._connection.send(Hyper("ping"))
         _exactly(self._control, MESSAGE.size)
@@ -79,7 +79,7 @@ class Probe:
         return time.perf_counter() - begun
 
     def end(self) -> None:
-        """Let the VM go."""
+        """Unregister the VM."""
         self._connection.send(Bye(_CONTAINER))
         self._connection.expect(True, "bye of the probe")
 

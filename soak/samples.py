@@ -1,4 +1,4 @@
-"""What was seen of the daemon over time, and whether it is flat. Pure, but for files."""
+"""What was measured of the daemon over time, and whether it stayed flat. Pure, except for files."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -11,15 +11,15 @@ import msgspec
 from bench.figures import percentile
 from bench.measure import QUIET
 
-#: The share of the run in which caches fill and the number of clients finds its level.
+#: The share of the run in which caches fill, and the number of clients reaches its level.
 WARM_UP = 0.2
 _BINS = 30
-#: Seconds below which a slope means nothing.
+#: In a run of fewer seconds, a slope means nothing.
 _SHORTEST = 240.0
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """The daemon at one moment. Bytes; seconds, since the run began."""
+    """The daemon at one moment. Sizes are in bytes, times in seconds since the run began."""
 
     at: float
     rss: int
@@ -30,9 +30,9 @@ class Sample(msgspec.Struct, frozen=True):
     vms: int
     connections: int
     spooled: int
-    #: Cores that other processes of the machine have taken since the sample before.
+    #: Cores that other processes of the machine have taken since the previous sample.
     others: float
-    #: Round trips of the last while.
+    #: Seconds that each round trip has taken since the previous sample.
     echoes: list[float]
     pings: list[float]
 
@@ -47,11 +47,11 @@ class Record(msgspec.Struct, frozen=True):
     #: Before anything began, and after everything had ended.
     before: Sample
     after: Sample
-    #: How often what was done.
+    #: How often each thing was done.
     done: dict[str, int]
-    #: For each second: when it was (since the run began), bytes that had arrived, VMs that had died.
+    #: Once per second: the time since the run began, bytes that had arrived, VMs that had died.
     course: list[tuple[float, int, int]]
-    #: When the settings were read again, and when another process went on with everything.
+    #: When the settings were read again, and when another process took over.
     reloads: list[float]
     replacements: list[float] = []
 
@@ -65,18 +65,18 @@ class Record(msgspec.Struct, frozen=True):
 
 
 class Line(NamedTuple):
-    """One thing that was looked at over time, and how far it may rise from warm-up to the end.
+    """A quantity over time, and how far it may rise from the warm-up to the end.
 
-    Proportional memory is not judged: it rises when another process ends that had the same libraries.
-    Of round trips the fastest tenth is judged, and only on a machine that is quiet: how long they take is
-    up to what else it does.
+    Proportional memory is not judged: it rises when another process ends that shared the same libraries.
+    Of round trips only the fastest tenth is judged, and only on a quiet machine, because how long they take
+    depends on what else the machine does.
     """
 
     key: str
     title: str
     unit: str
     scale: float
-    #: As a share of its median; None if it is shown and not judged.
+    #: As a share of the median; None if the line is shown, but not judged.
     allowed: float | None
 
 
@@ -96,19 +96,19 @@ LINES = (
 
 
 class Verdict(NamedTuple):
-    """What came of a line."""
+    """How a line was judged."""
 
     line: Line
     median: float
     most: float
-    #: How much it has risen from warm-up to the end, by its slope, as a share of the median.
+    #: How far it has risen from the warm-up to the end, by its slope, as a share of the median.
     rise: float
     #: `flat` or `rises`; `too short` or `busy` if the run or the machine was; empty if it is not judged.
     said: str
 
 
 def series(record: Record, line: Line, bins: int = _BINS) -> tuple[list[float], list[float]]:
-    """Return times, and what was seen by then: the median of each bin, or the percentile that it is of."""
+    """Return times and values, one for each bin: the bin's median, or the percentile that the line names."""
     name, _, share = line.key.partition(" p")
     times, values = [], []
     for group in _groups(record.samples, bins):
@@ -122,7 +122,7 @@ def series(record: Record, line: Line, bins: int = _BINS) -> tuple[list[float], 
 
 
 def judge(record: Record, line: Line) -> Verdict:
-    """Return whether a line is flat."""
+    """Judge whether a line is flat."""
     times, values = series(record, line)
     warm = [(at, value) for at, value in zip(times, values, strict=True) if at >= WARM_UP * record.seconds]
     middle = median(value for _, value in warm)
@@ -142,13 +142,13 @@ def _say(record: Record, line: Line, rise: float) -> str:
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
-    """Return the median of the slopes between any two points: a few that stand out change nothing."""
+    """Return the median of the slopes between any two points, so that a few outliers change nothing."""
     slopes = [(y2 - y1) / (x2 - x1) for (x1, y1), (x2, y2) in combinations(points, 2) if x2 > x1]
     return median(slopes) if slopes else 0.0
 
 
 def complaints(record: Record) -> list[str]:
-    """Return what is not as it should be."""
+    """Return what is wrong: lines that rise, and what the daemon has not given back."""
     found = [
         f"{verdict.line.title} has risen by {verdict.rise:.0%}, {verdict.line.allowed:.0%} is allowed"
         for verdict in (judge(record, line) for line in LINES)

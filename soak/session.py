@@ -1,4 +1,4 @@
-"""One I/O fd: what a process and its client send each other over it, every byte of which is checked."""
+"""One I/O fd, over which a process and its client send each other bytes. Every byte is checked."""
 
 import contextlib
 import socket
@@ -13,14 +13,14 @@ from soak.habits import Habit
 _CYCLE_FRAMES = 16
 #: More than any stream ever carries.
 _ENDLESS = 1 << 40
-#: What a process that ends sends last: end of file, and its exit status.
+#: The exit status of a process, which it sends after end of file.
 _STATUS = b"\0"
-#: At most so much is made up at once, in seconds of a rate: after a pause nobody catches up.
+#: After a pause, only what was due in this many seconds is sent: nobody catches up on the rest.
 _MOST_AT_ONCE = 0.1
 
 
 class Chunk(NamedTuple):
-    """Whole frames of one length on their way to the I/O channel, and whose output they are."""
+    """Whole frames of one length that go to the I/O channel, and the session whose output they are."""
 
     session: "Session | None"
     frames: memoryview | bytes
@@ -30,7 +30,7 @@ class Chunk(NamedTuple):
 class Session:
     """One client's fd, and the process at its other end.
 
-    The world it lives in plays both, so that each end knows what the other has done.
+    One object plays both, so that each end knows what the other has done.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Session:
         self.seqs = seqs
         self.sock = sock
         self.ends_at = ends_at
-        #: Whether the client has closed its fd, or everything has come.
+        #: Whether the client has closed its fd: before its time, or because everything has come.
         self.closed = False
         self._name = f"VM {vm}, stream {seqs[0]} ({habit.name})"
         cycle = cycle_of(vm, seqs, habit.payload, _CYCLE_FRAMES)
@@ -63,13 +63,13 @@ class Session:
 
     @property
     def bytes_passed(self) -> int:
-        """Payload that has arrived, both ways, headers of output included."""
+        """Bytes that have arrived: output with its headers, and the payload of stdin."""
         return self._received + self._stdin_got
 
     # The process ------------------------------------------------------------------------------------------
 
     def output(self, seconds: float) -> Iterator[Chunk]:
-        """Yield what the process writes in so much time."""
+        """Yield what the process writes in this time."""
         if self.closed or self._tail is not None:
             return
         rate = self.habit.down
@@ -83,7 +83,7 @@ class Session:
             yield from self.exit()
 
     def exit(self) -> Iterator[Chunk]:
-        """Yield what tells of the process's end."""
+        """Yield the frames that tell that the process has ended."""
         if self._tail is None:
             end, status = encode_frame(self.seqs[0]), encode_frame(self.seqs[0], _STATUS)
             self._tail = end + status
@@ -91,7 +91,7 @@ class Session:
             yield Chunk(self, status, len(status))
 
     def take_stdin(self, payload: memoryview) -> Iterator[Chunk]:
-        """Take a frame of stdin; yields the answer. Raises `WrongBytesError`."""
+        """Check the payload of a frame of stdin; yields the answer, if any. Raises `WrongBytesError`."""
         if not payload:
             self._take_end()
             return
@@ -103,7 +103,7 @@ class Session:
             yield self._frames(1)
 
     def sent(self, size: int) -> None:
-        """So much of its output was put into the I/O channel."""
+        """Note that this many bytes of the output have been sent on the I/O channel."""
         self._sent += size
 
     def _frames(self, count: int) -> Chunk:
@@ -122,12 +122,12 @@ class Session:
     # The client -------------------------------------------------------------------------------------------
 
     def wants_to_read(self, now: float) -> bool:
-        """Whether the client takes what comes now."""
+        """Whether the client reads at present."""
         habit = self.habit
         return habit.reads and (not habit.stall or now % (2 * habit.stall) < habit.stall)
 
     def write(self, seconds: float) -> None:
-        """Send as much stdin as is due and the socket takes."""
+        """Send the stdin that is due, as far as the socket takes it."""
         if self._half_closed or self.closed:
             return
         habit = self.habit
@@ -141,7 +141,7 @@ class Session:
                 self._say_end()
 
     def end(self, how: str) -> Iterator[Chunk]:
-        """Begin to end, as it is this client's habit or as its VM ends: yields what its process says then."""
+        """Begin to end, in the way of `Habit.end`; yields what the process writes because of that."""
         if how == "close":
             self.close()
         elif how == "exit":
@@ -151,7 +151,7 @@ class Session:
             self._allowance = 0.0
 
     def read(self, vm_gone: bool) -> None:
-        """Take what has come. Raises `WrongBytesError` also for an end that nobody has caused."""
+        """Read what has come. Raises `WrongBytesError`, also for an end that neither side has caused."""
         while not self.closed:
             try:
                 data = self.sock.recv(self._output.read_size, socket.MSG_DONTWAIT)
@@ -169,7 +169,7 @@ class Session:
         self.sock.close()
 
     def is_settled(self) -> bool:
-        """Whether all that was sent to a living VM has arrived there."""
+        """Whether all stdin that was sent has arrived in the VM."""
         return self._stdin_got == self._stdin_sent and (self.closed or not self._unsent)
 
     def __str__(self) -> str:

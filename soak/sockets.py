@@ -1,4 +1,4 @@
-"""The sockets of a VM and of its clients, which wait for what is bound to happen, and no longer."""
+"""The sockets of a VM and of its clients. They wait for what must happen, but not for ever."""
 
 import contextlib
 import os
@@ -12,12 +12,12 @@ from bench.vms import listen
 from cc_proxy.api import Hello, Payload, Request, Response
 from cc_proxy.api.transport import connect, read_message, write_message
 
-#: Seconds for anything that is bound to happen.
+#: Seconds to wait for anything that must happen.
 PATIENCE = 30.0
 
 
 class Connection:
-    """A client's connection, with requests and responses apart."""
+    """A client's connection that sends requests and receives responses separately, to pipeline them."""
 
     def __init__(self, proxy: str) -> None:
         self.sock = connect(proxy, timeout=PATIENCE)
@@ -50,7 +50,7 @@ class Connection:
 
 
 class VmSockets:
-    """Both channels of a VM."""
+    """The listening sockets of a VM's two channels."""
 
     def __init__(self, directory: str, name: str) -> None:
         self.paths = [f"{directory}/{name}.{channel}" for channel in ("ctl", "io")]

@@ -1,4 +1,4 @@
-"""A run: a daemon, worlds of VMs and clients, a probe, and a look at the daemon each second."""
+"""A run: a daemon, worlds of VMs and clients, a probe, and a sample of the daemon each second."""
 
 import random
 import select
@@ -19,20 +19,20 @@ from cc_proxy.api import Client, Status
 from soak.probe import Probe
 from soak.samples import Record, Sample
 
-#: A spool so small that it is full now and then; what is changed and read again has to be without effect.
+#: The spool is so small that it is full now and then. `linger` changes with each SIGHUP, and must not matter.
 _SETTINGS = """\
 session_limit = 1_000_000
 [vm]
 bye_linger = {linger}
 """
 _WORLDS = 2
-#: Seconds between two looks, two turns of the probe, and, on average, two SIGHUPs.
+#: Seconds between two samples, between two turns of the probe, and, on average, between two SIGHUPs.
 _LOOK = 1.0
 _PROBE = 0.1
 _RELOAD = 10.0
-#: Seconds until the daemon has to be as it was before everything.
+#: Seconds that the daemon may take at the end until it is as it was at the beginning.
 _SETTLE = 30.0
-#: What none of this may have a daemon log. What clients and VMs do to it are warnings.
+#: What the daemon must never log. Of what clients and VMs do, it may only warn.
 _ERRORS = ('"level": "ERROR"', '"level": "CRITICAL"', "Traceback")
 
 Show = Callable[[float, str], None]
@@ -42,7 +42,7 @@ class Stage:
     """Everything that a run needs; `run` may be called once."""
 
     def __init__(self, seconds: float, vms: int, seed: int, replace: float = 0.0) -> None:
-        """`replace` is how many seconds another process of the daemon serves, 0 for all of them."""
+        """`replace` is after how many seconds another process takes over each time; 0 for never."""
         self._seconds = seconds
         self._vms = vms
         self._seed = seed
@@ -55,7 +55,7 @@ class Stage:
         self._bystanders: Bystanders | None = None
 
     def run(self, show: Show) -> Record:
-        """Soak; `show` is told how far it is. Raises `BenchError` for what must not be."""
+        """Carry out the run; `show` is called with its progress. Raises `BenchError` if anything is wrong."""
         with tempfile.TemporaryDirectory(prefix="ccp-", dir="/tmp") as directory:
             with Daemon("daemon", Path(directory), _SETTINGS.format(linger=10)) as daemon:
                 try:
@@ -138,7 +138,7 @@ class Stage:
             return self._look(daemon, client.status(), [], [])
 
     def _settled(self, daemon: Daemon, before: Sample) -> Sample:
-        """Wait until the daemon is as it was, for a while."""
+        """Wait until the daemon is as it was, for `_SETTLE` seconds at most; returns how it is then."""
         deadline = time.monotonic() + _SETTLE
         while (now := self._at_rest(daemon)).vms or now.fds > before.fds or now.threads > before.threads:
             if time.monotonic() > deadline:
@@ -147,7 +147,7 @@ class Stage:
         return now
 
     def _course(self, results: Sequence[dict[str, Any]]) -> list[tuple[float, int, int]]:
-        """The worlds' courses together, which were noted in the same seconds."""
+        """Return the sum of the worlds' courses, each of which has one entry per second."""
         return [
             (min(at for at, _, _ in moment) - self._begun, sum(size for _, size, _ in moment),
              sum(died for _, _, died in moment))
@@ -170,7 +170,7 @@ def _worlds(directory: str) -> Iterator[list[Worker]]:
 
 
 def _still_at_work(worlds: list[Worker]) -> None:
-    """A world that answers before its time has something to complain of."""
+    """Raise `BenchError` if a world has answered before its time: then something is wrong."""
     pipes = {world.process.stdout: world for world in worlds if world.process.stdout}
     for pipe in select.select(list(pipes), [], [], 0)[0]:
         pipes[pipe].take_answer()

@@ -1,4 +1,4 @@
-"""A record as a table for people."""
+"""A record as a table on the terminal."""
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -19,7 +19,7 @@ def show(record: Record, console: Console) -> None:
 
 
 def summary(record: Record) -> str:
-    """Return in a sentence what was done."""
+    """Return a sentence on what was done."""
     done = [f"{record.done.get(name, 0):,} {name}" for name in _DONE]
     minutes = record.seconds / 60
     return (
@@ -50,5 +50,5 @@ def _cells(record: Record, verdict: Verdict) -> list[str]:
 
 
 def number(value: float) -> str:
-    """Return the digits that mean something."""
+    """Return a number with only those digits that mean something."""
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""Many VMs and their clients in one process, as `python -m soak.world DIRECTORY NAME`."""
+"""Many VMs and their clients in one process: `python -m soak.world DIRECTORY NAME`."""
 
 import gc
 import random
@@ -16,7 +16,7 @@ _TURN = 0.01
 
 
 class World:
-    """Orders are the public methods."""
+    """The public methods are orders (`bench.worker`)."""
 
     def __init__(self, directory: str, name: str) -> None:
         self._directory = directory
@@ -24,10 +24,10 @@ class World:
         self._number = 0
 
     def run(self, proxy: str, vms: int, seconds: float, seed: int) -> dict[str, Any]:
-        """Keep so many VMs alive for so long; then let all of them end in peace.
+        """Keep this many VMs alive for `seconds`, then let all of them end regularly.
 
-        Returns what was done, and for each second that began when (time.monotonic) the bytes that arrived and
-        the VMs that had died by then.
+        Returns what was done, and its course: once per second the time (`time.monotonic`), the bytes that
+        had arrived, and the VMs that had died.
         """
         gc.enable()
         done: Counter[str] = Counter()
@@ -60,7 +60,7 @@ class World:
 
 
 def _serve(pods: list[Pod], until: float) -> None:
-    """Have the VMs take stdin in at once: for markers it counts how soon they come back."""
+    """Let each VM take stdin at once, because the daemon waits for the markers that come back."""
     by_fd = {pod.fileno(): pod for pod in pods if pod.fileno() >= 0}
     poll = select.poll()
     for fd in by_fd:
