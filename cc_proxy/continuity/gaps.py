@@ -28,7 +28,7 @@ def note(vm: str, direction: str, streams: Iterable[int], most_bytes: int) -> No
         "of": len(named),
         "most_bytes": most_bytes,
     }
-    logger.error("gap: the process before was killed with something in its hands", extra=fields)
+    logger.error("gap: the previous process was killed with bytes on their way", extra=fields)
 
 
 def counts() -> tuple[int, int]:

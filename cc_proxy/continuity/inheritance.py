@@ -68,7 +68,7 @@ class Inheritance:
             except OSError as error:
                 raise Nothing(str(error)) from None
             if not filled:
-                raise Nothing("the process before has ended, or goes on")
+                raise Nothing("the previous process has ended, or goes on")
             self._read(lambda: decode(*predecessor.box.look()))
             if self.error:
                 raise Nothing(self.error)

@@ -117,4 +117,4 @@ def say_what_was_taken_over(state: DaemonState, reading: float) -> None:
         "seconds": round(time.monotonic() - state.rested_at, 3),
         "reading": round(reading, 3),
     }
-    logger.info("taken over from the process before", extra=fields)
+    logger.info("taken over from the previous process", extra=fields)

@@ -203,7 +203,7 @@ def test_streams_go_on_through_an_upgrade(box: Box) -> None:
     with streaming(box) as process:
         box.run("dpkg", "--install", "/srv/newer.deb")
         assert main_pid(box) != before
-        assert "taken over from the process before" in box.log("-t", "cc-proxy")
+        assert "taken over from the previous process" in box.log("-t", "cc-proxy")
         box.run("dpkg", "--install", "/srv/newer.deb")
     assert process.returncode == 0
 

@@ -63,7 +63,7 @@ def test_nobody_notices_a_restart(daemon: Service, unit: str) -> None:
         vm.vm.io.sendall(frame(stream.base, b"first half, second half")[20:])
         assert stream.read_frame().payload == b"first half, second half"
         assert goes_on(vm, stream)
-        assert daemon.wait_for_log("taken over from the process before")
+        assert daemon.wait_for_log("taken over from the previous process")
 
 
 def test_a_stop_is_an_end(daemon: Service) -> None:
@@ -211,7 +211,7 @@ def test_nobody_notices_that_it_was_killed(daemon: Service, times: int) -> None:
             assert answers_after_a_crash(vm, stream)
             if number % 8 == 7:  # else it would seem that what they find ends them
                 daemon.box.run("systemctl", "restart", SERVICE)
-        assert daemon.wait_for_log("taken over from the process before", times=times)
+        assert daemon.wait_for_log("taken over from the previous process", times=times)
 
 
 def test_nobody_notices_that_the_watchdog_has_ended_it(daemon: Service) -> None:

@@ -327,7 +327,7 @@ def test_under_load_what_is_missing_is_said(town: Wire, times: int) -> None:
 
 def gaps(town: Wire, crashes: int) -> list[Any]:
     """What the log has, once it has it all."""
-    taken_over = "taken over from the process before"
+    taken_over = "taken over from the previous process"
     wait_until(lambda: town.daemon.log().count(taken_over) == crashes, "it is in the log")
     lines = map(json.loads, town.daemon.log().splitlines())
     return [line for line in lines if line["message"].startswith("gap")]
