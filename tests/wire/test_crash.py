@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -261,6 +262,8 @@ def test_killed_between_closing_an_fd_and_forgetting_it(town: Wire, part: str) -
 
 def what_it_is(fd: int) -> str:
     """A stream or a connection of a client's, or neither."""
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return "neither"
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
     try:
         ours, theirs = sock.getsockname(), sock.getpeername()
