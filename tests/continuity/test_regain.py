@@ -14,6 +14,7 @@ from cc_proxy.api.frames import encode_frame
 from cc_proxy.continuity.cells import BUSY, READING, SESSION_WORDS, VM_TORN, VM_WORDS, Cell
 from cc_proxy.continuity.memory import BUFFER_SIZE, Memory, shared_memory
 from cc_proxy.continuity.regain import ChannelFacts, Gap, Regained, SessionFacts, regain
+from cc_proxy.continuity.state.streams import ChannelState
 from cc_proxy.hyperstart.pacing import FIRST_MARKER, LOSSLESS, StdinWindow
 from cc_proxy.linux.fds import Fd
 from cc_proxy.proxy.streams.channel import Channel
@@ -63,8 +64,9 @@ class Life:
             self.mailbox.post(lambda: None)
             self.channel.serve(self.channel.wait())
 
-    def close(self) -> None:
-        self.channel.close()
+    def close(self, *, handed_over: bool = False) -> None:
+        if not handed_over:
+            self.channel.close()
         self.mailbox.close()
         self._control.close()
 
@@ -102,14 +104,27 @@ class World:
         next_seq = 1 + 2 * len(self.clients)
         facts = ChannelFacts(Fd(self.io.fileno()), self.life.memory, sessions, next_seq, self.window)
         found = regain(facts)
+        self._go_on(found.state)
+        return found
+
+    def hand_over(self) -> None:
+        """Another process takes over as planned."""
+        before = self.lives.pop()
+        state = before.channel.hand_over()
+        before.close(handed_over=True)
+        self._go_on(state)
+        assert state.io
+        for fd in (state.io, *(session.fd for session in state.streams.sessions)):
+            os.close(fd.number)  # those who took over have their own
+
+    def _go_on(self, before: ChannelState) -> None:
         self.lives.append(Life(self))
         restored = []
-        for state in found.state.streams.sessions:
+        for state in before.streams.sessions:
             window = StdinWindow.from_state(state.first_seq, state.window) if state.window else None
             restored.append(self.life.session(state.first_seq, state.fd.number, window))
             restored[-1].restore(state)
-        self.life.channel.restore(found.state, restored)
-        return found
+        self.life.channel.restore(before, restored)
 
     def say(self, *frames: bytes) -> None:
         self.vm.sendall(b"".join(frames))
@@ -289,6 +304,31 @@ def test_stdin_that_the_vm_did_not_take_is_a_gap_and_framing_is_right(world: Wor
     got = [frame for frame in world.got() if frame.seq == seq]
     assert b"".join(frame.payload for frame in got) == b"x" * 2_012
     assert filled
+
+
+@pytest.mark.parametrize("by_frame", [False, True])
+@pytest.mark.parametrize("times", [1, 2])
+def test_stdin_that_was_handed_over_and_not_taken_by_then_is_a_gap_too(
+    world: World, times: int, by_frame: bool
+) -> None:
+    seq, other = world.open(), world.open()
+    world.fill()
+    world.send(seq, encode_frame(seq, b"x" * 100) + (encode_frame(seq) if by_frame else b""))
+    if not by_frame:
+        world.clients[seq].shutdown(socket.SHUT_WR)
+    for _ in range(times):
+        world.hand_over()
+        world.life.turn()
+    [gap] = world.kill().gaps
+    assert (gap.to_vm, gap.streams) == (True, [seq])
+    assert 112 <= gap.most <= 124
+    assert world.kill().gaps == []
+    world.send(other, encode_frame(other, b"goes on"))
+    got = [*world.got(), *world.got()]
+    assert [frame for frame in got if frame.seq in (seq, other)] == [
+        Frame(seq, b""),
+        Frame(other, b"goes on"),
+    ]
 
 
 @pytest.mark.parametrize("by_frame", [False, True])

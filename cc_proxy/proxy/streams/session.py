@@ -15,6 +15,7 @@ from cc_proxy.continuity.cells import (
     GONE,
     MARKER,
     READING,
+    SIZE_AT,
     SPLIT,
     SPOOLED,
     STARTED,
@@ -279,6 +280,11 @@ class Session:
     def note_split(self, turn: int) -> None:
         """What was read in this turn has been split."""
         self._cell[SPLIT] = turn << WHERE_AT | self.splitter.word()
+
+    def note_unsent(self, size: int, turn: int) -> None:
+        """This much of what was read and split in this turn waits for the VM."""
+        self._cell[READING] = turn << WHERE_AT | size << SIZE_AT
+        self.note_split(turn)
 
     def expect(self) -> None:
         """Its process may have been started."""

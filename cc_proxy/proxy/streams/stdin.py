@@ -3,9 +3,10 @@
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
-from cc_proxy.api.frames import encode_frame
+from cc_proxy.api.frames import FRAME_HEADER, encode_frame
 from cc_proxy.continuity.cells import SENT_TURN, TURNS, VM_TORN
 from cc_proxy.continuity.memory import BUFFER_SIZE, Memory
 from cc_proxy.continuity.state.streams import StreamsState
@@ -73,6 +74,19 @@ class Stdin:
         self._outlet.mend()
         self.to_vm = frames_of(memoryview(state.to_vm))
         self.stalled_since = time.monotonic()
+        if self.to_vm:
+            self._note_unsent(sessions)
+
+    def _note_unsent(self, sessions: Sequence[Session]) -> None:
+        """Note whose stdin waits for the VM, as if it had been read just now: a kill would lose it."""
+        sizes = Counter[int]()
+        for frame in self.to_vm:
+            seq, length = FRAME_HEADER.unpack_from(frame)
+            sizes[seq] += length if length > HEADER_SIZE else 0  # an end of file is said again
+        self._turn += 1
+        for session in sessions:
+            if session.seqs.start in sizes:
+                session.note_unsent(sizes[session.seqs.start], self._turn)
 
     def add(self, session: Session) -> None:
         """Take over a client. It is read once its process has been started (`resume`)."""
