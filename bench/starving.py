@@ -40,6 +40,8 @@ def keep_busy(uid: int) -> set[int]:
 
 def attack(path: str, directory: str, busy: set[int]) -> None:
     full = f"{directory}/full"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(full)  # of an attack that was killed
     for number in range(HELLOS):
         threading.Thread(target=_say_hello, args=(path, number, full), daemon=True).start()
     while True:
