@@ -1,6 +1,6 @@
 """cc-proxyctl, the command that people use by hand; `python -m cc_proxy.cli.ctl` runs it too."""
 
-from cc_proxy.linux.standard_fds import guard_standard_fds
+from cc_proxy.linux.standard_fds import give_up_stderr, guard_standard_fds
 
 # Before the other imports: some libraries keep a file open, and if stdin is closed, that would become stdin.
 guard_standard_fds()
@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ProxyError, OSError) as error:
         say(explain(error))
         return STATUS_FAILED
+    finally:
+        give_up_stderr()
 
 
 def _do(argv: list[str] | None) -> int:

@@ -15,7 +15,7 @@ from cc_proxy.continuity.inheritance import Inheritance, Nothing
 from cc_proxy.linux import systemd
 from cc_proxy.linux.fds import raise_fd_limit
 from cc_proxy.linux.memory import have_one_arena
-from cc_proxy.linux.standard_fds import guard_standard_fds
+from cc_proxy.linux.standard_fds import give_up_stderr, guard_standard_fds
 from cc_proxy.linux.systemd import ActivationError, Notifier
 from cc_proxy.log.levels import LEVELS, VERBOSE, LogLevel, logger
 from cc_proxy.log.writing import Logging, stderr_is_journal
@@ -60,7 +60,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon; returns its exit status."""
     guard_standard_fds()
-    options = build_parser().parse_args(argv)
+    try:
+        return _run_as_told(build_parser().parse_args(argv))
+    finally:
+        give_up_stderr()
+
+
+def _run_as_told(options: argparse.Namespace) -> int:
     if options.check_config:
         return _check(options)
     # Before there is a second thread, in which an unblocked signal would end the process at once.
@@ -157,8 +163,9 @@ def _refuse(error: SettingsError) -> int:
         log.start()
         logger.error("cannot start", extra={"error": str(error)})
         log.stop()
-    else:
-        print(f"cc-proxy: {error}", file=sys.stderr)
+    elif sys.stderr:  # else it was closed from the start, and print() would write to stdout
+        with contextlib.suppress(OSError):  # the exit status says it too
+            print(f"cc-proxy: {error}", file=sys.stderr)
     return EX_CONFIG
 
 

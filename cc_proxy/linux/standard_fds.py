@@ -1,6 +1,7 @@
 """The fds of the standard streams. This module imports nothing that could open a file."""
 
 import os
+import sys
 
 _STDERR_FD = 2
 
@@ -13,3 +14,12 @@ def guard_standard_fds() -> None:
     while (fd := os.open(os.devnull, os.O_RDONLY)) <= _STDERR_FD:
         os.set_inheritable(fd, True)
     os.close(fd)
+
+
+def give_up_stderr() -> None:
+    """Forget what stderr has not taken: the interpreter would try again at exit, and change the status."""
+    try:
+        if sys.stderr:
+            sys.stderr.flush()
+    except OSError:
+        sys.stderr = None

@@ -16,7 +16,7 @@ import pytest
 from cc_proxy.api import ProtocolError, TimedOut
 from cc_proxy.cli.ctl import main
 from cc_proxy.ctl.agentlog import log_name
-from cc_proxy.ctl.errors import explain
+from cc_proxy.ctl.errors import STATUS_MISUSE, explain
 from tests.ctl.fake_proxy import ERROR, FakeProxy
 from tests.ctl.running import CHECKOUT, ctl, interrupt, popen_piped
 from tests.users import ALICE, call_as, needs_root
@@ -287,9 +287,21 @@ def test_explanations(error: Exception, text: str) -> None:
 
 
 @pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"], ids=["closed", "full"])
-def test_nobody_listens(stderr: str) -> None:
+@pytest.mark.parametrize(
+    ("program", "arguments", "status"),
+    [
+        ("cc_proxy.cli.ctl", ["--socket-path", "/nonexistent", "bye", "ID"], 125),
+        ("cc_proxy.cli.ctl", ["nonsense"], 2),
+        ("cc_proxy", ["--config", "/nonexistent"], 78),
+        ("cc_proxy", ["--nonsense"], 2),
+    ],
+)
+def test_nobody_listens(program: str, arguments: list[str], status: int, stderr: str) -> None:
     """What it has to say of its failure goes nowhere, and changes nothing."""
-    command = [sys.executable, "-m", "cc_proxy.cli.ctl", "--socket-path", "/nonexistent", "bye", "ID"]
-    shell = ["sh", "-c", f'exec "$@" {stderr}', "sh", *command]
-    ended = subprocess.run(shell, cwd=CHECKOUT, stdout=subprocess.PIPE, timeout=WAIT, check=False)
-    assert (ended.returncode, ended.stdout) == (125, b"")
+    shell = ["sh", "-c", f'exec "$@" {stderr}', "sh", sys.executable, "-m", program, *arguments]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    ended = subprocess.run(
+        shell, cwd=CHECKOUT, env=buffered, stdout=subprocess.PIPE, timeout=WAIT, check=False
+    )
+    assert ended.returncode == status
+    assert not ended.stdout or status == STATUS_MISUSE, "argparse prints its usage there if stderr is closed"
