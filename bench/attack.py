@@ -131,7 +131,7 @@ def attack(path: str, habit: str, connections: int) -> None:
 def main(path: str, uid: int, habit: str, connections: int, directory: str) -> None:
     parent = os.getppid()
     busy = starving.keep_busy(uid) if habit == starving.HABIT else set()
-    # What is measured is the daemon, and not how the host shares its CPUs among users.
+    # The benchmark measures the daemon, and not how the host divides its CPUs among users.
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     os.setgroups([])
     os.setresgid(uid, uid, uid)

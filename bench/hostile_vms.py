@@ -46,7 +46,7 @@ def _stdin(seq: int) -> bytes:
 _EVENTS = MESSAGE.pack(Code.NEXT, MESSAGE.size) * _ROUND
 _LONG_EVENT = MESSAGE.pack(Code.NEXT, _LONG) + bytes(_LONG - MESSAGE.size)
 
-#: Who sends, and a function that returns what is sent, given the stream of the VM's client.
+#: By habit: who sends, and a function that makes what is sent from the seq of the client's stream.
 _SAID: dict[str, tuple[str, Callable[[int], bytes]]] = {
     "strays": ("io", lambda _: _strays(1_000_000)),
     "markers": ("io", lambda _: _strays(FIRST_MARKER + 1_000_000)),

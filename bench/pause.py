@@ -27,7 +27,7 @@ VMS, SESSIONS, CONNECTIONS = 64, 1_000, 2_000
 _ECHOES = 8
 #: Seconds between the end of a restart and the next.
 _INTERVAL = 0.7
-#: By default only root may have so much.
+#: By default a user other than root may not have this many.
 _LIMITS = "[limits.user]\nconnections = 4096\n"
 
 

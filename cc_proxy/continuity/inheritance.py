@@ -54,7 +54,7 @@ class Inheritance:
 
     @property
     def settings(self) -> Settings | None:
-        """The settings of the previous process, if what it left is in the store."""
+        """The settings of the previous process; None if it left nothing in the store."""
         return decode_settings(self._state.settings) if self._state else None
 
     def wait(self) -> DaemonState | None:
@@ -103,7 +103,7 @@ class Inheritance:
         return state
 
     def keeper(self) -> Keeper:
-        """Return the keeper of this process's parts. What it keeps counts from `take_over` on."""
+        """Return what keeps this process's parts. The next process finds them only after `take_over`."""
         return self._store.open() if self._store else NOTHING
 
     def take_over(self, describe: Callable[[], DaemonRecord]) -> str:

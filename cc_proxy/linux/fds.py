@@ -36,7 +36,7 @@ _SO_COOKIE = 57
 
 
 class Fd:
-    """An open fd as part of a value that is handed over. Whoever takes the value owns the fd."""
+    """An open fd in a value that is handed over. The receiver of the value owns the fd."""
 
     __slots__ = ("number",)
 
@@ -93,7 +93,7 @@ def may_hold_fds(sock: socket.socket) -> bool:
 
 
 def holds_fds(sock: socket.socket) -> bool:
-    """Whether fds wait unread on a stream socket. Also True if so many bytes wait that it cannot tell.
+    """Whether unread fds wait on a stream socket. Also True if too many bytes wait in front to tell.
 
     No more come after `shutdown(SHUT_RD)`. This reads nothing, and never blocks.
     """

@@ -193,35 +193,36 @@ def test_without_a_manager_nobody_is_told(
     assert not told.tell("READY=1")
 
 
+@pytest.fixture
+def manager(monkeypatch: pytest.MonkeyPatch, tmp_sock_dir: Path) -> Iterator[socket.socket]:
+    """One that reads nothing by itself."""
+    monkeypatch.setenv("NOTIFY_SOCKET", f"{tmp_sock_dir}/notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"{tmp_sock_dir}/notify")
+        yield manager
+
+
 def test_manager_that_does_not_read_is_not_waited_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_sock_dir: Path, notifier: list[Notifier]
+    manager: socket.socket, notifier: list[Notifier]
 ) -> None:
-    monkeypatch.setenv("NOTIFY_SOCKET", f"{tmp_sock_dir}/notify")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(f"{tmp_sock_dir}/notify")
-        notifier.append(told := Notifier())
-        while told.tell("WATCHDOG=1", wait=False):
-            pass
-        assert "temporarily unavailable" in told.error
-        before = time.thread_time()
-        assert not told.tell("WATCHDOG=1")
-        assert told.error == "timed out"
-        assert time.thread_time() - before < 0.1, "it waits, and does not ask over and over"
-        manager.recv(1000)
-        assert told.tell("WATCHDOG=1", wait=False)
+    notifier.append(told := Notifier())
+    while told.tell("WATCHDOG=1", wait=False):
+        pass
+    assert "temporarily unavailable" in told.error
+    before = time.thread_time()
+    assert not told.tell("WATCHDOG=1")
+    assert told.error == "timed out"
+    assert time.thread_time() - before < 0.1, "it waits, and does not ask over and over"
+    manager.recv(1000)
+    assert told.tell("WATCHDOG=1", wait=False)
 
 
-def test_manager_that_cannot_be_asked_has_not_heard(
-    monkeypatch: pytest.MonkeyPatch, tmp_sock_dir: Path, notifier: list[Notifier]
-) -> None:
-    monkeypatch.setenv("NOTIFY_SOCKET", f"{tmp_sock_dir}/notify")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(f"{tmp_sock_dir}/notify")
-        notifier.append(told := Notifier())
-        with few_fds():
-            assert not told.is_heard()
-            assert "Too many open files" in told.error
-            assert told.tell("READY=1"), "that takes no fd"
+def test_manager_that_cannot_be_asked_has_not_heard(manager: socket.socket, notifier: list[Notifier]) -> None:
+    notifier.append(told := Notifier())
+    with few_fds():
+        assert not told.is_heard()
+        assert "Too many open files" in told.error
+        assert told.tell("READY=1"), "that takes no fd"
 
 
 def test_manager_that_was_started_again_is_told(

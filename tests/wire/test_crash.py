@@ -88,10 +88,7 @@ def test_a_command_in_flight_gets_an_error(town: Wire) -> None:
 @pytest.mark.parametrize("when", ["before", "behind"])
 def test_killed_as_it_sends_a_response(town: Wire, when: str) -> None:
     """Its client gets one answer, and only one."""
-    pod, daemon = town.pod(), daemon_of(town)
-    daemon.die()
-    daemon.start_again(killed_at_a_send(when, "'last'"))
-    pod.vm.answer_questions()
+    pod, daemon = killed_at_a_send(town, when, "'last'")
     pod.client.hyper("last")
     daemon.process.wait(WAIT)
     daemon.start_again()
@@ -104,10 +101,7 @@ def test_killed_as_it_sends_a_response(town: Wire, when: str) -> None:
 @pytest.mark.parametrize("when", ["before", "behind"])
 def test_killed_as_it_passes_an_fd(town: Wire, when: str) -> None:
     """Its client has the fd, or is hung up."""
-    pod, daemon = town.pod(), daemon_of(town)
-    daemon.die()
-    daemon.start_again(killed_at_a_send(when, "F"))
-    pod.vm.answer_questions()
+    pod, daemon = killed_at_a_send(town, when, "F")
     assert pod.pings()
     pod.client.send(request("allocateIO", {"nStreams": 1}))
     daemon.process.wait(WAIT)
@@ -123,16 +117,18 @@ def test_killed_as_it_passes_an_fd(town: Wire, when: str) -> None:
     assert pod.pings()
 
 
-def killed_at_a_send(when: str, text: str) -> list[str]:
-    return [sys.executable, "-c", KILLED_AT_A_SEND, when, text]
+def killed_at_a_send(town: Wire, when: str, text: str) -> tuple[Pod, ManagedDaemon]:
+    """A pod, and its daemon, which is killed before or behind the send of something that has `text` in it."""
+    pod, daemon = town.pod(), daemon_of(town)
+    daemon.die()
+    daemon.start_again([sys.executable, "-c", KILLED_AT_A_SEND, when, text])
+    pod.vm.answer_questions()
+    return pod, daemon
 
 
 def test_several_requests_at_once_are_hung_up(town: Wire) -> None:
     """Of those that were read behind the one that is being answered nothing is left."""
-    pod, daemon = town.pod(), daemon_of(town)
-    daemon.die()
-    daemon.start_again(killed_at_a_send("behind", "'1'"))
-    pod.vm.answer_questions()
+    pod, daemon = killed_at_a_send(town, "behind", "'1'")
     pod.client.send(b"".join(request("hyper", {"hyperName": name}) for name in "12"))
     daemon.process.wait(WAIT)
     daemon.start_again()

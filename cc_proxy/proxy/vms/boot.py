@@ -30,7 +30,7 @@ _SEND_BUFFER = 1024 * 1024
 
 @dataclass(slots=True)
 class Channels:
-    """The open channels of a VM. Whoever holds them closes them."""
+    """The open channels of a VM. Their holder closes them."""
 
     control: ControlLink
     io: socket.socket

@@ -399,33 +399,35 @@ def test_full_spool_pauses_the_vm_and_resumes(make_bench: BenchMaker, logged: Lo
     assert bench.space.used == 0
 
 
-def test_total_limit_is_shared_by_the_vms(make_bench: BenchMaker, tmp_path: Path) -> None:
+def greedy_and_other(make_bench: BenchMaker, tmp_path: Path) -> tuple[Bench, Stream, bytes, Bench]:
+    """A VM with a client that takes the whole spool, that client, what it was sent; and another VM."""
     space = spool_space(tmp_path, total_limit=8 * BLOCK)
     bench, other = make_bench(space), make_bench(space)
-    greedy, modest = bench.open(buffer=SMALL), other.open(buffer=SMALL)
-    sent = numbered(1, 50)
+    greedy, sent = bench.open(buffer=SMALL), numbered(1, 50)
     bench.say(sent)
     bench.pass_time(A_MOMENT)
+    return bench, greedy, sent, other
+
+
+def test_total_limit_is_shared_by_the_vms(make_bench: BenchMaker, tmp_path: Path) -> None:
+    bench, greedy, sent, other = greedy_and_other(make_bench, tmp_path)
+    modest = other.open(buffer=SMALL)
     assert bench.paused(), "the first has taken it all"
-    assert space.used == 8 * BLOCK
+    assert bench.space.used == 8 * BLOCK
     more = other.stall(modest)
     assert other.paused(), "nothing is left for the second"
-    assert space.used == 8 * BLOCK
+    assert bench.space.used == 8 * BLOCK
     assert other.read(modest.sock, len(more)) == more
     assert not other.paused()
     assert bench.read(greedy.sock, len(sent)) == sent
-    assert space.used == 0
+    assert bench.space.used == 0
 
 
 def test_room_that_others_have_made_in_the_spool_is_used_within_a_second(
     make_bench: BenchMaker, tmp_path: Path
 ) -> None:
-    space = spool_space(tmp_path, total_limit=8 * BLOCK)
-    bench, other = make_bench(space), make_bench(space)
-    greedy, modest = bench.open(buffer=SMALL), other.open(buffer=SMALL)
-    sent = numbered(1, 50)
-    bench.say(sent)
-    bench.pass_time(A_MOMENT)
+    bench, greedy, sent, other = greedy_and_other(make_bench, tmp_path)
+    modest = other.open(buffer=SMALL)
     more = other.stall(modest)
     assert other.paused()
     assert bench.read(greedy.sock, len(sent)) == sent
